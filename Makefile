@@ -1,0 +1,73 @@
+# One place for the commands that people, CI and pre-commit share. `make` alone lists them.
+# PYTHON=python3.12 make test   chooses the interpreter that makes .venv
+# make demo ARGS="--help"       passes arguments on (demo, test, test-slow, bench)
+
+SHELL := bash
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check bench format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(VENV)/.dev  ## make .venv with everything that the other targets need
+
+demo: $(VENV)/.demo  ## train on bundled images, draw where the tokens look
+	$(BIN)/tokenlearner demo $(ARGS)
+
+test: $(VENV)/.dev  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+# Exit code 5 means that no test is marked slow; that is no failure.
+test-slow: $(VENV)/.dev  ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+
+check: $(VENV)/.dev  ## format, lint, types and the project's own rules
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m pyright
+	$(BIN)/python scripts/check_project.py
+
+bench: $(VENV)/.demo  ## run every script in benchmarks/
+	@for script in $(wildcard benchmarks/*.py); do \
+		echo "$(BIN)/python $$script $(ARGS)"; $(BIN)/python $$script $(ARGS) || exit 1; \
+	done
+
+format: $(VENV)/.dev  ## format the code and fix what ruff can fix
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+clean:  ## remove caches, builds and demo output (.venv stays)
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis tokenlearner-demo
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip exists only when a virtual environment was made to its end.
+$(BIN)/pip:
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "'$(PYTHON)' was not found. Install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "tokenlearner needs Python 3.10 or newer, '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1). Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+# Shows the larger downloads and how it ended; pip writes its errors to stderr, past the filter.
+define pip_install
+@echo "Installing tokenlearner[$(1)] into $(VENV): about 2 minutes, and up to 6 GB on Linux (PyTorch with CUDA)."
+@set -o pipefail; $(BIN)/python -m pip install -e '.[$(1)]' | \
+	{ grep --line-buffered -E '(Downloading|Using cached) .* [MG]B\)|^Installing collected|^Successfully installed' || true; }
+endef
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/pip
+	$(call pip_install,demo)
+	@touch $@
+
+# dev holds all of demo, so the demo needs no second installation.
+$(VENV)/.dev: pyproject.toml | $(BIN)/pip
+	$(call pip_install,dev)
+	@touch $(VENV)/.demo $@
