@@ -1,0 +1,70 @@
+"""What all tests share: a fixed seed, two threads, a device, and the golden files."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+torch.set_num_threads(2)
+
+
+class _TorchRandom:
+    """Lets hypothesis seed torch for every example, so that a failing one fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_torch_random = _TorchRandom()  # hypothesis holds only a weak reference
+hypothesis.register_random(_torch_random)
+hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, max_examples=25, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="torch device for the tests that take one")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device named by --device; the test is skipped when this machine lacks it."""
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state, whichever tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Reads tests/golden/<name>.npz: `golden("token_fuser")["out"]`."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        path = GOLDEN / f"{name}.npz"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in GOLDEN.glob("*.npz")))
+            raise FileNotFoundError(f"no golden file {name!r}; there are: {known}")
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    return load
