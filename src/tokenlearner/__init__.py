@@ -1,0 +1,32 @@
+"""Image and video transformers on a few learned tokens: TokenLearner (arXiv 2106.11297)."""
+
+from .benchmark import benchmark
+from .data import load_data
+from .evaluate import evaluate
+from .fuser import TokenFuser
+from .insert import insert, remove
+from .maps import attention_maps
+from .modules import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
+from .train import TrainConfig, train
+from .zoo import create_model, list_models, load_model, save_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TokenFuser",
+    "TokenLearner",
+    "TokenLearnerModuleV11",
+    "TokenLearnerV11",
+    "TrainConfig",
+    "attention_maps",
+    "benchmark",
+    "create_model",
+    "evaluate",
+    "insert",
+    "list_models",
+    "load_data",
+    "load_model",
+    "remove",
+    "save_model",
+    "train",
+]

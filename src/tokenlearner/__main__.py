@@ -1,0 +1,5 @@
+"""`python -m tokenlearner` is the command `tokenlearner`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""The paper's TokenFuser: `k` learned tokens back onto the `n` positions they came from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .checks import POSITIONS, check_choice, check_count, check_eps, check_input, check_rate
+from .layers import flatten, frames, mlp, pool, widen
+
+
+class TokenFuser(nn.Module):
+    """Spreads learned tokens over the positions of the original, to be added to it by the caller.
+
+    Every position gets a sum of the mixed tokens, weighted by sigmoid gates that look at the
+    original. A new fuser returns exactly 0, so a model starts as if it had none.
+
+    The official code gets that 0 from the mix over tokens, whose kernel starts at 0. The LayerNorm
+    behind it then sees zeros, where its slope is 1 / sqrt(eps) = 1000, and the mix's first
+    gradients are about 1000 times those of all other weights: gradient clipping spends the first
+    steps on them. Here the gain of that LayerNorm starts at 0 instead and the mix as the identity:
+    the same function, the same parameters, the same 0, ordinary gradients
+    (`benchmarks/fuser_init.py` measures both). `zero_init="mix"` is the official start.
+
+    Args:
+        in_channels: Channels `c` of tokens and original.
+        num_tokens: Tokens `k` that come in.
+        bottleneck_dim: Hidden width of the gates' MLP; None is the paper's single linear layer.
+        dropout_rate: Dropout in the gates' MLP and of the result.
+        use_normalization: LayerNorm before and after the mix; needed after sum pooling.
+        zero_init: What starts at 0, `"norm"` or `"mix"`; without normalisation it is the mix.
+        norm_eps: LayerNorm's epsilon.
+        approximate: The GELU, `"none"` (exact) or `"tanh"`.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Source: scenic `TokenFuser`, but for `zero_init`; the result has the original's shape in 4-D
+    too (the official code returns it flat), and frames are never mixed.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_tokens: int,
+        bottleneck_dim: int | None = 64,
+        dropout_rate: float = 0.0,
+        use_normalization: bool = True,
+        *,
+        zero_init: str = "norm",
+        norm_eps: float = 1e-6,
+        approximate: str = "tanh",
+    ):
+        super().__init__()
+        self.in_channels = check_count("in_channels", in_channels)
+        self.num_tokens = check_count("num_tokens", num_tokens)
+        check_choice("zero_init", zero_init, ("norm", "mix"))
+        eps = check_eps(norm_eps)
+        self.mix_norm1 = nn.LayerNorm(in_channels, eps=eps) if use_normalization else nn.Identity()
+        self.mix = nn.Linear(num_tokens, num_tokens)
+        self.mix_norm2 = nn.LayerNorm(in_channels, eps=eps) if use_normalization else nn.Identity()
+        self.norm = nn.LayerNorm(in_channels, eps=eps)
+        self.gates = mlp(in_channels, bottleneck_dim, num_tokens, dropout_rate, approximate)
+        self.dropout = nn.Dropout(check_rate(dropout_rate))
+        nn.init.zeros_(self.mix.bias)
+        if isinstance(self.mix_norm2, nn.LayerNorm) and zero_init == "norm":
+            nn.init.eye_(self.mix.weight)
+            nn.init.zeros_(self.mix_norm2.weight)
+        else:
+            nn.init.zeros_(self.mix.weight)
+
+    def forward(self, tokens: Tensor, original: Tensor) -> Tensor:
+        """Spreads `tokens` over the positions of `original`; adds nothing to it.
+
+        Args:
+            tokens: The tokens of each frame.
+            original: What the tokens were learned from.
+
+        Shape:
+            `b k c, b n c -> b n c`; `b k c, b h w c -> b h w c`; `b t k c, b t h w c -> b t h w c`.
+
+        Raises:
+            ValueError: The two do not fit each other or the module.
+        """
+        self._check(tokens, original)
+        positions = flatten(original)
+        y = self.mix_norm1(tokens.reshape(len(positions), self.num_tokens, self.in_channels))
+        y = self.mix_norm2(self.mix(y.transpose(1, 2)).transpose(1, 2))
+        gates = torch.sigmoid(widen(self.gates(self.norm(positions))))
+        return self.dropout(pool(gates, y)).to(original.dtype).reshape(original.shape)
+
+    def _check(self, tokens: Tensor, original: Tensor) -> None:
+        dtype = self.norm.weight.dtype
+        check_input("the original", original, POSITIONS, self.in_channels, dtype)
+        axes = {4: "[b, t, k, c]"} if original.ndim == 5 else {3: "[b, k, c]"}
+        check_input("the tokens", tokens, axes, self.in_channels, dtype)
+        expected = (*frames(original), self.num_tokens, self.in_channels)
+        if tuple(tokens.shape) != expected:
+            raise ValueError(
+                f"the tokens are {list(tokens.shape)}, expected {list(expected)} for an original "
+                f"of {list(original.shape)} and {self.num_tokens} tokens a frame"
+            )

@@ -1,0 +1,80 @@
+"""The pieces that the modules are made of: frames folded, maps applied, small networks.
+
+Axes as in `modules.py`: `b` batch, `t` frames, `h w` grid, `n` positions, `k` tokens, `c` channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .checks import Grid, check_choice, check_count, check_rate
+
+
+def frames(x: Tensor) -> tuple[int, ...]:
+    """The axes that count frames: `(b,)`, and `(b, t)` for `b t h w c`."""
+    return tuple(x.shape[: 2 if x.ndim == 5 else 1])
+
+
+def flatten(x: Tensor) -> Tensor:
+    """`b n c`, `b h w c` or `b t h w c` to one frame after the other: `(b t) n c`."""
+    lead = frames(x)
+    return x.reshape(math.prod(lead), math.prod(x.shape[len(lead) : -1]), x.shape[-1])
+
+
+def square(n: int) -> Grid:
+    """The grid of `n` positions if it is a square."""
+    side = round(n**0.5)
+    if side * side != n:
+        raise ValueError(f"{n} positions are no square; pass grid=(height, width)")
+    return side, side
+
+
+def widen(x: Tensor) -> Tensor:
+    """To float32 at least, for sigmoid and softmax."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """`b n k -> b k n`, every map a distribution over the positions."""
+    return widen(logits).transpose(1, 2).softmax(-1)
+
+
+def pool(maps: Tensor, x: Tensor) -> Tensor:
+    """`b k n, b n c -> b k c` as one batched product, which sums in float32 for narrow dtypes too.
+
+    Nothing of shape `b k n c` is made.
+    """
+    return torch.bmm(maps.to(x.dtype), x)
+
+
+def check_gelu(approximate: str) -> str:
+    """Returns the name of a GELU if torch knows it."""
+    return check_choice("approximate", approximate, ("none", "tanh"))
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3 x 3 convolution that keeps the grid, without bias."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+
+
+def mlp(
+    in_channels: int, hidden: int | None, out_channels: int, dropout_rate: float, approximate: str
+) -> nn.Module:
+    """Two linear layers with GELU and dropout, initialised as scenic's MlpBlock; or just one."""
+    check_rate(dropout_rate)
+    gelu = nn.GELU(check_gelu(approximate))
+    if hidden is None:
+        return _xavier(nn.Linear(in_channels, out_channels, bias=False))
+    first = _xavier(nn.Linear(in_channels, check_count("bottleneck_dim", hidden)))
+    second = _xavier(nn.Linear(hidden, out_channels))
+    return nn.Sequential(first, gelu, nn.Dropout(dropout_rate), second, nn.Dropout(dropout_rate))
+
+
+def _xavier(linear: nn.Linear) -> nn.Linear:
+    nn.init.xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.normal_(linear.bias, std=1e-6)
+    return linear
