@@ -1,0 +1,185 @@
+"""What models cost, measured side by side: `benchmark({"a": model_a, "b": model_b}, images)`."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checks import check_count
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of several runs, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Summarises at least two values."""
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return cls(median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs; speeds are taken in turn with the other models of the same call.
+
+    `speedup` and `training_speedup` compare with the first model, round by round.
+    """
+
+    parameters: int
+    gmacs: float
+    """Multiply-adds of one picture, counted as 1, in 1e9; GFLOPs are twice that."""
+    images_per_second: Spread
+    speedup: Spread
+    training_images_per_second: Spread
+    training_speedup: Spread
+    peak_memory_mib: float
+    """Tensors alive at once beyond model and input, at inference on the whole batch."""
+    training_peak_memory_mib: float
+
+
+def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, Cost]:
+    """Measures models on the same pictures, in turn, so that a busy machine slows all alike.
+
+    A training step is forward and backward of the mean output; there is no optimiser in it. The
+    models' modes and gradients are left as they were.
+
+    Args:
+        models: Names and models, all on the device of `images`.
+        images: One batch, `b c h w`.
+        rounds: Timed runs of each model, after two that are not counted.
+
+    Raises:
+        ValueError: There is no model or no picture, or fewer than 2 rounds.
+    """
+    check_count("rounds", rounds, least=2)
+    if not models or not len(images):
+        raise ValueError(f"{len(models)} models and {len(images)} pictures, expected 1 or more")
+    inference = _times({name: _Inference(model, images) for name, model in models.items()}, rounds)
+    training = _times({name: _Training(model, images) for name, model in models.items()}, rounds)
+    first = next(iter(models))
+    return {
+        name: Cost(
+            parameters=sum(p.numel() for p in model.parameters()),
+            gmacs=count_macs(model, images[:1]) / 1e9,
+            images_per_second=Spread.of([len(images) / s for s in inference[name]]),
+            speedup=_ratio(inference[first], inference[name]),
+            training_images_per_second=Spread.of([len(images) / s for s in training[name]]),
+            training_speedup=_ratio(training[first], training[name]),
+            peak_memory_mib=_peak_mib(_Inference(model, images)),
+            training_peak_memory_mib=_peak_mib(_Training(model, images)),
+        )
+        for name, model in models.items()
+    }
+
+
+def count_macs(model: nn.Module, images: Tensor) -> int:
+    """Counts the multiply-adds of matrix products, convolutions and attention in one forward pass.
+
+    Attention runs in its plain form for this: torch's counter does not see the fused one on a CPU.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _Inference(model, images)()
+    return counter.get_total_flops() // 2
+
+
+class _Inference:
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.model, self.images = model, images
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        was_training = self.model.training
+        self.model.eval()(self.images)
+        self.model.train(was_training)
+
+
+class _Training:
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.model, self.images = model, images
+
+    def __call__(self) -> None:
+        was_training = self.model.training
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        torch.autograd.grad(self.model.train()(self.images).mean(), parameters, allow_unused=True)
+        self.model.train(was_training)
+
+
+def _times(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turn; the first two rounds warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 2):
+        for name, run in runs.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[2:] for name, values in seconds.items()}
+
+
+def _ratio(first: list[float], other: list[float]) -> Spread:
+    return Spread.of([a / b for a, b in zip(first, other, strict=True)])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_mib(run: Callable[[], None]) -> float:
+    with _LiveTensors() as live:
+        run()
+    return live.peak / 2**20
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Adds up the storages that operations make, and takes them off as they are freed.
+
+    What an operation allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {
+            _storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and (storage := _storage(leaf)) not in inputs:
+                self._add(storage)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()

@@ -1,0 +1,119 @@
+"""The command `tokenlearner`: arguments to one function call, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+COMMANDS = {  # name: module and function here, and what it does
+    "demo": "train a small ViT with and without learned tokens on real pictures, and compare",
+    "train": "train a named model on a named data set",
+    "eval": "evaluate a checkpoint on a data set",
+}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluates a checkpoint on a data set.
+
+    Args:
+        checkpoint: File or folder that `tokenlearner train` wrote.
+        data: A name that `load_data` knows.
+        split: train or test.
+        root: Folder in which the data set is looked for.
+        batch_size: Pictures at a time; changes the speed only.
+        device: Such as cpu or cuda; auto takes a GPU where there is one.
+    """
+
+    checkpoint: str
+    data: str = "fashion-mnist-small"
+    split: str = "test"
+    root: str | None = None
+    batch_size: int = 500
+    device: str = "auto"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; a user's mistake gives one line and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = _parse_command(arguments[:1])
+    try:
+        _RUN[name](arguments[1:])
+    except ValueError as error:
+        sys.exit(_complain(name, error, 2))
+    except RuntimeError as error:
+        sys.exit(_complain(name, error, 1))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parse_command(arguments: Sequence[str]) -> str:
+    """Names the command; help and mistakes are answered here, before anything heavy is loaded."""
+    from . import __doc__ as about
+    from . import __version__
+
+    listing = "\n".join(f"  {name:<8}{what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="tokenlearner",
+        description=about,
+        epilog=f"commands:\n{listing}\n\n`tokenlearner COMMAND --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tokenlearner {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    return parser.parse_args(arguments).command
+
+
+def _config(command: str, config_class: type[Any], arguments: Sequence[str], positional: str = ""):
+    """Reads a dataclass's fields from the command line; its docstring is the help."""
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        message = "the command needs jsonargparse; run pip install 'tokenlearner[train]'"
+        raise ValueError(message) from error
+    parser = ArgumentParser(prog=f"tokenlearner {command}", description=COMMANDS[command])
+    if positional:
+        parser.add_argument(positional, type=str, help="file or folder that `train` wrote")
+    parser.add_class_arguments(config_class, skip={positional} if positional else None)
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    module = import_module("tokenlearner.demo")
+    out = module.demo(_config("demo", module.DemoConfig, arguments))
+    print(f"Everything is in {out}")
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from .progress import training_progress
+
+    module = import_module("tokenlearner.train")
+    config = _config("train", module.TrainConfig, arguments)
+    with training_progress(f"training {config.model}") as report:
+        result = module.train(config, report)
+    print(f"The checkpoint is {result.checkpoint}")
+
+
+def _eval(arguments: Sequence[str]) -> None:
+    from .data import load_data
+    from .evaluate import evaluate
+    from .train import pick_device
+    from .zoo import load_model
+
+    config = _config("eval", EvalConfig, arguments, positional="checkpoint")
+    data = load_data(config.data, config.split, root=config.root)
+    model = load_model(config.checkpoint).to(pick_device(config.device))
+    for name, value in asdict(evaluate(model, data, config.batch_size)).items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _complain(command: str, error: Exception, code: int) -> int:
+    print(f"tokenlearner {command}: {error}", file=sys.stderr)
+    return code
+
+
+_RUN = {"demo": _demo, "train": _train, "eval": _eval}
