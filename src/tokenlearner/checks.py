@@ -82,8 +82,8 @@ def check_input(
         raise ValueError(f"{name} is {x.dtype}, expected a floating point dtype; call .float()")
     if x.dtype != dtype and not _autocast_mixes(x, dtype):
         raise ValueError(
-            f"{name} is {x.dtype}, the module's parameters are {dtype}; call .to() on either one, "
-            "or run under torch.autocast"
+            f"{name} is {x.dtype}, the module's parameters are {dtype}; call .to() on either one "
+            "(torch.autocast mixes float32 parameters with float32 and narrower input)"
         )
 
 

@@ -93,7 +93,7 @@ class TokenFuser(nn.Module):
         dtype = self.norm.weight.dtype
         check_input("the original", original, POSITIONS, self.in_channels, dtype)
         axes = {4: "[b, t, k, c]"} if original.ndim == 5 else {3: "[b, k, c]"}
-        check_input("the tokens", tokens, axes, self.in_channels, dtype)
+        check_input("the token tensor", tokens, axes, self.in_channels, dtype)
         expected = (*frames(original), self.num_tokens, self.in_channels)
         if tuple(tokens.shape) != expected:
             raise ValueError(

@@ -244,6 +244,7 @@ class TokenLearnerV11(_Learner):
         approximate: str = "tanh",
     ):
         super().__init__(in_channels, num_tokens, norm_eps)
+        check_count("bottleneck_dim", bottleneck_dim)  # the shared mlp would take None
         self.attention_maps = mlp(
             in_channels, bottleneck_dim, num_tokens, dropout_rate, approximate
         )

@@ -1,0 +1,455 @@
+"""The TokenFuser: equal numbers first, then the exact 0 it starts from, then how it is used."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+
+from tokenlearner import TokenFuser
+
+Golden = Callable[[str], dict[str, np.ndarray]]
+Make = Callable[..., TokenFuser]
+
+FUSERS: dict[str, Make] = {
+    "official": partial(TokenFuser, bottleneck_dim=10, zero_init="mix"),
+    "default": partial(TokenFuser, bottleneck_dim=10),
+    "linear": partial(TokenFuser, bottleneck_dim=None, norm_eps=1e-5),
+    "without_norm": partial(TokenFuser, bottleneck_dim=10, use_normalization=False),
+    "exact_gelu": partial(TokenFuser, bottleneck_dim=10, approximate="none"),
+}
+each_fuser = pytest.mark.parametrize("make", FUSERS.values(), ids=FUSERS)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+narrow_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+SHAPES = {"flat": (2, 35, 9), "grid": (2, 5, 7, 9), "clip": (2, 3, 5, 7, 9)}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def randomized(module: TokenFuser) -> TokenFuser:
+    """The module with every parameter drawn at random: none is 0, so nothing is hidden."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def uneven(*shape: int) -> Tensor:
+    """Random float64 values, the channels of which differ in offset and by 10^4 in scale."""
+    scale = 10 ** torch.linspace(-2, 2, shape[-1], dtype=torch.float64)
+    offset = 30 * torch.randn(shape[-1], dtype=torch.float64)
+    return offset + scale * torch.randn(shape, dtype=torch.float64)
+
+
+def tokens_for(original: Tensor, k: int = 4) -> Tensor:
+    frames = original.shape[: 2 if original.ndim == 5 else 1]
+    return torch.randn(*frames, k, original.shape[-1]).to(original)
+
+
+# --- equal to scenic ---------------------------------------------------------------------------
+
+SCENIC_PLAIN = {
+    "params/LayerNorm_0/scale": "norm.weight",
+    "params/LayerNorm_0/bias": "norm.bias",
+    "params/token_masking/Dense_0/kernel": "gates.0.weight",
+    "params/token_masking/Dense_0/bias": "gates.0.bias",
+    "params/token_masking/Dense_1/kernel": "gates.3.weight",
+    "params/token_masking/Dense_1/bias": "gates.3.bias",
+    "params/Dense_0/kernel": "mix.weight",
+    "params/Dense_0/bias": "mix.bias",
+}
+SCENIC_NORMS = {
+    "params/fuser_mix_norm1/scale": "mix_norm1.weight",
+    "params/fuser_mix_norm1/bias": "mix_norm1.bias",
+    "params/fuser_mix_norm2/scale": "mix_norm2.weight",
+    "params/fuser_mix_norm2/bias": "mix_norm2.bias",
+}
+SCENIC = {
+    "token_fuser": (partial(TokenFuser, 24, 8), SCENIC_PLAIN | SCENIC_NORMS),
+    "token_fuser_nonorm": (
+        partial(TokenFuser, 24, 4, 32, use_normalization=False),
+        SCENIC_PLAIN,
+    ),
+}
+
+
+def run(file: str, arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The output for the golden inputs, and the gradient of the tokens."""
+    make, table = SCENIC[file]
+    fuser = make()
+    # Flax keeps a kernel as `in out`, torch as `out in`.
+    fuser.load_state_dict({key: torch.from_numpy(arrays[name].T) for name, key in table.items()})
+    tokens = torch.from_numpy(arrays["input0"]).requires_grad_()
+    out = fuser(tokens, torch.from_numpy(arrays["input1"]))
+    (out * torch.from_numpy(arrays["cotangent"])).sum().backward()
+    return out.detach(), tokens.grad
+
+
+@pytest.mark.parametrize("file", SCENIC)
+def test_every_scenic_parameter_has_one_place_and_no_place_stays_empty(
+    file: str, golden: Golden
+) -> None:
+    make, table = SCENIC[file]
+    assert set(table) == {name for name in golden(file) if name.startswith("params/")}
+    assert sorted(table.values()) == sorted(make().state_dict())
+
+
+@pytest.mark.parametrize("file", SCENIC)
+def test_outputs_are_those_of_scenic(file: str, golden: Golden) -> None:
+    arrays = golden(file)
+    out, _ = run(file, arrays)
+    np.testing.assert_allclose(out, arrays["output"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("file", SCENIC)
+def test_gradients_of_the_tokens_are_those_of_scenic(file: str, golden: Golden) -> None:
+    arrays = golden(file)
+    _, grad = run(file, arrays)
+    np.testing.assert_allclose(grad, arrays["grad_input"], rtol=1e-5, atol=1e-5)
+
+
+# --- equal to the equations --------------------------------------------------------------------
+
+_MLP = {"bottleneck": True, "use_normalization": True, "norm_eps": 1e-6, "approximate": "tanh"}
+EQUATIONS = {
+    "official": _MLP,
+    "default": _MLP,
+    "linear": _MLP | {"bottleneck": False, "norm_eps": 1e-5},
+    "without_norm": _MLP | {"use_normalization": False},
+    "exact_gelu": _MLP | {"approximate": "none"},
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 11, 15), (1, 1, 3)], ids=str)
+@pytest.mark.parametrize("name", FUSERS)
+@torch.no_grad()
+def test_the_result_follows_the_equations(name: str, shape: tuple[int, ...]) -> None:
+    fuser = randomized(FUSERS[name](shape[-1], 4).double())
+    tokens, original = uneven(shape[0], 4, shape[-1]), uneven(*shape)
+    params = {key: value.numpy() for key, value in fuser.state_dict().items()}
+    expected = reference.fuser(tokens.numpy(), original.numpy(), params, **EQUATIONS[name])
+    np.testing.assert_allclose(fuser(tokens, original), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("start", [randomized, lambda fuser: fuser], ids=["random", "initial"])
+@each_fuser
+def test_gradients_are_the_derivatives_of_the_result(make: Make, start: Callable) -> None:
+    fuser = start(make(3, 2, norm_eps=1e-2).double())
+    names, parameters = zip(*fuser.named_parameters(), strict=True)
+
+    def call(tokens: Tensor, original: Tensor, *values: Tensor) -> Tensor:
+        state = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(fuser, state, (tokens, original))
+
+    tokens = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    original = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (tokens, original, *parameters), fast_mode=True)
+
+
+# --- the start ---------------------------------------------------------------------------------
+
+
+@each_shape
+@each_fuser
+def test_a_new_fuser_returns_exactly_0(make: Make, shape: tuple[int, ...]) -> None:
+    original = 100 * torch.randn(shape)
+    assert (make(9, 4)(100 * tokens_for(original), original) == 0).all()
+
+
+def first_gradients(**arguments: object) -> dict[str, float]:
+    """Norms of the first gradients of a new B/16 fuser behind 196 positions."""
+    fuser = TokenFuser(768, 8, **arguments)
+    original = torch.randn(2, 196, 768)
+    (fuser(tokens_for(original, 8), original) * torch.randn(2, 196, 768)).sum().backward()
+    return {name: p.grad.norm().item() for name, p in fuser.named_parameters()}
+
+
+def test_first_gradients_are_ordinary_if_the_norms_gain_starts_at_0() -> None:
+    without_norm = first_gradients(use_normalization=False)["mix.weight"]
+    assert max(first_gradients().values()) < 10 * without_norm
+
+
+def test_first_gradients_are_above_100_times_larger_if_the_mix_starts_at_0() -> None:
+    assert first_gradients(zero_init="mix")["mix.weight"] > 100 * max(first_gradients().values())
+
+
+def test_the_gain_of_the_norm_learns_from_the_first_step() -> None:
+    gradients = first_gradients()
+    assert gradients["mix_norm2.weight"] > 1
+    assert gradients["mix_norm2.bias"] > 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"zero_init": "mix"}, {"use_normalization": False}])
+def test_two_steps_of_training_reach_every_parameter(arguments: dict[str, object]) -> None:
+    fuser = TokenFuser(9, 4, **arguments)
+    before = copy.deepcopy(fuser.state_dict())
+    optimizer = torch.optim.SGD(fuser.parameters(), lr=0.1)
+    original = torch.randn(2, 5, 7, 9)
+    tokens, target = tokens_for(original), torch.randn(2, 5, 7, 9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (fuser(tokens, original) - target).square().mean().backward()
+        optimizer.step()
+    change = {k: (v - before[k]).abs().max() for k, v in fuser.state_dict().items()}
+    if isinstance(fuser.mix_norm2, nn.LayerNorm):
+        change.pop("mix.bias")  # one number for all channels, which the norm behind it takes out
+    assert min(change.values()) > 1e-6, change
+
+
+def test_both_starts_have_the_same_parameters() -> None:
+    norm, mix = TokenFuser(9, 4), TokenFuser(9, 4, zero_init="mix")
+    norm.load_state_dict(mix.state_dict(), strict=True)
+    assert [p.shape for p in norm.parameters()] == [p.shape for p in mix.parameters()]
+
+
+@pytest.mark.parametrize("arguments", [{"zero_init": "mix"}, {"use_normalization": False}])
+def test_the_mix_starts_at_0_if_asked_to_or_without_a_norm(arguments: dict[str, object]) -> None:
+    fuser = TokenFuser(9, 4, **arguments)
+    assert (fuser.mix.weight == 0).all()
+    assert (fuser.mix.bias == 0).all()
+
+
+def test_the_mix_starts_as_the_identity_by_default() -> None:
+    fuser = TokenFuser(9, 4)
+    assert torch.equal(fuser.mix.weight, torch.eye(4))
+    assert (fuser.mix_norm2.weight == 0).all()
+
+
+def test_kernels_of_the_gates_start_xavier_uniform() -> None:
+    for gates in (TokenFuser(96, 64, 48).gates[0], TokenFuser(96, 64, None).gates):
+        weight = gates.weight.detach()
+        bound = math.sqrt(6 / sum(weight.shape))
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+PARAMETERS = {(768, 8): (10_824, 54_416), (768, 16): (17_168, 55_136), (1024, 16): (22_800, 73_056)}
+
+
+@pytest.mark.parametrize(("size", "counts"), PARAMETERS.items(), ids=str)
+def test_parameters_are_as_many_as_in_the_official_modules(
+    size: tuple[int, int], counts: tuple[int, int]
+) -> None:
+    fusers = TokenFuser(*size, bottleneck_dim=None), TokenFuser(*size)
+    assert tuple(sum(p.numel() for p in fuser.parameters()) for fuser in fusers) == counts
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+@each_shape
+@each_fuser
+def test_the_result_has_the_shape_of_the_original(make: Make, shape: tuple[int, ...]) -> None:
+    original = torch.randn(shape)
+    assert make(9, 4)(tokens_for(original), original).shape == shape
+
+
+@each_fuser
+@torch.no_grad()
+def test_frames_of_a_clip_are_fused_one_by_one(make: Make) -> None:
+    fuser, original = randomized(make(9, 4).double()), uneven(2, 3, 5, 7, 9)
+    tokens = tokens_for(original)
+    frames = [fuser(tokens[:, t], original[:, t]) for t in range(3)]
+    torch.testing.assert_close(fuser(tokens, original), torch.stack(frames, 1))
+
+
+@each_fuser
+@torch.no_grad()
+def test_a_grid_gives_what_its_flat_positions_give(make: Make) -> None:
+    fuser, original = randomized(make(9, 4).double()), uneven(2, 5, 7, 9)
+    tokens = tokens_for(original)
+    assert torch.equal(fuser(tokens, original).flatten(1, 2), fuser(tokens, original.flatten(1, 2)))
+
+
+@each_fuser
+@torch.no_grad()
+def test_a_position_gets_what_its_own_original_asks_for(make: Make) -> None:
+    fuser, original = randomized(make(9, 4).double()), uneven(2, 35, 9)
+    tokens, order = tokens_for(original), torch.randperm(35)
+    torch.testing.assert_close(fuser(tokens, original[:, order]), fuser(tokens, original)[:, order])
+
+
+@each_fuser
+@torch.no_grad()
+def test_a_gates_column_spreads_its_own_token(make: Make) -> None:
+    fuser = randomized(make(9, 4).double())
+    original = torch.randn(2, 35, 9, dtype=torch.float64)
+    tokens = tokens_for(original)
+    before = fuser(tokens, original)
+    mixed = fuser.mix_norm1(tokens)
+    mixed = fuser.mix_norm2(fuser.mix(mixed.transpose(1, 2)).transpose(1, 2))
+    last = [p for p in fuser.gates.parameters() if p.ndim == 2][-1]
+    last[2] += torch.randn_like(last[2])
+    change = fuser(tokens, original) - before  # at every position a multiple of mixed token 2
+    share = (change * mixed[:, 2:3]).sum(-1) / mixed[:, 2:3].square().sum(-1)
+    assert share.abs().max() > 0.01
+    torch.testing.assert_close(change, share[..., None] * mixed[:, 2:3])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 81, 100])
+@each_fuser
+def test_any_number_of_tokens_can_be_spread_over_81_positions(make: Make, num_tokens: int) -> None:
+    original = torch.randn(2, 9, 9, 9)
+    result = randomized(make(9, num_tokens))(tokens_for(original, num_tokens), original)
+    assert result.shape == (2, 9, 9, 9)
+    assert result.isfinite().all()
+
+
+@each_fuser
+def test_an_empty_batch_gives_an_empty_batch(make: Make) -> None:
+    assert make(9, 4)(torch.ones(0, 4, 9), torch.ones(0, 5, 7, 9)).shape == (0, 5, 7, 9)
+
+
+@each_fuser
+def test_an_empty_batch_has_a_backward_pass(make: Make) -> None:
+    fuser = make(9, 4)
+    fuser(torch.ones(0, 4, 9), torch.ones(0, 5, 7, 9)).sum().backward()
+    assert all((p.grad == 0).all() for p in fuser.parameters())
+
+
+@each_fuser
+def test_shapes_are_known_on_the_meta_device(make: Make) -> None:
+    original = torch.empty(10_000, 512, 512, 9, device="meta")
+    result = make(9, 4).to("meta")(torch.empty(10_000, 4, 9, device="meta"), original)
+    assert result.shape == original.shape
+
+
+# --- dtypes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_fuser
+def test_the_result_has_the_dtype_of_the_original(make: Make, dtype: torch.dtype) -> None:
+    original = torch.randn(2, 5, 7, 9, dtype=dtype)
+    assert make(9, 4).to(dtype)(tokens_for(original), original).dtype == dtype
+
+
+@narrow_dtypes
+@torch.no_grad()
+def test_thousands_of_tokens_are_added_up_exactly(dtype: torch.dtype) -> None:
+    fuser = TokenFuser(3, 4096, None, use_normalization=False).to(dtype)
+    fuser.gates.weight.zero_()  # every gate is 1/2
+    fuser.mix.bias.fill_(1)  # every mixed token is 1
+    result = fuser(torch.randn(1, 4096, 3).to(dtype), torch.randn(1, 2, 3).to(dtype))
+    assert (result == 2048).all()  # a sum in bfloat16 stops at 128, in float16 at 1024
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str
+)
+@each_fuser
+@torch.no_grad()
+def test_narrow_results_are_close_to_the_float32_ones(
+    make: Make, dtype: torch.dtype, tolerance: float
+) -> None:
+    fuser, original = randomized(make(24, 4)), torch.randn(2, 14, 14, 24)
+    tokens = tokens_for(original)
+    exact = fuser(tokens, original)
+    narrow = fuser.to(dtype)(tokens.to(dtype), original.to(dtype)).float()
+    assert (narrow - exact).abs().max() / exact.abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@each_fuser
+@torch.no_grad()
+def test_autocast_gives_the_dtype_of_the_original(make: Make, dtype: torch.dtype) -> None:
+    fuser, original = randomized(make(24, 4)), torch.randn(2, 14, 14, 24)
+    tokens = tokens_for(original)
+    exact = fuser(tokens, original)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = fuser(tokens, original.to(dtype))
+    assert result.dtype == dtype
+    assert 0 < (result.float() - exact).abs().max() / exact.abs().max() < 3e-2
+
+
+# --- dropout -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_dropout_acts_on_the_result() -> None:
+    fuser = randomized(TokenFuser(9, 4, None, dropout_rate=0.25)).train()
+    original = torch.randn(2, 20, 20, 9)
+    tokens = tokens_for(original)
+    result, kept = fuser(tokens, original), fuser.eval()(tokens, original)
+    dropped = result == 0
+    assert 0.2 < dropped.float().mean() < 0.3
+    torch.testing.assert_close(result[~dropped], kept[~dropped] / 0.75)
+
+
+@torch.no_grad()
+def test_dropout_acts_in_the_gates_too() -> None:
+    fuser = randomized(TokenFuser(9, 4, 10, dropout_rate=0.5)).eval()
+    original = torch.randn(2, 20, 20, 9)
+    tokens = tokens_for(original)
+    kept = fuser(tokens, original)
+    fuser.gates.train()
+    assert not torch.allclose(fuser(tokens, original), kept)
+
+
+@torch.no_grad()
+def test_there_is_no_dropout_in_eval_mode() -> None:
+    dropping, plain = randomized(TokenFuser(9, 4, dropout_rate=0.5)).eval(), TokenFuser(9, 4)
+    plain.load_state_dict(dropping.state_dict())
+    original = torch.randn(2, 5, 7, 9)
+    tokens = tokens_for(original)
+    assert torch.equal(dropping(tokens, original), plain(tokens, original))
+
+
+# --- life --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "pickle"],
+)
+@each_fuser
+@torch.no_grad()
+def test_a_used_fuser_can_be_copied(make: Make, duplicate: Callable) -> None:
+    fuser, original = randomized(make(9, 4)), torch.randn(2, 5, 7, 9)
+    tokens = tokens_for(original)
+    expected = fuser(tokens, original)
+    twin = duplicate(fuser)
+    for parameter in fuser.parameters():
+        parameter.zero_()
+    assert torch.equal(twin(tokens, original), expected)
+
+
+@each_fuser
+@torch.no_grad()
+def test_a_state_dict_makes_a_second_fuser_equal(make: Make) -> None:
+    first, second = randomized(make(9, 4)), randomized(make(9, 4))
+    second.load_state_dict(first.state_dict(), strict=True)
+    original = torch.randn(2, 5, 7, 9)
+    tokens = tokens_for(original)
+    assert torch.equal(second(tokens, original), first(tokens, original))
+
+
+@each_fuser
+@torch.no_grad()
+def test_the_result_on_the_chosen_device_is_that_on_the_cpu(
+    make: Make, device: torch.device
+) -> None:
+    fuser, original = randomized(make(9, 4).double()), uneven(2, 5, 7, 9)
+    tokens = tokens_for(original)
+    expected = fuser(tokens, original)
+    result = fuser.to(device)(tokens.to(device), original.to(device))
+    torch.testing.assert_close(result.cpu(), expected)
+
+
+@pytest.mark.parametrize("name", ["default", "linear", "without_norm"])
+def test_compiled_as_one_graph_for_several_grids(name: str) -> None:
+    torch.compiler.reset()
+    fuser = randomized(FUSERS[name](9, 4))
+    compiled = torch.compile(fuser, fullgraph=True, backend="aot_eager")
+    for h, w in ((4, 4), (6, 6), (5, 7)):
+        original = torch.randn(2, h, w, 9)
+        tokens = tokens_for(original)
+        expected = fuser(tokens, original)
+        torch.testing.assert_close(compiled(tokens, original), expected, rtol=1e-4, atol=1e-5)
