@@ -7,6 +7,10 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+# Before torch is loaded: threads that wait give their core away. With the default, to spin, tests
+# take many times as long on a machine that does other work too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import numpy as np
 import pytest

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checks import check_count
+from .evaluate import mode
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,8 @@ class _Inference:
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        was_training = self.model.training
-        self.model.eval()(self.images)
-        self.model.train(was_training)
+        with mode(self.model, training=False):
+            self.model(self.images)
 
 
 class _Training:
@@ -114,10 +114,9 @@ class _Training:
         self.model, self.images = model, images
 
     def __call__(self) -> None:
-        was_training = self.model.training
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        torch.autograd.grad(self.model.train()(self.images).mean(), parameters, allow_unused=True)
-        self.model.train(was_training)
+        with mode(self.model, training=True):
+            torch.autograd.grad(self.model(self.images).mean(), parameters, allow_unused=True)
 
 
 def _times(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

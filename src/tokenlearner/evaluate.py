@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,18 @@ class Evaluation:
     top5_percent: float
 
 
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Puts a model in training or evaluation mode; each of its parts gets its own mode back."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: ImageDataset, batch_size: int = 500) -> Evaluation:
     """Classifies every picture of `data` and returns loss and accuracy.
@@ -39,10 +53,8 @@ def evaluate(model: nn.Module, data: ImageDataset, batch_size: int = 500) -> Eva
     """
     check_count("batch_size", batch_size)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     loss = top1 = top5 = 0.0
-    try:
+    with mode(model, training=False):
         for images, labels in data.batches(batch_size):
             logits, labels = model(images.to(device)).float(), labels.to(device)
             _check_classes(logits.shape[1], data)
@@ -50,8 +62,6 @@ def evaluate(model: nn.Module, data: ImageDataset, batch_size: int = 500) -> Eva
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             top1 += best[:, 0].sum().item()
             top5 += best.sum().item()
-    finally:
-        model.train(was_training)
     n = len(data)
     return Evaluation(n, loss / n, 100 * top1 / n, 100 * top5 / n)
 

@@ -96,6 +96,8 @@ def insert(
     check_count("num_tokens", num_tokens)
     n = math.prod(patches.grid_size)
     known = patches if grid is None else check_grid(grid, n)
+    if learner in ("v1", "v1-mean"):
+        _check_grid_is_told(patches, grid)
     if num_tokens > n:
         raise ValueError(f"num_tokens is {num_tokens}, but a picture has {n}; ask for fewer")
     width, prefix = getattr(model, host.width), getattr(model, host.num_prefix_tokens)
@@ -163,7 +165,8 @@ def insertion(model: nn.Module) -> dict[str, Any] | None:
     else:
         name = "grouped" if isinstance(learner, TokenLearnerModuleV11) else "v11"
     fuse = isinstance(first, FusedBlock)
-    return {"num_tokens": learner.num_tokens, "at": at, "learner": name, "fuse": fuse}
+    told = {"num_tokens": learner.num_tokens, "at": at, "learner": name, "fuse": fuse}
+    return told | ({"grid": list(first.fixed_grid)} if first.fixed_grid else {})
 
 
 def block_index(at: int | float, depth: int) -> int:
@@ -179,6 +182,15 @@ def block_index(at: int | float, depth: int) -> int:
             f"at is {at!r}, expected a block from 0 to {depth - 1}, or a share from 0.0 to below 1"
         )
     return int(at * depth) if is_share else int(at)
+
+
+def _check_grid_is_told(patches: nn.Module, grid: Grid | None) -> None:
+    """Refuses V1 in a host that takes pictures of any size: a block sees no picture's grid."""
+    if grid is None and not getattr(patches, "strict_img_size", True):
+        raise ValueError(
+            "V1's convolutions need the grid, which a host with dynamic_img_size does not tell; "
+            "insert learner='v11', which needs none, or build the host without dynamic_img_size"
+        )
 
 
 def _like_its_block(wrapped: ReducedBlock) -> ReducedBlock:

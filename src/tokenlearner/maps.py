@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Grid
+from .evaluate import mode
 from .files import written_whole
 from .insert import wrapped_blocks
 from .wrappers import ReducedBlock
@@ -39,16 +40,15 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     def keep(index: int, block: ReducedBlock) -> Any:
         def hook(learner: Any, args: tuple[Any, ...]) -> None:
             flat = learner.attention(*args)
-            maps[index] = flat.unflatten(-1, _grid(block, flat.shape[-1]))
+            maps[index] = flat.unflatten(-1, _grid(block, images, flat.shape[-1]))
 
         return hook
 
     hooks = [b.learner.register_forward_pre_hook(keep(i, b)) for i, b in found.items()]
-    was_training = model.training
     try:
-        model.eval()(images)
+        with mode(model, training=False):
+            model(images)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return maps
@@ -106,8 +106,8 @@ def _show(axis: Any, picture: Tensor, grey: bool = False) -> None:
     axis.set_yticks([])
 
 
-def _grid(block: ReducedBlock, n: int) -> Grid:
-    grid = block.grid
+def _grid(block: ReducedBlock, images: Tensor, n: int) -> Grid:
+    grid = block.grid_of((images.shape[-2], images.shape[-1]))
     if grid is None or grid[0] * grid[1] != n:
         raise ValueError(
             f"{n} positions do not fit the model's grid {grid}; build it for this picture size, "

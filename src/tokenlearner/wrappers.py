@@ -57,6 +57,18 @@ class ReducedBlock(nn.Module):
         (known,) = self._grid
         return getattr(known, "grid_size", None) if isinstance(known, nn.Module) else known
 
+    @property
+    def fixed_grid(self) -> Grid | None:
+        """The grid that was passed as such, None where a module is asked."""
+        (known,) = self._grid
+        return None if isinstance(known, nn.Module) else known
+
+    def grid_of(self, image_size: tuple[int, int]) -> Grid | None:
+        """Height and width in positions of a picture of this size, as far as known."""
+        (known,) = self._grid
+        ask = getattr(known, "dynamic_feat_size", None)  # timm's, for hosts that take any size
+        return self.grid if ask is None else ask(image_size)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Learns tokens and runs the block on them: `b (p + t n) c -> b (p + t k) c`.
 

@@ -17,6 +17,7 @@ from .insert import insert, insertion, remove
 
 _KEY = "tokenlearner"  # of the config in the header of a safetensors file
 _FILE = "model.safetensors"
+_STARTS = ("pretrained", "checkpoint_path", "cache_dir")  # where weights came from: now the file
 
 
 def create_model(
@@ -110,9 +111,13 @@ def load_model(path: str | Path) -> nn.Module:
         raise ValueError(f"{file} is no readable safetensors file ({error})") from error
     if _KEY not in header:
         raise ValueError(f"{file} has weights but no config; save it with tokenlearner.save_model")
-    model = _build(json.loads(header[_KEY]))
+    try:
+        model = _build(json.loads(header[_KEY]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        message = f"{file} has a config that makes no model ({error!r}); save the model again"
+        raise ValueError(message) from error
     _check_fit(state, model, f"{file} does not fit the model it names")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)  # with the dtype that was saved
     return model.eval()
 
 
@@ -131,7 +136,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
             f"this {type(model).__name__} does not know how it was built; make it with "
             "tokenlearner.create_model, or save model.state_dict() yourself"
         )
-    kwargs = {key: value for key, value in config["kwargs"].items() if key != "pretrained"}
+    kwargs = {key: value for key, value in config["kwargs"].items() if key not in _STARTS}
     config = {"name": config["name"], "kwargs": kwargs, "insert": insertion(model)}
     try:
         return json.loads(json.dumps(config))

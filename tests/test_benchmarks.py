@@ -1,0 +1,104 @@
+"""The scripts in benchmarks/ run at a tiny size and print a table of sane numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tokenlearner import load_data
+from tokenlearner.data import ImageDataset
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(request.param)
+
+
+def table(text: str) -> tuple[list[str], dict[str, list[float]]]:
+    """The header of a printed Markdown table, and the first number of each cell by its row."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    header, _, *body = [[cell.strip() for cell in line] for line in lines]
+    return header[1:], {row[0]: [float(cell.split()[0]) for cell in row[1:]] for row in body}
+
+
+def a_tenth(name: str, split: str) -> ImageDataset:
+    data = load_data(name, split)
+    return dataclasses.replace(data, images=data.images[::10], labels=data.labels[::10])
+
+
+def test_every_script_is_in_the_readme_with_its_command() -> None:
+    readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    for path in BENCHMARKS.glob("*.py"):
+        assert f"python benchmarks/{path.name}" in readme
+
+
+@pytest.mark.parametrize("script", ["fuser_init"], indirect=True)
+def test_fuser_init_prints_gradients_and_losses(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    options = "--seeds 1 --steps 1 --threads 1 --starts norm mix"
+    monkeypatch.setattr(sys, "argv", ["fuser_init.py", *options.split()])
+    monkeypatch.setattr(script, "load_data", a_tenth)
+    try:
+        script.main()
+    finally:
+        torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    starts, rows = table(text)
+    assert starts == ["norm", "mix"]
+    assert rows["gradient norm: `mix.weight`"][0] == 0 < rows["gradient norm: `mix.weight`"][1]
+    assert all(2 < loss < 3 for loss in rows["loss after 1 steps"])  # ln 10 is 2.3
+    assert all(0 < accuracy < 100 for accuracy in rows["held-out accuracy, %"])
+    assert text.splitlines()[-1] == f"python benchmarks/fuser_init.py {options}"
+
+
+@pytest.mark.parametrize("script", ["fuser_init"], indirect=True)
+@pytest.mark.parametrize("start", ["norm", "norm-xavier", "mix", "mix-no-norms"])
+def test_every_start_but_one_leaves_the_model_as_if_it_had_no_fuser(
+    script: ModuleType, start: str
+) -> None:
+    images = torch.randn(2, 1, 28, 28)
+    model, without = (script.fused_vit(name, seed=0).eval() for name in (start, "norm"))
+    assert torch.equal(model(images), without(images))
+    assert not torch.equal(script.fused_vit("nothing", seed=0).eval()(images), without(images))
+
+
+@pytest.mark.parametrize("script", ["modules_memory"], indirect=True)
+@pytest.mark.parametrize("name", ["V1", "V1.1 grouped", "V1.1 MLP"])
+def test_the_textbook_form_gives_the_same_tokens(script: ModuleType, name: str) -> None:
+    learner, x = script.LEARNERS[name](), torch.randn(2, 5, 7, 128)
+    torch.testing.assert_close(script.textbook(learner, x), learner(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_the_measured_peak_contains_what_the_textbook_form_makes() -> None:
+    """Of 32 frames `b k n c` is 128 MiB in float32, as large as 8 inputs."""
+    words = ["--batch", "32", "--child", "V1.1 MLP", "textbook", "forward"]
+    command = [sys.executable, str(BENCHMARKS / "modules_memory.py"), *words]
+    assert 128 < float(subprocess.check_output(command)) < 512
+
+
+@pytest.mark.parametrize("script", ["modules_memory"], indirect=True)
+def test_modules_memory_prints_the_median_of_its_runs(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = iter(range(1, 100))
+    monkeypatch.setattr(subprocess, "check_output", lambda command: f"{next(measured)}\n".encode())
+    monkeypatch.setattr(sys, "argv", ["modules_memory.py", "--runs", "3", "--batch", "2"])
+    script.main()
+    text = capsys.readouterr().out
+    columns, rows = table(text)
+    assert columns[:2] == ["forward, ours", "forward, textbook"]
+    assert rows["V1"] == [2, 5, 8, 11]
+    assert text.splitlines()[-1] == "python benchmarks/modules_memory.py --runs 3 --batch 2"
