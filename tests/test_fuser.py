@@ -215,9 +215,10 @@ def test_the_mix_starts_at_0_if_asked_to_or_without_a_norm(arguments: dict[str, 
     assert (fuser.mix.bias == 0).all()
 
 
-def test_the_mix_starts_as_the_identity_by_default() -> None:
-    fuser = TokenFuser(9, 4)
-    assert torch.equal(fuser.mix.weight, torch.eye(4))
+def test_the_mix_starts_xavier_uniform_and_its_gain_at_0_by_default() -> None:
+    fuser = TokenFuser(9, 64)
+    bound = math.sqrt(6 / 128)
+    assert 0.95 * bound < fuser.mix.weight.abs().max() <= bound
     assert (fuser.mix_norm2.weight == 0).all()
 
 

@@ -16,11 +16,11 @@ class TokenFuser(nn.Module):
     original. A new fuser returns exactly 0, so a model starts as if it had none.
 
     The official code gets that 0 from the mix over tokens, whose kernel starts at 0. The LayerNorm
-    behind it then sees zeros, where its slope is 1 / sqrt(eps) = 1000, and the mix's first
-    gradients are about 1000 times those of all other weights: gradient clipping spends the first
-    steps on them. Here the gain of that LayerNorm starts at 0 instead and the mix as the identity:
-    the same function, the same parameters, the same 0, ordinary gradients
-    (`benchmarks/fuser_init.py` measures both). `zero_init="mix"` is the official start.
+    behind it then sees zeros, where its slope is 1 / sqrt(eps) = 1000: the kernel's first gradient
+    dwarfs all others, and a global clip spends the first step on it. Here that LayerNorm's gain
+    starts at 0 instead: the same function, the same parameters, the same 0, ordinary gradients.
+    AdamW hides the difference, so neither start trains clearly better (`benchmarks/README.md`);
+    `zero_init="mix"` is the official one.
 
     Args:
         in_channels: Channels `c` of tokens and original.
@@ -64,7 +64,7 @@ class TokenFuser(nn.Module):
         self.dropout = nn.Dropout(check_rate(dropout_rate))
         nn.init.zeros_(self.mix.bias)
         if isinstance(self.mix_norm2, nn.LayerNorm) and zero_init == "norm":
-            nn.init.eye_(self.mix.weight)
+            nn.init.xavier_uniform_(self.mix.weight)
             nn.init.zeros_(self.mix_norm2.weight)
         else:
             nn.init.zeros_(self.mix.weight)
