@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is loaded: threads that wait for each other spin only briefly. With the default,
-# tests take 10 times as long where another program wants the same cores. The Makefile does the same.
+# tests take 10 times as long where another program wants the same cores. The Makefile does it too.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import hypothesis
