@@ -201,6 +201,14 @@ def test_a_model_made_elsewhere_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_pooling_is_refused_since_a_file_would_not_show_it(tmp_path: Path) -> None:
+    model = small()
+    model.reset_classifier(10, global_pool="max")
+    with pytest.raises(ValueError, match="global_pool was changed from 'avg' to 'max' since"):
+        save_model(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def _new_head(model: nn.Module) -> None:
     model.reset_classifier(3)
 

@@ -83,6 +83,11 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     with torch.device("meta"):
         rebuilt = _build(config)
     _check_fit(state, rebuilt, "the model was changed since create_model made it")
+    if _pooling(model) != _pooling(rebuilt):  # timm's; no parameter shows it
+        raise ValueError(
+            f"global_pool was changed from {_pooling(rebuilt)!r} to {_pooling(model)!r} since "
+            "create_model made the model; pass it to create_model"
+        )
     file = _file(path)
     with written_whole(file) as temporary:
         save_file(state, str(temporary), metadata={_KEY: json.dumps(config)})
@@ -158,6 +163,10 @@ def _check_fit(state: Mapping[str, Tensor], model: nn.Module, what: str) -> None
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if differing := sorted({key for key, _ in found.items() ^ expected.items()}):
         raise ValueError(f"{what}: {', '.join(differing[:5])} ({len(differing)} in all) differ")
+
+
+def _pooling(model: nn.Module) -> str | None:
+    return getattr(model, "global_pool", None)
 
 
 def _file(path: str | Path) -> Path:
