@@ -244,6 +244,16 @@ def test_readme_subcommands_and_options_exist(
     assert_options_exist(words, cli_help)
 
 
+@pytest.mark.slow
+def test_readme_commands_run_one_after_the_other(tmp_path: Path) -> None:
+    commands = commands_named("tokenlearner")
+    assert commands
+    for words in commands:
+        command = [sys.executable, "-m", "tokenlearner", *words]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, f"{shlex.join(words)}\n{result.stderr}"
+
+
 def assert_options_exist(words: list[str], cli_help: Callable[..., str]) -> None:
     subcommand = [] if not words or words[0].startswith("-") else words[:1]
     text = cli_help(*subcommand)
