@@ -24,17 +24,25 @@ from tokenlearner.data import ImageDataset
 from tokenlearner.insert import wrapped_blocks
 
 
+def start_at(mix: Callable[[Tensor], Tensor], gain: float) -> Callable[[TokenFuser], None]:
+    def start(fuser: TokenFuser) -> None:
+        mix(fuser.mix.weight)
+        nn.init.constant_(fuser.mix_norm2.weight, gain)
+
+    return start
+
+
 def without_norms(fuser: TokenFuser) -> None:
     fuser.mix_norm1 = fuser.mix_norm2 = nn.Identity()
     nn.init.zeros_(fuser.mix.weight)
 
 
-STARTS: dict[str, Callable[[TokenFuser], object]] = {
-    "norm": lambda fuser: None,  # as built: the gain at 0, the mix Xavier-uniform
-    "norm-identity": lambda fuser: nn.init.eye_(fuser.mix.weight),
-    "mix": lambda fuser: (nn.init.zeros_(fuser.mix.weight), nn.init.ones_(fuser.mix_norm2.weight)),
+STARTS: dict[str, Callable[[TokenFuser], None]] = {
+    "mix": start_at(nn.init.zeros_, gain=1),
+    "norm": start_at(nn.init.xavier_uniform_, gain=0),
+    "norm-identity": start_at(nn.init.eye_, gain=0),
     "mix-no-norms": without_norms,
-    "nothing": lambda fuser: nn.init.ones_(fuser.mix_norm2.weight),  # no 0, the mix Xavier-uniform
+    "nothing": start_at(nn.init.xavier_uniform_, gain=1),
 }
 
 

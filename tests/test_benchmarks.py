@@ -64,7 +64,7 @@ def test_fuser_init_prints_gradients_and_losses(
 
 
 @pytest.mark.parametrize("script", ["fuser_init"], indirect=True)
-@pytest.mark.parametrize("start", ["norm", "norm-xavier", "mix", "mix-no-norms"])
+@pytest.mark.parametrize("start", ["mix", "norm", "norm-identity", "mix-no-norms"])
 def test_every_start_but_one_leaves_the_model_as_if_it_had_no_fuser(
     script: ModuleType, start: str
 ) -> None:

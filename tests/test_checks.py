@@ -100,7 +100,7 @@ def test_only_torchs_gelus_are_known(make: Make, value: Any) -> None:
 
 @pytest.mark.parametrize("value", ["gain", None, 0], ids=repr)
 def test_a_fuser_starts_from_norm_or_mix(value: Any) -> None:
-    with refused(f"zero_init is {value!r}, expected one of 'norm', 'mix'"):
+    with refused(f"zero_init is {value!r}, expected one of 'mix', 'norm'"):
         TokenFuser(8, 4, zero_init=value)
 
 

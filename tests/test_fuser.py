@@ -20,7 +20,7 @@ Golden = Callable[[str], dict[str, np.ndarray]]
 Make = Callable[..., TokenFuser]
 
 FUSERS: dict[str, Make] = {
-    "official": partial(TokenFuser, bottleneck_dim=10, zero_init="mix"),
+    "gain_at_0": partial(TokenFuser, bottleneck_dim=10, zero_init="norm"),
     "default": partial(TokenFuser, bottleneck_dim=10),
     "linear": partial(TokenFuser, bottleneck_dim=None, norm_eps=1e-5),
     "without_norm": partial(TokenFuser, bottleneck_dim=10, use_normalization=False),
@@ -118,7 +118,7 @@ def test_gradients_of_the_tokens_are_those_of_scenic(file: str, golden: Golden) 
 
 _MLP = {"bottleneck": True, "use_normalization": True, "norm_eps": 1e-6, "approximate": "tanh"}
 EQUATIONS = {
-    "official": _MLP,
+    "gain_at_0": _MLP,
     "default": _MLP,
     "linear": _MLP | {"bottleneck": False, "norm_eps": 1e-5},
     "without_norm": _MLP | {"use_normalization": False},
@@ -172,20 +172,21 @@ def first_gradients(**arguments: object) -> dict[str, float]:
 
 def test_first_gradients_are_ordinary_if_the_norms_gain_starts_at_0() -> None:
     without_norm = first_gradients(use_normalization=False)["mix.weight"]
-    assert max(first_gradients().values()) < 10 * without_norm
+    assert max(first_gradients(zero_init="norm").values()) < 10 * without_norm
 
 
 def test_first_gradients_are_above_100_times_larger_if_the_mix_starts_at_0() -> None:
-    assert first_gradients(zero_init="mix")["mix.weight"] > 100 * max(first_gradients().values())
+    ordinary = max(first_gradients(zero_init="norm").values())
+    assert first_gradients()["mix.weight"] > 100 * ordinary
 
 
 def test_the_gain_of_the_norm_learns_from_the_first_step() -> None:
-    gradients = first_gradients()
+    gradients = first_gradients(zero_init="norm")
     assert gradients["mix_norm2.weight"] > 1
     assert gradients["mix_norm2.bias"] > 1
 
 
-@pytest.mark.parametrize("arguments", [{}, {"zero_init": "mix"}, {"use_normalization": False}])
+@pytest.mark.parametrize("arguments", [{}, {"zero_init": "norm"}, {"use_normalization": False}])
 def test_two_steps_of_training_reach_every_parameter(arguments: dict[str, object]) -> None:
     fuser = TokenFuser(9, 4, **arguments)
     before = copy.deepcopy(fuser.state_dict())
@@ -203,20 +204,20 @@ def test_two_steps_of_training_reach_every_parameter(arguments: dict[str, object
 
 
 def test_both_starts_have_the_same_parameters() -> None:
-    norm, mix = TokenFuser(9, 4), TokenFuser(9, 4, zero_init="mix")
+    norm, mix = TokenFuser(9, 4, zero_init="norm"), TokenFuser(9, 4)
     norm.load_state_dict(mix.state_dict(), strict=True)
     assert [p.shape for p in norm.parameters()] == [p.shape for p in mix.parameters()]
 
 
-@pytest.mark.parametrize("arguments", [{"zero_init": "mix"}, {"use_normalization": False}])
-def test_the_mix_starts_at_0_if_asked_to_or_without_a_norm(arguments: dict[str, object]) -> None:
+@pytest.mark.parametrize("arguments", [{}, {"zero_init": "norm", "use_normalization": False}])
+def test_the_mix_starts_at_0_by_default_and_without_a_norm(arguments: dict[str, object]) -> None:
     fuser = TokenFuser(9, 4, **arguments)
     assert (fuser.mix.weight == 0).all()
     assert (fuser.mix.bias == 0).all()
 
 
-def test_the_mix_starts_xavier_uniform_and_its_gain_at_0_by_default() -> None:
-    fuser = TokenFuser(9, 64)
+def test_the_mix_starts_xavier_uniform_where_the_gain_starts_at_0() -> None:
+    fuser = TokenFuser(9, 64, zero_init="norm")
     bound = math.sqrt(6 / 128)
     assert 0.95 * bound < fuser.mix.weight.abs().max() <= bound
     assert (fuser.mix_norm2.weight == 0).all()

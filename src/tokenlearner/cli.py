@@ -53,13 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse_command(arguments: Sequence[str]) -> str:
     """Names the command; help and mistakes are answered here, before anything heavy is loaded."""
-    from . import __doc__ as about
     from . import __version__
 
     listing = "\n".join(f"  {name:<8}{what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="tokenlearner",
-        description=about,
+        description="Image and video transformers on a few learned tokens (arXiv 2106.11297).",
         epilog=f"commands:\n{listing}\n\n`tokenlearner COMMAND --help` lists a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -15,12 +15,12 @@ class TokenFuser(nn.Module):
     Every position gets a sum of the mixed tokens, weighted by sigmoid gates that look at the
     original. A new fuser returns exactly 0, so a model starts as if it had none.
 
-    The official code gets that 0 from the mix over tokens, whose kernel starts at 0. The LayerNorm
-    behind it then sees zeros, where its slope is 1 / sqrt(eps) = 1000: the kernel's first gradient
-    dwarfs all others, and a global clip spends the first step on it. Here that LayerNorm's gain
-    starts at 0 instead: the same function, the same parameters, the same 0, ordinary gradients.
-    AdamW hides the difference, so neither start trains clearly better (`benchmarks/README.md`);
-    `zero_init="mix"` is the official one.
+    That 0 comes from the mix over tokens, whose kernel starts at 0. The LayerNorm behind it then
+    sees zeros, where its slope is 1 / sqrt(eps) = 1000: the kernel's first gradient dwarfs all
+    others, and a global clip spends the first step on it. `zero_init="norm"` starts the gain of
+    that norm at 0 instead: the same function and parameters, the same 0, ordinary gradients. It is
+    not the default, since the official start learned faster in short trainings under AdamW
+    (`benchmarks/README.md`); it is for where the size of a gradient counts, such as float16.
 
     Args:
         in_channels: Channels `c` of tokens and original.
@@ -28,15 +28,15 @@ class TokenFuser(nn.Module):
         bottleneck_dim: Hidden width of the gates' MLP; None is the paper's single linear layer.
         dropout_rate: Dropout in the gates' MLP and of the result.
         use_normalization: LayerNorm before and after the mix; needed after sum pooling.
-        zero_init: What starts at 0, `"norm"` or `"mix"`; without normalisation it is the mix.
+        zero_init: What starts at 0, `"mix"` or `"norm"`; without normalisation it is the mix.
         norm_eps: LayerNorm's epsilon.
         approximate: The GELU, `"none"` (exact) or `"tanh"`.
 
     Raises:
         ValueError: An argument is out of range.
 
-    Source: scenic `TokenFuser`, but for `zero_init`; the result has the original's shape in 4-D
-    too (the official code returns it flat), and frames are never mixed.
+    Source: scenic `TokenFuser`; here the result has the original's shape in 4-D too, where the
+    official code returns it flat.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class TokenFuser(nn.Module):
         dropout_rate: float = 0.0,
         use_normalization: bool = True,
         *,
-        zero_init: str = "norm",
+        zero_init: str = "mix",
         norm_eps: float = 1e-6,
         approximate: str = "tanh",
     ):
         super().__init__()
         self.in_channels = check_count("in_channels", in_channels)
         self.num_tokens = check_count("num_tokens", num_tokens)
-        check_choice("zero_init", zero_init, ("norm", "mix"))
+        check_choice("zero_init", zero_init, ("mix", "norm"))
         eps = check_eps(norm_eps)
         self.mix_norm1 = nn.LayerNorm(in_channels, eps=eps) if use_normalization else nn.Identity()
         self.mix = nn.Linear(num_tokens, num_tokens)
