@@ -19,8 +19,9 @@ class TokenFuser(nn.Module):
     sees zeros, where its slope is 1 / sqrt(eps) = 1000: the kernel's first gradient dwarfs all
     others, and a global clip spends the first step on it. `zero_init="norm"` starts the gain of
     that norm at 0 instead: the same function and parameters, the same 0, ordinary gradients. It is
-    not the default, since the official start learned faster in short trainings under AdamW
-    (`benchmarks/README.md`); it is for where the size of a gradient counts, such as float16.
+    not the default, since the official start was ahead for the first 50 steps under AdamW and level
+    after an epoch (`benchmarks/README.md`); it is for where the size of a gradient counts, such as
+    float16.
 
     Args:
         in_channels: Channels `c` of tokens and original.
