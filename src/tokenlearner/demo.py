@@ -216,9 +216,12 @@ def _notes(pair: tuple[Contender, Contender], images: int) -> list[str]:
     gap = learned.top1_percent - plain.top1_percent
     verdict = "which is more than chance" if abs(gap) > margin else "which chance could explain"
     macs = plain.cost.gmacs / learned.cost.gmacs
+    last = [c.top1_percent - c.result.history[-2]["test_top1_percent"] for c in pair]
     return [
         f"Accuracy: {gap:+.1f} points, {verdict} (one seed; 95 % of chance lies within "
         f"±{margin:.1f} for {images} pictures).",
+        f"Training: short; the last epoch still changed them by {last[0]:+.1f} and {last[1]:+.1f} "
+        "points, so a longer one (--epochs) may close the gap or widen it.",
         f"Speed: {macs:.2f} times fewer multiply-adds; inference {_spread(learned.cost.speedup)}, "
         f"training {_spread(learned.cost.training_speedup)} times as fast (quartiles, in turn).",
         "Memory at inference is set by the blocks before the tokens are learned, so it can stay.",
