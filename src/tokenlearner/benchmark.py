@@ -159,12 +159,10 @@ class _LiveTensors(TorchDispatchMode):
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {
-            _storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        }
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and (storage := _storage(leaf)) not in inputs:
+        inputs = _storages((args, kwargs))
+        for storage in _storages(out):
+            if storage not in inputs:
                 self._add(storage)
         return out
 
@@ -180,5 +178,5 @@ class _LiveTensors(TorchDispatchMode):
         self.now -= size
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+def _storages(tree: Any) -> set[torch.UntypedStorage]:
+    return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}

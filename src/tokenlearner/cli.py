@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
-COMMANDS = {  # name: module and function here, and what it does
+COMMANDS = {  # what each does; `_RUN` below has the functions
     "demo": "train a small ViT with and without learned tokens on real pictures, and compare",
     "train": "train a named model on a named data set",
     "eval": "evaluate a checkpoint on a data set",

@@ -151,7 +151,7 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def insertion_options(config: TrainConfig) -> dict[str, Any]:
+def _insertion_options(config: TrainConfig) -> dict[str, Any]:
     """The part of a config that `create_model` takes to insert learned tokens."""
     return {name: getattr(config, name) for name in ("num_tokens", "at", "learner", "fuse")}
 
@@ -160,7 +160,7 @@ def _model(config: TrainConfig, data: ImageDataset) -> nn.Module:
     """Builds the model for the data's classes and channels, and tries it on one picture."""
     channels = data.images.shape[1]
     sizes: dict[str, Any] = {"num_classes": len(data.classes), "in_chans": channels}
-    model = create_model(config.model, **insertion_options(config), **sizes)
+    model = create_model(config.model, **_insertion_options(config), **sizes)
     images, _ = next(iter(data.batches(1)))
     try:
         with torch.inference_mode():
