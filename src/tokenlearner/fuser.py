@@ -55,6 +55,7 @@ class TokenFuser(nn.Module):
         super().__init__()
         self.in_channels = check_count("in_channels", in_channels)
         self.num_tokens = check_count("num_tokens", num_tokens)
+        self.bottleneck_dim = bottleneck_dim
         check_choice("zero_init", zero_init, ("mix", "norm"))
         eps = check_eps(norm_eps)
         self.mix_norm1 = nn.LayerNorm(in_channels, eps=eps) if use_normalization else nn.Identity()
@@ -85,7 +86,7 @@ class TokenFuser(nn.Module):
         """
         self._check(tokens, original)
         positions = flatten(original)
-        y = self.mix_norm1(tokens.reshape(len(positions), self.num_tokens, self.in_channels))
+        y = self.mix_norm1(tokens.reshape(positions.shape[0], self.num_tokens, self.in_channels))
         y = self.mix_norm2(self.mix(y.transpose(1, 2)).transpose(1, 2))
         gates = torch.sigmoid(widen(self.gates(self.norm(positions))))
         return self.dropout(pool(gates, y)).to(original.dtype).reshape(original.shape)

@@ -46,6 +46,7 @@ LEARNERS: dict[str, Callable[[int, int], nn.Module]] = {
     "v1": lambda c, k: TokenLearner(c, k, use_sum_pooling=True, **_OFFICIAL),
     "v1-mean": lambda c, k: TokenLearner(c, k, use_sum_pooling=False, **_OFFICIAL),
     "grouped": lambda c, k: TokenLearnerModuleV11(c, k, max(1, c // 128), **_OFFICIAL),
+    "grouped-linear": lambda c, k: TokenLearnerModuleV11(c, k, 8, norm_eps=1e-6),
 }
 
 
@@ -56,6 +57,7 @@ def insert(
     *,
     learner: str = "v11",
     fuse: bool = False,
+    fuser_bottleneck_dim: int | None = 64,
     grid: Grid | None = None,
 ) -> Model:
     """Makes `model` run on `num_tokens` learned tokens from block `at` on; changes it in place.
@@ -69,9 +71,10 @@ def insert(
         num_tokens: Tokens `k` to learn from a picture.
         at: The learner runs in front of this block, counted from 0, or at this share of the depth.
         learner: `"v11"` (MLP, softmax), `"v1"` (convolutions, sigmoid, sum), `"v1-mean"` (the same
-            with the mean, which keeps tokens at the size that pretrained blocks expect) or
-            `"grouped"` (V1.1 of January 2022).
+            with the mean, which keeps tokens at the size that pretrained blocks expect),
+            `"grouped"` (V1.1 of January 2022) or `"grouped-linear"` (V1.1 of December 2021).
         fuse: Put the tokens back on all positions behind each block from `at` on, for dense tasks.
+        fuser_bottleneck_dim: Hidden width of the fusers' gates; None is the paper's linear layer.
         grid: Height and width of the positions, where the model cannot tell them.
 
     Returns:
@@ -96,16 +99,18 @@ def insert(
     check_count("num_tokens", num_tokens)
     n = math.prod(patches.grid_size)
     known = patches if grid is None else check_grid(grid, n)
-    if learner in ("v1", "v1-mean"):
+    if learner in ("v1", "v1-mean") and not getattr(model, "tells_grid", False):
         _check_grid_is_told(patches, grid)
     if num_tokens > n:
         raise ValueError(f"num_tokens is {num_tokens}, but a picture has {n}; ask for fewer")
     width, prefix = getattr(model, host.width), getattr(model, host.num_prefix_tokens)
+    frames = getattr(patches, "frames", 1)  # of a clip, as our video models' embedding tells
+    place: dict[str, Any] = {"num_prefix_tokens": prefix, "frames": frames, "grid": known}
     for i in range(index, len(blocks) if fuse else index + 1):
-        place: dict[str, Any] = {"num_prefix_tokens": prefix, "grid": known}
         new = LEARNERS[learner](width, num_tokens)
         if fuse:
-            wrapped = FusedBlock(blocks[i], new, TokenFuser(width, num_tokens), **place)
+            fuser = TokenFuser(width, num_tokens, fuser_bottleneck_dim)
+            wrapped = FusedBlock(blocks[i], new, fuser, **place)
         else:
             wrapped = ReducedBlock(blocks[i], new, **place)
         blocks[i] = _like_its_block(wrapped)
@@ -148,9 +153,9 @@ def find_host(model: nn.Module) -> Host:
 
 
 def wrapped_blocks(model: nn.Module) -> dict[int, ReducedBlock]:
-    """Finds the blocks of a host that learners stand at, by their index."""
-    blocks = getattr(model, find_host(model).blocks)
-    return {i: block for i, block in enumerate(blocks) if isinstance(block, ReducedBlock)}
+    """Finds the blocks of any model that learners stand at, by their index in their list."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, ReducedBlock)}
+    return {int(name.rpartition(".")[2]): block for name, block in found.items()}
 
 
 def insertion(model: nn.Module) -> dict[str, Any] | None:
@@ -163,9 +168,14 @@ def insertion(model: nn.Module) -> dict[str, Any] | None:
     if isinstance(learner, TokenLearner):
         name = "v1" if learner.use_sum_pooling else "v1-mean"
     else:
-        name = "grouped" if isinstance(learner, TokenLearnerModuleV11) else "v11"
-    fuse = isinstance(first, FusedBlock)
-    told = {"num_tokens": learner.num_tokens, "at": at, "learner": name, "fuse": fuse}
+        name = "v11"
+    if isinstance(learner, TokenLearnerModuleV11):
+        name = "grouped-linear" if learner.approximate is None else "grouped"
+    told = {"num_tokens": learner.num_tokens, "at": at, "learner": name, "fuse": False}
+    if isinstance(first, FusedBlock):
+        told["fuse"] = True
+        if first.fuser.bottleneck_dim != 64:
+            told["fuser_bottleneck_dim"] = first.fuser.bottleneck_dim
     return told | ({"grid": list(first.fixed_grid)} if first.fixed_grid else {})
 
 

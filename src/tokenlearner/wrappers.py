@@ -69,26 +69,35 @@ class ReducedBlock(nn.Module):
         ask = getattr(known, "dynamic_feat_size", None)  # timm's, for hosts that take any size
         return self.grid if ask is None else ask(image_size)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Tensor:
         """Learns tokens and runs the block on them: `b (p + t n) c -> b (p + t k) c`.
 
-        Further arguments go to the block.
+        Args:
+            x: Prefix tokens, then the positions of one frame after the other.
+            args: For the block.
+            grid: Height and width of these frames, where it changes from call to call.
+            kwargs: For the block.
 
         Raises:
             ValueError: The frames do not divide the sequence, or an attention mask is given.
         """
         _refuse_mask(kwargs)
         prefix, positions = self.split(x)
-        return self.block(self.join(prefix, self.learn(positions)), *args, **kwargs)
+        return self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
 
-    def learn(self, positions: Tensor) -> Tensor:
+    def learn(self, positions: Tensor, grid: Grid | None = None) -> Tensor:
         """Pools each frame: `(b t) n c -> (b t) k c`."""
-        return self.learner(positions, self.learner_grid)
+        return self.learner(positions, grid if grid and self.needs_grid else self.learner_grid)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the learner depends on the grid: V1's convolutions do, V1.1 does not."""
+        return isinstance(self.learner, TokenLearner)
 
     @property
     def learner_grid(self) -> Grid | None:
-        """What the learner is told about the grid: V1's convolutions need it, V1.1 does not."""
-        return self.grid if isinstance(self.learner, TokenLearner) else None
+        """What the learner is told about the grid unless a call tells it another."""
+        return self.grid if self.needs_grid else None
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Parts a sequence into prefix and frames: `b (p + t n) c` to `b p c`, `(b t) n c`."""
@@ -132,14 +141,14 @@ class FusedBlock(ReducedBlock):
         super().__init__(block, learner, num_prefix_tokens, frames, grid)
         self.fuser = fuser
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Tensor:
         """Runs the block on learned tokens: `b (p + t n) c -> b (p + t n) c`.
 
         Positions change only by what the fuser adds; prefix tokens are the block's.
         """
         _refuse_mask(kwargs)
         prefix, positions = self.split(x)
-        seen = self.block(self.join(prefix, self.learn(positions)), *args, **kwargs)
+        seen = self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
         prefix, tokens = self.split(seen)
         return self.join(prefix, positions + self.fuser(tokens, positions))
 
