@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
-from tokenlearner import TokenLearnerV11
+from tokenlearner import TokenFuser, TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from tokenlearner.convert import load_scenic, nest, to_scenic
-from tokenlearner.scenic import describe
+from tokenlearner.scenic import describe, learner_form
 from tokenlearner.video import ViViT
 from tokenlearner.vit import TokenLearnerViT
 
@@ -138,3 +139,66 @@ def test_fusers_that_differ_are_refused() -> None:
     params |= {k: v for k, v in other.items() if "TokenFuser_1" in k}
     with pytest.raises(ValueError, match="gates of width"):
         describe(params)
+
+
+# --- which learner it is -----------------------------------------------------------------------
+
+_TOLD = {"norm_eps": 1e-6, "approximate": "tanh"}
+grouped = TokenLearnerModuleV11
+FORMS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+    "v1": (TokenLearner(24, 5), {"learner": "v1", "num_tokens": 5}),
+    "v11": (TokenLearnerV11(24, 5, 7), {"learner": "v11", "num_tokens": 5, "bottleneck_dim": 7}),
+    "2021": (
+        grouped(768, 5, 8),
+        {"learner": "grouped-linear", "num_tokens": 5, "num_groups": 8, "approximate": None},
+    ),
+    "2021, narrow": (
+        grouped(24, 5, 8),
+        {"learner": "grouped-linear", "num_tokens": 5, "num_groups": 8, "approximate": None},
+    ),
+    "2022": (grouped(768, 5, 6), {"learner": "grouped", "num_tokens": 5, "num_groups": 6}),
+    "2022, narrow": (grouped(24, 5, 1), {"learner": "grouped", "num_tokens": 5, "num_groups": 1}),
+}
+
+
+@pytest.mark.parametrize(("module", "told"), FORMS.values(), ids=FORMS)
+def test_the_form_of_a_learner_is_told_by_its_parameters(
+    module: nn.Module, told: dict[str, Any]
+) -> None:
+    width = module.in_channels
+    assert learner_form(to_scenic(module)) == _TOLD | {"in_channels": width} | told
+    assert learner_form(nest(to_scenic(module))) == _TOLD | {"in_channels": width} | told
+
+
+@pytest.mark.parametrize("module", [m for m, _ in FORMS.values()], ids=FORMS)
+def test_the_class_takes_its_form_as_arguments(module: nn.Module) -> None:
+    form = learner_form(to_scenic(module))
+    del form["learner"]
+    state = load_scenic(type(module)(**form), to_scenic(module)).state_dict()
+    assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(("width", "groups"), [(1024, 8), (1144, 8), (24, 4), (768, 12)])
+def test_a_form_that_groups_do_not_tell_is_refused_with_the_way_out(
+    width: int, groups: int
+) -> None:
+    params = to_scenic(grouped(width, 4, groups))
+    with pytest.raises(ValueError, match=rf"{groups} groups of {width} .* pass gelu=False for"):
+        learner_form(params)
+    assert learner_form(params, gelu=True)["approximate"] == "tanh"
+    assert learner_form(params, gelu=True)["learner"] == "grouped"
+    assert learner_form(params, gelu=False)["approximate"] is None
+    assert learner_form(params, gelu=False)["learner"] == "grouped-linear"
+
+
+@pytest.mark.parametrize("module", [TokenFuser(24, 4), nn.Module()], ids=["fuser", "nothing"])
+def test_parameters_of_no_learner_have_no_form(module: nn.Module) -> None:
+    params = to_scenic(module) if isinstance(module, TokenFuser) else {}
+    with pytest.raises(ValueError, match="no learner of scenic has the parameters"):
+        learner_form(params)
+
+
+def test_a_learner_with_a_name_in_front_has_no_form() -> None:
+    params = {"TokenLearnerModuleV11_0": nest(to_scenic(TokenLearnerV11(9, 4)))}
+    with pytest.raises(ValueError, match="without the learner's own name in front"):
+        learner_form(params)

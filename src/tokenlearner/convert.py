@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -67,6 +67,7 @@ _FUSER: Layers = (_LEARNER_NORM, ("Dense_0", "mix", _DENSE))
 _FUSER_NORMS: Layers = tuple((f"fuser_{key}", key, _NORM) for key in ("mix_norm1", "mix_norm2"))
 _MLP_GATES: Layers = tuple((f"token_masking/Dense_{i}", f"gates.{3 * i}", _DENSE) for i in range(2))
 _LINEAR_GATES: Layers = (("Conv_0", "gates", _POINTWISE),)
+LEARNER_TABLES = {"v1": _V1, "v11": _V11, "grouped": _GROUPED}
 _TABLES = {TokenLearner: _V1, TokenLearnerModuleV11: _GROUPED, TokenLearnerV11: _V11}
 _ENCODER = "Transformer/"
 _HOST = "timm.models.vision_transformer.Block"
@@ -110,7 +111,7 @@ def load_scenic(module: Module, params: Mapping[str, Any]) -> Module:
         ValueError: scenic has no such module, or a parameter is missing, left over or of another
             shape. The module is then as it was.
     """
-    state, rows, values = module.state_dict(), _rows(module), _values(params)
+    state, rows, values = module.state_dict(), _rows(module), flat_params(params)
     if any(value.is_meta for value in state.values()):
         raise ValueError("the module is on the meta device; call module.to_empty(device='cpu')")
     expected = {name: part for row in rows for name, part in row.to_flax(state[row.key]).items()}
@@ -118,6 +119,31 @@ def load_scenic(module: Module, params: Mapping[str, Any]) -> Module:
     for row in rows:
         state[row.key].copy_(row.to_torch([values[name] for name in row.names]))
     return module
+
+
+def state_from_scenic(
+    module: nn.Module, params: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Turns what fits of scenic's parameters into a state dict, whatever the shapes.
+
+    This is for starting one model from another's weights, see `adapt.py`. An image model's kernel
+    of patches stays 4-D for a video model.
+
+    Returns:
+        The state dict, and the names of parameters that have no place in the module.
+
+    Raises:
+        ValueError: scenic has no such module.
+    """
+    values, state = flat_params(params), {}
+    for row in _rows(module):
+        if not set(row.names) <= values.keys():
+            continue
+        parts = [values.pop(name) for name in row.names]
+        is_image = row.key == "patch_embed.proj.weight" and parts[0].ndim == 4
+        row = replace(row, pattern=_CONV["kernel"][1]) if is_image else row
+        state[row.key] = row.to_torch(parts)
+    return state, sorted(values)
 
 
 def to_scenic(module: nn.Module) -> dict[str, np.ndarray]:
@@ -153,54 +179,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def learner_form(params: Mapping[str, Any], gelu: bool | None = None) -> dict[str, Any]:
-    """Tells which learner the parameters of one scenic learner make.
-
-    Args:
-        params: Of one learner, with names such as `LayerNorm_0/scale`.
-        gelu: Whether the grouped form of V1.1 has a GELU, of which no parameter tells. None goes by
-            the groups: 8 without it in December 2021, then one for every 128 channels with it.
-
-    Returns:
-        `learner` as in `insert`, and the arguments of its class with scenic's numbers. How V1 pools
-        is not among them, as no parameter shows it; scenic's default is the sum.
-
-    Raises:
-        ValueError: No learner has these parameters, or `gelu` is None and cannot be told.
-    """
-    shapes = {name: tuple(value.shape) for name, value in _values(params).items()}
-    tables = {"v1": _V1, "v11": _V11, "grouped": _GROUPED}
-    names = {kind: {name for row in _of(t) for name in row.names} for kind, t in tables.items()}
-    kind = next((kind for kind, known in names.items() if known == shapes.keys()), None)
-    if kind is None:
-        raise ValueError(
-            f"no learner of scenic has the parameters {_listed(shapes)}; pass all those of one, "
-            "and without the learner's own name in front"
-        )
-    (width,) = shapes["LayerNorm_0/scale"]
-    form = {"learner": kind, "in_channels": width, "norm_eps": 1e-6, "approximate": "tanh"}
-    if kind == "v1":
-        return form | {"num_tokens": shapes["Conv_3/kernel"][-1]}
-    if kind == "v11":
-        hidden, tokens = shapes["token_masking/Dense_1/kernel"]
-        return form | {"num_tokens": tokens, "bottleneck_dim": hidden}
-    groups = width // shapes["Conv_0/kernel"][-2]
-    form |= {"num_tokens": shapes["Conv_1/kernel"][-1], "num_groups": groups}
-    has_gelu = _has_gelu(width, groups) if gelu is None else gelu
-    return form if has_gelu else form | {"learner": "grouped-linear", "approximate": None}
-
-
-def _has_gelu(width: int, groups: int) -> bool:
-    december, january = groups == 8, groups == max(1, width // 128)
-    if december == january:
-        raise ValueError(
-            f"{groups} groups of {width} channels do not tell whether this learner has a GELU; "
-            "pass gelu=False for checkpoints of December 2021, gelu=True for those of January 2022"
-        )
-    return january
-
-
-def _values(params: Mapping[str, Any]) -> dict[str, Tensor]:
+def flat_params(params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns parameters as tensors under flat names, without a `params/` that all of them have."""
     flat = flat_tree(params)
     prefix = "params/" if all(name.startswith("params/") for name in flat) else ""
     return {name.removeprefix(prefix): as_tensor(value, name) for name, value in flat.items()}
@@ -214,14 +194,15 @@ def _check_fit(module: nn.Module, came: dict[str, Tensor], expected: dict[str, T
         "of another shape": [f"{n} is {a}, expected {b}" for n, a, b in pairs if a != b],
         "no floats": [f"{n} is {v.dtype}" for n, v in came.items() if not v.is_floating_point()],
     }
-    if told := "; ".join(f"{what}: {_listed(names)}" for what, names in wrong.items() if names):
+    if told := "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names):
         raise ValueError(
             f"the parameters do not fit this {type(module).__name__}, which is left as it was. "
             f"{told}. Build the module as it was trained, or pass its own parameters"
         )
 
 
-def _listed(names: Collection[str], most: int = 10) -> str:
+def listed(names: Collection[str], most: int = 10) -> str:
+    """Returns the first names for a message, and how many there are."""
     shown = ", ".join(list(names)[:most])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
 
@@ -231,11 +212,16 @@ def _rows(module: nn.Module) -> list[_Row]:
     rows = list(_rows_of(module))
     if differing := sorted({row.key for row in rows} ^ module.state_dict().keys()):
         raise ValueError(
-            f"scenic has no such {type(module).__name__}: {_listed(differing)} would be missing or "
+            f"scenic has no such {type(module).__name__}: {listed(differing)} would be missing or "
             "left over. Build it with final_norm=True, fc_norm=False, class_token=False, and "
             "without registers, LayerScale, qk_norm and the like"
         )
     return rows
+
+
+def flax_names(layers: Layers) -> set[str]:
+    """The names of flax's parameters in some layers."""
+    return {name for row in _of(layers) for name in row.names}
 
 
 def _rows_of(module: nn.Module, flax: str = "", ours: str = "") -> Iterator[_Row]:

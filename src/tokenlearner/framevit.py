@@ -31,9 +31,9 @@ class FrameViT(nn.Module):
     """A video transformer that sees each frame alone until it is `k` tokens.
 
     The blocks of one ViT are shared out and keep their numbers: those before `at` run on the
-    positions of a frame, then its tokens are learned, and the rest run on the tokens of all frames. A learned embedding tells
-    how old a frame is; the newest always has the last one, so clips may be shorter than
-    `num_frames`.
+    positions of a frame, then its tokens are learned, and the rest run on the tokens of all frames.
+    A learned embedding tells how old a frame is; the newest always has the last one, so clips may
+    be shorter than `num_frames`.
 
     Args:
         num_frames: Frames that the model sees at most, RT-1's 6 by default.
@@ -142,7 +142,7 @@ class FrameViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """How timm groups parameters by depth; the blocks are numbered through."""
         return {
-            "stem": r"^encoder\.(patch_embed|pos_embed)|^time_embed",
+            "stem": r"^(?:encoder\.(?:patch_embed|pos_embed)|time_embed)",
             "blocks": [(r"^(?:encoder\.)?blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 

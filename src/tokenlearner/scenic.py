@@ -10,13 +10,58 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from .checkpoints import flat_tree
-from .convert import learner_form
+from .convert import LEARNER_TABLES, flat_params, flax_names, listed
 
 _PART = re.compile(r"Transformer/(encoderblock|TokenLearnerModule|TokenFuser)(?:V11)?_(\d+)/(.+)")
 _QUERY = "MultiHeadDotProductAttention_0/query/kernel"
 
 Parts = Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+
+def learner_form(params: Mapping[str, Any], gelu: bool | None = None) -> dict[str, Any]:
+    """Tells which learner the parameters of one scenic learner make.
+
+    Args:
+        params: Of one learner, with names such as `LayerNorm_0/scale`.
+        gelu: Whether the grouped form of V1.1 has a GELU, of which no parameter tells. None goes by
+            the groups: 8 without it in December 2021, then one for every 128 channels with it.
+
+    Returns:
+        `learner` as in `insert`, and the arguments of its class with scenic's numbers. How V1 pools
+        is not among them, as no parameter shows it; scenic's default is the sum.
+
+    Raises:
+        ValueError: No learner has these parameters, or `gelu` is None and cannot be told.
+    """
+    shapes = {name: tuple(value.shape) for name, value in flat_params(params).items()}
+    names = {kind: flax_names(layers) for kind, layers in LEARNER_TABLES.items()}
+    kind = next((kind for kind, known in names.items() if known == shapes.keys()), None)
+    if kind is None:
+        raise ValueError(
+            f"no learner of scenic has the parameters {listed(shapes)}; pass all those of one, "
+            "and without the learner's own name in front"
+        )
+    (width,) = shapes["LayerNorm_0/scale"]
+    form = {"learner": kind, "in_channels": width, "norm_eps": 1e-6, "approximate": "tanh"}
+    if kind == "v1":
+        return form | {"num_tokens": shapes["Conv_3/kernel"][-1]}
+    if kind == "v11":
+        hidden, tokens = shapes["token_masking/Dense_1/kernel"]
+        return form | {"num_tokens": tokens, "bottleneck_dim": hidden}
+    groups = width // shapes["Conv_0/kernel"][-2]
+    form |= {"num_tokens": shapes["Conv_1/kernel"][-1], "num_groups": groups}
+    has_gelu = _has_gelu(width, groups) if gelu is None else gelu
+    return form if has_gelu else form | {"learner": "grouped-linear", "approximate": None}
+
+
+def _has_gelu(width: int, groups: int) -> bool:
+    december, january = groups == 8, groups == max(1, width // 128)
+    if december == january:
+        raise ValueError(
+            f"{groups} groups of {width} channels do not tell whether this learner has a GELU; "
+            "pass gelu=False for checkpoints of December 2021, gelu=True for those of January 2022"
+        )
+    return january
 
 
 def describe(params: Mapping[str, Any], gelu: bool | None = None) -> dict[str, Any]:
@@ -37,9 +82,7 @@ def describe(params: Mapping[str, Any], gelu: bool | None = None) -> dict[str, A
         ValueError: These are not the parameters of a whole model, its learners or fusers differ
             from one another, or `gelu` is None and cannot be told.
     """
-    flat = flat_tree(params)
-    prefix = "params/" if all(name.startswith("params/") for name in flat) else ""
-    values = {name.removeprefix(prefix): value for name, value in flat.items()}
+    values = flat_params(params)
     parts = _parts(values)
     try:
         return _sizes_of(values, parts) | _learners_of(parts, gelu) | _fusers_of(parts)
