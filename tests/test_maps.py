@@ -136,8 +136,8 @@ def test_a_model_without_learned_tokens_is_refused() -> None:
         attention_maps(vit(), images())
 
 
-def test_a_model_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match="no model that tokens can be inserted in"):
+def test_a_model_that_could_have_none_is_refused_alike() -> None:
+    with pytest.raises(ValueError, match="no learned tokens to look at; insert"):
         attention_maps(nn.Linear(3, 3), torch.ones(1, 3))
 
 

@@ -26,9 +26,10 @@ READMES = sorted(ROOT.glob("README*.md"))
 # A file may import from files to its left only.
 # fmt: off
 IMPORT_ORDER = [
-    "files", "checks", "layers", "modules", "fuser", "wrappers", "insert", "vit", "mixer", "video",
-    "convert", "zoo", "data", "distill", "evaluate", "train", "benchmark", "export", "maps",
-    "report", "progress", "demo", "app", "cli",
+    "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "insert", "hub",
+    "registry", "vit", "mixer", "clips", "video", "framevit", "stream", "convert", "scenic",
+    "adapt", "zoo", "transfer", "data", "distill", "evaluate", "train", "benchmark", "catalog",
+    "export", "maps", "report", "progress", "demo", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +13,8 @@ COMMANDS = {  # what each does; `_RUN` below has the functions
     "demo": "train a small ViT with and without learned tokens on real pictures, and compare",
     "train": "train a named model on a named data set",
     "eval": "evaluate a checkpoint on a data set",
+    "models": "list the named models with their size and cost",
+    "convert": "turn a checkpoint of scenic's (JAX) into a model, or back",
 }
 
 
@@ -37,6 +39,19 @@ class EvalConfig:
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class ModelsConfig:
+    """Lists the named models with their size and cost.
+
+    Args:
+        pattern: Names to list, such as "*base*".
+        markdown: Print the table as Markdown.
+    """
+
+    pattern: str = "*"
+    markdown: bool = False
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake gives one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -55,7 +70,7 @@ def _parse_command(arguments: Sequence[str]) -> str:
     """Names the command; help and mistakes are answered here, before anything heavy is loaded."""
     from . import __version__
 
-    listing = "\n".join(f"  {name:<8}{what}" for name, what in COMMANDS.items())
+    listing = "\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="tokenlearner",
         description="Image and video transformers on a few learned tokens (arXiv 2106.11297).",
@@ -67,17 +82,24 @@ def _parse_command(arguments: Sequence[str]) -> str:
     return parser.parse_args(arguments).command
 
 
-def _config(command: str, config_class: type[Any], arguments: Sequence[str], positional: str = ""):
-    """Reads a dataclass's fields from the command line; its docstring is the help."""
+def _config(
+    command: str, config_class: type[Any], arguments: Sequence[str], **positional: str
+) -> Any:
+    """Reads a dataclass's fields from the command line; its docstring is the help.
+
+    `positional` has the fields that go without an option's name, and their help.
+    """
     try:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         message = "the command needs jsonargparse; run pip install 'tokenlearner[train]'"
         raise ValueError(message) from error
     parser = ArgumentParser(prog=f"tokenlearner {command}", description=COMMANDS[command])
-    if positional:
-        parser.add_argument(positional, type=str, help="file or folder that `train` wrote")
-    parser.add_class_arguments(config_class, skip={positional} if positional else None)
+    defaults = {field.name: field.default for field in fields(config_class)}
+    for name, help_text in positional.items():
+        told = {} if defaults[name] is MISSING else {"nargs": "?", "default": defaults[name]}
+        parser.add_argument(name, type=str, help=help_text, **told)
+    parser.add_class_arguments(config_class, skip=set(positional))
     return config_class(**vars(parser.parse_args(arguments)))
 
 
@@ -103,11 +125,31 @@ def _eval(arguments: Sequence[str]) -> None:
     from .train import pick_device
     from .zoo import load_model
 
-    config = _config("eval", EvalConfig, arguments, positional="checkpoint")
+    help_text = "file or folder that `train` wrote"
+    config = _config("eval", EvalConfig, arguments, checkpoint=help_text)
     data = load_data(config.data, config.split, root=config.root)
     model = load_model(config.checkpoint).to(pick_device(config.device))
     for name, value in asdict(evaluate(model, data, config.batch_size)).items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _models(arguments: Sequence[str]) -> None:
+    from .catalog import catalog, markdown, plain_text
+
+    config = _config("models", ModelsConfig, arguments, pattern="names to list, such as '*base*'")
+    print((markdown if config.markdown else plain_text)(catalog(config.pattern)))
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    module = import_module("tokenlearner.transfer")
+    config = _config(
+        "convert",
+        module.ConvertConfig,
+        arguments,
+        checkpoint="scenic's checkpoint; to go back, a saved model",
+        out="file that ends in .safetensors, or a folder; .msgpack to go back",
+    )
+    print(f"The checkpoint is {module.convert_checkpoint(config)}")
 
 
 def _complain(command: str, error: Exception, code: int) -> int:
@@ -115,4 +157,4 @@ def _complain(command: str, error: Exception, code: int) -> int:
     return code
 
 
-_RUN = {"demo": _demo, "train": _train, "eval": _eval}
+_RUN = {"demo": _demo, "train": _train, "eval": _eval, "models": _models, "convert": _convert}

@@ -84,7 +84,7 @@ class FrameViT(nn.Module):
         self.blocks = whole.blocks[index:]
         self.norm, self.head_drop, self.head = whole.norm, whole.head_drop, whole.head
         self.encoder = self._encoder(whole, index, LEARNERS[learner](whole.embed_dim, num_tokens))
-        like = whole.pos_embed
+        like = whole.patch_embed.proj.weight
         self.time_embed = nn.Parameter(like.new_empty(1, num_frames, 1, whole.embed_dim))
         trunc_normal_(self.time_embed, std=0.02)
 
@@ -148,7 +148,7 @@ class FrameViT(nn.Module):
 
     def _encoder(self, whole: ViViT, index: int, learner: nn.Module) -> ViViT:
         """Makes of the whole network the part that sees one frame, and ends in its tokens."""
-        like = whole.pos_embed
+        like = whole.patch_embed.proj.weight
         reduce = ReducedBlock(nn.Identity(), learner, grid=whole.patch_embed)
         whole.blocks = nn.Sequential(*whole.blocks[:index], reduce.to(like.device, like.dtype))
         whole.norm = nn.Identity()
@@ -226,6 +226,8 @@ def build_framevit(name: str, pretrained: bool = False, **kwargs: Any) -> FrameV
     Raises:
         ValueError: Weights are asked for and there are none, or an argument is out of range.
     """
+    if kwargs.get("features_only"):
+        raise ValueError("timm's features_only is for pictures; call encode for a frame's tokens")
     return build_variant(FrameViT, name, FRAMES[name], pretrained, kwargs)
 
 

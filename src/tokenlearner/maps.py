@@ -18,16 +18,17 @@ from .wrappers import ReducedBlock
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """Runs `model` on pictures and returns the maps of its learned tokens.
+    """Runs `model` on pictures or clips and returns the maps of its learned tokens.
 
     The model runs in evaluation mode; nothing is kept on it.
 
     Args:
-        model: A model with learned tokens, one that `insert` knows.
-        images: What the model takes, `b c h w`.
+        model: A model with learned tokens.
+        images: What the model takes: `b c h w`, or a clip with 5 axes.
 
     Returns:
-        For each block at which tokens are learned its maps, `b k h w` on the grid of positions.
+        For each block at which tokens are learned its maps, `b k h w` on the grid of positions; of
+        clips `b t k h w`.
         V1.1 maps sum to 1 over a picture, V1 maps are gates in (0, 1).
 
     Raises:
@@ -40,7 +41,8 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     def keep(index: int, block: ReducedBlock) -> Any:
         def hook(learner: Any, args: tuple[Any, ...]) -> None:
             flat = learner.attention(*args)
-            maps[index] = flat.unflatten(-1, _grid(block, images, flat.shape[-1]))
+            on_grid = flat.unflatten(-1, _grid(block, images, flat.shape[-1]))
+            maps[index] = on_grid.unflatten(0, (len(images), -1)) if images.ndim == 5 else on_grid
 
         return hook
 

@@ -1,0 +1,61 @@
+"""What does a new frame of live video cost, against running the whole clip again?
+
+The stream keeps the learned tokens of old frames; the other side encodes all frames every time.
+Both run in turn in one process; the ratio is taken frame by frame.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+import torch
+from models_speed import closing, ratio
+from torch import Tensor
+
+from tokenlearner import create_model
+from tokenlearner.benchmark import count_macs
+from tokenlearner.framevit import FrameViT
+from tokenlearner.stream import TokenStream
+
+
+def macs(model: FrameViT, clip: Tensor) -> float:
+    """How many times fewer multiply-adds a new frame takes."""
+    whole = count_macs(model, clip)
+    encoding = count_macs(model.encoder, clip[:, :, :1])
+    return whole / (whole - (model.num_frames - 1) * encoding)
+
+
+def measure(name: str, rounds: int) -> str:
+    torch.manual_seed(0)
+    model = create_model(name).eval()
+    channels, height, width = model.pretrained_cfg["input_size"]
+    clip = torch.randn(1, channels, model.num_frames, height, width)
+    stream = TokenStream(model)
+    for i in range(model.num_frames):
+        out = stream.push(clip[:, :, i])
+    with torch.inference_mode():
+        error = (out - model(clip)).abs().max().item()
+        speedup, seconds = ratio(lambda: model(clip), lambda: stream.push(clip[:, :, 0]), rounds)
+    spread = f"{speedup.median:.2f} ({speedup.low:.2f}–{speedup.high:.2f})"
+    return f"| `{name}` | {macs(model, clip):.2f} | {spread} | {1000 * seconds:.1f} | {error:.1e} |"
+
+
+def main() -> None:
+    arguments = parse()
+    print("| model | MACs ratio | speed-up (quartiles) | ms a new frame | largest difference |")
+    print("| --- | --: | --: | --: | --: |")
+    for name in arguments.models:
+        print(measure(name, arguments.rounds), flush=True)
+    print(closing("streaming.py"))
+
+
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__)
+    names = [f"framevit_{size}_patch16_f6_tl8at6_224" for size in ("tiny", "small", "base")]
+    parser.add_argument("--models", nargs="+", default=names)
+    parser.add_argument("--rounds", type=int, default=15)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
