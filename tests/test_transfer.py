@@ -57,9 +57,9 @@ def test_the_way_back_gives_scenics_parameters_bit_for_bit(
     name: str, golden: Golden, tmp_path: Path
 ) -> None:
     arrays = golden(name)
-    source, out = checkpoint(arrays, tmp_path / "checkpoint_7"), tmp_path / "model"
+    source, out = checkpoint(arrays, tmp_path / "checkpoint_7"), tmp_path / "model.safetensors"
     convert_checkpoint(ConvertConfig(str(source), str(out), **CASES[name]))
-    back = convert_checkpoint(ConvertConfig(str(out), str(tmp_path / "back.msgpack")))
+    back = convert_checkpoint(ConvertConfig(str(out), str(tmp_path / "checkpoint_8")))
     params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
     found = read_weights(back)
     assert found.keys() == params.keys()

@@ -1,5 +1,7 @@
 """Image and video transformers on a few learned tokens: TokenLearner (arXiv 2106.11297)."""
 
+from . import adapt as adapt
+from . import convert as convert
 from .benchmark import benchmark
 from .data import load_data
 from .evaluate import evaluate
@@ -10,7 +12,7 @@ from .modules import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from .train import TrainConfig, train
 from .zoo import create_model, list_models, load_model, save_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "TokenFuser",

@@ -147,7 +147,7 @@ def _convert(arguments: Sequence[str]) -> None:
         module.ConvertConfig,
         arguments,
         checkpoint="scenic's checkpoint; to go back, a saved model",
-        out="file that ends in .safetensors, or a folder; .msgpack to go back",
+        out="file that ends in .safetensors; to go back, any other file",
     )
     print(f"The checkpoint is {module.convert_checkpoint(config)}")
 

@@ -23,8 +23,8 @@ class ConvertConfig:
     """Turns a checkpoint of scenic's into a model of this package, or the other way round.
 
     Args:
-        checkpoint: scenic's checkpoint, or parameters as .npz; to go back, a saved model.
-        out: File that ends in .safetensors, or folder, for the model; .msgpack to go back.
+        checkpoint: scenic's checkpoint, or its parameters as .npz; to go back, a saved model.
+        out: File that ends in .safetensors for the model; to go back, any other file.
         at: Block in front of which tokens are learned, tokenlearner_loc in scenic's config. Only
             fusers show it in a checkpoint.
         learner: How V1 pools, which no checkpoint shows, v1 (sum) or v1-mean.
@@ -64,7 +64,7 @@ def convert_checkpoint(config: ConvertConfig) -> Path:
     Raises:
         ValueError: A file cannot be read, or its parameters make no model with these arguments.
     """
-    if Path(config.out).suffix == ".msgpack":
+    if Path(config.out).suffix != ".safetensors":
         write_flax(config.out, {"params": nest(to_scenic(load_model(config.checkpoint)))})
         return Path(config.out)
     params = read_weights(config.checkpoint)
