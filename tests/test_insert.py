@@ -220,6 +220,7 @@ KINDS = {
     "v1": TokenLearner,
     "v1-mean": TokenLearner,
     "grouped": TokenLearnerModuleV11,
+    "grouped-linear": TokenLearnerModuleV11,
 }
 
 
@@ -229,7 +230,8 @@ def test_learners_have_the_official_numbers(learner: str) -> None:
     gelus = [m.approximate for m in block.learner.modules() if isinstance(m, nn.GELU)]
     assert type(block.learner) is KINDS[learner]
     assert block.learner.norm.eps == 1e-6
-    assert set(gelus or [block.learner.approximate]) == {"tanh"}
+    official = None if learner == "grouped-linear" else "tanh"  # no GELU in December 2021
+    assert set(gelus or [block.learner.approximate]) == {official}
 
 
 @each_learner
@@ -288,7 +290,9 @@ def without_gradient(model: VisionTransformer) -> list[str]:
 
 @each_learner
 def test_every_new_parameter_is_trained(learner: str) -> None:
-    assert without_gradient(insert(vit(), 3, learner=learner)) == []
+    # Without a GELU a shift in front of the maps is a shift of the logits, which softmax ignores.
+    unmoved = ["blocks.2.learner.norm.bias"] if learner == "grouped-linear" else []
+    assert without_gradient(insert(vit(), 3, learner=learner)) == unmoved
 
 
 @each_learner
@@ -483,7 +487,7 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("call", [insert, remove, insertion])
+@pytest.mark.parametrize("call", [insert, remove])
 @pytest.mark.parametrize(("make", "name"), FOREIGN.values(), ids=FOREIGN)
 def test_a_model_that_is_not_known_is_named_and_refused(
     make: Callable[[], nn.Module], name: str, call: Callable[[nn.Module], Any]

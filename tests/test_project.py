@@ -26,8 +26,8 @@ READMES = sorted(ROOT.glob("README*.md"))
 # A file may import from files to its left only.
 # fmt: off
 IMPORT_ORDER = [
-    "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "insert", "hub",
-    "registry", "vit", "mixer", "clips", "video", "framevit", "stream", "convert", "scenic",
+    "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "insert",
+    "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream", "convert", "scenic",
     "adapt", "zoo", "transfer", "data", "distill", "evaluate", "train", "benchmark", "catalog",
     "export", "maps", "report", "progress", "demo", "app", "cli",
 ]

@@ -62,7 +62,7 @@ def test_metrics_and_config_are_written_as_returned(config: TrainConfig) -> None
     result = train(config)
     assert metrics(config.out) == result.history
     assert [row["epoch"] for row in result.history] == [1, 2, 3]
-    assert json.loads((Path(config.out) / "config.json").read_text()) == vars(config)
+    assert json.loads((Path(config.out) / "train.json").read_text()) == vars(config)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(config: TrainConfig) -> None:

@@ -16,9 +16,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tokenlearner import create_model, list_models, load_model, remove, save_model
+from tokenlearner.checkpoints import read_weights
 from tokenlearner.insert import insert, insertion
 
 PLAIN, LEARNED = "vit_mini_patch4_28", "vit_mini_patch4_tl8at3_28"
+MIXER, CLIPS = "mixer_mini_patch4_tl8at3_28", "vivit_mini_patch8x2_tl4at3_32"
+FRAMES, FUSED = "framevit_mini_patch8_f6_tl4at3_32", "vit_base_patch16_tl8at6_fuser_384"
 SHAPE: dict[str, Any] = {"embed_dim": 24, "depth": 3, "num_heads": 3}
 FOREIGN: dict[str, Any] = SHAPE | {"img_size": 32, "patch_size": 8, "num_classes": 5}
 TIMM = "vit_tiny_patch16_224"
@@ -94,14 +97,68 @@ def test_tokens_in_a_model_that_cannot_take_them_are_refused() -> None:
         create_model("resnet10t", num_tokens=8)
 
 
+def test_all_tables_are_listed_in_order() -> None:
+    names = list_models()
+    assert names == sorted(set(names))
+    assert {PLAIN, LEARNED, MIXER, CLIPS, FRAMES, FUSED} <= set(names)
+    assert {name.partition("_")[0] for name in names} == {"vit", "mixer", "vivit", "framevit"}
+
+
 @pytest.mark.parametrize(
-    ("pattern", "names"), [("*", [PLAIN, LEARNED]), ("*tl8*", [LEARNED]), ("resnet*", [])]
+    ("pattern", "names"),
+    [
+        ("*mini*_28", [MIXER, PLAIN, LEARNED]),
+        ("vivit_mini*tl*", [CLIPS]),
+        ("resnet*", []),
+    ],
 )
 def test_names_are_listed_by_pattern(pattern: str, names: list[str]) -> None:
     assert list_models(pattern) == names
 
 
+def test_every_listed_name_is_one_that_timm_knows() -> None:
+    assert all(timm.is_model(name) for name in list_models())
+
+
+def test_a_mixer_is_built_with_the_tokens_that_are_asked_for() -> None:
+    model = create_model(MIXER, num_tokens=5, learner="v1", embed_dim=24)
+    assert insertion(model) == {"num_tokens": 5, "at": 3, "learner": "v1", "fuse": False}
+    model = create_model(MIXER, num_tokens=5, at=1, fuse=True, embed_dim=24)
+    assert insertion(model) == {"num_tokens": 5, "at": 1, "learner": "v11", "fuse": True}
+
+
+def test_a_mixer_keeps_what_its_name_says_of_fusers() -> None:
+    model = create_model("mixer_s32_tl8at4_224", num_tokens=4, num_blocks=2, at=1, embed_dim=24)
+    assert insertion(model) == {"num_tokens": 4, "at": 1, "learner": "v11", "fuse": False}
+    with torch.device("meta"):
+        model = create_model("mixer_s16_tl8at4_fuser_224", num_tokens=4)
+    assert insertion(model) == {"num_tokens": 4, "at": 4, "learner": "v11", "fuse": True}
+
+
+def test_a_model_of_frames_is_built_with_the_tokens_that_are_asked_for() -> None:
+    assert (insertion(create_model(FRAMES, num_tokens=3)) or {})["num_tokens"] == 3
+
+
+@pytest.mark.parametrize("name", [PLAIN, TIMM, MIXER])
+@pytest.mark.parametrize("width", [None, 8])
+def test_the_width_of_the_fusers_goes_with_the_tokens(name: str, width: int | None) -> None:
+    shape = {"embed_dim": 24} if name == MIXER else SHAPE
+    model = create_model(name, num_tokens=3, fuse=True, fuser_bottleneck_dim=width, **shape)
+    assert (insertion(model) or {})["fuser_bottleneck_dim"] == width
+
+
 # --- there and back ----------------------------------------------------------------------------
+
+
+def reset(model: Any, classes: int, *pooling: str) -> nn.Module:
+    model.reset_classifier(classes, *pooling)
+    return model
+
+
+def resize(model: Any, *sizes: Any) -> nn.Module:
+    model.set_input_size(*sizes)
+    return model
+
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": small,
@@ -116,8 +173,45 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tokens_inserted_later": lambda: insert(small(), 3, fuse=True),
     "not_square": lambda: small(img_size=(20, 28), num_tokens=3, learner="v1"),
     "timm": lambda: create_model(TIMM, num_tokens=3, in_chans=1, **FOREIGN | {"img_size": 28}),
+    "named_by_timm": lambda: timm.create_model(FUSED, **FOREIGN, at=1),
+    "linear_fusers": lambda: small(num_tokens=3, fuse=True, fuser_bottleneck_dim=None),
+    "pre_logits": lambda: small(num_tokens=3, representation_size=16),
+    "mixer": lambda: create_model(MIXER, embed_dim=24),
+    "mixer_with_others": lambda: create_model(
+        MIXER, num_tokens=4, fuse=True, fuser_bottleneck_dim=None, learner="v1", embed_dim=24
+    ),
+    "clips": lambda: create_model(CLIPS),
+    "frames": lambda: create_model(FRAMES, num_tokens=3, img_size=48),
+    # changed after they were made
+    "classes": lambda: reset(small(num_tokens=3), 3),
+    "no_classes": lambda: reset(small(num_tokens=3, representation_size=16), 0),
+    "pooling": lambda: reset(small(num_tokens=3), 3, "max"),
+    "sum": lambda: reset(small(num_tokens=3), 10, "sum"),
+    "size": lambda: resize(small(num_tokens=3, learner="v1"), (20, 28)),
+    "more_tokens_than_before": lambda: insert(resize(small(), 56), 100),
+    "patches": lambda: resize(small(num_tokens=3), None, 7),
+    "mixer_classes": lambda: reset(create_model(MIXER, embed_dim=24), 3, ""),
+    "clips_size": lambda: reset(resize(create_model(CLIPS), 48), 3),
+    "frames_classes": lambda: reset(create_model(FRAMES), 3),
+    "timm_without_tokens": lambda: create_model(TIMM, **FOREIGN),
+    "timm_pooling": lambda: reset(create_model(TIMM, num_tokens=3, **FOREIGN), 7, "avg"),
+    "timm_size": lambda: resize(create_model(TIMM, num_tokens=3, **FOREIGN), (48, 40)),
+    "resnet": lambda: reset(create_model("resnet10t", num_classes=3), 4, "max"),
 }
-SIZES = {"not_square": (1, 20, 28)}
+SIZES = {
+    "not_square": (1, 20, 28),
+    "named_by_timm": (3, 32, 32),
+    "clips": (3, 8, 32, 32),
+    "frames": (3, 5, 48, 48),
+    "size": (1, 20, 28),
+    "more_tokens_than_before": (1, 56, 56),
+    "clips_size": (3, 8, 48, 48),
+    "frames_classes": (3, 6, 32, 32),
+    "timm_without_tokens": (3, 32, 32),
+    "timm_pooling": (3, 32, 32),
+    "timm_size": (3, 48, 40),
+    "resnet": (3, 64, 64),
+}
 each_model = pytest.mark.parametrize("kind", MODELS)
 
 
@@ -142,7 +236,8 @@ def test_a_loaded_model_gives_the_same_numbers_to_the_bit(kind: str, tmp_path: P
 def test_a_loaded_model_can_be_saved_again_to_the_same_bytes(kind: str, tmp_path: Path) -> None:
     first = save_model(MODELS[kind](), tmp_path / "first")
     second = save_model(load_model(first), tmp_path / "second")
-    assert first.read_bytes() == second.read_bytes()
+    for file in ("model.safetensors", "config.json", "README.md"):
+        assert (first.parent / file).read_bytes() == (second.parent / file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -201,16 +296,32 @@ def test_a_model_made_elsewhere_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_pooling_is_refused_since_a_file_would_not_show_it(tmp_path: Path) -> None:
+def test_a_pooling_that_cannot_be_built_is_refused(tmp_path: Path) -> None:
     model = small()
-    model.reset_classifier(10, global_pool="max")
-    with pytest.raises(ValueError, match="global_pool was changed from 'avg' to 'max' since"):
+    model.global_pool = "median"
+    with pytest.raises(ValueError, match="global_pool was changed from 'avg' to 'median' since"):
+        save_model(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pooling_that_the_class_does_not_take_is_refused(tmp_path: Path) -> None:
+    model = create_model(FRAMES)
+    model.global_pool = "max"
+    with pytest.raises(ValueError, match="global_pool was changed from None to 'max' since"):
+        save_model(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_that_a_mixer_was_not_built_with_are_refused(tmp_path: Path) -> None:
+    model = create_model(MIXER, embed_dim=24)
+    model.blocks[3] = model.blocks[3].block
+    with pytest.raises(ValueError, match="TokenLearnerMixer is no model that tokens can be"):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def _new_head(model: nn.Module) -> None:
-    model.reset_classifier(3)
+    model.head = nn.Linear(24, 3)  # not by reset_classifier, so num_classes does not tell
 
 
 def _new_layer(model: nn.Module) -> None:
@@ -248,6 +359,7 @@ def test_a_save_that_fails_midway_keeps_the_model_that_was_there(
 ) -> None:
     model, x = small(num_tokens=3), images()
     file = save_model(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full_disk(state: dict[str, Tensor], path: str, metadata: Any = None) -> None:
         Path(path).write_bytes(b"half")
@@ -255,8 +367,8 @@ def test_a_save_that_fails_midway_keeps_the_model_that_was_there(
 
     monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        save_model(small(num_tokens=3), tmp_path)
-    assert list(tmp_path.iterdir()) == [file]
+        save_model(small(num_tokens=2), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert torch.equal(load_model(file)(x), model(x))
 
 
@@ -346,6 +458,59 @@ def test_a_pickle_is_refused_and_what_it_carries_does_not_run(
     assert mark.exists()  # so the payload would have shown
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pth", "a.pt", "a.CKPT"])
+@pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
+def test_a_file_that_only_unpickling_reads_is_not_opened(
+    name: str, in_folder: bool, tmp_path: Path
+) -> None:
+    mark, file = tmp_path / "mark", tmp_path / "model" / name
+    file.parent.mkdir()
+    with file.open("wb") as opened:
+        torch.save(Payload(mark), opened)
+    match = rf"{name} .*weights but no config.*not opened\. tokenlearner\.checkpoints\.read_weights"
+    with pytest.raises(ValueError, match=match):
+        load_model(str(file.parent if in_folder else file))
+    assert not mark.exists()
+
+
+def test_weights_in_such_a_file_can_be_read_as_the_error_says(tmp_path: Path) -> None:
+    source, model = randomized(small()), small()
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    model.load_state_dict(read_weights(tmp_path / "a.pth"))
+    assert torch.equal(model.head.weight, source.head.weight)
+
+
+@torch.no_grad()
+def test_a_pickle_next_to_a_model_changes_nothing(tmp_path: Path) -> None:
+    model, x = randomized(small()), images()
+    save_model(model, tmp_path)
+    with (tmp_path / "pytorch_model.bin").open("wb") as opened:
+        pickle.dump(Payload(tmp_path / "mark"), opened)
+    assert torch.equal(load_model(tmp_path)(x), model(x))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_cfg_overlay"])
+def test_a_config_cannot_name_other_files_to_read(key: str, tmp_path: Path) -> None:
+    mark, other = tmp_path / "mark", tmp_path / "other.pth"
+    with other.open("wb") as opened:
+        torch.save(Payload(mark), opened)
+    source = str(other) if key == "checkpoint_path" else {"file": str(other)}
+    kwargs = SHAPE | {key: source, "pretrained": True}
+    config = {"name": PLAIN, "kwargs": kwargs, "insert": None}
+    file = write(tmp_path / "a.safetensors", small().state_dict(), config)
+    other.unlink()  # so that reading it would fail
+    assert load_model(file).num_classes == 10
+    assert not mark.exists()
+
+
+def test_a_config_cannot_name_a_model_elsewhere(tmp_path: Path) -> None:
+    config = {"name": f"local-dir:{tmp_path}", "kwargs": {}, "insert": None}
+    file = write(tmp_path / "a.safetensors", small().state_dict(), config)
+    with pytest.raises(ValueError, match="there is no model 'local-dir:"):
+        load_model(file)
+
+
 @torch.no_grad()
 def test_a_model_keeps_its_dtype(tmp_path: Path) -> None:
     model = small(num_tokens=3).bfloat16()
@@ -358,3 +523,10 @@ def test_a_grid_that_was_passed_is_kept(tmp_path: Path) -> None:
     host, x = small(img_size=32, patch_size=8), images(1, 32, 32)
     model = randomized(insert(host, 3, learner="v1", grid=(2, 8)))
     assert torch.equal(load_model(save_model(model, tmp_path))(x), model(x))
+
+
+@pytest.mark.parametrize("name", [PLAIN, TIMM])
+def test_a_dtype_that_was_asked_for_is_kept(name: str, tmp_path: Path) -> None:
+    model = create_model(name, dtype=torch.float64, **SHAPE)
+    loaded = load_model(save_model(model, tmp_path))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}

@@ -10,7 +10,7 @@ from .insert import insert, remove
 from .maps import attention_maps
 from .modules import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from .train import TrainConfig, train
-from .zoo import create_model, list_models, load_model, save_model
+from .zoo import create_model, list_models, load_model, push_to_hub, save_model
 
 __version__ = "0.2.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "list_models",
     "load_data",
     "load_model",
+    "push_to_hub",
     "remove",
     "save_model",
     "train",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,8 +46,9 @@ def catalog(pattern: str = "*") -> list[CatalogRow]:
 
 def markdown(rows: Sequence[CatalogRow]) -> str:
     """Formats the catalog as a Markdown table."""
-    lines = [" | ".join(_HEADER), " | ".join(["---", "---", "--:", "--:", "--:"])]
-    return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(_cells(r)) for r in rows)])
+    lines = [_HEADER, ("---", "---", "--:", "--:", "--:")]
+    lines += [(f"`{name}`", *rest) for name, *rest in map(_cells, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plain_text(rows: Sequence[CatalogRow]) -> str:
@@ -66,7 +68,7 @@ def _cells(row: CatalogRow) -> tuple[str, ...]:
 
 def _row(name: str) -> CatalogRow:
     with torch.device("meta"):
-        model = create_model(name).eval()
+        model: Any = create_model(name).eval()
         c, h, w = model.pretrained_cfg["input_size"]
         tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
         frames = getattr(model, "num_frames", None)

@@ -5,6 +5,7 @@ Axes: `b` batch, `c` channels, `t` frames (behind the embedding: tubelets), `h w
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class ClipEmbed(nn.Module):
         bias: Whether the convolution has one.
         device: Of the parameters.
         dtype: Of the parameters.
-        unused: timm's arguments for pictures of any size, which clips cannot have.
+        unused: timm's arguments for pictures of any size, which clips cannot have; no others.
 
     Raises:
         ValueError: An argument is out of range, or no patch or tubelet fits.
@@ -164,8 +165,8 @@ def sampled_frames(available: int, wanted: int) -> list[int]:
     """
     if wanted >= available:
         return list(range(available))
-    step = available / (wanted + 1)
-    return [min(round(step * (i + 1)), available - 1) for i in range(wanted)]
+    exact = [Fraction(available * (i + 1), wanted + 1) for i in range(wanted)]
+    return [min(round(frame), available - 1) for frame in exact]
 
 
 def _start(proj: nn.Conv3d, how: str) -> None:
@@ -188,7 +189,9 @@ def _pair(size: int | tuple[int, int]) -> Grid:
 
 
 def _refuse_any_size(arguments: dict[str, Any]) -> None:
-    """Refuses timm's arguments that are not in their neutral state."""
+    """Refuses timm's arguments that are not in their neutral state, and all others."""
+    if others := arguments.keys() - {"dynamic_img_pad", "strict_img_size", "output_fmt"}:
+        raise ValueError(f"ClipEmbed takes no {', '.join(sorted(others))}; leave it out")
     if arguments.get("dynamic_img_pad") or arguments.get("strict_img_size") is False:
         raise ValueError(
             "a video model takes frames of one size; leave dynamic_img_size and dynamic_img_pad "

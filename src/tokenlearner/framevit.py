@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_count
 from .clips import FORMATS
+from .hub import HubModel
 from .insert import LEARNERS, block_index
 from .registry import build_variant, register_variants, sized, variant_cfg
 from .video import ViViT
 from .wrappers import ReducedBlock
 
 
-class FrameViT(nn.Module):
+class FrameViT(HubModel, nn.Module):
     """A video transformer that sees each frame alone until it is `k` tokens.
 
     The blocks of one ViT are shared out and keep their numbers: those before `at` run on the

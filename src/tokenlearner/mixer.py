@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_count
 from .fuser import TokenFuser
+from .hub import HubModel
 from .insert import LEARNERS, block_index, wrapped_blocks
 from .registry import blocks_with_grid, build_variant, register_variants, variant_cfg
 from .wrappers import FusedBlock, ReducedBlock
@@ -33,7 +34,7 @@ _OFFICIAL: dict[str, Any] = {
 }
 
 
-class TokenLearnerMixer(MlpMixer):
+class TokenLearnerMixer(HubModel, MlpMixer):
     """An MLP-Mixer that runs on learned tokens from one of its blocks on.
 
     timm's interface is intact. Pictures have one size, that of `img_size`, as in every Mixer.

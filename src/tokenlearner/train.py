@@ -28,7 +28,7 @@ class TrainConfig:
     """What to train, on what, and how; AdamW, a cosine schedule with warm-up, gradients clipped.
 
     Args:
-        out: New folder for model.safetensors, config.json and metrics.jsonl.
+        out: New folder for the model, train.json and metrics.jsonl.
         model: A name that `create_model` knows.
         num_tokens: Learned tokens to insert; 0 leaves the model as its name says.
         at: Block in front of which tokens are learned, or a share of the depth.
@@ -122,7 +122,7 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
         raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has {len(data)}")
     torch.manual_seed(config.seed)
     model = _model(config, data).to(device)
-    write_json(out / "config.json", asdict(config))
+    write_json(out / "train.json", asdict(config))
     loop, history = _Loop(config, model, data, report or (lambda row: None)), []
     for epoch in range(config.epochs):
         row = {"epoch": epoch + 1, **loop.epoch()}

@@ -60,8 +60,9 @@ class ViViT(TokenLearnerViT):
         input_format: str = "bcthw",
         **kwargs: Any,
     ):
-        if kwargs.get("class_token"):
-            raise ValueError("a video model has no class token; leave class_token out")
+        for name in ("class_token", "reg_tokens", "patch_drop_rate"):
+            if kwargs.get(name):
+                raise ValueError(f"a video model takes no {name}; leave it out")
         embed = partial(
             ClipEmbed,
             num_frames=num_frames,
@@ -83,12 +84,19 @@ class ViViT(TokenLearnerViT):
         Raises:
             ValueError: As `ClipEmbed.set_input_size`.
         """
-        old = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size, patch_size)
+        old, positions = self.patch_embed.grid_size, self.pos_embed
+        timms: Any = super().set_input_size  # takes one number too
+        self.pos_embed = None  # timm would take the frames' positions for those of one picture
+        try:
+            timms(img_size, patch_size)
+        finally:
+            self.pos_embed = positions
         new = self.patch_embed.grid_size
-        frames = rearrange(self.pos_embed, "1 (t n) c -> t 1 n c", t=self.patch_embed.frames)
+        if positions is None or new == old:
+            return
+        frames = rearrange(positions.detach(), "1 (t n) c -> t 1 n c", t=self.patch_embed.frames)
         resampled = [resample_abs_pos_embed(one, list(new), list(old), 0) for one in frames]
-        self.pos_embed = nn.Parameter(torch.cat(resampled, dim=1).detach())
+        self.pos_embed = nn.Parameter(torch.cat(resampled, dim=1), positions.requires_grad)
 
     def forward_intermediates(
         self,
@@ -99,6 +107,7 @@ class ViViT(TokenLearnerViT):
         stop_early: bool = False,
         output_fmt: str = "NCTHW",
         intermediates_only: bool = False,
+        attn_mask: Tensor | None = None,
     ) -> Any:
         """Features behind chosen blocks: `b c t h w`, or `b (t n) c` with `output_fmt="NLC"`.
 
@@ -110,6 +119,7 @@ class ViViT(TokenLearnerViT):
             stop_early: Run no block behind the last that is asked for.
             output_fmt: `"NCTHW"` or `"NLC"`.
             intermediates_only: Leave the final features out.
+            attn_mask: For the blocks of a model without learned tokens.
 
         Raises:
             ValueError: A grid is asked for where only learned tokens remain.
@@ -120,7 +130,8 @@ class ViViT(TokenLearnerViT):
             self._check_grid_remains(taken)
         x, kept = self.norm_pre(self._pos_embed(self.patch_embed(x))), []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            run = block if attn_mask is None else partial(block, attn_mask=attn_mask)
+            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
             if i in taken:
                 kept.append(self.norm(x) if norm else x)
         if output_fmt == "NCTHW":
@@ -189,6 +200,11 @@ def build_vivit(name: str, pretrained: bool = False, **kwargs: Any) -> ViViT:
     Raises:
         ValueError: Weights are asked for and there are none, or an argument is out of range.
     """
+    if kwargs.get("features_only"):
+        raise ValueError(
+            "timm's features_only is for pictures; build the video model without it and call "
+            "forward_intermediates"
+        )
     return build_variant(ViViT, name, VIDEOS[name], pretrained, kwargs)
 
 

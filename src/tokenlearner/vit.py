@@ -3,7 +3,8 @@
 Importing this file registers the names below with timm. As in the paper's code there is no class
 token: the final LayerNorm is followed by pooling over the tokens that remain.
 
-Names follow timm: `vit_{size}_patch{p}[_d{depth}][_tl{tokens}at{block}][_fuser]_{resolution}`.
+Names follow timm: `vit_{size}_patch{p}[_d{depth}][_tl{tokens}at{block}][_fuser]_{resolution}`,
+with `_gap` for a plain model of a size that timm names too.
 Source: scenic `TokenLearnerViT`; the layers are timm's, with flax's numbers (eps 1e-6, tanh GELU).
 """
 
@@ -20,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count
+from .hub import HubModel
 from .insert import insert, wrapped_blocks
 from .registry import blocks_with_grid, build_variant, register_variants, sized, variant_cfg
 from .wrappers import FusedBlock, ReducedBlock
@@ -34,7 +36,7 @@ _OFFICIAL: dict[str, Any] = {
 _POOLS = ("avg", "max", "sum", "avgmax", "token", "map", "prr", "")
 
 
-class TokenLearnerViT(VisionTransformer):
+class TokenLearnerViT(HubModel, VisionTransformer):
     """A ViT that runs on learned tokens from one of its blocks on; timm's interface is intact.
 
     Args:
@@ -93,7 +95,8 @@ class TokenLearnerViT(VisionTransformer):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Runs everything but the head: `b c h w -> b k c`, with fusers `b c h w -> b n c`."""
-        if not self.dynamic_img_size or not self._needs_grid() or attn_mask is not None:
+        masked = attn_mask is not None or is_causal
+        if not self.dynamic_img_size or not self._needs_grid() or masked:
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
@@ -133,7 +136,7 @@ class TokenLearnerViT(VisionTransformer):
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Pools the tokens that remain: `b k c -> b c`."""
-        if (pool_type or self.global_pool) == "sum":
+        if (self.global_pool if pool_type is None else pool_type) == "sum":
             return x[:, 0 if self.pool_include_prefix else self.num_prefix_tokens :].sum(1)
         return super().pool(x, pool_type)
 
@@ -191,6 +194,12 @@ class TokenLearnerViT(VisionTransformer):
 
 def _known_to_timm(pool: str) -> Any:
     return "avg" if pool == "sum" else pool
+
+
+def _to_fit(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """As timm fits weights to a ViT, but with the representation layer, which timm leaves out."""
+    own = {key: value for key, value in state.items() if key.startswith("pre_logits.")}
+    return checkpoint_filter_fn(state, model) | own
 
 
 def _learned(
@@ -284,7 +293,7 @@ def build_vit(name: str, pretrained: bool = False, **kwargs: Any) -> TokenLearne
     config = VARIANTS[name] | kwargs
     out_indices = blocks_with_grid(config, config["depth"])
     features = {"out_indices": out_indices, "feature_cls": "getter"}
-    options = {"pretrained_filter_fn": checkpoint_filter_fn, "feature_cfg": features}
+    options = {"pretrained_filter_fn": _to_fit, "feature_cfg": features}
     return build_variant(TokenLearnerViT, name, VARIANTS[name], pretrained, kwargs, **options)
 
 

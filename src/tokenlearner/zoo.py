@@ -1,23 +1,17 @@
-"""A name becomes a model, a model becomes a file, and a file the same model again."""
+"""A name becomes a model, a model becomes a file, a folder or a repository, and that the model."""
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .files import written_whole
-from .insert import insert, insertion, remove
+from .insert import insert
 
-_KEY = "tokenlearner"  # of the config in the header of a safetensors file
-_FILE = "model.safetensors"
-_STARTS = ("pretrained", "checkpoint_path", "cache_dir")  # where weights came from: now the file
+_TOKENS: dict[str, Any] = {"at": 0.5, "learner": "v11", "fuse": False}
 
 
 def create_model(
@@ -31,144 +25,130 @@ def create_model(
 ) -> nn.Module:
     """Builds a model by name, ours or any of timm's, and inserts learned tokens if asked to.
 
+    A Mixer or a model for live video is built with as many tokens, in place of its own.
+
     Args:
         name: One of `list_models()` or of `timm.list_models()`.
         num_tokens: Tokens to insert; 0 leaves the model as its name says.
         at: As in `insert`.
         learner: As in `insert`.
         fuse: As in `insert`.
-        kwargs: For the model: `num_classes`, `img_size`, `in_chans`, `pretrained`, ...
+        kwargs: For the model: `num_classes`, `img_size`, `in_chans`, `pretrained`, ...; and
+            `fuser_bottleneck_dim`, as in `insert`.
 
     Raises:
         ValueError: The name is unknown, or learned tokens do not fit the model.
 
+    >>> import torch
     >>> create_model("vit_mini_patch4_28", num_tokens=4)(torch.ones(2, 1, 28, 28)).shape
     torch.Size([2, 10])
     """
-    timm = _timm()
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "list_models() names ours"
-        raise ValueError(f"there is no model {name!r}; {hint}")
-    model = timm.create_model(name, **kwargs)
-    model.tokenlearner_config = {"name": name, "kwargs": kwargs}
-    tokens = {"num_tokens": num_tokens, "at": at, "learner": learner, "fuse": fuse}
-    return insert(model, **tokens) if num_tokens else model
+    _tables()
+    from .framevit import FRAMES
+    from .mixer import MIXERS
+    from .saving import build_named
+
+    if not num_tokens:
+        return build_named(name, kwargs)
+    tokens = {"at": at, "learner": learner, "fuse": fuse}
+    if name in {**MIXERS, **FRAMES}:  # built with their tokens: they take what differs from ours
+        told = {key: value for key, value in tokens.items() if value != _TOKENS[key]}
+        return build_named(name, {**kwargs, "num_tokens": num_tokens, **told})
+    if "fuser_bottleneck_dim" in kwargs:
+        tokens["fuser_bottleneck_dim"] = kwargs.pop("fuser_bottleneck_dim")
+    return insert(build_named(name, kwargs), num_tokens, **tokens)
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Lists this package's own models, those that match a pattern such as `"*tl8*"`."""
-    from .vit import VARIANTS
+    names = [name for table in _tables() for name in table]
+    return sorted(fnmatch.filter(names, pattern))
 
-    return sorted(fnmatch.filter(VARIANTS, pattern))
 
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    measured: Mapping[str, Mapping[str, object]] | None = None,
+) -> Path:
+    """Writes a model and all that is needed to build it again, to a file or a folder.
 
-def save_model(model: nn.Module, path: str | Path) -> Path:
-    """Writes a model and all that is needed to build it again to one safetensors file.
+    The classes, the pooling and the size of pictures may have been changed since it was made, by
+    `reset_classifier` and `set_input_size`.
 
     Args:
-        model: Made by `create_model` or `load_model`; with or without learned tokens.
-        path: A file that ends in `.safetensors`, or a folder, where it is `model.safetensors`.
+        model: Made by `create_model` or `load_model`, or a named one of ours by
+            `timm.create_model`; with or without learned tokens.
+        path: A file that ends in `.safetensors`, or a folder for `model.safetensors`,
+            `config.json`, which timm reads too, and a model card. A README that is there is kept,
+            and so is a `config.json` that is not a model's: the folder is then not for timm.
+        measured: A table for the model card, as columns of rows: `{"ours": {"top-1": 0.81}}`.
 
     Returns:
-        The file.
+        The file with the weights.
 
     Raises:
-        ValueError: The model could not be built again from the file.
+        ValueError: The model could not be built again, or `measured` is no table or has no place.
     """
-    from safetensors.torch import save_file
+    from .hub import write_model
 
-    state = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
-    config = _config(model)
-    with torch.device("meta"):
-        rebuilt = _build(config)
-    _check_fit(state, rebuilt, "the model was changed since create_model made it")
-    if _pooling(model) != _pooling(rebuilt):  # timm's; no parameter shows it
-        raise ValueError(
-            f"global_pool was changed from {_pooling(rebuilt)!r} to {_pooling(model)!r} since "
-            "create_model made the model; pass it to create_model"
-        )
-    file = _file(path)
-    with written_whole(file) as temporary:
-        save_file(state, str(temporary), metadata={_KEY: json.dumps(config)})
-    return file
+    return write_model(model, path, measured)
 
 
-def load_model(path: str | Path) -> nn.Module:
+def load_model(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
     """Builds the model that `save_model` wrote, learned tokens included, in evaluation mode.
 
     Args:
-        path: The file, or the folder that has it.
+        path: The file, the folder, or a model on the Hub: `user/repo`, `user/repo@revision` or
+            `hf-hub:user/repo`. A string is looked up on the Hub if there is no such path.
+        revision: On the Hub: a branch, a tag or a commit.
+        cache_dir: Of the Hub's files.
+        token: For the Hub; by default that of `hf auth login`.
 
     Raises:
-        ValueError: There is no such file, or it is not one of `save_model`'s.
+        ValueError: There is no such model here or on the Hub, or it is not one of `save_model`'s.
     """
-    from safetensors import SafetensorError, safe_open
+    _tables()
+    from .hub import read_model
 
-    file = _file(path)
-    if not file.is_file():
-        raise ValueError(f"there is no {file}; pass the file or folder that save_model wrote")
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            header = opened.metadata() or {}
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no readable safetensors file ({error})") from error
-    if _KEY not in header:
-        raise ValueError(f"{file} has weights but no config; save it with tokenlearner.save_model")
-    try:
-        model = _build(json.loads(header[_KEY]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        message = f"{file} has a config that makes no model ({error!r}); save the model again"
-        raise ValueError(message) from error
-    _check_fit(state, model, f"{file} does not fit the model it names")
-    model.load_state_dict(state, assign=True)  # with the dtype that was saved
-    return model.eval()
+    return read_model(path, revision=revision, cache_dir=cache_dir, token=token)
 
 
-def _timm() -> Any:
-    import timm
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    measured: Mapping[str, Mapping[str, object]] | None = None,
+    **kwargs: Any,
+) -> str:
+    """Uploads to the Hub what `save_model` writes to a folder, in one commit.
 
-    from . import vit  # noqa: F401  (registers our names)
+    Args:
+        model: As in `save_model`.
+        repo_id: Such as `user/name`; the repository is made if there is none.
+        measured: As in `save_model`.
+        kwargs: As in `upload_model`: `commit_message`, `private`, `token`, `branch`, ...
 
-    return timm
+    Returns:
+        The address of the commit.
 
+    Raises:
+        ValueError: The model could not be built again, or `repo_id` is no name.
+    """
+    from .hub import upload_model
 
-def _config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "tokenlearner_config", None)
-    if config is None:
-        raise ValueError(
-            f"this {type(model).__name__} does not know how it was built; make it with "
-            "tokenlearner.create_model, or save model.state_dict() yourself"
-        )
-    kwargs = {key: value for key, value in config["kwargs"].items() if key not in _STARTS}
-    config = {"name": config["name"], "kwargs": kwargs, "insert": insertion(model)}
-    try:
-        return json.loads(json.dumps(config))
-    except TypeError as error:
-        raise ValueError(f"{kwargs} cannot be saved as JSON ({error}); use plain values") from error
-
-
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    model = create_model(config["name"], **config["kwargs"])
-    if insertion(model) == config["insert"]:
-        return model
-    if insertion(model):
-        remove(model)
-    return insert(model, **config["insert"]) if config["insert"] else model
+    return upload_model(model, repo_id, measured, **kwargs)
 
 
-def _check_fit(state: Mapping[str, Tensor], model: nn.Module, what: str) -> None:
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if differing := sorted({key for key, _ in found.items() ^ expected.items()}):
-        raise ValueError(f"{what}: {', '.join(differing[:5])} ({len(differing)} in all) differ")
+def _tables() -> list[Mapping[str, Any]]:
+    """Our named models, which are known to timm from here on."""
+    from .framevit import FRAMES
+    from .mixer import MIXERS
+    from .video import VIDEOS
+    from .vit import VARIANTS
 
-
-def _pooling(model: nn.Module) -> str | None:
-    return getattr(model, "global_pool", None)
-
-
-def _file(path: str | Path) -> Path:
-    path = Path(path)
-    return path if path.suffix == ".safetensors" else path / _FILE
+    return [VARIANTS, MIXERS, VIDEOS, FRAMES]
