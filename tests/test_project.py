@@ -27,9 +27,9 @@ READMES = sorted(ROOT.glob("README*.md"))
 # fmt: off
 IMPORT_ORDER = [
     "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "insert",
-    "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream", "convert", "scenic",
-    "adapt", "zoo", "transfer", "data", "distill", "evaluate", "train", "benchmark", "catalog",
-    "export", "maps", "report", "progress", "demo", "app", "cli",
+    "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream",
+    "convert", "scenic", "adapt", "zoo", "transfer", "data", "distill", "evaluate", "train",
+    "benchmark", "catalog", "export", "maps", "report", "progress", "demo", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything

@@ -87,9 +87,20 @@ def test_a_name_like_no_other_is_refused_with_where_to_look() -> None:
         create_model("!!")
 
 
-def test_a_named_variant_has_its_tokens_already() -> None:
-    with pytest.raises(ValueError, match="learned tokens already"):
-        create_model(LEARNED, num_tokens=4)
+@pytest.mark.parametrize(
+    "told", [{"num_tokens": 4}, {"at": 2}, {"learner": "v1"}, {"fuse": True}], ids=str
+)
+def test_what_is_told_goes_before_what_the_name_says(told: dict[str, Any]) -> None:
+    by_name = {"num_tokens": 8, "at": 3, "learner": "v11", "fuse": False}
+    assert insertion(create_model(LEARNED, **told)) == by_name | told
+
+
+@pytest.mark.parametrize("name", [PLAIN, TIMM])
+@pytest.mark.parametrize("told", [{"at": 2}, {"learner": "v1"}, {"fuse": True}], ids=str)
+def test_how_to_learn_no_tokens_is_refused(told: dict[str, Any], name: str) -> None:
+    (key,) = told
+    with pytest.raises(ValueError, match=f"learns no tokens, but {key} is given; pass num_tokens"):
+        create_model(name, **told)
 
 
 def test_tokens_in_a_model_that_cannot_take_them_are_refused() -> None:
@@ -144,7 +155,7 @@ def test_a_model_of_frames_is_built_with_the_tokens_that_are_asked_for() -> None
 def test_the_width_of_the_fusers_goes_with_the_tokens(name: str, width: int | None) -> None:
     shape = {"embed_dim": 24} if name == MIXER else SHAPE
     model = create_model(name, num_tokens=3, fuse=True, fuser_bottleneck_dim=width, **shape)
-    assert (insertion(model) or {})["fuser_bottleneck_dim"] == width
+    assert (insertion(model) or {})["fuser_bottleneck_dim"] == (width or 0)
 
 
 # --- there and back ----------------------------------------------------------------------------
@@ -257,7 +268,7 @@ def test_the_file_tells_how_the_model_was_built(tmp_path: Path) -> None:
     with safe_open(str(save_model(small(num_tokens=3), tmp_path)), framework="pt") as file:
         config = json.loads(file.metadata()["tokenlearner"])
     tokens = {"num_tokens": 3, "at": 1, "learner": "v11", "fuse": False}
-    assert config == {"name": PLAIN, "kwargs": SHAPE, "insert": tokens}
+    assert config == {"name": PLAIN, "kwargs": SHAPE | {"num_tokens": 3}, "insert": tokens}
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:

@@ -79,9 +79,18 @@ class ClipEmbed(nn.Module):
         like = {"bias": bias, "device": device, "dtype": dtype}
         if self._is_tubelet:
             self.proj = nn.Conv3d(in_chans, embed_dim, kernel, kernel, **like)
-            _start(self.proj, tubelet_init)
         else:
             self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, **like)
+        self.tubelet_init = tubelet_init
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Starts the kernel anew; timm's models call this when they are initialised."""
+        lecun_normal_(self.proj.weight)
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
+        if self._is_tubelet:
+            _share_out(self.proj.weight, self.tubelet_init)
 
     @property
     def _is_tubelet(self) -> bool:
@@ -169,18 +178,13 @@ def sampled_frames(available: int, wanted: int) -> list[int]:
     return [min(round(frame), available - 1) for frame in exact]
 
 
-def _start(proj: nn.Conv3d, how: str) -> None:
-    """Initialises a tubelet's kernel as flax does, then by frame."""
-    lecun_normal_(proj.weight)
-    if proj.bias is not None:
-        nn.init.zeros_(proj.bias)
-    frames = proj.weight.shape[2]
-    with torch.no_grad():
-        if how == "average":
-            proj.weight.copy_(proj.weight[:, :, :1].expand_as(proj.weight).clone())
-        if how == "central":
-            others = [i for i in range(frames) if i != frames // 2]
-            proj.weight[:, :, others] = 0.0
+@torch.no_grad()
+def _share_out(kernel: Tensor, how: str) -> None:
+    """Makes a kernel see the middle frame alone, or all frames alike: `o i t h w`."""
+    if how == "average":
+        kernel.copy_(kernel[:, :, :1].expand_as(kernel).clone())
+    if how == "central":
+        kernel[:, :, [i for i in range(kernel.shape[2]) if i != kernel.shape[2] // 2]] = 0.0
 
 
 def _pair(size: int | tuple[int, int]) -> Grid:

@@ -64,8 +64,13 @@ class TokenFuser(nn.Module):
         self.norm = nn.LayerNorm(in_channels, eps=eps)
         self.gates = mlp(in_channels, bottleneck_dim, num_tokens, dropout_rate, approximate)
         self.dropout = nn.Dropout(check_rate(dropout_rate))
+        self.zero_init = zero_init
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Makes the fuser return 0 again; timm's models call this when they are initialised."""
         nn.init.zeros_(self.mix.bias)
-        if isinstance(self.mix_norm2, nn.LayerNorm) and zero_init == "norm":
+        if isinstance(self.mix_norm2, nn.LayerNorm) and self.zero_init == "norm":
             nn.init.xavier_uniform_(self.mix.weight)
             nn.init.zeros_(self.mix_norm2.weight)
         else:

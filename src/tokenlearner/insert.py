@@ -74,7 +74,8 @@ def insert(
             with the mean, which keeps tokens at the size that pretrained blocks expect),
             `"grouped"` (V1.1 of January 2022) or `"grouped-linear"` (V1.1 of December 2021).
         fuse: Put the tokens back on all positions behind each block from `at` on, for dense tasks.
-        fuser_bottleneck_dim: Hidden width of the fusers' gates; None is the paper's linear layer.
+        fuser_bottleneck_dim: Hidden width of the fusers' gates; None or 0, which timm can carry, is
+            the paper's linear layer.
         grid: Height and width of the positions, where the model cannot tell them.
 
     Returns:
@@ -99,8 +100,8 @@ def insert(
     check_count("num_tokens", num_tokens)
     n = math.prod(patches.grid_size)
     known = patches if grid is None else check_grid(grid, n)
-    if learner in ("v1", "v1-mean") and not getattr(model, "tells_grid", False):
-        _check_grid_is_told(patches, grid)
+    if learner in ("v1", "v1-mean"):
+        _check_grid_is_told(model, patches, grid)
     if num_tokens > n:
         raise ValueError(f"num_tokens is {num_tokens}, but a picture has {n}; ask for fewer")
     width, prefix = getattr(model, host.width), getattr(model, host.num_prefix_tokens)
@@ -109,7 +110,7 @@ def insert(
     for i in range(index, len(blocks) if fuse else index + 1):
         new = LEARNERS[learner](width, num_tokens)
         if fuse:
-            fuser = TokenFuser(width, num_tokens, fuser_bottleneck_dim)
+            fuser = TokenFuser(width, num_tokens, fuser_bottleneck_dim or None)
             wrapped = FusedBlock(blocks[i], new, fuser, **place)
         else:
             wrapped = ReducedBlock(blocks[i], new, **place)
@@ -175,7 +176,7 @@ def insertion(model: nn.Module) -> dict[str, Any] | None:
     if isinstance(first, FusedBlock):
         told["fuse"] = True
         if first.fuser.bottleneck_dim != 64:
-            told["fuser_bottleneck_dim"] = first.fuser.bottleneck_dim
+            told["fuser_bottleneck_dim"] = first.fuser.bottleneck_dim or 0
     return told | ({"grid": list(first.fixed_grid)} if first.fixed_grid else {})
 
 
@@ -194,8 +195,31 @@ def block_index(at: int | float, depth: int) -> int:
     return int(at * depth) if is_share else int(at)
 
 
-def _check_grid_is_told(patches: nn.Module, grid: Grid | None) -> None:
+def check_grid_remains(model: nn.Module, indices: list[int]) -> None:
+    """Refuses feature maps of blocks that leave learned tokens only.
+
+    Raises:
+        ValueError: One of the blocks has none.
+    """
+    reduced = [i for i, b in wrapped_blocks(model).items() if not isinstance(b, FusedBlock)]
+    at = min(reduced, default=math.inf)
+    if without := [str(i) for i in indices if i >= at]:
+        raise ValueError(
+            f"from block {at} on there are learned tokens and no grid, but a feature map of block "
+            f"{', '.join(without)} is asked for; take indices below {at}, output_fmt='NLC', or a "
+            "model with fuse=True"
+        )
+
+
+def _check_grid_is_told(model: nn.Module, patches: nn.Module, grid: Grid | None) -> None:
     """Refuses V1 in a host that takes pictures of any size: a block sees no picture's grid."""
+    if not isinstance(getattr(model, "patch_drop", nn.Identity()), nn.Identity):
+        raise ValueError(
+            "V1's convolutions need all positions, but patch_drop_rate leaves some out in "
+            "training; insert learner='v11', or build the host without patch_drop_rate"
+        )
+    if getattr(model, "tells_grid", False):
+        return
     if grid is None and not getattr(patches, "strict_img_size", True):
         raise ValueError(
             "V1's convolutions need the grid, which a host with dynamic_img_size does not tell; "

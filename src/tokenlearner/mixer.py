@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .checks import check_choice, check_count
 from .fuser import TokenFuser
 from .hub import HubModel
-from .insert import LEARNERS, block_index, wrapped_blocks
+from .insert import LEARNERS, block_index, check_grid_remains
 from .registry import blocks_with_grid, build_variant, register_variants, variant_cfg
 from .wrappers import FusedBlock, ReducedBlock
 
@@ -79,7 +79,7 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         check_count("num_tokens", num_tokens, least=0)
         index = block_index(at, check_count("num_blocks", num_blocks))
         check_choice("learner", learner, list(LEARNERS))
-        if fuser_bottleneck_dim is not None:
+        if fuser_bottleneck_dim:
             check_count("fuser_bottleneck_dim", fuser_bottleneck_dim)
         build: Any = _shorter_from(index, num_tokens, block_layer) if num_tokens else block_layer
         super().__init__(num_blocks=num_blocks, block_layer=build, **(_OFFICIAL | kwargs))
@@ -88,7 +88,7 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         for i in range(index, end if num_tokens else index):
             new = LEARNERS[learner](self.embed_dim, num_tokens)
             if fuse:
-                fuser = TokenFuser(self.embed_dim, num_tokens, fuser_bottleneck_dim)
+                fuser = TokenFuser(self.embed_dim, num_tokens, fuser_bottleneck_dim or None)
                 wrapped = FusedBlock(self.blocks[i], new, fuser, grid=self.stem)
             else:
                 wrapped = ReducedBlock(self.blocks[i], new, grid=self.stem)
@@ -121,7 +121,7 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         """
         self._check_images(x)
         if output_fmt == "NCHW":
-            self._check_grids_remain(feature_take_indices(len(self.blocks), indices)[0])
+            check_grid_remains(self, feature_take_indices(len(self.blocks), indices)[0])
         return super().forward_intermediates(
             x, indices, norm, stop_early, output_fmt, intermediates_only
         )
@@ -134,17 +134,6 @@ class TokenLearnerMixer(HubModel, MlpMixer):
             raise ValueError(
                 f"the pictures are {list(x.shape)}, expected [b, {', '.join(map(str, expected))}]; "
                 "a Mixer takes one size: resize them, or build it with another img_size or in_chans"
-            )
-
-    def _check_grids_remain(self, indices: list[int]) -> None:
-        """Refuses feature maps of blocks that leave learned tokens only."""
-        reduced = [i for i, b in wrapped_blocks(self).items() if not isinstance(b, FusedBlock)]
-        at = min(reduced, default=len(self.blocks))
-        if without := [i for i in indices if i >= at]:
-            raise ValueError(
-                f"from block {at} on there are learned tokens and no grid, but a feature map of "
-                f"block {', '.join(map(str, without))} is asked for; take indices below {at}, "
-                "output_fmt='NLC', or a model with fuse=True"
             )
 
 

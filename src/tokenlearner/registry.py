@@ -43,11 +43,12 @@ def variant_cfg(config: Mapping[str, Any], first_conv: str, **more: Any) -> dict
     """Returns what timm's data code asks of a variant: input size, normalisation, classifier."""
     size = config.get("img_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
+    channels = config.get("in_chans", 3)
     return {
-        "input_size": (config.get("in_chans", 3), height, width),
+        "input_size": (channels, height, width),
         "num_classes": config.get("num_classes", 1000),
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
+        "mean": (0.5,) * channels,
+        "std": (0.5,) * channels,
         "interpolation": "bicubic",
         "crop_pct": 0.9,
         "fixed_input_size": True,

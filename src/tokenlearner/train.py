@@ -152,8 +152,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def _insertion_options(config: TrainConfig) -> dict[str, Any]:
-    """The part of a config that `create_model` takes to insert learned tokens."""
-    return {name: getattr(config, name) for name in ("num_tokens", "at", "learner", "fuse")}
+    """The part of a config that `create_model` takes for learned tokens, if there are any."""
+    names = ("num_tokens", "at", "learner", "fuse") if config.num_tokens else ()
+    return {name: getattr(config, name) for name in names}
 
 
 def _model(config: TrainConfig, data: ImageDataset) -> nn.Module:

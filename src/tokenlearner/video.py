@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .checks import check_choice
 from .clips import ClipEmbed
+from .insert import check_grid_remains
 from .registry import build_variant, register_variants, sized, variant_cfg
 from .vit import FUSED, TokenLearnerViT
 
@@ -127,7 +128,7 @@ class ViViT(TokenLearnerViT):
         check_choice("output_fmt", output_fmt, ("NCTHW", "NLC"))
         taken, last = feature_take_indices(len(self.blocks), indices)
         if output_fmt == "NCTHW":
-            self._check_grid_remains(taken)
+            check_grid_remains(self, taken)
         x, kept = self.norm_pre(self._pos_embed(self.patch_embed(x))), []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             run = block if attn_mask is None else partial(block, attn_mask=attn_mask)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_count
 from .hub import HubModel
-from .insert import insert, wrapped_blocks
+from .insert import check_grid_remains, insert
 from .registry import blocks_with_grid, build_variant, register_variants, sized, variant_cfg
-from .wrappers import FusedBlock, ReducedBlock
+from .wrappers import ReducedBlock
 
 _OFFICIAL: dict[str, Any] = {
     "class_token": False,
@@ -75,7 +75,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
         **kwargs: Any,
     ):
         kwargs = _OFFICIAL | kwargs
-        check_choice("global_pool", global_pool, _POOLS)
+        _check_pool(global_pool, kwargs["class_token"])
         super().__init__(global_pool=_known_to_timm(global_pool), **kwargs)
         self.global_pool = global_pool
         if check_count("num_tokens", num_tokens, least=0):
@@ -123,7 +123,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
         """
         taken, _ = feature_take_indices(len(self.blocks), indices)
         if output_fmt == "NCHW":
-            self._check_grid_remains(taken)
+            check_grid_remains(self, taken)
         size, needs_grid = tuple(x.shape[-2:]), self.dynamic_img_size and self._needs_grid()
         if needs_grid and self.patch_embed.dynamic_feat_size(size) != self.patch_embed.grid_size:
             raise ValueError(
@@ -155,7 +155,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
             ValueError: There is no such pooling.
         """
         if global_pool is not None:
-            check_choice("global_pool", global_pool, _POOLS)
+            _check_pool(global_pool, self.has_class_token)
         old = self.global_pool if global_pool is None else global_pool
         super().reset_classifier(num_classes, global_pool and _known_to_timm(global_pool))
         self.global_pool = old
@@ -180,16 +180,11 @@ class TokenLearnerViT(HubModel, VisionTransformer):
     def _needs_grid(self) -> bool:
         return any(isinstance(b, ReducedBlock) and b.needs_grid for b in self.blocks)
 
-    def _check_grid_remains(self, indices: list[int]) -> None:
-        """Refuses feature maps of blocks that see learned tokens only."""
-        reduced = [i for i, b in wrapped_blocks(self).items() if not isinstance(b, FusedBlock)]
-        at = min(reduced, default=len(self.blocks))
-        if without := [i for i in indices if i >= at]:
-            raise ValueError(
-                f"behind block {at} there are learned tokens and no grid, but a feature map of "
-                f"block {', '.join(map(str, without))} is asked for; take indices below {at}, "
-                "output_fmt='NLC', or a model with fuse=True"
-            )
+
+def _check_pool(pool: str, class_token: bool) -> None:
+    check_choice(
+        "global_pool", pool, _POOLS if class_token else [p for p in _POOLS if p != "token"]
+    )
 
 
 def _known_to_timm(pool: str) -> Any:
@@ -220,7 +215,7 @@ _MINI: dict[str, Any] = {
     "num_heads": 2,
     "weight_init": "",
 }
-FUSED = {"fuse": True, "fuser_bottleneck_dim": None}  # a linear mask, as when the paper was written
+FUSED = {"fuse": True, "fuser_bottleneck_dim": 0}  # a linear mask, as when the paper was written
 # fmt: off
 VARIANTS: dict[str, dict[str, Any]] = {
     # for the demo and for trying things out; V1.1

@@ -9,28 +9,24 @@ from typing import Any
 
 from torch import nn
 
-from .insert import insert
-
-_TOKENS: dict[str, Any] = {"at": 0.5, "learner": "v11", "fuse": False}
+from .insert import insert, wrapped_blocks
 
 
 def create_model(
     name: str,
     *,
     num_tokens: int = 0,
-    at: int | float = 0.5,
-    learner: str = "v11",
-    fuse: bool = False,
+    at: int | float | None = None,
+    learner: str | None = None,
+    fuse: bool | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Builds a model by name, ours or any of timm's, and inserts learned tokens if asked to.
-
-    A Mixer or a model for live video is built with as many tokens, in place of its own.
+    """Builds a model by name, ours or any of timm's, with learned tokens if asked to.
 
     Args:
         name: One of `list_models()` or of `timm.list_models()`.
-        num_tokens: Tokens to insert; 0 leaves the model as its name says.
-        at: As in `insert`.
+        num_tokens: Tokens to learn; 0 leaves it to the name.
+        at: As in `insert`; goes before what the name says, as all others do.
         learner: As in `insert`.
         fuse: As in `insert`.
         kwargs: For the model: `num_classes`, `img_size`, `in_chans`, `pretrained`, ...; and
@@ -43,20 +39,24 @@ def create_model(
     >>> create_model("vit_mini_patch4_28", num_tokens=4)(torch.ones(2, 1, 28, 28)).shape
     torch.Size([2, 10])
     """
-    _tables()
-    from .framevit import FRAMES
-    from .mixer import MIXERS
     from .saving import build_named
 
-    if not num_tokens:
-        return build_named(name, kwargs)
-    tokens = {"at": at, "learner": learner, "fuse": fuse}
-    if name in {**MIXERS, **FRAMES}:  # built with their tokens: they take what differs from ours
-        told = {key: value for key, value in tokens.items() if value != _TOKENS[key]}
-        return build_named(name, {**kwargs, "num_tokens": num_tokens, **told})
-    if "fuser_bottleneck_dim" in kwargs:
-        tokens["fuser_bottleneck_dim"] = kwargs.pop("fuser_bottleneck_dim")
-    return insert(build_named(name, kwargs), num_tokens, **tokens)
+    told = {"at": at, "learner": learner, "fuse": fuse}
+    tokens = {key: value for key, value in told.items() if value is not None}
+    if num_tokens:
+        tokens["num_tokens"] = num_tokens
+    if any(name in table for table in _tables()):
+        model = build_named(name, kwargs | tokens)
+    else:
+        if "fuser_bottleneck_dim" in kwargs:
+            tokens["fuser_bottleneck_dim"] = kwargs.pop("fuser_bottleneck_dim")
+        model = build_named(name, kwargs)
+        if num_tokens:
+            insert(model, **tokens)
+    if tokens and not wrapped_blocks(model):
+        names = ", ".join(tokens)
+        raise ValueError(f"{name} learns no tokens, but {names} is given; pass num_tokens too")
+    return model
 
 
 def list_models(pattern: str = "*") -> list[str]:
