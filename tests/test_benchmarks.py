@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -102,3 +103,41 @@ def test_modules_memory_prints_the_median_of_its_runs(
     assert columns[:2] == ["forward, ours", "forward, textbook"]
     assert rows["V1"] == [2, 5, 8, 11]
     assert text.splitlines()[-1] == "python benchmarks/modules_memory.py --runs 3 --batch 2"
+
+
+@pytest.mark.parametrize("script", ["models_speed"], indirect=True)
+def test_models_speed_prints_ratios_of_time_and_of_multiply_adds(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "vit_mini_patch4_tl8at3_28"
+    options = f"--models {name} --batches 2 --rounds 2 --optimizer"
+    monkeypatch.setattr(sys, "argv", ["models_speed.py", *options.split()])
+    script.main()
+    text = capsys.readouterr().out
+    _, rows = table(text)
+    assert list(rows) == [f"`{name}`, inference, 2", f"`{name}`, training, 2"]
+    for of_macs, speedup, share, _ in rows.values():
+        assert of_macs == 1.69  # as in the demo's table: 0.0163 / 0.0097
+        assert share == pytest.approx(speedup / of_macs, abs=0.02)
+    assert text.splitlines()[-1] == f"python benchmarks/models_speed.py {options}"
+
+
+@pytest.mark.parametrize("script", ["models_speed"], indirect=True)
+def test_a_speed_up_is_the_time_of_the_slow_side_over_that_of_the_fast(script: ModuleType) -> None:
+    speedup, seconds = script.ratio(lambda: time.sleep(0.03), lambda: time.sleep(0.01), rounds=4)
+    assert 2 < speedup.median < 4
+    assert 0.01 < seconds < 0.03
+
+
+@pytest.mark.parametrize("script", ["streaming"], indirect=True)
+def test_streaming_prints_what_a_new_frame_costs(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "framevit_mini_patch8_f6_tl4at3_32"
+    monkeypatch.setattr(sys, "argv", ["streaming.py", "--models", name, "--rounds", "2"])
+    script.main()
+    _, rows = table(capsys.readouterr().out)
+    of_macs, speedup, _, difference = rows[f"`{name}`"]
+    assert of_macs == 3.1  # 20.1 MMACs for the clip, of which 5/6 of the encoding are saved
+    assert speedup > 0.3
+    assert difference < 1e-5
