@@ -169,6 +169,40 @@ def test_named_models_cost_what_the_closed_form_says() -> None:
         assert counted == t * (frame + learner) + tail + c * config["num_classes"]
 
 
+@pytest.fixture(params=FRAMES)
+def narrow(request: pytest.FixtureRequest) -> FrameViT:
+    """Every named model at a small width, with parameters that all matter."""
+    small = {"embed_dim": 24, "num_heads": 3, "img_size": 48, "num_classes": 5, "depth": 3, "at": 1}
+    model = timm.create_model(request.param, **small).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def gradients(model: nn.Module, clip: torch.Tensor) -> list[torch.Tensor]:
+    parameters = list(model.parameters())
+    return list(torch.autograd.grad(model(clip).square().sum(), parameters))
+
+
+def test_every_named_model_trains_and_goes_through_what_models_go_through(narrow: FrameViT) -> None:
+    clip = torch.randn(2, 3, narrow.num_frames, 48, 48, dtype=torch.float64)
+    expected, logits = gradients(narrow, clip), narrow(clip)
+    unmoved = [
+        n for (n, _), g in zip(narrow.named_parameters(), expected, strict=True) if not g.any()
+    ]
+    assert set(unmoved) <= {"encoder.blocks.1.learner.attention_maps.3.bias"}
+    loaded = copy.deepcopy(narrow)
+    loaded.load_state_dict(narrow.state_dict(), strict=True)
+    narrow.set_grad_checkpointing()
+    for other in (loaded, pickle.loads(pickle.dumps(narrow)), narrow):
+        torch.testing.assert_close(gradients(other, clip), expected)
+    narrow.set_grad_checkpointing(False)
+    compiled = torch.compile(narrow, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(clip), logits)
+    narrower = narrow.to(torch.bfloat16)(clip.to(torch.bfloat16))
+    torch.testing.assert_close(narrower, logits.to(torch.bfloat16), rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from matplotlib.image import imread
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokenlearner import attention_maps, insert
+from tokenlearner import attention_maps, insert, video  # noqa: F401  (video registers names)
 from tokenlearner.insert import LEARNERS
 from tokenlearner.maps import draw_maps
 
@@ -129,6 +130,21 @@ def test_a_part_of_the_model_that_was_in_evaluation_mode_stays_so() -> None:
     attention_maps(model, images())
     assert not model.patch_embed.training
     assert model.blocks.training
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_maps_of_a_clip_are_those_of_its_frames(fuse: bool) -> None:
+    model = timm.create_model("vivit_mini_patch8x2_tl4at3_32", fuse=fuse).eval()
+    clip = torch.randn(2, 3, 8, 32, 32)
+    for index, maps in attention_maps(model, clip).items():
+        assert maps.shape == (2, 4, 4, 4, 4)  # clips, frames, tokens, height, width
+        block = model.blocks[index]
+        seen: list[torch.Tensor] = []
+        block.learner.register_forward_pre_hook(lambda _, args, kept=seen: kept.append(args[0]))
+        model(clip)
+        third = seen[0].unflatten(0, (2, 4))[1, 2]  # of the second clip the third frame
+        expected = block.learner.attention(third[None])[0].unflatten(-1, (4, 4))
+        torch.testing.assert_close(maps[1, 2], expected)
 
 
 def test_a_model_without_learned_tokens_is_refused() -> None:

@@ -48,15 +48,9 @@ def build_named(name: str, kwargs: Mapping[str, Any]) -> Any:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "list_models() names ours"
         raise ValueError(f"there is no model {name!r}; {hint}")
-    kept: dict[str, Any] = {
-        key: value
-        for key, value in kwargs.items()
-        if value is not None or key == "fuser_bottleneck_dim"
-    }
-    if None in kept.values():  # which timm.create_model would leave out
-        model: Any = timm.models.model_entrypoint(name)(**kept)
-    else:
-        model = timm.create_model(name, **kept)
+    linear = {"fuser_bottleneck_dim": 0} if "fuser_bottleneck_dim" in kwargs else {}
+    kept: dict[str, Any] = linear | {k: value for k, value in kwargs.items() if value is not None}
+    model: Any = timm.create_model(name, **kept)  # which would leave out a None
     model.tokenlearner_config = {"name": name, "kwargs": kept}
     return model
 
