@@ -100,6 +100,8 @@ def test_timm_loads_a_folder_with_weights_of_a_video_model(tmp_path: Path) -> No
     loaded: Any = timm.create_model(folder(tmp_path, model, architecture=CLIP, **told), True)
     assert (loaded.in_chans, loaded.num_frames) == (2, 4)
     check_equal(loaded, model)
+    with pytest.raises(ValueError, match="in_chans is 3, but the weights are for 2 channels"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=3)
 
 
 @pytest.mark.parametrize("name", [MINI, "vit_small_patch32_tl8at6_224"])

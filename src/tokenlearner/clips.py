@@ -68,7 +68,8 @@ class ClipEmbed(nn.Module):
         self.sampling = check_choice("sampling", sampling, ("tubelet", "uniform"))
         self.input_format = check_choice("input_format", input_format, list(FORMATS))
         check_choice("tubelet_init", tubelet_init, ("central", "average", "random"))
-        self.in_chans, self.patch_size = in_chans, _pair(patch_size)
+        self.in_chans = check_count("in_chans", in_chans)
+        self.patch_size = _pair("patch_size", patch_size)
         self.num_frames = check_count("num_frames", num_frames)
         self.tubelet_size = check_count("tubelet_size", tubelet_size) if self._is_tubelet else 1
         self.frames = num_frames // self.tubelet_size
@@ -111,14 +112,14 @@ class ClipEmbed(nn.Module):
         Raises:
             ValueError: Another patch size is asked for, or no patch fits a frame.
         """
-        if patch_size is not None and _pair(patch_size) != self.patch_size:
+        if patch_size is not None and _pair("patch_size", patch_size) != self.patch_size:
             raise ValueError(
                 f"patch_size is {self.patch_size} and cannot become {patch_size}; build another "
                 "model and fill it with tokenlearner.adapt.init_from"
             )
         if img_size is None:
             return
-        height, width = _pair(img_size)
+        height, width = _pair("img_size", img_size)
         grid = height // self.patch_size[0], width // self.patch_size[1]
         if not all(grid):
             raise ValueError(f"a {height} x {width} frame holds no patch of {self.patch_size}")
@@ -187,9 +188,11 @@ def _share_out(kernel: Tensor, how: str) -> None:
         kernel[:, :, [i for i in range(kernel.shape[2]) if i != kernel.shape[2] // 2]] = 0.0
 
 
-def _pair(size: int | tuple[int, int]) -> Grid:
-    height, width = (size, size) if isinstance(size, int) else size
-    return check_count("height", height), check_count("width", width)
+def _pair(name: str, size: int | tuple[int, int]) -> Grid:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2:
+        raise ValueError(f"{name} is {size}, expected a number or (height, width)")
+    return check_count(f"height of {name}", pair[0]), check_count(f"width of {name}", pair[1])
 
 
 def _refuse_any_size(arguments: dict[str, Any]) -> None:

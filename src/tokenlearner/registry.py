@@ -103,6 +103,11 @@ def blocks_with_grid(config: Mapping[str, Any], depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, last - 3), last))
 
 
+def source_channels(arguments: Mapping[str, Any]) -> int:
+    """The channels of the pictures that a checkpoint is for, as its config says."""
+    return _told(arguments).get("in_chans", 3)
+
+
 def register_variants(file: str, names: Iterable[str], build: Callable[..., nn.Module]) -> None:
     """Registers a function with timm for each name, and puts it in the file's module.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .checks import check_choice
 from .clips import ClipEmbed
 from .insert import check_grid_remains
-from .registry import build_variant, register_variants, sized, variant_cfg
+from .registry import build_variant, register_variants, sized, source_channels, variant_cfg
 from .vit import FUSED, TokenLearnerViT
 
 
@@ -205,6 +205,12 @@ def build_vivit(name: str, pretrained: bool = False, **kwargs: Any) -> ViViT:
         raise ValueError(
             "timm's features_only is for pictures; build the video model without it and call "
             "forward_intermediates"
+        )
+    channels = source_channels(kwargs)
+    if pretrained and kwargs.get("in_chans", channels) != channels:
+        raise ValueError(
+            f"in_chans is {kwargs['in_chans']}, but the weights are for {channels} channels and "
+            "timm cannot change tubelets; leave in_chans out"
         )
     return build_variant(ViViT, name, VIDEOS[name], pretrained, kwargs)
 
