@@ -428,6 +428,17 @@ def test_a_model_goes_to_the_hub_and_comes_back(kind: str, hub: Hub) -> None:
         assert same(model, load_model(name))
 
 
+def test_timm_loads_our_names_from_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    push_to_hub(model, "me/mini")
+
+    def download(repo_id: str, filename: str, **options: Any) -> str:
+        return str(hub.download(repo_id, filename, **options))
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    assert same(model, timm.create_model("hf-hub:me/mini", pretrained=True).eval())
+
+
 def test_a_class_goes_to_the_hub_and_comes_back(hub: Hub) -> None:
     model = small()
     model.push_to_hub("me/mini", branch="dev", create_pr=True, commit_message="One")

@@ -13,9 +13,10 @@ from matplotlib.image import imread
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokenlearner import attention_maps, insert, video  # noqa: F401  (video registers names)
+from tokenlearner import TokenLearnerV11, attention_maps, insert, video  # noqa: F401  (video registers names)
 from tokenlearner.insert import LEARNERS
 from tokenlearner.maps import draw_maps
+from tokenlearner.wrappers import ReducedBlock
 
 TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
 each_learner = pytest.mark.parametrize("learner", LEARNERS)
@@ -145,6 +146,19 @@ def test_maps_of_a_clip_are_those_of_its_frames(fuse: bool) -> None:
         third = seen[0].unflatten(0, (2, 4))[1, 2]  # of the second clip the third frame
         expected = block.learner.attention(third[None])[0].unflatten(-1, (4, 4))
         torch.testing.assert_close(maps[1, 2], expected)
+
+
+def test_a_block_that_someone_wrapped_by_hand_is_found_too() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mid = ReducedBlock(nn.Identity(), TokenLearnerV11(24, 3), grid=(2, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mid(x.flatten(2).transpose(1, 2))
+
+    (maps,) = attention_maps(Pooled(), torch.randn(2, 24, 2, 5)).values()
+    assert maps.shape == (2, 3, 2, 5)
 
 
 def test_a_model_without_learned_tokens_is_refused() -> None:

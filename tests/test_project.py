@@ -39,7 +39,7 @@ PUBLIC_NAMES = {
     "modules": ["TokenLearner", "TokenLearnerModuleV11", "TokenLearnerV11"],
     "fuser": ["TokenFuser"],
     "insert": ["insert", "remove"],
-    "zoo": ["create_model", "list_models", "save_model", "load_model"],
+    "zoo": ["create_model", "list_models", "save_model", "load_model", "push_to_hub"],
     "data": ["load_data"],
     "evaluate": ["evaluate"],
     "train": ["train"],

@@ -154,9 +154,16 @@ def find_host(model: nn.Module) -> Host:
 
 
 def wrapped_blocks(model: nn.Module) -> dict[int, ReducedBlock]:
-    """Finds the blocks of any model that learners stand at, by their index in their list."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, ReducedBlock)}
-    return {int(name.rpartition(".")[2]): block for name, block in found.items()}
+    """Finds the blocks of any model that learners stand at, by their index in their list.
+
+    Blocks that are in no list are counted in their order.
+    """
+    found: dict[int, ReducedBlock] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ReducedBlock):
+            last = name.rpartition(".")[2]
+            found[int(last) if last.isdecimal() else len(found)] = module
+    return found
 
 
 def insertion(model: nn.Module) -> dict[str, Any] | None:
