@@ -123,11 +123,15 @@ def test_copies_give_the_same() -> None:
         assert torch.equal(other(clip), model(clip))
 
 
+@pytest.mark.parametrize("tubelet_size", [1, 2])
 @torch.no_grad()
-def test_it_compiles_whole() -> None:
-    model, clip = randomized(), torch.randn(1, 3, 4, 16, 16)
+def test_it_compiles_whole_for_clips_of_every_length(tubelet_size: int) -> None:
+    model = randomized(tubelet_size=tubelet_size)
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(clip), model(clip))
+    for frames in (4, 2, 3):  # the second length makes torch compile for any
+        clip = torch.randn(1, 3, frames * tubelet_size, 16, 16)
+        torch.testing.assert_close(compiled(clip), model(clip))
 
 
 @torch.no_grad()
@@ -197,6 +201,7 @@ def test_every_named_model_trains_and_goes_through_what_models_go_through(narrow
     for other in (loaded, pickle.loads(pickle.dumps(narrow)), narrow):
         torch.testing.assert_close(gradients(other, clip), expected)
     narrow.set_grad_checkpointing(False)
+    torch.compiler.reset()
     compiled = torch.compile(narrow, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(clip), logits)
     narrower = narrow.to(torch.bfloat16)(clip.to(torch.bfloat16))

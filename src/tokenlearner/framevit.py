@@ -179,11 +179,11 @@ class FrameViT(HubModel, nn.Module):
             raise ValueError(f"clips are {list(clips.shape)}, expected {axes}")
         if self.input_format == "btchw":
             clips = rearrange(clips, "b t c h w -> b c t h w")
-        frames, rest = divmod(clips.shape[2], self.tubelet_size)
-        if rest or not self._fits(frames):
+        pictures = clips.shape[2]  # no divmod: torch.compile has none for clips of any length
+        if pictures % self.tubelet_size or not self._fits(pictures // self.tubelet_size):
             whole = f" in whole tubelets of {self.tubelet_size}" if self.tubelet_size > 1 else ""
             raise ValueError(
-                f"a clip has {clips.shape[2]} frames, expected 1 to "
+                f"a clip has {pictures} frames, expected 1 to "
                 f"{self.num_frames * self.tubelet_size}{whole}; cut it, or build the model with "
                 "another num_frames"
             )
