@@ -53,8 +53,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     weights = read(path) if read else find_params(read_flax(path))
     if not weights:
         raise ValueError(f"{path} has no tensors by name; pass a file of weights")
-    prefix = "params/" if all(name.startswith("params/") for name in weights) else ""
-    return {name.removeprefix(prefix): value for name, value in weights.items()}
+    return without_params(weights)
 
 
 def read_flax(path: str | Path) -> dict[str, Any]:
@@ -133,6 +132,12 @@ def flat_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the name {name} comes twice, nested and with slashes; keep one")
         flat[name] = value
     return flat
+
+
+def without_params(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves a `params/` out that stands in front of all names."""
+    prefix = "params/" if all(name.startswith("params/") for name in flat) else ""
+    return {name.removeprefix(prefix): value for name, value in flat.items()}
 
 
 def as_tensor(value: Any, name: str = "the array") -> Tensor:

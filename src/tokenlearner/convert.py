@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .checkpoints import as_tensor, flat_tree
+from .checkpoints import as_tensor, flat_tree, without_params
 from .fuser import TokenFuser
 from .modules import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from .wrappers import ReducedBlock
@@ -181,9 +181,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat_params(params: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns parameters as tensors under flat names, without a `params/` that all of them have."""
-    flat = flat_tree(params)
-    prefix = "params/" if all(name.startswith("params/") for name in flat) else ""
-    return {name.removeprefix(prefix): as_tensor(value, name) for name, value in flat.items()}
+    flat = without_params(flat_tree(params))
+    return {name: as_tensor(value, name) for name, value in flat.items()}
 
 
 def _check_fit(module: nn.Module, came: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

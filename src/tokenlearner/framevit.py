@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from einops import rearrange
 from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs
@@ -164,10 +163,8 @@ class FrameViT(HubModel, nn.Module):
                 f"with 1 to {self.num_frames} frames; model.encode makes them"
             )
         x = rearrange(tokens + self.time_embed[:, -tokens.shape[1] :], "b t k c -> b (t k) c")
-        return self.norm(checkpoint_seq(self.blocks, x) if self._recompute() else self.blocks(x))
-
-    def _recompute(self) -> bool:
-        return self.grad_checkpointing and torch.is_grad_enabled()
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return self.norm(x)
 
     def _fits(self, frames: int) -> bool:
         return 1 <= frames <= self.num_frames

@@ -109,13 +109,26 @@ def insert(
     place: dict[str, Any] = {"num_prefix_tokens": prefix, "frames": frames, "grid": known}
     for i in range(index, len(blocks) if fuse else index + 1):
         new = LEARNERS[learner](width, num_tokens)
-        if fuse:
-            fuser = TokenFuser(width, num_tokens, fuser_bottleneck_dim or None)
-            wrapped = FusedBlock(blocks[i], new, fuser, **place)
-        else:
-            wrapped = ReducedBlock(blocks[i], new, **place)
-        blocks[i] = _like_its_block(wrapped)
+        blocks[i] = wrap(blocks[i], new, fuse, fuser_bottleneck_dim, **place)
     return model
+
+
+def wrap(
+    block: nn.Module, learner: Any, fuse: bool, fuser_bottleneck_dim: int | None, **place: Any
+) -> ReducedBlock:
+    """Puts a learner in front of a block, in the block's device, dtype and mode.
+
+    Args:
+        block: As in `ReducedBlock`.
+        learner: One that `LEARNERS` makes.
+        fuse: Whether a fuser stands behind the block.
+        fuser_bottleneck_dim: As in `insert`.
+        place: What `ReducedBlock` takes besides.
+    """
+    if not fuse:
+        return _like_its_block(ReducedBlock(block, learner, **place))
+    fuser = TokenFuser(learner.in_channels, learner.num_tokens, fuser_bottleneck_dim or None)
+    return _like_its_block(FusedBlock(block, learner, fuser, **place))
 
 
 def remove(model: Model) -> Model:

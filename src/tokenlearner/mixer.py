@@ -22,11 +22,9 @@ from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count
-from .fuser import TokenFuser
 from .hub import HubModel
-from .insert import LEARNERS, block_index, check_grid_remains
+from .insert import LEARNERS, block_index, check_grid_remains, wrap
 from .registry import blocks_with_grid, build_variant, register_variants, variant_cfg
-from .wrappers import FusedBlock, ReducedBlock
 
 _OFFICIAL: dict[str, Any] = {
     "act_layer": partial(nn.GELU, approximate="tanh"),
@@ -87,13 +85,7 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         # after timm's initialisation, so that learners and fusers keep their own
         for i in range(index, end if num_tokens else index):
             new = LEARNERS[learner](self.embed_dim, num_tokens)
-            if fuse:
-                fuser = TokenFuser(self.embed_dim, num_tokens, fuser_bottleneck_dim or None)
-                wrapped = FusedBlock(self.blocks[i], new, fuser, grid=self.stem)
-            else:
-                wrapped = ReducedBlock(self.blocks[i], new, grid=self.stem)
-            like = self.stem.proj.weight
-            self.blocks[i] = wrapped.to(like.device, like.dtype)
+            self.blocks[i] = wrap(self.blocks[i], new, fuse, fuser_bottleneck_dim, grid=self.stem)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Runs everything but the head: `b c h w -> b k c`, or `b n c` fused or without tokens.
