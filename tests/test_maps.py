@@ -148,6 +148,44 @@ def test_maps_of_a_clip_are_those_of_its_frames(fuse: bool) -> None:
         torch.testing.assert_close(maps[1, 2], expected)
 
 
+@torch.no_grad()
+def test_maps_of_tokens_that_are_learned_from_tokens_lead_back_to_the_grid() -> None:
+    model, x = insert(vit(), (5, 2), at=(1, 3)), images()
+    maps, (first, second) = attention_maps(model, x), (model.blocks[1], model.blocks[3])
+    seen: list[Tensor] = []
+    for block in (first, second):
+        block.learner.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(x)
+    direct, of_tokens = first.learner.attention(seen[0]), second.learner.attention(seen[1])
+    expected = torch.einsum("b j k, b k n -> b j n", of_tokens, direct)
+    torch.testing.assert_close(maps[3], expected.unflatten(-1, (2, 5)))
+    torch.testing.assert_close(maps[1], direct.unflatten(-1, (2, 5)))
+
+
+def test_maps_that_lead_back_to_the_grid_sum_to_1() -> None:
+    maps = attention_maps(insert(vit(), (10, 5, 2), at=(0, 1, 3)), images())
+    for one in maps.values():
+        torch.testing.assert_close(one.sum((-2, -1)), torch.ones(one.shape[:2]))
+
+
+def test_fused_maps_at_several_places_are_of_positions_everywhere() -> None:
+    model, x = insert(vit(), (10, 2), at=(0, 2), fuse=True), images()
+    maps = attention_maps(model, x)
+    into: list[Tensor] = []
+    model.blocks[2].learner.register_forward_pre_hook(lambda _, args: into.append(args[0]))
+    model(x)
+    expected = model.blocks[2].learner.attention(into[0]).unflatten(-1, (2, 5))
+    torch.testing.assert_close(maps[2], expected)
+
+
+@torch.no_grad()
+def test_maps_of_a_clip_lead_back_frame_by_frame() -> None:
+    model = timm.create_model("vivit_mini_patch8x2_32").eval()
+    maps = attention_maps(insert(model, (4, 2), at=(1, 3)), torch.randn(2, 3, 8, 32, 32))
+    assert {i: one.shape for i, one in maps.items()} == {1: (2, 4, 4, 4, 4), 3: (2, 4, 2, 4, 4)}
+    torch.testing.assert_close(maps[3].sum((-2, -1)), torch.ones(2, 4, 2))
+
+
 def test_a_block_that_someone_wrapped_by_hand_is_found_too() -> None:
     class Pooled(nn.Module):
         def __init__(self) -> None:

@@ -26,10 +26,11 @@ READMES = sorted(ROOT.glob("README*.md"))
 # A file may import from files to its left only.
 # fmt: off
 IMPORT_ORDER = [
-    "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "insert",
+    "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "hosts", "insert",
     "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream",
-    "convert", "scenic", "adapt", "zoo", "transfer", "data", "distill", "evaluate", "train",
-    "benchmark", "catalog", "export", "maps", "report", "progress", "demo", "app", "cli",
+    "convert", "scenic", "adapt", "zoo", "transfer", "data", "distill", "evaluate", "calibrate",
+    "recipe", "loop", "train", "benchmark", "catalog", "plan", "export", "maps", "report",
+    "progress", "contest", "demo", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything
@@ -42,8 +43,10 @@ PUBLIC_NAMES = {
     "zoo": ["create_model", "list_models", "save_model", "load_model", "push_to_hub"],
     "data": ["load_data"],
     "evaluate": ["evaluate"],
+    "calibrate": ["calibrate"],
     "train": ["train"],
     "benchmark": ["benchmark"],
+    "plan": ["plan"],
     "export": ["export"],
     "maps": ["attention_maps"],
 }

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tokenlearner import TokenFuser, TokenLearner, TokenLearnerV11
-from tokenlearner.wrappers import FusedBlock, ReducedBlock
+from tokenlearner.wrappers import FusedBlock, OfPositions, PatchGrid, ReducedBlock, UnplacedBlock
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -304,6 +304,112 @@ def test_an_attention_mask_is_refused(mask: dict[str, Any], fuse: bool) -> None:
         wrap(timm_block(), fuse=fuse)(torch.randn(1, N, C), **mask)
 
 
+class Told(nn.Module):
+    """A block that is told positions and masks, and gives its tokens in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Module()
+        self.attn.table = nn.Parameter(torch.ones(3))
+        self.attn.missing = None
+
+    def forward(
+        self, x: Tensor, rope: Any = None, mask: Any = None, head_mask: Any = None
+    ) -> tuple[Tensor, str]:
+        self.seen = {"rope": rope, "mask": mask, "head_mask": head_mask, "table": self.attn.table}
+        return x, "weights"
+
+
+OF_POSITIONS = OfPositions(arguments=("rope",), parameters=("attn.table",))
+WRAPPERS: dict[str, Callable[[nn.Module], UnplacedBlock]] = {
+    "unplaced": lambda block: UnplacedBlock(block, OF_POSITIONS),
+    "reduced": lambda block: wrap(block, of_positions=OF_POSITIONS),
+    "fused": lambda block: wrap(block, fuse=True, of_positions=OF_POSITIONS),
+}
+every_wrapper = pytest.mark.parametrize("kind", WRAPPERS)
+
+
+@every_wrapper
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_belongs_to_positions_is_left_out_and_the_rest_passes(
+    by_name: bool, kind: str
+) -> None:
+    wrapped, rope, heads = WRAPPERS[kind](Told()), torch.ones(1), torch.ones(2)
+    x = torch.randn(1, N, C)
+    wrapped(x, rope=rope, mask=None, head_mask=heads) if by_name else wrapped(x, rope, None, heads)
+    assert wrapped.block.seen == {"rope": None, "mask": None, "head_mask": heads, "table": None}
+
+
+@every_wrapper
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_mask_is_refused_by_its_name_and_in_its_place(by_name: bool, kind: str) -> None:
+    wrapped, x, mask = WRAPPERS[kind](Told()), torch.randn(1, N, C), torch.ones(N, N)
+    with pytest.raises(
+        ValueError, match=r"does not fit learned tokens; .* without mask, or remove"
+    ):
+        wrapped(x, mask=mask) if by_name else wrapped(x, None, mask)
+
+
+@every_wrapper
+def test_unwrap_puts_the_same_parameter_back(kind: str) -> None:
+    block = Told()
+    table = block.attn.table
+    wrapped = WRAPPERS[kind](block)
+    assert wrapped.state_dict()["table"].data_ptr() == table.data_ptr()
+    assert wrapped.unwrap() is block
+    assert block.attn.table is table
+    assert list(block.state_dict()) == ["attn.table"]
+    assert "table" not in wrapped.state_dict()
+
+
+def test_a_parameter_that_a_block_does_not_have_is_no_matter() -> None:
+    block = Told()
+    wrapped = UnplacedBlock(block, OfPositions(parameters=("attn.missing",)))
+    assert list(wrapped.state_dict()) == ["block.attn.table"]
+    assert wrapped.unwrap().attn.missing is None
+
+
+def test_the_rest_of_what_a_block_returns_is_passed_on() -> None:
+    x = torch.randn(1, N, C)
+    tokens, weights = wrap(Told())(x)
+    assert (tokens.shape, weights) == ((1, K, C), "weights")
+    fused = randomized(wrap(Told(), fuse=True))
+    positions, weights = fused(x)
+    torch.testing.assert_close(positions, x + fused.fuser(fused.learner(x), x))
+    assert weights == "weights"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_while_it_is_exported_a_mask_that_the_host_made_is_left_out(strict: bool) -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            of_positions = OfPositions(exported=("mask",))
+            self.block = wrap(timm_like(), of_positions=of_positions)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(x.shape[1], x.shape[1]) if torch.compiler.is_exporting() else None
+            return self.block(x, mask)
+
+    def timm_like() -> nn.Module:
+        class Masked(nn.Module):
+            def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+                return x if mask is None else mask @ x
+
+        return Masked()
+
+    host, x = Host(), torch.randn(2, N, C)
+    program = torch.export.export(host, (x,), strict=strict).module()
+    torch.testing.assert_close(program(x), host(x))
+    with pytest.raises(ValueError, match="without mask"):
+        host.block(x, torch.ones(N, N))
+
+
+def test_learners_come_before_the_block_when_parameters_are_counted() -> None:
+    names = [name.partition(".")[0] for name, _ in wrap(timm_block()).named_parameters()]
+    assert names == sorted(names, key=["learner", "block"].index)
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [
@@ -351,6 +457,11 @@ def test_a_grid_that_does_not_fit_is_refused_by_v1_alone() -> None:
     assert wrap(Recorder(), "v11", grid=(3, 3))(x).shape == (1, K, C)
     with pytest.raises(ValueError, match="16 positions do not fit a 3 x 3 grid"):
         wrap(Recorder(), "v1", grid=(3, 3))(x)
+
+
+def test_a_patch_grid_knows_the_grid_of_every_picture() -> None:
+    wrapped = wrap(Recorder(), "v1", grid=PatchGrid((32, 48), (8, 16)))
+    assert (wrapped.grid, wrapped.fixed_grid, wrapped.grid_of((16, 64))) == ((4, 3), None, (2, 4))
 
 
 def test_the_module_that_knows_the_grid_is_registered_once() -> None:

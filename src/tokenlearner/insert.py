@@ -1,44 +1,27 @@
 """Learned tokens in a model that was built without them: `insert(model)`, and `remove(model)`.
 
-A host is a row in `HOSTS` that names where it keeps its blocks, width, prefix count and grid. Its
-own code is never touched: blocks are wrapped (`wrappers.py`) and can be unwrapped again.
+Where a model keeps its blocks and what they need is told by `hosts.py`. Its own code is never
+touched: blocks are wrapped (`wrappers.py`) and can be unwrapped again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
 from .checks import Grid, check_choice, check_count, check_grid
 from .fuser import TokenFuser
+from .hosts import Place, check_positions_are_not_needed, look
 from .modules import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
-from .wrappers import FusedBlock, ReducedBlock
+from .wrappers import FusedBlock, ReducedBlock, UnplacedBlock
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Host:
-    """The attributes in which a family of models keeps what insertion needs."""
-
-    blocks: str
-    width: str
-    num_prefix_tokens: str
-    grid: str  # the module that has `grid_size`
-
-
-HOSTS = {
-    "timm.models.vision_transformer.VisionTransformer": Host(
-        blocks="blocks",
-        width="embed_dim",
-        num_prefix_tokens="num_prefix_tokens",
-        grid="patch_embed",
-    ),
-}
+Wrapped = TypeVar("Wrapped", bound=UnplacedBlock)
+Counts = int | Sequence[int]
+Places = int | float | Sequence[int | float]
 
 _OFFICIAL: dict[str, Any] = {"norm_eps": 1e-6, "approximate": "tanh"}
 LEARNERS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -52,8 +35,8 @@ LEARNERS: dict[str, Callable[[int, int], nn.Module]] = {
 
 def insert(
     model: Model,
-    num_tokens: int = 8,
-    at: int | float = 0.5,
+    num_tokens: Counts = 8,
+    at: Places = 0.5,
     *,
     learner: str = "v11",
     fuse: bool = False,
@@ -64,12 +47,18 @@ def insert(
 
     The new parameters take the device and dtype of the block they stand at, and start untrained:
     train or distil before use. Prefix tokens (class, distillation, registers) are kept besides the
-    learned ones. `remove` takes everything out again.
+    learned ones. Learned tokens have no position, so blocks that are told positions (by rotation,
+    or by a bias such as BEiT's) run on them without; a table of biases gets no gradient then.
+    `remove` takes everything out again.
 
     Args:
-        model: A timm VisionTransformer.
-        num_tokens: Tokens `k` to learn from a picture.
+        model: A ViT of timm (EVA, DINOv3 and BEiT too), torchvision or transformers, or a model
+            that has one as a part; `tokenlearner.hosts.HOSTS` lists them.
+        num_tokens: Tokens `k` to learn from a picture, or from a frame of a clip. Several numbers
+            go with several places, and do not grow: `num_tokens=(16, 8), at=(0.25, 0.5)`.
         at: The learner runs in front of this block, counted from 0, or at this share of the depth.
+            At a second place it learns from the tokens of the first; with `fuse`, from all
+            positions as everywhere.
         learner: `"v11"` (MLP, softmax), `"v1"` (convolutions, sigmoid, sum), `"v1-mean"` (the same
             with the mean, which keeps tokens at the size that pretrained blocks expect),
             `"grouped"` (V1.1 of January 2022) or `"grouped-linear"` (V1.1 of December 2021).
@@ -82,7 +71,8 @@ def insert(
         The model itself.
 
     Raises:
-        ValueError: The model is unknown or has learners already, or an argument is out of range.
+        ValueError: The model is unknown, cannot run on tokens, or has learners already, or an
+            argument is out of range.
 
     Source: scenic `EncoderMod` (at `tokenlearner_loc`) and `EncoderModFuser`.
 
@@ -91,25 +81,29 @@ def insert(
     >>> vit(torch.ones(1, 3, 224, 224)).shape, insert(vit, 8)(torch.ones(1, 3, 224, 224)).shape
     (torch.Size([1, 10]), torch.Size([1, 10]))
     """
-    host = find_host(model)
-    if wrapped_blocks(model):
+    place = look(model)
+    if wrapped_blocks(place.host):
         raise ValueError("this model has learned tokens already; call remove(model) first")
-    blocks, patches = getattr(model, host.blocks), getattr(model, host.grid)
-    index = block_index(at, len(blocks))
+    points = _points(num_tokens, at, len(place.blocks))
     check_choice("learner", learner, list(LEARNERS))
-    check_count("num_tokens", num_tokens)
-    n = math.prod(patches.grid_size)
-    known = patches if grid is None else check_grid(grid, n)
+    if not fuse:
+        check_positions_are_not_needed(model)
     if learner in ("v1", "v1-mean"):
-        _check_grid_is_told(model, patches, grid)
-    if num_tokens > n:
-        raise ValueError(f"num_tokens is {num_tokens}, but a picture has {n}; ask for fewer")
-    width, prefix = getattr(model, host.width), getattr(model, host.num_prefix_tokens)
-    frames = getattr(patches, "frames", 1)  # of a clip, as our video models' embedding tells
-    place: dict[str, Any] = {"num_prefix_tokens": prefix, "frames": frames, "grid": known}
-    for i in range(index, len(blocks) if fuse else index + 1):
-        new = LEARNERS[learner](width, num_tokens)
-        blocks[i] = wrap(blocks[i], new, fuse, fuser_bottleneck_dim, **place)
+        _check_v1(place, points, fuse, grid)
+    seen: dict[str, Any] = {
+        "num_prefix_tokens": place.num_prefix_tokens,
+        "frames": place.frames,
+        "grid": _known_grid(place, points, grid),
+        "of_positions": place.of_positions,
+    }
+    k = 0
+    for i in range(min(points), len(place.blocks)):
+        k = points.get(i, k if fuse else 0)
+        if k:
+            new = LEARNERS[learner](place.width, k)
+            place.blocks[i] = wrap(place.blocks[i], new, fuse, fuser_bottleneck_dim, **seen)
+        elif place.of_positions:
+            place.blocks[i] = _in_its_mode(UnplacedBlock(place.blocks[i], place.of_positions))
     return model
 
 
@@ -126,9 +120,9 @@ def wrap(
         place: What `ReducedBlock` takes besides.
     """
     if not fuse:
-        return _like_its_block(ReducedBlock(block, learner, **place))
+        return _in_its_mode(ReducedBlock(block, learner, **place))
     fuser = TokenFuser(learner.in_channels, learner.num_tokens, fuser_bottleneck_dim or None)
-    return _like_its_block(FusedBlock(block, learner, fuser, **place))
+    return _in_its_mode(FusedBlock(block, learner, fuser, **place))
 
 
 def remove(model: Model) -> Model:
@@ -140,30 +134,13 @@ def remove(model: Model) -> Model:
     Raises:
         ValueError: The model is unknown or has no learners.
     """
-    blocks = getattr(model, find_host(model).blocks)
-    found = wrapped_blocks(model)
-    if not found:
+    place = look(model)
+    if not wrapped_blocks(place.host):
         raise ValueError("this model has no learned tokens to remove; insert(model) adds them")
-    for i, wrapped in found.items():
-        blocks[i] = wrapped.block
+    for i, block in enumerate(place.blocks):
+        if isinstance(block, UnplacedBlock):
+            place.blocks[i] = block.unwrap()
     return model
-
-
-def find_host(model: nn.Module) -> Host:
-    """Returns the row of `HOSTS` for a model's class or one it derives from.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for cls in type(model).__mro__:
-        if host := HOSTS.get(f"{cls.__module__}.{cls.__qualname__}"):
-            return host
-    known = ", ".join(name.rpartition(".")[2] + " of " + name.partition(".")[0] for name in HOSTS)
-    raise ValueError(
-        f"{type(model).__module__}.{type(model).__qualname__} is no model that tokens can be "
-        f"inserted in; known: {known}. For others, wrap a block yourself with "
-        "tokenlearner.wrappers.ReducedBlock"
-    )
 
 
 def wrapped_blocks(model: nn.Module) -> dict[int, ReducedBlock]:
@@ -172,10 +149,11 @@ def wrapped_blocks(model: nn.Module) -> dict[int, ReducedBlock]:
     Blocks that are in no list are counted in their order.
     """
     found: dict[int, ReducedBlock] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ReducedBlock):
-            last = name.rpartition(".")[2]
-            found[int(last) if last.isdecimal() else len(found)] = module
+    for parent in nn.ModuleList([model]).modules():
+        is_list = isinstance(parent, nn.Sequential | nn.ModuleList)
+        for i, child in enumerate(parent.children()):
+            if isinstance(child, ReducedBlock):
+                found[i if is_list else len(found)] = child
     return found
 
 
@@ -184,7 +162,7 @@ def insertion(model: nn.Module) -> dict[str, Any] | None:
     found = wrapped_blocks(model)
     if not found:
         return None
-    at, first = min(found.items())
+    _, first = min(found.items())
     learner = first.learner
     if isinstance(learner, TokenLearner):
         name = "v1" if learner.use_sum_pooling else "v1-mean"
@@ -192,7 +170,8 @@ def insertion(model: nn.Module) -> dict[str, Any] | None:
         name = "v11"
     if isinstance(learner, TokenLearnerModuleV11):
         name = "grouped-linear" if learner.approximate is None else "grouped"
-    told = {"num_tokens": learner.num_tokens, "at": at, "learner": name, "fuse": False}
+    at, counts = _points_of(found)
+    told = {"num_tokens": counts, "at": at, "learner": name, "fuse": False}
     if isinstance(first, FusedBlock):
         told["fuse"] = True
         if first.fuser.bottleneck_dim != 64:
@@ -231,26 +210,77 @@ def check_grid_remains(model: nn.Module, indices: list[int]) -> None:
         )
 
 
-def _check_grid_is_told(model: nn.Module, patches: nn.Module, grid: Grid | None) -> None:
-    """Refuses V1 in a host that takes pictures of any size: a block sees no picture's grid."""
-    if not isinstance(getattr(model, "patch_drop", nn.Identity()), nn.Identity):
+def _points(num_tokens: Counts, at: Places, depth: int) -> dict[int, int]:
+    """The blocks in front of which tokens are learned, in order, and how many."""
+    several = [isinstance(x, Sequence) and not isinstance(x, str) for x in (num_tokens, at)]
+    counts: list[Any] = [*num_tokens] if isinstance(num_tokens, Sequence) else [num_tokens]
+    places: list[Any] = [*at] if isinstance(at, Sequence) and several[1] else [at]
+    if several[0] != several[1] or len(counts) != len(places) or not counts:
+        raise ValueError(
+            f"num_tokens is {num_tokens!r} and at is {at!r}, expected a number of tokens for every "
+            "place: num_tokens=8, at=0.5, or num_tokens=(16, 8), at=(0.25, 0.5)"
+        )
+    indices = [block_index(place, depth) for place in places]
+    counts = [check_count("num_tokens", count) for count in counts]
+    if indices != sorted(set(indices)):
+        raise ValueError(
+            f"at is {at!r}, which are blocks {indices} of {depth}; name each place once, in order"
+        )
+    if counts != sorted(counts, reverse=True):
+        raise ValueError(
+            f"num_tokens is {num_tokens!r}, but from place to place tokens can only become fewer; "
+            f"pass {tuple(sorted(counts, reverse=True))}"
+        )
+    return dict(zip(indices, counts, strict=True))
+
+
+def _points_of(found: dict[int, ReducedBlock]) -> tuple[Any, Any]:
+    """Where a model learns tokens and how many, as `insert` takes them."""
+    points: list[tuple[int, Any]] = []
+    for i, block in sorted(found.items()):
+        k = block.learner.num_tokens
+        if not points or not isinstance(block, FusedBlock) or points[-1][1] != k:
+            points.append((i, k))
+    at, counts = map(list, zip(*points, strict=True))
+    return (at, counts) if len(points) > 1 else points[0]
+
+
+def _known_grid(place: Place, points: dict[int, int], grid: Grid | None) -> Any:
+    """What knows the grid, once it is certain that there are positions enough."""
+    n, k = math.prod(place.grid.grid_size), max(points.values())
+    known = place.grid if grid is None else check_grid(grid, n)
+    if k > n:
+        raise ValueError(f"num_tokens is {k}, but a picture has {n}; ask for fewer")
+    return known
+
+
+def _check_v1(place: Place, points: dict[int, int], fuse: bool, grid: Grid | None) -> None:
+    """Refuses V1 where its convolutions would not have all positions on a grid that is known."""
+    drop = getattr(place.host, "patch_drop", None)
+    if drop is not None and not isinstance(drop, nn.Identity):
         raise ValueError(
             "V1's convolutions need all positions, but patch_drop_rate leaves some out in "
             "training; insert learner='v11', or build the host without patch_drop_rate"
         )
-    if getattr(model, "tells_grid", False):
-        return
-    if grid is None and not getattr(patches, "strict_img_size", True):
+    if len(points) > 1 and not fuse:
         raise ValueError(
-            "V1's convolutions need the grid, which a host with dynamic_img_size does not tell; "
-            "insert learner='v11', which needs none, or build the host without dynamic_img_size"
+            "V1's convolutions need a grid, but from the second place on there are tokens without "
+            "one; insert learner='v11', or with fuse=True"
+        )
+    if grid is None and place.any_size and not getattr(place.host, "tells_grid", False):
+        raise ValueError(
+            "V1's convolutions need the grid, which a host that takes pictures of any size "
+            "(dynamic_img_size, interpolate_pos_encoding) does not tell; insert learner='v11', "
+            "which needs none, or pass grid=(height, width) if all pictures have one size"
         )
 
 
-def _like_its_block(wrapped: ReducedBlock) -> ReducedBlock:
-    """Gives new parameters the block's device, dtype and mode."""
-    parameter = next(wrapped.block.parameters())
-    new = [wrapped.learner] + ([wrapped.fuser] if isinstance(wrapped, FusedBlock) else [])
-    for module in new:
-        module.to(parameter.device, parameter.dtype)
-    return wrapped.train(wrapped.block.training)
+def _in_its_mode(wrapped: Wrapped) -> Wrapped:
+    """Gives new parameters the block's device and dtype, and new modules its mode."""
+    training = wrapped.block.training
+    wrapped.training = training
+    for name, module in wrapped.named_children():
+        if name != "block":
+            like = next(wrapped.block.parameters())
+            module.to(like.device, like.dtype).train(training)
+    return wrapped

@@ -13,7 +13,7 @@ from .checks import Grid
 from .evaluate import mode
 from .files import written_whole
 from .insert import wrapped_blocks
-from .wrappers import ReducedBlock
+from .wrappers import FusedBlock, ReducedBlock
 
 
 @torch.no_grad()
@@ -28,19 +28,25 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
     Returns:
         For each block at which tokens are learned its maps, `b k h w` on the grid of positions; of
-        clips `b t k h w`.
+        clips `b t k h w`. Where tokens are learned from tokens, the map is that of the positions
+        they come from in the end: the two maps multiplied.
         V1.1 maps sum to 1 over a picture, V1 maps are gates in (0, 1).
 
     Raises:
         ValueError: The model has no learned tokens, or the grid cannot be told.
     """
     found, maps = wrapped_blocks(model), {}
+    reduced: list[Tensor] = []  # maps behind which there are tokens only, in the order of the run
     if not found:
         raise ValueError("this model has no learned tokens to look at; insert(model) adds them")
 
     def keep(index: int, block: ReducedBlock) -> Any:
         def hook(learner: Any, args: tuple[Any, ...]) -> None:
             flat = learner.attention(*args)
+            if not isinstance(block, FusedBlock):
+                if reduced and reduced[-1].shape[1] == flat.shape[2]:
+                    flat = flat @ reduced[-1]
+                reduced.append(flat)
             on_grid = flat.unflatten(-1, _grid(block, images, flat.shape[-1]))
             maps[index] = on_grid.unflatten(0, (len(images), -1)) if images.ndim == 5 else on_grid
 

@@ -4,12 +4,17 @@
 `blocks[i] = FusedBlock(blocks[i], learner, fuser)` lets that block alone see them. Both pass prefix
 tokens (class, distillation, registers) around the learner and learn each frame's tokens by itself.
 
+A learned token has no position. Blocks that are told positions besides (`OfPositions`) run on
+tokens without them, and those behind a `ReducedBlock` are wrapped as `UnplacedBlock` for that.
+
 Axes: `b` batch, `p` prefix tokens, `t` frames, `n` positions of a frame, `k` tokens, `c` channels.
 Source: scenic `EncoderMod` and `EncoderModFuser`, whose encoders these wrappers make of any.
 """
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +25,105 @@ from .checks import Grid, check_count
 from .fuser import TokenFuser
 from .modules import TokenLearner
 
+# torch before 2.7 cannot tell exporting from compiling.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
-class ReducedBlock(nn.Module):
+
+@dataclass(frozen=True)
+class OfPositions:
+    """What a block is told of positions besides its input.
+
+    Args:
+        arguments: Names of call arguments that are left out for tokens, such as `"rope"`: without
+            a rotation all tokens are at one place.
+        parameters: Paths from the block to parameters that are set aside while it runs on tokens;
+            its attention has to take None for "no bias".
+        exported: Names of call arguments that are left out while `torch.export` traces. Some of
+            transformers' models then make a mask of ones, where they make none when they run; that
+            one cannot be told from a mask that was passed, which is refused in every run.
+    """
+
+    arguments: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    exported: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """The grid of a host that knows its picture and its patches, but no grid; height first."""
+
+    image_size: Grid
+    patch_size: Grid
+
+    @property
+    def grid_size(self) -> Grid:
+        """Height and width in positions of a picture of the host's size."""
+        return self.dynamic_feat_size(self.image_size)
+
+    def dynamic_feat_size(self, image_size: Grid) -> Grid:
+        """Height and width in positions of a picture of any size; the name is timm's."""
+        (h, w), (patch_h, patch_w) = image_size, self.patch_size
+        return h // patch_h, w // patch_w
+
+
+class UnplacedBlock(nn.Module):
+    """Runs a block on tokens that have no position.
+
+    A parameter that is set aside is this module's while it lasts, under the last part of its name:
+    so it is in the state dict, moves along with `to`, and gets no gradient. `unwrap` puts the same
+    object back in its place.
+
+    Args:
+        block: Any module `b n c -> b n c` whose other weights do not depend on `n`.
+        of_positions: What of it belongs to positions.
+    """
+
+    def __init__(self, block: nn.Module, of_positions: OfPositions | None = None):
+        super().__init__()
+        self._wrap(block, of_positions)
+
+    def _wrap(self, block: nn.Module, of_positions: OfPositions | None) -> None:
+        self.block = block
+        self.of_positions = of_positions or OfPositions()
+        self._arguments = _positional_arguments(block)
+        for path in self.of_positions.parameters:
+            owner, name = _owner(block, path)
+            self.register_parameter(name, getattr(owner, name))
+            setattr(owner, name, None)
+
+    def unwrap(self) -> nn.Module:
+        """Returns the block as it was; this module is of no more use."""
+        for path in self.of_positions.parameters:
+            owner, name = _owner(self.block, path)
+            setattr(owner, name, getattr(self, name))
+            setattr(self, name, None)
+        return self.block
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block: `b k c -> b k c`."""
+        args, kwargs = self.without_positions(args, kwargs)
+        return self.block(x, *args, **kwargs)
+
+    def without_positions(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of a call as tokens take them.
+
+        Raises:
+            ValueError: There is an attention mask.
+        """
+        left_out = self.of_positions.arguments
+        if _is_exporting():
+            left_out += self.of_positions.exported
+        names = (*self._arguments, *[""] * len(args))
+        args = tuple(None if n in left_out else value for n, value in zip(names, args))  # noqa: B905
+        kwargs = {n: value for n, value in kwargs.items() if n not in left_out}
+        for name, value in (*zip(names, args), *kwargs.items()):  # noqa: B905
+            _refuse_mask(name, value)
+        return args, kwargs
+
+
+class ReducedBlock(UnplacedBlock):
     """Learns tokens in front of a block; the block and all that follow it run on them.
 
     Args:
@@ -29,8 +131,9 @@ class ReducedBlock(nn.Module):
         learner: Pools each frame, as `TokenLearnerV11`.
         num_prefix_tokens: Tokens at the front that are no positions; they pass by the learner.
         frames: Frames `t` that follow one another in the sequence.
-        grid: Height and width of a frame, or the module that knows it as `grid_size`, which is
-            asked at every call. Only V1 needs it.
+        grid: Height and width of a frame, or what knows it as `grid_size`, such as a module or a
+            `PatchGrid`, and is asked at every call. Only V1 needs it.
+        of_positions: What of the block belongs to positions.
 
     Raises:
         ValueError: A count is out of range.
@@ -42,11 +145,12 @@ class ReducedBlock(nn.Module):
         learner: nn.Module,
         num_prefix_tokens: int = 0,
         frames: int = 1,
-        grid: Grid | nn.Module | None = None,
+        grid: Grid | nn.Module | PatchGrid | None = None,
+        of_positions: OfPositions | None = None,
     ):
-        super().__init__()
-        self.learner = learner
-        self.block = block
+        nn.Module.__init__(self)
+        self.learner = learner  # in front of the block when parameters are counted
+        self._wrap(block, of_positions)
         self.num_prefix_tokens = check_count("num_prefix_tokens", num_prefix_tokens, least=0)
         self.frames = check_count("frames", frames)
         self._grid = (grid,)  # in a tuple, so that the host's module is not registered twice
@@ -55,13 +159,14 @@ class ReducedBlock(nn.Module):
     def grid(self) -> Grid | None:
         """Height and width of a frame as far as known."""
         (known,) = self._grid
-        return getattr(known, "grid_size", None) if isinstance(known, nn.Module) else known
+        asked = isinstance(known, nn.Module | PatchGrid)
+        return getattr(known, "grid_size", None) if asked else known
 
     @property
     def fixed_grid(self) -> Grid | None:
-        """The grid that was passed as such, None where a module is asked."""
+        """The grid that was passed as such, None where the host is asked."""
         (known,) = self._grid
-        return None if isinstance(known, nn.Module) else known
+        return None if isinstance(known, nn.Module | PatchGrid) else known
 
     def grid_of(self, image_size: tuple[int, int]) -> Grid | None:
         """Height and width in positions of a picture of this size, as far as known."""
@@ -69,7 +174,7 @@ class ReducedBlock(nn.Module):
         ask = getattr(known, "dynamic_feat_size", None)  # timm's, for hosts that take any size
         return self.grid if ask is None else ask(image_size)
 
-    def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Any:
         """Learns tokens and runs the block on them: `b (p + t n) c -> b (p + t k) c`.
 
         Args:
@@ -81,7 +186,7 @@ class ReducedBlock(nn.Module):
         Raises:
             ValueError: The frames do not divide the sequence, or an attention mask is given.
         """
-        _refuse_mask(kwargs)
+        args, kwargs = self.without_positions(args, kwargs)
         prefix, positions = self.split(x)
         return self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
 
@@ -127,6 +232,7 @@ class FusedBlock(ReducedBlock):
         num_prefix_tokens: Tokens at the front that are no positions; the block sees them.
         frames: Frames `t` that follow one another in the sequence.
         grid: As in `ReducedBlock`.
+        of_positions: As in `ReducedBlock`: the block runs on tokens, so it is left out here too.
     """
 
     def __init__(
@@ -136,26 +242,44 @@ class FusedBlock(ReducedBlock):
         fuser: TokenFuser,
         num_prefix_tokens: int = 0,
         frames: int = 1,
-        grid: Grid | nn.Module | None = None,
+        grid: Grid | nn.Module | PatchGrid | None = None,
+        of_positions: OfPositions | None = None,
     ):
-        super().__init__(block, learner, num_prefix_tokens, frames, grid)
+        super().__init__(block, learner, num_prefix_tokens, frames, grid, of_positions)
         self.fuser = fuser
 
-    def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Any:
         """Runs the block on learned tokens: `b (p + t n) c -> b (p + t n) c`.
 
-        Positions change only by what the fuser adds; prefix tokens are the block's.
+        Positions change only by what the fuser adds; prefix tokens are the block's. Of a block that
+        returns a tuple the first is meant, and the rest is passed on.
         """
-        _refuse_mask(kwargs)
+        args, kwargs = self.without_positions(args, kwargs)
         prefix, positions = self.split(x)
         seen = self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
-        prefix, tokens = self.split(seen)
-        return self.join(prefix, positions + self.fuser(tokens, positions))
+        prefix, tokens = self.split(seen[0] if isinstance(seen, tuple) else seen)
+        x = self.join(prefix, positions + self.fuser(tokens, positions))
+        return (x, *seen[1:]) if isinstance(seen, tuple) else x
 
 
-def _refuse_mask(arguments: dict[str, Any]) -> None:
-    if arguments.get("attn_mask") is not None or arguments.get("is_causal"):
+def _positional_arguments(block: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that a call may give by their place, behind the tokens."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(block.forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]
+
+
+def _owner(block: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that has a parameter, and the parameter's name there."""
+    module, _, name = path.rpartition(".")
+    return block.get_submodule(module), name
+
+
+def _refuse_mask(name: str, value: Any) -> None:
+    """Refuses a mask over positions; one over heads is none."""
+    is_mask = "mask" in name and name != "head_mask" and value is not None
+    if is_mask or (name == "is_causal" and value):
         raise ValueError(
             "an attention mask over positions does not fit learned tokens; call the model without "
-            "attn_mask and is_causal, or remove() the learners"
+            f"{name}, or remove() the learners"
         )
