@@ -1,6 +1,6 @@
 # One place for the commands that people, CI and pre-commit share. `make` alone lists them.
 # PYTHON=python3.12 make test   chooses the interpreter that makes .venv
-# make demo ARGS="--help"       passes arguments on (demo, test, test-slow, bench)
+# make demo ARGS="--help"       passes arguments on (demo, test, test-slow, bench, compare)
 
 SHELL := bash
 PYTHON ?= python3
@@ -12,8 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # 10 times slower as soon as another program wants the same cores; this costs nothing when none does.
 export GOMP_SPINCOUNT ?= 10000
 
+SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py models_speed.py streaming.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench format clean
+.PHONY: help install demo test test-slow check bench compare format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,11 +26,11 @@ demo: $(VENV)/.demo  ## train on bundled images, draw where the tokens look
 	$(BIN)/tokenlearner demo $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 # Exit code 5 means that no test is marked slow; that is no failure.
 test-slow: $(VENV)/.dev  ## run the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n auto -m slow $(ARGS) || [ $$? -eq 5 ]
 
 check: $(VENV)/.dev  ## format, lint, types and the project's own rules
 	$(BIN)/python -m ruff format --check
@@ -36,10 +38,13 @@ check: $(VENV)/.dev  ## format, lint, types and the project's own rules
 	$(BIN)/python -m pyright
 	$(BIN)/python scripts/check_project.py
 
-bench: $(VENV)/.demo  ## run every script in benchmarks/
-	@for script in $(wildcard benchmarks/*.py); do \
+bench: $(VENV)/.demo  ## run the scripts in benchmarks/ that take minutes
+	@for script in $(SHORT_BENCHMARKS); do \
 		echo "$(BIN)/python $$script $(ARGS)"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done
+
+compare: $(VENV)/.demo  ## compare ways to reduce tokens: two hours, goes on where it was cut off
+	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 format: $(VENV)/.dev  ## format the code and fix what ruff can fix
 	$(BIN)/python -m ruff check --fix

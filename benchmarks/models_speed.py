@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from tokenlearner import create_model, remove
-from tokenlearner.benchmark import Spread, count_macs
+from tokenlearner.benchmark import Spread, count_macs, speed_ratio, times_in_turn
 
 
 def pair(name: str, size: int | None) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -53,17 +53,8 @@ def training(model: nn.Module, images: Tensor, optimizer: bool) -> Callable[[], 
 
 def ratio(slow: Callable[[], None], fast: Callable[[], None], rounds: int) -> tuple[Spread, float]:
     """How many times as fast the second is, and the seconds it takes (median)."""
-    ratios, seconds = [], []
-    for i in range(rounds + 2):  # two to warm up
-        times = []
-        for run in (slow, fast) if i % 2 else (fast, slow):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        first, second = times if i % 2 else reversed(times)
-        ratios.append(first / second)
-        seconds.append(second)
-    return Spread.of(ratios[2:]), Spread.of(seconds[2:]).median
+    seconds = times_in_turn({"slow": slow, "fast": fast}, rounds)
+    return speed_ratio(seconds["slow"], seconds["fast"]), median(seconds["fast"])
 
 
 def row(label: str, of_macs: float, measured: tuple[Spread, float]) -> str:

@@ -18,7 +18,8 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(2)
+# A thread for each of several test processes (`make test` starts them), two for a single one.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 class _TorchRandom:

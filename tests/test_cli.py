@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tokenlearner
+from tokenlearner import create_model, save_model
 from tokenlearner.cli import COMMANDS, main
 
 
@@ -84,3 +86,30 @@ def test_train_then_eval_gives_the_same_accuracy(tmp_path: Path) -> None:
     top1 = float(line.split()[1])
     assert f"held-out top-1 {top1:.1f} %" in trained.stdout
     assert top1 > 12  # guessing gets 10
+
+
+def test_train_with_insert_leaves_a_table_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    shape = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
+    save_model(create_model("vit_mini_patch4_28", **shape), "host")
+    insertion = ["--model", "host", "--insert", "3", "--teacher", "host", "--calibrate", "0"]
+    quick = ["--images", "64", "--epochs", "1", "--warmup_epochs", "0.1", "--out", "run"]
+    main(["train", *insertion, *quick])
+    out = capsys.readouterr().out
+    assert "3 learned tokens" in out
+    assert "top-1 on held-out pictures" in out
+    assert out.endswith("The checkpoint is run/model.safetensors\n")
+    made = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"table.txt", "metrics.json", "maps.png"} <= made
+
+
+def test_train_with_insert_needs_matplotlib_and_says_so_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert exit_code("train", "--model", "host", "--insert", "3") == 2
+    assert "maps need matplotlib; run pip install 'tokenlearner[train]'" in capsys.readouterr().err

@@ -289,6 +289,50 @@ def test_drop_last_that_would_leave_no_batch_is_refused() -> None:
         pictures().batches(11, drop_last=True)
 
 
+# A part of it
+
+
+def test_a_sample_has_as_many_pictures_each_once() -> None:
+    labels = labels_of(pictures(100).sample(30).batches(30))
+    assert len(set(labels)) == 30
+
+
+def test_sampled_labels_stay_with_their_pictures() -> None:
+    part = pictures(100).sample(30)
+    assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
+
+
+def test_a_sample_is_drawn_by_its_seed() -> None:
+    def drawn(seed: int) -> list[int]:
+        return pictures(100).sample(30, seed).labels.tolist()
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+
+
+def test_a_smaller_sample_is_the_first_of_a_larger_one() -> None:
+    data = pictures(100)
+    assert torch.equal(data.sample(10).labels, data.sample(30).labels[:10])
+
+
+def test_all_of_the_pictures_can_be_sampled() -> None:
+    assert sorted(labels_of(pictures(10).sample(10).batches(10))) == list(range(10))
+
+
+def test_a_sample_leaves_the_data_set_and_the_global_random_state_alone() -> None:
+    data, state = pictures(), torch.get_rng_state()
+    data.sample(3).images.zero_()
+    assert data.labels.tolist() == list(range(10))
+    assert data.images[9, 0, 0, 0] == 9
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("n", [0, 11])
+def test_a_sample_of_no_or_too_many_pictures_is_refused(n: int) -> None:
+    with pytest.raises(ValueError, match=f"made-up has 10 images, {n} are asked for"):
+        pictures().sample(n)
+
+
 # What a data set refuses
 
 

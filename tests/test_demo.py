@@ -59,6 +59,12 @@ def test_the_table_shows_what_the_metrics_hold(made: Path) -> None:
         assert f"{model['epochs'][-1]['test_top1_percent']:.1f}" in table
         assert f"{model['cost']['gmacs']:.4f}" in table
     assert all(note[:40] in table for note in metrics["notes"])
+    assert [note.split()[0] for note in metrics["notes"]] == [
+        "Accuracy:",
+        "Training:",
+        "Speed:",
+        "Memory",
+    ]
 
 
 def test_a_second_run_takes_another_folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +81,14 @@ def test_the_photographs_are_squares_in_colour() -> None:
         assert 0.8 < photograph.max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("package", "extra"), [("skimage.data", "demo"), ("matplotlib", "train")], ids=str
+)
 def test_a_missing_package_is_named_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "skimage.data", None)
-    with pytest.raises(ValueError, match=r"run pip install 'tokenlearner\[demo\]'"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"run pip install 'tokenlearner\[{extra}\]'"):
         demo(DemoConfig(out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

@@ -171,6 +171,14 @@ def resize(model: Any, *sizes: Any) -> nn.Module:
     return model
 
 
+TINY_TIMM: dict[str, Any] = {
+    "in_chans": 1,
+    "img_size": 28,
+    "patch_size": 7,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": small,
     "tokens": lambda: small(num_tokens=3),
@@ -184,6 +192,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tokens_inserted_later": lambda: insert(small(), 3, fuse=True),
     "not_square": lambda: small(img_size=(20, 28), num_tokens=3, learner="v1"),
     "timm": lambda: create_model(TIMM, num_tokens=3, in_chans=1, **FOREIGN | {"img_size": 28}),
+    "timm_beit": lambda: create_model("beit_base_patch16_224", num_tokens=3, **TINY_TIMM),
+    "timm_dinov3": lambda: create_model("vit_small_patch16_dinov3", num_tokens=3, **TINY_TIMM),
+    "two_places": lambda: insert(remove(create_model(LEARNED)), (5, 3), at=(1, 2)),
+    "two_places_fused": lambda: insert(small(), (5, 3), at=(1, 2), fuse=True),
     "named_by_timm": lambda: timm.create_model(FUSED, **FOREIGN, at=1),
     "linear_fusers": lambda: small(num_tokens=3, fuse=True, fuser_bottleneck_dim=None),
     "pre_logits": lambda: small(num_tokens=3, representation_size=16),

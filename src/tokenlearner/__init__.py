@@ -3,16 +3,19 @@
 from . import adapt as adapt
 from . import convert as convert
 from .benchmark import benchmark
+from .calibrate import calibrate
 from .data import load_data
 from .evaluate import evaluate
 from .fuser import TokenFuser
 from .insert import insert, remove
 from .maps import attention_maps
 from .modules import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
-from .train import TrainConfig, train
+from .plan import plan
+from .recipe import TrainConfig
+from .train import train
 from .zoo import create_model, list_models, load_model, push_to_hub, save_model
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "TokenFuser",
@@ -22,12 +25,14 @@ __all__ = [
     "TrainConfig",
     "attention_maps",
     "benchmark",
+    "calibrate",
     "create_model",
     "evaluate",
     "insert",
     "list_models",
     "load_data",
     "load_model",
+    "plan",
     "push_to_hub",
     "remove",
     "save_model",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checks import check_count
 from .evaluate import mode
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,21 @@ def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15)
     check_count("rounds", rounds, least=2)
     if not models or not len(images):
         raise ValueError(f"{len(models)} models and {len(images)} pictures, expected 1 or more")
-    inference = _times({name: _Inference(model, images) for name, model in models.items()}, rounds)
-    training = _times({name: _Training(model, images) for name, model in models.items()}, rounds)
+    inference = times_in_turn(
+        {name: _Inference(model, images) for name, model in models.items()}, rounds
+    )
+    training = times_in_turn(
+        {name: _Training(model, images) for name, model in models.items()}, rounds
+    )
     first = next(iter(models))
     return {
         name: Cost(
             parameters=sum(p.numel() for p in model.parameters()),
             gmacs=count_macs(model, images[:1]) / 1e9,
             images_per_second=Spread.of([len(images) / s for s in inference[name]]),
-            speedup=_ratio(inference[first], inference[name]),
+            speedup=speed_ratio(inference[first], inference[name]),
             training_images_per_second=Spread.of([len(images) / s for s in training[name]]),
-            training_speedup=_ratio(training[first], training[name]),
+            training_speedup=speed_ratio(training[first], training[name]),
             peak_memory_mib=_peak_mib(_Inference(model, images)),
             training_peak_memory_mib=_peak_mib(_Training(model, images)),
         )
@@ -97,6 +104,20 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _Inference(model, images)()
     return counter.get_total_flops() // 2
+
+
+def twin(model: nn.Module, device: str | None = None) -> nn.Module:
+    """Copies a model's structure, to be changed and run without touching the model.
+
+    Args:
+        model: Any that can be deep-copied.
+        device: None shares the weights; on a device such as `"meta"` they are new and empty.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    if device is not None:
+        for key, tensor in memo.items():
+            memo[key] = nn.Parameter(torch.empty_like(tensor, device=device), requires_grad=False)
+    return copy.deepcopy(model, memo)  # what is in the memo is taken as it is
 
 
 class _Inference:
@@ -119,20 +140,31 @@ class _Training:
             torch.autograd.grad(self.model(self.images).mean(), parameters, allow_unused=True)
 
 
-def _times(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turn; the first two rounds warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 2):
-        for name, run in runs.items():
+def times_in_turn(runs: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, list[float]]:
+    """Measures runs one after the other, round by round, so that a busy machine slows all alike.
+
+    Every other round goes backwards, so that none always runs behind the same one.
+
+    Args:
+        runs: What to run, by name.
+        rounds: Timed runs of each, after two that are not counted.
+
+    Returns:
+        The seconds of each run, one number a round.
+    """
+    seconds: dict[Key, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 2):
+        for name in runs if i % 2 else reversed([*runs]):
             _synchronize()
             start = time.perf_counter()
-            run()
+            runs[name]()
             _synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: values[2:] for name, values in seconds.items()}
 
 
-def _ratio(first: list[float], other: list[float]) -> Spread:
+def speed_ratio(first: list[float], other: list[float]) -> Spread:
+    """How many times as fast the other one is, from the seconds of the same rounds."""
     return Spread.of([a / b for a, b in zip(first, other, strict=True)])
 
 

@@ -13,6 +13,7 @@ COMMANDS = {  # what each does; `_RUN` below has the functions
     "demo": "train a small ViT with and without learned tokens on real pictures, and compare",
     "train": "train a named model on a named data set",
     "eval": "evaluate a checkpoint on a data set",
+    "plan": "list where tokens can be learned, and how many, within a budget",
     "models": "list the named models with their size and cost",
     "convert": "turn a checkpoint of scenic's (JAX) into a model, or back",
 }
@@ -110,12 +111,18 @@ def _demo(arguments: Sequence[str]) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
+    from .contest import against_host, check_drawing
     from .progress import training_progress
+    from .recipe import TrainConfig
 
     module = import_module("tokenlearner.train")
-    config = _config("train", module.TrainConfig, arguments)
+    config = _config("train", TrainConfig, arguments)
+    if config.insert:
+        check_drawing()
     with training_progress(f"training {config.model}") as report:
         result = module.train(config, report)
+    if config.insert:
+        against_host(config, result)
     print(f"The checkpoint is {result.checkpoint}")
 
 
@@ -140,6 +147,14 @@ def _models(arguments: Sequence[str]) -> None:
     print((markdown if config.markdown else plain_text)(catalog(config.pattern)))
 
 
+def _plan(arguments: Sequence[str]) -> None:
+    from .progress import console
+
+    module, out = import_module("tokenlearner.plan_table"), console()
+    config = _config("plan", module.PlanConfig, arguments, model="a model's name, or a checkpoint")
+    out.print(*module.plan_table(config), sep="\n")
+
+
 def _convert(arguments: Sequence[str]) -> None:
     module = import_module("tokenlearner.transfer")
     config = _config(
@@ -157,4 +172,11 @@ def _complain(command: str, error: Exception, code: int) -> int:
     return code
 
 
-_RUN = {"demo": _demo, "train": _train, "eval": _eval, "models": _models, "convert": _convert}
+_RUN = {
+    "demo": _demo,
+    "train": _train,
+    "eval": _eval,
+    "plan": _plan,
+    "models": _models,
+    "convert": _convert,
+}

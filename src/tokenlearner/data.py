@@ -12,7 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -125,6 +125,16 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         parts = order[: n - n % batch_size if drop_last else n].split(batch_size)
         return ((self._normalised(part), self.labels[part]) for part in parts)
+
+    def sample(self, n: int, seed: int = 0) -> ImageDataset:
+        """Returns `n` of the pictures, drawn by a seed; fewer are the first of more.
+
+        Raises:
+            ValueError: There are not as many.
+        """
+        _require(1 <= n <= len(self), f"{self.name} has {len(self)} images, {n} are asked for")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
+        return replace(self, images=self.images[order], labels=self.labels[order])
 
     def _normalised(self, index: Tensor) -> Tensor:
         mean, std = torch.tensor([self.mean, self.std], device=self.images.device)[..., None, None]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,13 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .benchmark import Cost, Spread, benchmark
+from .benchmark import Cost
 from .checks import check_count
+from .contest import (
+    Contender,
+    Contest,
+    check_drawing,
+    draw_held_out,
+    measure,
+    write_contest,
+)
 from .data import ImageDataset, load_data
-from .files import free_folder, write_json, written_whole
+from .files import free_folder, written_whole
 from .maps import attention_maps, draw_maps
 from .progress import console, training_progress
-from .train import TrainConfig, TrainResult, train
+from .recipe import TrainConfig
+from .train import TrainResult, train
 
 PHOTOGRAPHS = ("astronaut", "coffee")  # scikit-image's, public domain and CC0
 PHOTOGRAPH_SIDE = 112
@@ -52,20 +59,6 @@ class DemoConfig:
         check_count("epochs", self.epochs, least=2)
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One of the two models, what its training left and what it costs."""
-
-    name: str
-    result: TrainResult
-    cost: Cost
-
-    @property
-    def top1_percent(self) -> float:
-        """Accuracy on the held-out pictures after the last epoch."""
-        return self.result.history[-1]["test_top1_percent"]
-
-
 def demo(config: DemoConfig) -> Path:
     """Trains a ViT with and without learned tokens, compares them and draws what was learned.
 
@@ -80,6 +73,7 @@ def demo(config: DemoConfig) -> Path:
     Raises:
         ValueError: An option does not fit, or a package of the `demo` extra is missing.
     """
+    check_drawing()
     photographs = load_photographs()
     out = free_folder(config.out)
     held_out = load_data("fashion-mnist-small", "test")
@@ -97,13 +91,17 @@ def demo(config: DemoConfig) -> Path:
         with training_progress(f"training {name}") as report:
             runs[name] = train(recipe, report)
     console().print("measuring both in turn ...")
-    images, _ = next(held_out.batches(64))
-    costs = benchmark({name: run.model for name, run in runs.items()}, images)
-    plain, learned = (Contender(name, runs[name], costs[name]) for name in names.values())
-    _draw(out, learned, held_out, photographs)
+    costs = measure({name: run.model for name, run in runs.items()}, held_out)
+    plain, learned = (_contender(name, run, costs[name]) for name, run in runs.items())
+    _draw(out, runs[learned.name].model, held_out, photographs)
     _draw_curves(out / "curves.png", (plain, learned))
-    _write(out, config, (plain, learned), len(held_out))
+    contest = Contest((plain, learned), len(held_out), [_training((plain, learned))])
+    write_contest(out, contest, asdict(config))
     return out
+
+
+def _contender(name: str, run: TrainResult, cost: Cost) -> Contender:
+    return Contender(name, run.history[-1]["test_top1_percent"], cost, run.history)
 
 
 def load_photographs() -> dict[str, Tensor]:
@@ -129,28 +127,21 @@ def load_photographs() -> dict[str, Tensor]:
 
 
 def _draw(
-    out: Path, learned: Contender, held_out: ImageDataset, photographs: dict[str, Tensor]
+    out: Path, model: nn.Module, held_out: ImageDataset, photographs: dict[str, Tensor]
 ) -> None:
     """Draws the maps on one test picture of each of six classes, and on the photographs."""
     chosen = [int((held_out.labels == label).nonzero()[0]) for label in (0, 1, 3, 5, 8, 9)]
-    images = held_out.images[chosen].float() / 255
-    names = [held_out.classes[label] for label in held_out.labels[chosen]]
-    model = learned.result.model.cpu()
     title = "Where the learned tokens look: held-out pictures"
-    draw_maps(out / "maps-clothes.png", images, _maps(model, images, held_out), names, title)
-    large: Any = copy.deepcopy(model)
+    draw_held_out(out / "maps-clothes.png", model, held_out, chosen, title)
+    large: Any = copy.deepcopy(model).cpu()
     large.set_input_size((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
     pictures = torch.stack(list(photographs.values()))
-    maps = _maps(large, pictures.mean(1, keepdim=True), held_out)
+    grey = (pictures.mean(1, keepdim=True) - held_out.mean[0]) / held_out.std[0]
+    [maps] = attention_maps(large, grey).values()
     title = (
         f"The same weights on photographs of {PHOTOGRAPH_SIDE} x {PHOTOGRAPH_SIDE}, a kind unseen"
     )
     draw_maps(out / "maps-photographs.png", pictures, maps, list(photographs), title)
-
-
-def _maps(model: nn.Module, pictures: Tensor, data: ImageDataset) -> Tensor:
-    [maps] = attention_maps(model, (pictures - data.mean[0]) / data.std[0]).values()
-    return maps
 
 
 def _draw_curves(path: Path, contenders: tuple[Contender, ...]) -> None:
@@ -160,7 +151,7 @@ def _draw_curves(path: Path, contenders: tuple[Contender, ...]) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_time, loss = figure.subplots(1, 2)
     for contender, marker in zip(contenders, ("o-", "s--"), strict=True):
-        rows = contender.result.history
+        rows = contender.history
         seconds = list(accumulate(row["train_seconds"] for row in rows))
         by_time.plot(seconds, [r["test_top1_percent"] for r in rows], marker, label=contender.name)
         epochs = [row["epoch"] for row in rows]
@@ -174,65 +165,9 @@ def _draw_curves(path: Path, contenders: tuple[Contender, ...]) -> None:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 
-def _write(out: Path, config: DemoConfig, pair: tuple[Contender, Contender], images: int) -> None:
-    """Prints the table and what to make of it; writes both, and all numbers, to files."""
-    from rich.table import Table
-
-    table = Table("", *(contender.name for contender in pair), "ratio", title=str(out))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for label, value in ROWS:
-        first, second = (value(contender) for contender in pair)
-        ratio = "" if "top-1" in label else f"{second / first:.2f}"
-        table.add_row(label, _number(first), _number(second), ratio)
-    notes = _notes(pair, images)
-    console().print(table, *notes, sep="\n")
-    with written_whole(out / "table.txt") as temporary, temporary.open("w", encoding="utf-8") as to:
-        console(file=to, width=100).print(table, *notes, sep="\n")
-    models = [{"name": c.name, "cost": asdict(c.cost), "epochs": c.result.history} for c in pair]
-    environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    write_json(
-        out / "metrics.json",
-        {"config": asdict(config), "environment": environment, "models": models, "notes": notes},
-    )
-
-
-ROWS: tuple[tuple[str, Callable[[Contender], float]], ...] = (
-    ("top-1 on held-out pictures, %", lambda c: c.top1_percent),
-    ("GMACs a picture", lambda c: c.cost.gmacs),
-    ("images/s, inference", lambda c: c.cost.images_per_second.median),
-    ("images/s, forward and backward", lambda c: c.cost.training_images_per_second.median),
-    ("seconds of training", lambda c: sum(row["train_seconds"] for row in c.result.history)),
-    ("peak memory, inference, MiB", lambda c: c.cost.peak_memory_mib),
-    ("peak memory, training, MiB", lambda c: c.cost.training_peak_memory_mib),
-    ("parameters", lambda c: c.cost.parameters),
-)
-
-
-def _notes(pair: tuple[Contender, Contender], images: int) -> list[str]:
-    plain, learned = pair
-    shares = [contender.top1_percent / 100 for contender in pair]
-    margin = 196 * math.sqrt(sum(p * (1 - p) / images for p in shares))
-    gap = learned.top1_percent - plain.top1_percent
-    verdict = "which is more than chance" if abs(gap) > margin else "which chance could explain"
-    macs = plain.cost.gmacs / learned.cost.gmacs
-    last = [c.top1_percent - c.result.history[-2]["test_top1_percent"] for c in pair]
-    return [
-        f"Accuracy: {gap:+.1f} points, {verdict} (one seed; 95 % of chance lies within "
-        f"±{margin:.1f} for {images} pictures).",
+def _training(pair: tuple[Contender, Contender]) -> str:
+    last = [c.top1_percent - c.history[-2]["test_top1_percent"] for c in pair]
+    return (
         f"Training: short; the last epoch still changed them by {last[0]:+.1f} and {last[1]:+.1f} "
-        "points, so a longer one (--epochs) may close the gap or widen it.",
-        f"Speed: {macs:.2f} times fewer multiply-adds; inference {_spread(learned.cost.speedup)}, "
-        f"training {_spread(learned.cost.training_speedup)} times as fast (quartiles, in turn).",
-        "Memory at inference is set by the blocks before the tokens are learned, so it can stay.",
-    ]
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
-
-
-def _number(value: float) -> str:
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.4f}"
+        "points, so a longer one (--epochs) may close the gap or widen it."
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .train import Report
+    from .loop import Report
 
 
 def console(**options: Any) -> Console:

@@ -269,7 +269,12 @@ def _timm_arguments(model: Any, config: dict[str, Any], own: Any) -> dict[str, A
     tokens = config["insert"]
     if own == tokens:
         return config["kwargs"]
-    if not getattr(model, "takes_tokens", False) or "grid" in (tokens or {}):
+    told = tokens or {}
+    if (
+        not getattr(model, "takes_tokens", False)
+        or "grid" in told
+        or isinstance(told.get("at"), list)
+    ):
         return None
     return config["kwargs"] | (
         {"fuser_bottleneck_dim": 64} | tokens if tokens else {"num_tokens": 0}

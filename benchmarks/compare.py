@@ -1,0 +1,175 @@
+"""What is lost at a share of a ViT's multiply-adds, and what is the best way to lose it?
+
+Trains a host, then everything in `contenders.py` at two budgets and several seeds, measures speed
+and memory in turn, and writes a table and a plot. Every run leaves a file in `--out`; a command
+that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shlex
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_report import write_report
+from contenders import BUDGETS, CALIBRATION_IMAGES, CONTENDERS, HOST, SHAPE, teaching
+from torch import Tensor, nn
+
+from tokenlearner import TrainConfig, benchmark, evaluate, load_data, load_model, train
+from tokenlearner.benchmark import count_macs
+from tokenlearner.data import ImageDataset
+from tokenlearner.files import write_json
+from tokenlearner.loop import Loop
+
+
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="runs/compare", help="folder for the runs and the table")
+    parser.add_argument("--data", default="fashion-mnist", help="a name that load_data knows")
+    parser.add_argument("--root", help="folder in which the data set is looked for")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=BUDGETS)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--epochs", type=int, default=3, help="of all that start from scratch")
+    parser.add_argument("--share", type=float, default=0.1, help="of the pictures, for the others")
+    parser.add_argument("--short-epochs", type=int, default=6, help="of the others")
+    parser.add_argument("--rounds", type=int, default=30, help="timed runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with a thread each")
+    return parser.parse_args()
+
+
+def config(options: Namespace, seed: int, from_scratch: bool) -> TrainConfig:
+    """The recipe: from a trained host with a third of the rate."""
+    return TrainConfig(
+        out=str(Path(options.out) / "host"),
+        model=HOST,
+        model_kwargs=SHAPE,
+        data=options.data,
+        root=options.root,
+        epochs=options.epochs if from_scratch else options.short_epochs,
+        lr=1e-3 if from_scratch else 3e-4,
+        warmup_epochs=0.3,
+        seed=seed,
+    )
+
+
+def trained_host(options: Namespace) -> nn.Module:
+    """The host of the folder, or a new one."""
+    recipe = config(options, 0, from_scratch=True)
+    metrics, host = Path(recipe.out) / "metrics.jsonl", Path(recipe.out) / "model.safetensors"
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    if len(rows) < recipe.epochs:
+        metrics.unlink(missing_ok=True)  # cut off: once more from the start
+        train(recipe, report=lambda row: print(row) if "epoch" in row else None)
+    return load_model(host)
+
+
+def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) -> dict[str, Any]:
+    """Builds and trains one contender; says how good it is before and after."""
+    contender, held_out = CONTENDERS[name], load_data(options.data, "test", root=options.root)
+    data = load_data(options.data, root=options.root)
+    if not contender.from_scratch:
+        data = data.sample(round(options.share * len(data)), seed)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    model = contender.build(host, BUDGETS[budget], unlabelled(data, seed)).train()
+    before = evaluate(model, held_out).top1_percent
+    recipe = config(options, seed, contender.from_scratch)
+    taught = contender.taught and not contender.from_scratch
+    loop = Loop(_unlabelled_if(taught, recipe), model, data)
+    loop.teaching = teaching(host, BUDGETS[budget], model) if taught else None
+    for _ in range(recipe.epochs):
+        loop.epoch()
+    after = evaluate(model, held_out)
+    return {
+        "contender": name,
+        "budget": budget,
+        "seed": seed,
+        "top1_percent_before": before,
+        "top1_percent": after.top1_percent,
+        "loss": after.loss,
+        "gmacs": count_macs(model.eval(), picture(held_out)) / 1e9,
+        "images": len(data),
+        "images_seen": loop.step * recipe.batch_size,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _unlabelled_if(taught: bool, recipe: TrainConfig) -> TrainConfig:
+    """The recipe, in which labels count only without a teacher."""
+    told = asdict(recipe) | ({"teacher": "another", "task_loss_weight": 0.0} if taught else {})
+    return TrainConfig(**told)
+
+
+def unlabelled(data: ImageDataset, seed: int) -> Tensor:
+    """Pictures for calibrating, all of them among those that are trained on."""
+    sample = data.sample(min(CALIBRATION_IMAGES, len(data)), seed)
+    images, _ = next(iter(sample.batches(len(sample))))
+    return images
+
+
+def picture(data: ImageDataset) -> Tensor:
+    images, _ = next(iter(data.batches(1)))
+    return images
+
+
+def costs(options: Namespace, host: nn.Module) -> dict[str, Any]:
+    """What everybody costs at batches of 1 and 32, in turn; untrained, which changes no speed."""
+    held_out = load_data(options.data, "test", root=options.root)
+    few = unlabelled(held_out.sample(2), 0)
+    found: dict[str, Any] = {}
+    for budget in options.budgets:
+        models = {"host": host}
+        for name in options.contenders:
+            models[name] = CONTENDERS[name].build(host, BUDGETS[budget], few).eval()
+        for batch in (1, 32):
+            images, _ = next(iter(held_out.batches(batch)))
+            measured = benchmark(models, images, options.rounds)
+            for name, cost in measured.items():
+                found.setdefault(budget, {}).setdefault(name, {})[str(batch)] = asdict(cost)
+    return found
+
+
+def run_all(options: Namespace) -> None:
+    """Runs what is not there yet; small models train fastest side by side with a thread each."""
+    todo = [(s, b, c) for s in options.seeds for b in options.budgets for c in options.contenders]
+    todo.sort(key=lambda one: (CONTENDERS[one[2]].from_scratch, one[0]))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        jobs = [pool.submit(run_one, options, name, budget, seed) for seed, budget, name in todo]
+        for job in as_completed(jobs):
+            if row := job.result():
+                print(json.dumps(row), flush=True)
+
+
+def run_one(options: Namespace, name: str, budget: str, seed: int) -> dict[str, Any] | None:
+    """`run`, unless its file is there."""
+    path = Path(options.out) / f"{name}-{budget}-{seed}.json"
+    if path.exists():
+        return None
+    host = load_model(Path(options.out) / "host")
+    write_json(path, row := run(options, host, name, budget, seed))
+    return row
+
+
+def main() -> None:
+    options = parse()
+    out = Path(options.out)
+    host = trained_host(options)
+    run_all(options)
+    if not (out / "costs.json").exists():
+        write_json(out / "costs.json", costs(options, host))
+    command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
+    print(write_report(out, command))
+
+
+if __name__ == "__main__":
+    main()

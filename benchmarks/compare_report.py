@@ -1,0 +1,155 @@
+"""The table and the plot of a comparison, from the files that its runs left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from contenders import BUDGETS, CONTENDERS
+
+from tokenlearner.files import written_whole
+
+HEADER = (
+    "top-1 untrained, %",
+    "top-1, %",
+    "against host",
+    "GMACs",
+    "of host",
+    "images/s, batch 1",
+    "images/s, batch 32",
+    "speed-up / MACs ratio, 1",
+    "32",
+    "peak MiB, batch 32",
+    "training images",
+    "images seen",
+)
+
+
+def write_report(out: Path, command: str) -> str:
+    """Writes table.md, results.json and plot.png to the folder and returns the table."""
+    results = gather(out)
+    text = f"`{command}`\n\n{table(results)}"
+    with written_whole(out / "table.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with written_whole(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(out / "plot.png", results)
+    return text
+
+
+def gather(out: Path) -> dict[str, Any]:
+    """All that was measured, in one dictionary."""
+    names = [(c, b) for b in BUDGETS for c in CONTENDERS]
+    runs = [
+        json.loads(path.read_text())
+        for name, budget in names
+        for path in sorted(out.glob(f"{name}-{budget}-*.json"))
+    ]
+    history = (out / "host" / "metrics.jsonl").read_text().splitlines()
+    return {
+        "host": json.loads(history[-1]),
+        "recipe": json.loads((out / "host" / "train.json").read_text()),
+        "runs": runs,
+        "costs": json.loads((out / "costs.json").read_text()),
+        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """One row for the host, then for every budget one for each contender."""
+    lines = ["| | " + " | ".join(HEADER) + " |", "| --- |" + " --: |" * len(HEADER)]
+    for budget, costs in results["costs"].items():
+        lines.append(_host_row(results, costs, budget))
+        for name in CONTENDERS:
+            runs = [r for r in results["runs"] if (r["contender"], r["budget"]) == (name, budget)]
+            if runs:
+                lines.append(_row(CONTENDERS[name].label, runs, costs, name, results))
+    return "\n".join(lines) + "\n"
+
+
+def _host_row(results: dict[str, Any], costs: dict[str, Any], budget: str) -> str:
+    host, recipe = results["host"], results["recipe"]
+    seen = host["step"] * recipe["batch_size"]
+    cells = ["", f"{host['test_top1_percent']:.2f}", "", *_cost(costs, "host")]
+    images = f"{seen // recipe['epochs']:,}"
+    return _line(f"**host** (budget {BUDGETS[budget].share})", [*cells, images, f"{seen:,}"])
+
+
+def _row(
+    label: str, runs: list[dict[str, Any]], costs: dict[str, Any], name: str, results: Any
+) -> str:
+    after = [run["top1_percent"] for run in runs]
+    before = [run["top1_percent_before"] for run in runs]
+    untrained = "" if CONTENDERS[name].from_scratch else f"{median(before):.2f}"
+    gap = median(after) - results["host"]["test_top1_percent"]
+    counts = [f"{runs[0][key]:,}" for key in ("images", "images_seen")]
+    return _line(label, [untrained, spread(after), f"{gap:+.2f}", *_cost(costs, name), *counts])
+
+
+def _cost(costs: dict[str, Any], name: str) -> list[str]:
+    own, host = costs[name], costs["host"]
+    ratio = host["1"]["gmacs"] / own["1"]["gmacs"]
+    speeds = [f"{own[batch]['images_per_second']['median']:,.0f}" for batch in ("1", "32")]
+    kept = [f"{own[batch]['speedup']['median'] / ratio:.2f}" for batch in ("1", "32")]
+    macs = [f"{own['1']['gmacs']:.4f}", f"{1 / ratio:.2f}"]
+    return [*macs, *speeds, *kept, f"{own['32']['peak_memory_mib']:.1f}"]
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the range in brackets."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def _line(label: str, cells: list[str]) -> str:
+    return f"| {label} | " + " | ".join(cells) + " |"
+
+
+def plot(path: Path, results: dict[str, Any]) -> None:
+    """Accuracy against measured latency, a panel for each batch size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axis, batch in zip(figure.subplots(1, 2, sharey=True), ("1", "32"), strict=True):
+        for i, name in enumerate(CONTENDERS):
+            _points(axis, results, name, batch, f"C{i}")
+        costs = next(iter(results["costs"].values()))["host"][batch]
+        top1 = results["host"]["test_top1_percent"]
+        axis.scatter([_ms(costs)], [top1], marker="*", s=150, color="black", label="host", zorder=3)
+        axis.axhline(top1, color="black", lw=0.6, ls=":")
+        axis.set(xlabel=f"ms a picture, batch {batch}", title=f"batch {batch}")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("top-1, % (median, range of seeds)")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    with written_whole(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
+
+
+def _points(axis: Any, results: dict[str, Any], name: str, batch: str, color: str) -> None:
+    """A contender's budgets, joined by a line."""
+    found = []
+    for budget, costs in results["costs"].items():
+        runs = [r for r in results["runs"] if (r["contender"], r["budget"]) == (name, budget)]
+        if runs:
+            values = [run["top1_percent"] for run in runs]
+            found.append((_ms(costs[name][batch]), median(values), min(values), max(values)))
+    if not found:
+        return
+    x, y, low, high = zip(*sorted(found), strict=True)
+    bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]  # noqa: B905
+    ours = name in ("calibrated", "fuser")
+    axis.errorbar(
+        x, y, yerr=bars, marker="o" if ours else "s", ms=6 if ours else 4, lw=2 if ours else 1,
+        capsize=2, color=color, label=CONTENDERS[name].label,
+    )  # fmt: skip
+
+
+def _ms(cost: dict[str, Any]) -> float:
+    """Milliseconds a picture, from pictures a second."""
+    return 1000 / cost["images_per_second"]["median"]
