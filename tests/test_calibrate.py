@@ -21,6 +21,7 @@ from tokenlearner import calibrate, insert, remove
 from tokenlearner.calibrate import Calibration, Lesson, new_parameters, tail_parameters
 from tokenlearner.distill import feature_loss, output_loss, output_of, watch
 from tokenlearner.framevit import FrameViT
+from tokenlearner.hosts import look
 from tokenlearner.insert import wrapped_blocks
 from tokenlearner.video import ViViT
 
@@ -285,7 +286,9 @@ def test_losses_are_those_of_the_whole_models(name: str) -> None:
     seen, shown = (watch(m, images[index], first) for m in (model, host))
     features, output = lesson.losses(model, index)
     if "fuse" not in name:  # there tokens behind all blocks are compared, here their summaries
-        expected = feature_loss(seen.features, shown.features, lesson.num_prefix_tokens)
+        place = look(model)
+        compared = place.num_prefix_tokens, place.pools_positions
+        expected = feature_loss(seen.features, shown.features, *compared)
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-6)
     expected = output_loss(seen.output, shown.output, model)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-6)

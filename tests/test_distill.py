@@ -27,6 +27,7 @@ from tokenlearner.distill import (
     unexplained,
     watch,
 )
+from tokenlearner.hosts import look
 from tokenlearner.insert import wrapped_blocks
 
 TIMM: dict[str, Any] = {
@@ -380,3 +381,17 @@ def test_features_of_a_model_without_blocks_are_refused(role: str) -> None:
 def test_nonsense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Distillation(nn.Identity(), **options)
+
+
+def test_a_summary_for_heads_that_pool_positions_has_prefix_and_mean() -> None:
+    tokens = torch.randn(2, 5, 3)
+    expected = torch.stack([tokens[:, 0], tokens[:, 1], tokens[:, 2:].mean(1)], dim=1)
+    torch.testing.assert_close(summary(tokens, 2, pools_positions=True), expected)
+    assert torch.equal(summary(tokens, 2), tokens[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("pooling", "pools"), [("token", False), ("avg", True), ("", False), ("max", True)]
+)
+def test_a_host_tells_whether_its_head_pools_positions(pooling: str, pools: bool) -> None:
+    assert look(vit(global_pool=pooling)).pools_positions is pools

@@ -148,7 +148,8 @@ class Lesson:
             raise ValueError(f"images is {what}, expected a tensor of 2 pictures or more, b c h w")
         self.images, self.first, self.whole = images, first, whole
         self.batch_size, self.parts = batch_size, torch.arange(len(images)).split(batch_size)
-        self.num_prefix_tokens = look(host).num_prefix_tokens
+        place = look(host)
+        self._compared = place.num_prefix_tokens, place.pools_positions
         self._front: tuple[Tensor, bool] | None = None
         self.features, self.output = self._see(host)
 
@@ -228,7 +229,7 @@ class Lesson:
 
     def _kept(self, seen: Seen) -> tuple[list[Tensor], Tensor]:
         """Of every block the summary; of the last one all tokens where positions are kept."""
-        kept = [summary(tokens, self.num_prefix_tokens) for tokens in seen.features]
+        kept = [summary(tokens, *self._compared) for tokens in seen.features]
         return [*kept, seen.features[-1]] if self.whole else kept, seen.output
 
 

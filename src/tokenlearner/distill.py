@@ -2,8 +2,9 @@
 
 A host and the same host on learned tokens have the same blocks, but not the same tokens. What can
 be compared behind every block is its `summary`: the prefix tokens (class, distillation, registers),
-through which a ViT with a class token passes all that its head sees; without any, the mean of the
-positions. Where both have as many tokens, as with fusers, they are compared one by one.
+through which a ViT with a class token passes all that its head sees. Without any, or where a head
+pools positions besides, it has their mean too. Where both have as many tokens, as with fusers, they
+are compared one by one.
 
 The words are timm's: `temperature`, `distill_loss_weight`, `task_loss_weight`, and "logit" and
 "feature" for what is taught.
@@ -88,15 +89,22 @@ def output_of(result: Any, num_prefix_tokens: int = 1) -> Tensor:
     )
 
 
-def summary(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """What can be compared across token counts: `b (p n) c -> b p c`, without prefix `b 1 c`."""
-    if num_prefix_tokens:
-        return tokens[:, :num_prefix_tokens]
-    return tokens.mean(1, keepdim=True)
+def summary(tokens: Tensor, num_prefix_tokens: int, pools_positions: bool = False) -> Tensor:
+    """What can be compared across token counts: `b (p n) c -> b p c`.
+
+    Without prefix tokens, or where a head reads it besides them, the mean of the positions too.
+    """
+    prefix, positions = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+    if num_prefix_tokens and not pools_positions:
+        return prefix
+    return torch.cat([prefix, positions.mean(1, keepdim=True)], dim=1)
 
 
 def feature_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], num_prefix_tokens: int = 0
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    num_prefix_tokens: int = 0,
+    pools_positions: bool = False,
 ) -> Tensor:
     """The share of the variance of the teacher's features that the student's do not reproduce.
 
@@ -107,6 +115,7 @@ def feature_loss(
         student: Tokens behind blocks, each `b (p k) c`.
         teacher: Tokens behind the same blocks, each `b (p n) c`; no gradient goes there.
         num_prefix_tokens: Prefix tokens `p`.
+        pools_positions: As in `summary`.
 
     Raises:
         ValueError: There are no features, not as many, or of another width, or of one picture.
@@ -126,7 +135,8 @@ def feature_loss(
             "features are measured by their variance over the batch, and it has 1 picture; take "
             "batch_size=2 or more, or kd_distill_type='logit'"
         )
-    pairs = [_pair(s, t, num_prefix_tokens) for s, t in zip(student, teacher, strict=True)]
+    kept = num_prefix_tokens, pools_positions
+    pairs = [_pair(s, t, *kept) for s, t in zip(student, teacher, strict=True)]
     return torch.stack([unexplained(s, t.detach()) for s, t in pairs]).mean()
 
 
@@ -221,8 +231,9 @@ class Distillation:
         seen = watch(student, images, first)
         with torch.no_grad():
             shown = watch(self.teacher, images, first)
-        prefix = look(student).num_prefix_tokens
-        loss = feature_loss(seen.features, shown.features, prefix)
+        place = look(student)
+        compared = place.num_prefix_tokens, place.pools_positions
+        loss = feature_loss(seen.features, shown.features, *compared)
         if "logit" in self.kind:
             loss = loss + logit_loss(seen.output, shown.output, self.temperature)
         return seen.output, loss
@@ -239,8 +250,8 @@ def _check_has_blocks(role: str, model: nn.Module) -> None:
         ) from error
 
 
-def _pair(student: Tensor, teacher: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+def _pair(student: Tensor, teacher: Tensor, *kept: Any) -> tuple[Tensor, Tensor]:
     """What of two blocks' tokens is compared."""
     if student.shape == teacher.shape:
         return student, teacher
-    return summary(student, prefix), summary(teacher, prefix)
+    return summary(student, *kept), summary(teacher, *kept)

@@ -31,6 +31,7 @@ class Host:
         frames: Frames in the sequence.
         any_size: Whether pictures of several sizes are taken without the grid being told.
         of_positions: What a block is told of positions besides its input.
+        pools_positions: Whether the head reads a mean of positions besides prefix tokens.
     """
 
     blocks: tuple[str, ...]
@@ -40,6 +41,7 @@ class Host:
     frames: Source = 1
     any_size: Source = False
     of_positions: OfPositions | None = None
+    pools_positions: Source = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Place:
         grid: What knows the `grid_size` of a frame.
         any_size: Whether pictures of several sizes are taken without the grid being told.
         of_positions: What a block is told of positions besides its input.
+        pools_positions: Whether the head reads a mean of positions besides prefix tokens.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Place:
     grid: Any
     any_size: bool
     of_positions: OfPositions | None
+    pools_positions: bool
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -91,6 +95,7 @@ _TIMM = Host(
     grid="patch_embed",
     frames=lambda model: getattr(model.patch_embed, "frames", 1),  # our video models' tell
     any_size=lambda model: not getattr(model.patch_embed, "strict_img_size", True),
+    pools_positions=lambda model: model.global_pool not in ("token", ""),
 )
 _TORCHVISION = Host(
     blocks=("encoder.layers",), width="hidden_dim", num_prefix_tokens=1, grid=_patches()
@@ -263,6 +268,7 @@ def _place(name: str, model: nn.Module, host: Any) -> Place:
         grid=_read(model, host.grid),
         any_size=_read(model, host.any_size),
         of_positions=host.of_positions,
+        pools_positions=_read(model, host.pools_positions),
     )
 
 
