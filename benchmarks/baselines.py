@@ -168,7 +168,7 @@ class MergedBlocks(nn.Module):
             _check_kind(block, Block)
             _check_kind(block.attn, Attention)
             self.add_module(str(i), block)
-        self.handed_on = nn.Identity()  # for hooks that want every block's tokens
+        self.handed_on = nn.Identity().train(blocks.training)  # for hooks on every block's tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs all blocks: `b (p + n) c -> b (p + k) c`, `n - k` being what was merged."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokenlearner import create_model
@@ -127,3 +129,48 @@ def test_judges_tell_good_features_from_noise(scripts: dict[str, ModuleType]) ->
     assert min(found.values()) > 95
     noise = torch.randn(200, 4)
     assert max(judge(noise[:100], labels[:100], noise[100:], labels[100:]).values()) < 60
+
+
+@pytest.fixture
+def frozen(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
+    """compare_frozen.py with a small host and few pictures in the place of the large ones."""
+
+    def drawings(root: Path, size: int) -> tuple[ImageDataset, ImageDataset]:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (64, 3, size, size), generator=generator).byte()
+        norm = (0.5, 0.5, 0.5)
+        sets = (ImageDataset("d", s, images, torch.arange(64) % 4, tuple("abcd"), norm, norm)
+                for s in ("train", "test"))  # fmt: skip
+        train, test = sets
+        return train, test
+
+    def small_host(wheel: Path, size: int) -> nn.Module:
+        shape = {"embed_dim": 24, "depth": 8, "num_heads": 2, "patch_size": 8, "init_values": 0.1}
+        return VisionTransformer(img_size=size, num_classes=0, **shape).eval()
+
+    script = scripts["compare_frozen"]
+    monkeypatch.setattr(script, "load_openclipart", drawings)
+    monkeypatch.setattr(script, "dinov2_small", small_host)
+    for name, value in {"SIZE": 32, "EPOCHS": 1, "CALIBRATION_STEPS": 2}.items():
+        monkeypatch.setattr(script, name, value)
+    argv = ["compare_frozen.py", "--out", str(tmp_path), "--wheel", "w", "--drawings", "d"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "0", "--rounds", "2"])
+    return script
+
+
+@pytest.mark.slow
+def test_the_frozen_comparison_judges_everybody_and_goes_on_where_it_stopped(
+    frozen: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frozen.main()
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 2 * (1 + len(frozen.CONTENDERS))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert all(0 <= row["before"]["knn_percent"] <= 100 for row in results["runs"])
+    frozen.main()
+    again = capsys.readouterr().out.splitlines()
+    assert [line for line in again if line.startswith("|")] == table
+    assert not [line for line in again if line.startswith("{")]
