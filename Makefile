@@ -1,6 +1,6 @@
 # One place for the commands that people, CI and pre-commit share. `make` alone lists them.
 # PYTHON=python3.12 make test   chooses the interpreter that makes .venv
-# make demo ARGS="--help"       passes arguments on (demo, test, test-slow, bench, compare)
+# make demo ARGS="--help"       passes arguments on (demo, test, test-slow, test-oldest, bench, compare)
 
 SHELL := bash
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export GOMP_SPINCOUNT ?= 10000
 SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py models_speed.py streaming.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench compare format clean
+.PHONY: help install demo test test-slow test-oldest check bench compare format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ test: $(VENV)/.dev  ## run the tests, without the slow ones
 # Exit code 5 means that no test is marked slow; that is no failure.
 test-slow: $(VENV)/.dev  ## run the slow tests
 	$(BIN)/python -m pytest -n auto -m slow $(ARGS) || [ $$? -eq 5 ]
+
+test-oldest: $(VENV)/.dev  ## run the tests of hosts with the oldest timm and transformers
+	$(BIN)/python scripts/oldest.py -q -n auto $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types and the project's own rules
 	$(BIN)/python -m ruff format --check

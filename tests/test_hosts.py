@@ -264,6 +264,13 @@ FAMILIES: dict[str, Family] = {
 TIMMS = [name for name in FAMILIES if not name.startswith(("hf_", "torchvision", "nested"))]
 each_family = pytest.mark.parametrize("name", FAMILIES)
 both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduce", "fuse"])
+one_of_each_kind = pytest.mark.parametrize(  # strict tracing takes seconds a family
+    "name",
+    [
+        *("timm_vit", "timm_dinov2", "dinov3", "beit", "torchvision", "our_video"),
+        *("hf_vit", "hf_dinov2_registers", "hf_siglip", "hf_clip", "hf_videomae"),
+    ],
+)
 graphs = pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[] if f.quick else [pytest.mark.slow]) for n, f in FAMILIES.items()],
@@ -581,7 +588,7 @@ def test_torch_export_gives_the_same(name: str) -> None:
 
 @of_transformers
 @pytest.mark.slow
-@each_family
+@one_of_each_kind
 @both_ways
 @torch.no_grad()
 def test_strict_torch_export_gives_the_same(fuse: bool, name: str) -> None:
@@ -593,7 +600,7 @@ def test_strict_torch_export_gives_the_same(fuse: bool, name: str) -> None:
 
 @of_transformers
 @pytest.mark.slow
-@each_family
+@one_of_each_kind
 @torch.no_grad()
 def test_the_plain_host_compiles_and_exports(name: str) -> None:
     model = FAMILIES[name].model()
