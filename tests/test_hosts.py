@@ -568,7 +568,7 @@ def test_torch_compile_takes_the_whole_graph(name: str) -> None:
 
 
 @pytest.mark.slow
-@each_family
+@one_of_each_kind
 @torch.no_grad()
 def test_torch_compile_takes_the_whole_graph_of_a_fused_model_and_lowers_it(name: str) -> None:
     model = inserted(name, fuse=True)
