@@ -14,16 +14,15 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_report import write_report
+from compare_report import costs_in_turn, write_report
 from contenders import BUDGETS, CALIBRATION_IMAGES, CONTENDERS, HOST, SHAPE, teaching
 from torch import Tensor, nn
 
-from tokenlearner import TrainConfig, benchmark, evaluate, load_data, load_model, train
+from tokenlearner import TrainConfig, evaluate, load_data, load_model, train
 from tokenlearner.benchmark import count_macs
 from tokenlearner.data import ImageDataset
 from tokenlearner.files import write_json
@@ -46,8 +45,8 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def config(options: Namespace, seed: int, from_scratch: bool) -> TrainConfig:
-    """The recipe: from a trained host with a third of the rate."""
+def config(options: Namespace, seed: int, from_scratch: bool, taught: bool = False) -> TrainConfig:
+    """The recipe: from a trained host with a third of the rate, and taught without labels."""
     return TrainConfig(
         out=str(Path(options.out) / "host"),
         model=HOST,
@@ -58,6 +57,7 @@ def config(options: Namespace, seed: int, from_scratch: bool) -> TrainConfig:
         lr=1e-3 if from_scratch else 3e-4,
         warmup_epochs=0.3,
         seed=seed,
+        teacher="the trained host" if taught else None,
     )
 
 
@@ -82,10 +82,10 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
     start = time.perf_counter()
     model = contender.build(host, BUDGETS[budget], unlabelled(data, seed)).train()
     before = evaluate(model, held_out).top1_percent
-    recipe = config(options, seed, contender.from_scratch)
     taught = contender.taught and not contender.from_scratch
-    loop = Loop(_unlabelled_if(taught, recipe), model, data)
-    loop.teaching = teaching(host, BUDGETS[budget], model) if taught else None
+    recipe = config(options, seed, contender.from_scratch, taught)
+    lessons = teaching(host, BUDGETS[budget], model) if taught else None
+    loop = Loop(recipe, model, data, teaching=lessons)
     for _ in range(recipe.epochs):
         loop.epoch()
     after = evaluate(model, held_out)
@@ -103,21 +103,15 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
     }
 
 
-def _unlabelled_if(taught: bool, recipe: TrainConfig) -> TrainConfig:
-    """The recipe, in which labels count only without a teacher."""
-    told = asdict(recipe) | ({"teacher": "another", "task_loss_weight": 0.0} if taught else {})
-    return TrainConfig(**told)
-
-
 def unlabelled(data: ImageDataset, seed: int) -> Tensor:
     """Pictures for calibrating, all of them among those that are trained on."""
     sample = data.sample(min(CALIBRATION_IMAGES, len(data)), seed)
-    images, _ = next(iter(sample.batches(len(sample))))
+    images, _ = next(sample.batches(len(sample)))
     return images
 
 
 def picture(data: ImageDataset) -> Tensor:
-    images, _ = next(iter(data.batches(1)))
+    images, _ = next(data.batches(1))
     return images
 
 
@@ -130,11 +124,7 @@ def costs(options: Namespace, host: nn.Module) -> dict[str, Any]:
         models = {"host": host}
         for name in options.contenders:
             models[name] = CONTENDERS[name].build(host, BUDGETS[budget], few).eval()
-        for batch in (1, 32):
-            images, _ = next(iter(held_out.batches(batch)))
-            measured = benchmark(models, images, options.rounds)
-            for name, cost in measured.items():
-                found.setdefault(budget, {}).setdefault(name, {})[str(batch)] = asdict(cost)
+        found[budget] = costs_in_turn(models, held_out, options.rounds)
     return found
 
 

@@ -13,7 +13,6 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,13 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from baselines import average_pool, merge, schedule_for, top_k
-from compare_report import spread
+from compare_report import cost_cells, costs_in_turn, head, line, spread
 from contenders import CALIBRATION_STEPS
 from dinov2 import dinov2_small
 from openclipart import load_openclipart
 from torch import Tensor, nn
 
-from tokenlearner import benchmark, insert
+from tokenlearner import insert
 from tokenlearner.benchmark import count_macs
 from tokenlearner.calibrate import Lesson, new_parameters, tail_parameters
 from tokenlearner.data import ImageDataset
@@ -37,6 +36,7 @@ from tokenlearner.files import write_json, written_whole
 SIZE, EPOCHS, LR = 112, 6, 3e-4
 BUDGETS = {"half": (5, 8, 6), "third": (3, 8, 4)}  # at, tokens, blocks of a smaller host
 NEIGHBOURS, PROBE_DECAY = 20, 1e-3
+DIGITS = (".3f", ".1f")  # of GMACs and of speeds
 
 Contender = tuple[str, Callable[[Any, str], nn.Module]]
 
@@ -192,10 +192,7 @@ def costs(bench: Bench, rounds: int) -> dict[str, Any]:
         models |= {
             name: build(bench.host, budget).eval() for name, (_, build) in CONTENDERS.items()
         }
-        for batch in (1, 32):
-            images, _ = next(iter(bench.test.batches(batch)))
-            for name, cost in benchmark(models, images, rounds).items():
-                found.setdefault(budget, {}).setdefault(name, {})[str(batch)] = asdict(cost)
+        found[budget] = costs_in_turn(models, bench.test, rounds)
     return found
 
 
@@ -210,15 +207,15 @@ def table(results: dict[str, Any]) -> str:
         "speed-up / MACs ratio, 1",
         "32",
     )
-    lines = ["| | " + " | ".join(header) + " |", "| --- |" + " --: |" * len(header)]
+    lines = head(header)
     for budget, cost in results["costs"].items():
         host = results["host"]
         cells = ["", f"{host['probe_percent']:.1f}", "", f"{host['knn_percent']:.1f}"]
-        lines.append(_line(f"**host** ({budget})", [*cells, *_cost(cost, "host")]))
+        lines.append(line(f"**host** ({budget})", [*cells, *cost_cells(cost, "host", *DIGITS)]))
         for name, (label, _) in CONTENDERS.items():
             runs = [r for r in results["runs"] if (r["contender"], r["budget"]) == (name, budget)]
             if runs:
-                lines.append(_line(label, [*_scores(runs), *_cost(cost, name)]))
+                lines.append(line(label, [*_scores(runs), *cost_cells(cost, name, *DIGITS)]))
     return "\n".join(lines) + "\n"
 
 
@@ -229,18 +226,6 @@ def _scores(runs: list[dict[str, Any]]) -> list[str]:
         after = [r["after"][judge_name] for r in runs if r["after"]]
         cells.append(spread(after) if after else "")
     return cells
-
-
-def _cost(costs: dict[str, Any], name: str) -> list[str]:
-    own, host = costs[name], costs["host"]
-    ratio = host["1"]["gmacs"] / own["1"]["gmacs"]
-    speeds = [f"{own[batch]['images_per_second']['median']:.1f}" for batch in ("1", "32")]
-    kept = [f"{own[batch]['speedup']['median'] / ratio:.2f}" for batch in ("1", "32")]
-    return [f"{own['1']['gmacs']:.3f}", f"{1 / ratio:.2f}", *speeds, *kept]
-
-
-def _line(label: str, cells: list[str]) -> str:
-    return f"| {label} | " + " | ".join(cells) + " |"
 
 
 def parse() -> Namespace:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from contenders import BUDGETS, CONTENDERS
+from torch import nn
 
+from tokenlearner import benchmark
+from tokenlearner.data import ImageDataset
 from tokenlearner.files import written_whole
 
 HEADER = (
@@ -60,7 +64,7 @@ def gather(out: Path) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """One row for the host, then for every budget one for each contender."""
-    lines = ["| | " + " | ".join(HEADER) + " |", "| --- |" + " --: |" * len(HEADER)]
+    lines = head(HEADER)
     for budget, costs in results["costs"].items():
         lines.append(_host_row(results, costs, budget))
         for name in CONTENDERS:
@@ -75,7 +79,7 @@ def _host_row(results: dict[str, Any], costs: dict[str, Any], budget: str) -> st
     seen = host["step"] * recipe["batch_size"]
     cells = ["", f"{host['test_top1_percent']:.2f}", "", *_cost(costs, "host")]
     images = f"{seen // recipe['epochs']:,}"
-    return _line(f"**host** (budget {BUDGETS[budget].share})", [*cells, images, f"{seen:,}"])
+    return line(f"**host** (budget {BUDGETS[budget].share})", [*cells, images, f"{seen:,}"])
 
 
 def _row(
@@ -86,16 +90,34 @@ def _row(
     untrained = "" if CONTENDERS[name].from_scratch else f"{median(before):.2f}"
     gap = median(after) - results["host"]["test_top1_percent"]
     counts = [f"{runs[0][key]:,}" for key in ("images", "images_seen")]
-    return _line(label, [untrained, spread(after), f"{gap:+.2f}", *_cost(costs, name), *counts])
+    return line(label, [untrained, spread(after), f"{gap:+.2f}", *_cost(costs, name), *counts])
+
+
+def cost_cells(
+    costs: dict[str, Any], name: str, gmacs: str = ".4f", speed: str = ",.0f"
+) -> list[str]:
+    """GMACs and speed of one model, and how much of what the MACs promise becomes speed."""
+    own, host = costs[name], costs["host"]
+    ratio = host["1"]["gmacs"] / own["1"]["gmacs"]
+    speeds = [format(own[batch]["images_per_second"]["median"], speed) for batch in ("1", "32")]
+    kept = [f"{own[batch]['speedup']['median'] / ratio:.2f}" for batch in ("1", "32")]
+    return [format(own["1"]["gmacs"], gmacs), f"{1 / ratio:.2f}", *speeds, *kept]
 
 
 def _cost(costs: dict[str, Any], name: str) -> list[str]:
-    own, host = costs[name], costs["host"]
-    ratio = host["1"]["gmacs"] / own["1"]["gmacs"]
-    speeds = [f"{own[batch]['images_per_second']['median']:,.0f}" for batch in ("1", "32")]
-    kept = [f"{own[batch]['speedup']['median'] / ratio:.2f}" for batch in ("1", "32")]
-    macs = [f"{own['1']['gmacs']:.4f}", f"{1 / ratio:.2f}"]
-    return [*macs, *speeds, *kept, f"{own['32']['peak_memory_mib']:.1f}"]
+    return [*cost_cells(costs, name), f"{costs[name]['32']['peak_memory_mib']:.1f}"]
+
+
+def costs_in_turn(
+    models: dict[str, nn.Module], data: ImageDataset, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """What models cost at batches of 1 and 32, by name and batch."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for batch in (1, 32):
+        images, _ = next(data.batches(batch))
+        for name, cost in benchmark(models, images, rounds).items():
+            found[name][str(batch)] = asdict(cost)
+    return found
 
 
 def spread(values: list[float]) -> str:
@@ -105,7 +127,13 @@ def spread(values: list[float]) -> str:
     return f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
-def _line(label: str, cells: list[str]) -> str:
+def head(header: tuple[str, ...]) -> list[str]:
+    """The first two lines of a table of numbers."""
+    return [line("", list(header)), "| --- |" + " --: |" * len(header)]
+
+
+def line(label: str, cells: list[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {label} | " + " | ".join(cells) + " |"
 
 

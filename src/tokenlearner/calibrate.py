@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .benchmark import twin
-from .checks import check_count
+from .checks import check_above_zero, check_count
 from .distill import Seen, feature_loss, first_tensor, output_loss, summary, watch
 from .evaluate import mode
 from .hosts import look
@@ -249,8 +249,7 @@ def _check_finite(loss: float, step: int, steps: int) -> None:
 
 def _check_numbers(steps: int, lr: float) -> None:
     check_count("steps", steps)
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr is {lr}, expected a number above 0")
+    check_above_zero("lr", lr)
 
 
 @contextmanager

@@ -35,6 +35,13 @@ def check_rate(value: float, name: str = "dropout_rate") -> float:
     return value
 
 
+def check_above_zero(name: str, value: float) -> float:
+    """Returns `value` if it is a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a number above 0")
+    return value
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     """Returns `value` if it is one of `choices`."""
     if value not in choices:

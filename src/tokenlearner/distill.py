@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_choice
+from .checks import check_above_zero, check_choice
 from .hosts import look
 from .insert import wrapped_blocks
 
@@ -213,8 +213,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_choice("kd_distill_type", self.kind, KINDS)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, expected a number above 0")
+        check_above_zero("temperature", self.temperature)
 
     def __call__(self, student: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Runs both and returns the student's output and the loss."""

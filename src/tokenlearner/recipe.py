@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import check_choice, check_count, check_rate
+from .checks import check_above_zero, check_choice, check_count, check_rate
 from .distill import KINDS
 
 
@@ -82,8 +82,7 @@ class TrainConfig:
         check_rate(self.smoothing, "smoothing")
         check_choice("kd_distill_type", self.kd_distill_type, KINDS)
         for name in ("lr", "clip_grad", "kd_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+            check_above_zero(name, getattr(self, name))
         for name in ("weight_decay", "warmup_epochs", "distill_loss_weight", "task_loss_weight"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number from 0 on")
