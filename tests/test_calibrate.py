@@ -15,6 +15,7 @@ import torchvision
 import transformers
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
+from tiny import HF, TIMM
 from torch import Tensor, nn
 
 from tokenlearner import calibrate, insert, remove
@@ -25,23 +26,6 @@ from tokenlearner.hosts import look
 from tokenlearner.insert import wrapped_blocks
 from tokenlearner.video import ViViT
 
-TIMM: dict[str, Any] = {
-    "img_size": 16,
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 3,
-    "num_heads": 2,
-    "mlp_ratio": 2,
-    "num_classes": 5,
-}
-HF: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 16,
-    "patch_size": 4,
-}
 AVERAGE: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
 BIASED: dict[str, Any] = {"use_rel_pos_bias": True, "init_values": 0.1, "global_pool": "token"}
 N, STEPS, LR = 24, 15, 2e-2

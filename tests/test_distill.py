@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 import torchvision
 import transformers
 from timm.models.vision_transformer import VisionTransformer
+from tiny import TIMM
 from torch import Tensor, nn
 
 from tokenlearner import insert
@@ -30,24 +32,7 @@ from tokenlearner.distill import (
 from tokenlearner.hosts import look
 from tokenlearner.insert import wrapped_blocks
 
-TIMM: dict[str, Any] = {
-    "img_size": 16,
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 3,
-    "num_heads": 2,
-    "mlp_ratio": 2,
-    "num_classes": 5,
-}
-HF: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 16,
-    "patch_size": 4,
-    "num_labels": 5,
-}
+HF: dict[str, Any] = tiny.HF | {"num_labels": 5}
 
 
 def vit(**changes: Any) -> VisionTransformer:

@@ -118,8 +118,7 @@ def _start(config: TrainConfig, data: ImageDataset, device: torch.device) -> _St
     """Builds or loads the model and its teacher, and tries both on pictures."""
     host = None
     if config.insert:
-        model = load_model(config.model)
-        _try(config.model, model, data)
+        model = _trained(config.model, data)
         host = copy.deepcopy(model).to(device)
         insert(model, config.insert, config.at, learner=config.learner, fuse=config.fuse)
     else:
@@ -127,8 +126,9 @@ def _start(config: TrainConfig, data: ImageDataset, device: torch.device) -> _St
     _try(config.model, model, data)
     teaching = None
     if config.teacher:
-        teacher = host if config.teacher == "host" else load_model(config.teacher)
-        teaching = _teaching(config, teacher, data, device)
+        given = host if config.teacher == "host" else None
+        teacher = _trained(config.teacher, data) if given is None else given
+        teaching = Distillation(teacher.to(device), config.kd_distill_type, config.kd_temperature)
         _try_teaching(config, teaching, model, data, device)
     return _Start(model.to(device), host, teaching)
 
@@ -141,11 +141,11 @@ def _named(config: TrainConfig, data: ImageDataset) -> nn.Module:
     return create_model(config.model, **kwargs | (config.model_kwargs or {}))
 
 
-def _teaching(
-    config: TrainConfig, teacher: Any, data: ImageDataset, device: torch.device
-) -> Distillation:
-    _try(config.teacher or "", teacher, data)
-    return Distillation(teacher.to(device), config.kd_distill_type, config.kd_temperature)
+def _trained(name: str, data: ImageDataset) -> nn.Module:
+    """Loads a trained model that fits the data."""
+    model = load_model(name)
+    _try(name, model, data)
+    return model
 
 
 def _try_teaching(
