@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenlearner.data import IDX_FILES, ImageDataset, load_data
+from tokenlearner.data import ImageDataset, load_data
+from tokenlearner.fashion import IDX_FILES
 
 LICENSE = """\
 The MIT License (MIT)

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import make_fashion_mnist_small
-import tokenlearner.data
-from tokenlearner.data import IDX_FILES, ImageDataset, list_data, load_data
+import tokenlearner.fashion
+from tokenlearner.data import ImageDataset, list_data, load_data
+from tokenlearner.fashion import IDX_FILES
 
-ASSETS = Path(tokenlearner.data.__file__).parent / "assets" / "fashion_mnist_small"
+ASSETS = Path(tokenlearner.__file__).parent / "assets" / "fashion_mnist_small"
 SIZES = {"train": 8000, "test": 2000}
 CHECKSUM = re.compile(r"^ {4}([0-9a-f]{64})  (\S+)$", re.MULTILINE)
 
@@ -34,8 +35,8 @@ CHECKSUM = re.compile(r"^ {4}([0-9a-f]{64})  (\S+)$", re.MULTILINE)
 def usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what this machine has in the places that are looked at."""
     monkeypatch.delenv("TOKENLEARNER_DATA", raising=False)
-    monkeypatch.setattr(tokenlearner.data, "_DEBIAN", tmp_path / "debian")
-    monkeypatch.setattr(tokenlearner.data, "_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tokenlearner.fashion, "_DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(tokenlearner.fashion, "_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

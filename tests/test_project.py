@@ -28,9 +28,11 @@ READMES = sorted(ROOT.glob("README*.md"))
 IMPORT_ORDER = [
     "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "hosts", "insert",
     "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream",
-    "convert", "scenic", "adapt", "zoo", "transfer", "data", "evaluate", "benchmark", "catalog",
-    "distill", "calibrate", "recipe", "loop", "train", "plan", "plan_table", "export", "maps",
-    "report", "progress", "contest", "demo", "app", "cli",
+    "convert", "scenic", "adapt", "zoo", "transfer", "labelled", "loader", "pictures", "fashion",
+    "folders", "readers", "films", "moving", "data", "evaluate", "benchmark", "catalog", "distill",
+    "calibrate", "options", "recipe", "augment", "engine", "loop", "start", "resume", "train",
+    "plan", "plan_table", "export",
+    "maps", "report", "progress", "contest", "demo", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything

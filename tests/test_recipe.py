@@ -18,7 +18,7 @@ from tokenlearner import TrainConfig
         ({"insert": -1}, "insert is -1, expected an integer of 0 or more"),
         ({"images": -1}, "images is -1, expected an integer of 0 or more"),
         ({"calibrate": -1}, "calibrate is -1, expected an integer of 0 or more"),
-        ({"calibrate": 1}, "calibrate is 1, expected 2 pictures or more, or 0 to leave it out"),
+        ({"calibrate": 1}, "calibrate is 1, expected 2 pictures or more, or 0 for none"),
         ({"seed": -1}, "seed is -1"),
         ({"lr": 0.0}, "lr is 0.0, expected a number above 0"),
         ({"lr": float("nan")}, "lr is nan"),
@@ -42,7 +42,7 @@ def test_a_number_out_of_range_is_refused(changes: dict[str, Any], message: str)
     ("changes", "message"),
     [
         ({"insert": 4, "num_tokens": 4}, "insert is for a trained model, num_tokens .* either"),
-        ({"insert": 4, "model_kwargs": {"depth": 2}}, "model_kwargs are for one built new; pass"),
+        ({"insert": 4, "model_kwargs": {"depth": 2}}, "model_kwargs for one built new; pass"),
         ({"teacher": "host"}, "teacher is 'host', but nothing is inserted in one; pass insert"),
         ({"task_loss_weight": 0.0}, "nothing would be taught: .* raise task_loss_weight"),
         ({"teacher": "a", "distill_loss_weight": 0.0}, "nothing would be taught: .* counts for 0"),

@@ -14,8 +14,8 @@ import torch
 from tokenlearner import TrainConfig, calibrate, create_model, load_model, save_model, train
 from tokenlearner.calibrate import Calibration
 from tokenlearner.data import ImageDataset
+from tokenlearner.engine import pick_device
 from tokenlearner.insert import wrapped_blocks
-from tokenlearner.train import pick_device
 
 CLASSES = ("dark", "left", "right", "bright")
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 7}
@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     def poison(row: dict[str, Any]) -> None:
         if "epoch" in row:
             monkeypatch.setattr(
-                "torch.nn.functional.cross_entropy", lambda *a, **k: torch.tensor(torch.nan)
+                "torch.nn.functional.cross_entropy", lambda *a, **k: torch.tensor(torch.nan, requires_grad=True)
             )
 
     with pytest.raises(RuntimeError, match=r"the loss is nan at step 5 of 12; the last checkpoint"):
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 def test_a_finished_run_is_not_overwritten(config: TrainConfig) -> None:
     train(config)
     before = (Path(config.out) / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already; pass another out"):
+    with pytest.raises(ValueError, match="holds a run already; pass resume='auto'"):
         train(changed(config, seed=7))
     assert (Path(config.out) / "model.safetensors").read_bytes() == before
 
@@ -183,7 +183,7 @@ def insertion(tmp_path: Path, hosts: Path) -> TrainConfig:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrating takes two steps."""
-    monkeypatch.setattr(import_module("tokenlearner.train"), "calibrate", few_steps)
+    monkeypatch.setattr(import_module("tokenlearner.start"), "calibrate", few_steps)
 
 
 def few_steps(*args: Any, **kwargs: Any) -> Calibration:

@@ -14,6 +14,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POSITIONS = {3: "[b, n, c]", 4: "[b, h, w, c]", 5: "[b, t, h, w, c]"}
 
 
+def require(holds: bool, otherwise: str) -> None:
+    """Refuses what does not hold, with the sentence that says so."""
+    if not holds:
+        raise ValueError(otherwise)
+
+
 def check_count(name: str, value: int, least: int = 1) -> int:
     """Returns `value` if it is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

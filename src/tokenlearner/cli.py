@@ -128,8 +128,8 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _eval(arguments: Sequence[str]) -> None:
     from .data import load_data
+    from .engine import pick_device
     from .evaluate import evaluate
-    from .train import pick_device
     from .zoo import load_model
 
     help_text = "file or folder that `train` wrote"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .benchmark import Cost, Spread, benchmark
-from .data import ImageDataset, load_data
+from .data import load_data
 from .evaluate import evaluate
 from .files import write_json, written_whole
+from .labelled import LabelledData
+from .loader import Key, load_batches
 from .maps import attention_maps, draw_maps
 from .progress import console
 from .recipe import TrainConfig
@@ -95,7 +97,7 @@ def against_host(config: TrainConfig, result: TrainResult) -> Contest:
     if result.host is None:
         raise ValueError("there is no host to compare with; train with insert, or take the demo")
     check_drawing()
-    data = load_data(config.data, "test", root=config.root)
+    data = load_data(config.data, "test", **config.wanted)
     names = ("host", f"{config.insert} learned tokens")
     models = dict(zip(names, (result.host, result.model), strict=True))
     console().print("measuring both in turn ...")
@@ -124,7 +126,7 @@ def check_drawing() -> None:
         raise ValueError("maps need matplotlib; run pip install 'tokenlearner[train]'")
 
 
-def measure(models: Mapping[str, nn.Module], data: ImageDataset) -> dict[str, Cost]:
+def measure(models: Mapping[str, nn.Module], data: LabelledData) -> dict[str, Cost]:
     """Measures models in turn on the first pictures of a data set, on the models' device."""
     device = next(next(iter(models.values())).parameters()).device
     images, _ = next(data.batches(64))
@@ -159,7 +161,7 @@ def write_contest(out: Path, contest: Contest, config: Mapping[str, Any]) -> Non
     )
 
 
-def one_of_each(data: ImageDataset) -> list[int]:
+def one_of_each(data: LabelledData) -> list[int]:
     """The first pictures of up to six classes, spread over all that there are."""
     present = data.labels.unique()
     count = min(SHOWN, len(present))
@@ -168,7 +170,7 @@ def one_of_each(data: ImageDataset) -> list[int]:
 
 
 def draw_held_out(
-    path: Path, model: nn.Module, data: ImageDataset, chosen: Sequence[int], title: str
+    path: Path, model: nn.Module, data: LabelledData, chosen: Sequence[int], title: str
 ) -> Path:
     """Draws where a model's first learner looks on some pictures of a data set.
 
@@ -179,12 +181,18 @@ def draw_held_out(
         chosen: Which of them.
         title: What to write above the sheet.
     """
-    part = replace(data, images=data.images[chosen], labels=data.labels[chosen])
-    images, labels = next(part.batches(len(part)))
+    batch = next(load_batches(data, [[Key(index) for index in chosen]]))
+    images, labels = batch.images, batch.labels
     maps = next(iter(attention_maps(model, images.to(next(model.parameters()).device)).values()))
     shares = maps / maps.sum((-2, -1), keepdim=True)  # V1's are gates, which sum to anything
     names = [data.classes[label] for label in labels]
-    return draw_maps(path, part.images.float() / 255, shares, names, title)
+    return draw_maps(path, as_seen(images, data), shares, names, title)
+
+
+def as_seen(images: Tensor, data: LabelledData) -> Tensor:
+    """Pictures as a model takes them, `b c h w`, become what they look like, in [0, 1]."""
+    mean, std = torch.tensor([data.mean, data.std])[..., None, None]
+    return (images * std + mean).clip(0, 1)
 
 
 def _table(title: str, pair: tuple[Contender, Contender]) -> Any:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .checks import check_count
-from .data import ImageDataset
+from .checks import check_count, require
+from .labelled import LabelledData
+from .loader import Batch, Key, load_batches
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Evaluation:
     """Mean cross-entropy, in nats."""
     top1_percent: float
     top5_percent: float
+    broken: int = 0
+    """Files that could not be read; they are not among `images`."""
 
 
 @contextmanager
@@ -37,11 +40,12 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was_training
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, data: ImageDataset, batch_size: int = 500) -> Evaluation:
+def evaluate(model: nn.Module, data: LabelledData, batch_size: int = 500) -> Evaluation:
     """Classifies every picture of `data` and returns loss and accuracy.
 
-    The model is put in evaluation mode for this and left in the mode it came in.
+    The model is put in evaluation mode for this and left in the mode it came in. Files that cannot
+    be read are left out and counted. Where a clip is given in several views, their logits are
+    averaged.
 
     Args:
         model: Pictures `b c h w` to logits `b classes`, on any device.
@@ -49,24 +53,76 @@ def evaluate(model: nn.Module, data: ImageDataset, batch_size: int = 500) -> Eva
         batch_size: Pictures at a time; changes the speed only.
 
     Raises:
-        ValueError: The model has fewer classes than the data.
+        ValueError: The model has fewer classes than the data, or no picture can be read.
     """
     check_count("batch_size", batch_size)
+    return conclude(tally(model, data, batch_size), data)
+
+
+@torch.inference_mode()
+def tally(
+    model: nn.Module,
+    data: LabelledData,
+    batch_size: int,
+    process: int = 0,
+    num_processes: int = 1,
+) -> Tensor:
+    """Counts the part of one of several processes: pictures, broken ones, loss, top-1, top-5.
+
+    Every process runs the model as often as the others, which models that are shared out among
+    processes need; one that has no picture left runs it on a blank.
+    """
     device = next(model.parameters()).device
-    loss = top1 = top5 = 0.0
+    sums = torch.zeros(5, dtype=torch.float64)
     with mode(model, training=False):
-        for images, labels in data.batches(batch_size):
-            logits, labels = model(images.to(device)).float(), labels.to(device)
+        for batch in _batches(data, batch_size, process, num_processes):
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            sums[1] += len(batch.broken)
+            if not len(images):
+                model(torch.zeros(1, *data.shape, device=device))
+                continue
+            logits = _logits(model, images, data)
             _check_classes(logits.shape[1], data)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            top1 += best[:, 0].sum().item()
-            top5 += best.sum().item()
-    n = len(data)
-    return Evaluation(n, loss / n, 100 * top1 / n, 100 * top5 / n)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.tensor([len(images), 0, loss, best[:, 0].sum(), best.sum()])
+    return sums
 
 
-def _check_classes(num_classes: int, data: ImageDataset) -> None:
+def conclude(sums: Tensor, data: LabelledData) -> Evaluation:
+    """What `tally` counted, over all processes, becomes means.
+
+    Raises:
+        ValueError: No picture could be read.
+    """
+    n, broken, loss, top1, top5 = sums.tolist()
+    require(n > 0, f"none of the {int(broken)} files of {data.name} can be read; mend them")
+    return Evaluation(int(n), loss / n, 100 * top1 / n, 100 * top5 / n, int(broken))
+
+
+def _batches(
+    data: LabelledData, batch_size: int, process: int, num_processes: int
+) -> Iterator[Batch]:
+    """This process's part, as many batches as any other's."""
+    if hasattr(data, "stream"):  # it has no order to be split by: all see all
+        return (Batch(*pair) for pair in data.batches(batch_size))
+    own = range(process, len(data), num_processes)
+    most = -(-len(data) // num_processes)
+    keys = [
+        [Key(index) for index in own[first : first + batch_size]]
+        for first in range(0, most, batch_size)
+    ]
+    return load_batches(data, keys, workers=getattr(data, "workers", 0))
+
+
+def _logits(model: nn.Module, images: Tensor, data: LabelledData) -> Tensor:
+    """Of pictures and clips, `b classes`; the mean over views, if there are several."""
+    if images.ndim == len(data.shape) + 1:
+        return model(images).float()
+    return model(images.flatten(0, 1)).float().unflatten(0, images.shape[:2]).mean(1)
+
+
+def _check_classes(num_classes: int, data: LabelledData) -> None:
     if num_classes < len(data.classes):
         raise ValueError(
             f"the model has {num_classes} classes, {data.name} has {len(data.classes)}; build it "

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .checks import check_count
+from .engine import pick_device
 from .hosts import look
 from .plan import Option, check_plan, plan
-from .train import pick_device
 from .zoo import create_model, load_model
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibrate import Calibration, calibrate
-from .data import ImageDataset, load_data
-from .distill import Distillation
-from .evaluate import evaluate
+from .calibrate import Calibration
+from .checks import require
+from .data import SPLITS, load_data
+from .engine import Engine
+from .evaluate import Evaluation, conclude, tally
 from .files import write_json
-from .insert import insert
+from .labelled import LabelledData
 from .loop import Loop, Report
 from .recipe import TrainConfig
-from .zoo import create_model, load_model, save_model
+from .resume import Asked, Stopped, listening, read_checkpoint, write_checkpoint, write_metrics
+from .start import Start, calibrate_inserted, prepare
+from .zoo import save_model
 
 
 @dataclass(frozen=True)
@@ -47,144 +49,132 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
     """Trains a model and writes it, with a line of metrics after every epoch.
 
     Nothing is written before the config, the data and the model have been found good. The same
-    config gives the same weights on the same machine.
+    config gives the same weights on the same machine, also when the run was cut off and goes on
+    with `resume="auto"`. Several processes that torchrun or `accelerate launch` started train
+    together; the first one writes and reports.
 
     Args:
         config: What to train, on what, and how.
         report: Called after every step with `step`, `steps`, `loss`, `lr` and `images_per_second`,
             and after every epoch with its row of metrics; before that after every step of
-            calibrating, without `lr`.
+            calibrating, without `lr`; with a `warning` where a step is left out.
 
     Returns:
         The model in evaluation mode, its checkpoint and the metrics.
 
     Raises:
         ValueError: The folder holds a run already, or a name or a number does not fit.
-        RuntimeError: The loss is no longer finite; the last checkpoint is named, if there is one.
+        RuntimeError: The loss is no longer finite, too many files are broken, or a checkpoint
+            cannot be written; the last checkpoint is named, if there is one.
+        Stopped: SIGTERM or SIGINT came; the run can be resumed. A RuntimeError too.
     """
-    out, device = Path(config.out), pick_device(config.device)
-    if (out / "metrics.jsonl").exists():
-        raise ValueError(f"{out} holds a run already; pass another out, or move that one away")
-    data = load_data(config.data, "train", root=config.root)
-    held_out = load_data(config.data, "test", root=config.root)
+    out = Path(config.out)
+    if config.resume is None and (out / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{out} holds a run already; pass resume='auto' to go on with it, another out, or move "
+            "it away"
+        )
+    engine = Engine(config)
+    saved = read_checkpoint(config)
+    data, held_out = (load_data(config.data, part, **config.wanted) for part in SPLITS)
     data = data.sample(config.images, config.seed) if config.images else data
+    require(
+        data.classes == held_out.classes,
+        f"{data.name} trains on {len(data.classes)} classes and is judged by "
+        f"{len(held_out.classes)}, or they have other names; make them the same",
+    )
     if config.batch_size > len(data):
         raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has {len(data)}")
     torch.manual_seed(config.seed)
-    start, report = _start(config, data, device), report or (lambda row: None)
-    model, calibrated = start.model, _calibrate(config, start.model, data, report)
-    write_json(out / "train.json", asdict(config))
-    if calibrated:
-        write_json(out / "calibration.json", asdict(calibrated))
-    loop, history = Loop(config, model, data, report, start.teaching), []
-    for epoch in range(config.epochs):
-        row = {"epoch": epoch + 1, **loop.epoch()}
-        row |= {f"test_{k}": v for k, v in asdict(evaluate(model, held_out)).items()}
-        save_model(model, out)
-        with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        history.append(row)
-        loop.report(row)
-    checkpoint = out / "model.safetensors"
-    return TrainResult(model.eval(), checkpoint, history, len(data), start.host, calibrated)
+    start, report = prepare(config, data, engine.device), report or (lambda row: None)
+    run = _Run(config, engine, held_out, report if engine.main else lambda row: None)
+    with listening() as asked:
+        return run.all(start, data, saved, asked)
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """Returns the named device, or with `"auto"` a GPU where there is one.
+class _Run:
+    """A run from its start, or from where it was cut off, to its end."""
 
-    Raises:
-        ValueError: torch does not know it or has no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        message = f"device {name!r} is not to be had here ({error}); pass cpu or auto"
-        raise ValueError(message) from error
-    return torch.device(name)
+    def __init__(self, config: TrainConfig, engine: Engine, held_out: LabelledData, report: Report):
+        self.config, self.engine, self.held_out = config, engine, held_out
+        self.report, self.out = report, Path(config.out)
+        self.history: list[dict[str, Any]] = []
 
+    def all(
+        self, start: Start, data: LabelledData, saved: dict[str, Any] | None, asked: Asked
+    ) -> TrainResult:
+        config, calibrated = self.config, None
+        if saved is None:
+            calibrated = calibrate_inserted(config, start.model, data, self.report)
+            if self.engine.main:
+                write_json(self.out / "train.json", asdict(config))
+                if calibrated:
+                    write_json(self.out / "calibration.json", asdict(calibrated))
+        self.engine.start_trackers()
+        loop = Loop(config, start.model, data, self._report_step, start.teaching, self.engine)
+        if saved:
+            loop.restore(saved)
+            self.history = saved["history"]
+            self._leave(loop, saved)
+        loop.after_step = lambda: self._between(loop, asked)
+        while loop.epochs_done < config.epochs:
+            self._epoch(loop, asked)
+        self.engine.close()
+        model, checkpoint = self.trained.eval(), self.out / "model.safetensors"
+        seen = len(data), start.host, calibrated
+        return TrainResult(model, checkpoint, self.history, *seen)
 
-@dataclass(frozen=True)
-class _Start:
-    """What a run starts from."""
+    def _epoch(self, loop: Loop, asked: Asked) -> None:
+        row = {"epoch": loop.epochs_done + 1, **loop.epoch()}
+        row |= {f"test_{k}": v for k, v in asdict(self._judge(loop)).items()}
+        self.history.append(row)
+        self._leave(loop, self._save(loop))
+        self.engine.track(row)
+        self.report(row)
+        if loop.epochs_done < self.config.epochs:
+            self._stop_if_asked(loop, asked)
 
-    model: nn.Module
-    host: nn.Module | None
-    teaching: Distillation | None
+    def _between(self, loop: Loop, asked: Asked) -> None:
+        """What is done between two steps of an epoch."""
+        every = self.config.save_every
+        saved = every > 0 and loop.step % every == 0
+        if saved:
+            self._save(loop)
+        self._stop_if_asked(loop, asked, saved)
 
+    def _stop_if_asked(self, loop: Loop, asked: Asked, saved: bool = True) -> None:
+        if self.engine.agree(bool(asked.signal)):
+            if not saved:
+                self._save(loop)
+            self.engine.accelerator.wait_for_everyone()  # the first is done with writing
+            raise Stopped(asked.signal or signal.SIGTERM, self.config.out, loop.step)
 
-def _start(config: TrainConfig, data: ImageDataset, device: torch.device) -> _Start:
-    """Builds or loads the model and its teacher, and tries both on pictures."""
-    host = None
-    if config.insert:
-        model = _trained(config.model, data)
-        host = copy.deepcopy(model).to(device)
-        insert(model, config.insert, config.at, learner=config.learner, fuse=config.fuse)
-    else:
-        model = _named(config, data)
-    _try(config.model, model, data)
-    teaching = None
-    if config.teacher:
-        given = host if config.teacher == "host" else None
-        teacher = _trained(config.teacher, data) if given is None else given
-        teaching = Distillation(teacher.to(device), config.kd_distill_type, config.kd_temperature)
-        _try_teaching(config, teaching, model, data, device)
-    return _Start(model.to(device), host, teaching)
+    def _save(self, loop: Loop) -> dict[str, Any]:
+        state = {**loop.state(), "history": self.history}
+        if self.engine.main:
+            write_checkpoint(self.config, state)
+        return state
 
+    def _leave(self, loop: Loop, state: dict[str, Any]) -> None:
+        """Writes what others read: the model and the metrics of the last whole epoch."""
+        at_end_of_epoch = loop.epochs_done == len(self.history) and not loop.step % loop.per_epoch
+        if not (self.history and at_end_of_epoch):
+            return
+        self.trained = loop.trained(state)
+        if self.engine.main:
+            save_model(self.trained, self.out)
+            write_metrics(self.config, self.history)
 
-def _named(config: TrainConfig, data: ImageDataset) -> nn.Module:
-    """Builds a model by its name for the data's classes and channels."""
-    kwargs: dict[str, Any] = {"num_classes": len(data.classes), "in_chans": data.images.shape[1]}
-    if config.num_tokens:
-        kwargs |= {k: getattr(config, k) for k in ("num_tokens", "at", "learner", "fuse")}
-    return create_model(config.model, **kwargs | (config.model_kwargs or {}))
+    def _judge(self, loop: Loop) -> Evaluation:
+        """What the model makes of the held-out pictures, each process of its part."""
+        data, engine = self.held_out, self.engine
+        part = engine.process, engine.num_processes
+        sums = tally(loop.judged, data, 500 if len(data.shape) == 3 else 64, *part)
+        if not hasattr(data, "stream"):  # of a stream all saw all
+            sums = engine.sum(sums.to(engine.device)).cpu()
+        return conclude(sums, data)
 
-
-def _trained(name: str, data: ImageDataset) -> nn.Module:
-    """Loads a trained model that fits the data."""
-    model = load_model(name)
-    _try(name, model, data)
-    return model
-
-
-def _try_teaching(
-    config: TrainConfig,
-    teaching: Distillation,
-    model: nn.Module,
-    data: ImageDataset,
-    device: torch.device,
-) -> None:
-    """Finds out before anything is written whether the teacher fits model and batches."""
-    images, _ = next(data.batches(min(2, config.batch_size)))
-    with torch.no_grad():
-        teaching(model.to(device), images.to(device))
-
-
-def _try(name: str, model: nn.Module, data: ImageDataset) -> None:
-    """Runs a model on one picture, and refuses it if it cannot, or has other classes."""
-    images, _ = next(data.batches(1))
-    try:
-        with torch.inference_mode():
-            logits = model.cpu().eval()(images)
-    except (AssertionError, RuntimeError) as error:
-        size = list(data.images.shape[1:])
-        message = f"{name} does not take pictures of {size}, as {data.name} has ({error})"
-        raise ValueError(message) from error
-    if logits.shape[1] != len(data.classes):
-        raise ValueError(
-            f"{name} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}; "
-            "take a model with the same classes"
-        )
-
-
-def _calibrate(
-    config: TrainConfig, model: nn.Module, data: ImageDataset, report: Report
-) -> Calibration | None:
-    """Fits inserted learners to the host's later blocks."""
-    if not (config.insert and config.calibrate):
-        return None
-    device = next(model.parameters()).device
-    sample = data.sample(min(config.calibrate, len(data)), config.seed)
-    images, _ = next(sample.batches(len(sample)))
-    return calibrate(model, images.to(device), seed=config.seed, report=report)
+    def _report_step(self, row: dict[str, Any]) -> None:
+        if "step" in row:
+            self.engine.track(row)
+        self.report(row)

@@ -1,0 +1,209 @@
+"""One or several processes, one device each: Accelerate, and torch's FSDP2 where it is wanted."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checks import require
+from .recipe import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+
+class Engine:
+    """The process that this is, among those that train together.
+
+    Args:
+        config: The recipe: device, precision, how processes share, trackers.
+
+    Raises:
+        ValueError: accelerate is missing, a device or a tracker is not to be had, or a batch does
+            not fall into equal parts.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        device = None if config.device == "auto" else pick_device(config.device)
+        self.accelerator = _accelerator(config, on_cpu=device is not None and device.type == "cpu")
+        several = self.accelerator.num_processes > 1
+        self.device = self.accelerator.device if device is None or several else device
+        parts = self.accelerator.num_processes * config.grad_accum_steps
+        require(
+            config.batch_size % parts == 0,
+            f"batch_size is {config.batch_size}, which {self.accelerator.num_processes} processes "
+            f"and {config.grad_accum_steps} grad_accum_steps do not divide; take a multiple of "
+            f"{parts}",
+        )
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.accelerator.is_main_process
+
+    @property
+    def process(self) -> int:
+        """Number of this process, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def num_processes(self) -> int:
+        """How many train together."""
+        return self.accelerator.num_processes
+
+    def alike(self, model: nn.Module) -> None:
+        """Gives every process the weights of the first."""
+        if self.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            with torch.no_grad():
+                for value in model.state_dict().values():
+                    value.copy_(broadcast(value.clone()))
+
+    def share_out(self, model: nn.Module) -> nn.Module:
+        """Returns what runs in place of the model: itself, or one that shares with the others."""
+        if not self.config.fsdp:
+            if self.num_processes == 1:
+                return model
+            return self.accelerator.prepare_model(model, device_placement=False)
+        from torch.distributed.fsdp import fully_shard
+
+        require(
+            torch.distributed.is_initialized(),
+            "fsdp shares a model out among processes, and there is one; start several with "
+            "torchrun --nproc-per-node N -m tokenlearner train ...",
+        )
+        for name, module in reversed(list(model.named_modules())):
+            if name.rpartition(".")[2].isdigit() and any(True for _ in module.parameters()):
+                fully_shard(module)  # every block of a list of blocks
+        fully_shard(model)
+        return model
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(values, "sum") if self.num_processes > 1 else values  # type: ignore[return-value]
+
+    def agree(self, raised: bool) -> bool:
+        """Whether any process has raised its hand."""
+        if self.num_processes == 1:
+            return raised
+        if raised:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process, in their order."""
+        if self.num_processes == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def start_trackers(self) -> None:
+        """Opens what besides metrics.jsonl is reported to, in the folder `out`."""
+        if self.config.trackers:
+            told = {k: v for k, v in vars(self.config).items() if isinstance(v, (int, float, str))}
+            self.accelerator.init_trackers("tokenlearner", told)
+
+    def track(self, row: Mapping[str, Any]) -> None:
+        """Reports the numbers of a row that has a `step`."""
+        if self.config.trackers:
+            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+            self.accelerator.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        """Closes the trackers."""
+        trackers: Iterable[GeneralTracker] = self.accelerator.trackers
+        for tracker in trackers:
+            tracker.finish()
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Returns the named device, or with `"auto"` a GPU where there is one.
+
+    Raises:
+        ValueError: torch does not know it or has no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        message = f"device {name!r} is not to be had here ({error}); pass cpu or auto"
+        raise ValueError(message) from error
+    return torch.device(name)
+
+
+def random_states() -> dict[str, Any]:
+    """What Python, NumPy and torch will draw next, as plain values and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.array(keys, np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Lets Python, NumPy and torch draw what they would have drawn then."""
+    version, inner, gauss = states["python"]
+    random.setstate((version, tuple(inner), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Weights and the optimiser's state, whole and by name, however they are shared out."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, optimiser = get_state_dict(model, optimizer, options=options)
+    return copy.deepcopy(weights), copy.deepcopy(optimiser)
+
+
+def set_whole_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: Any, optimiser: Any
+) -> None:
+    """The way back from `whole_state`."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict=optimiser,
+        options=options,
+    )
+
+
+def _accelerator(config: TrainConfig, on_cpu: bool) -> Accelerator:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        message = "training needs accelerate; run pip install 'tokenlearner[train]'"
+        raise ValueError(message) from error
+    AcceleratorState._reset_state()  # a run before this one may have had another precision
+    try:
+        return Accelerator(
+            cpu=on_cpu,
+            mixed_precision=config.mixed_precision,
+            log_with=config.trackers,  # type: ignore[arg-type]
+            project_dir=config.out,
+            step_scheduler_with_optimizer=False,
+        )
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"Accelerate refuses the options: {error}") from error

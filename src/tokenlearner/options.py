@@ -1,0 +1,305 @@
+"""What a training run can be told, in groups; `recipe.TrainConfig` has all of them.
+
+The words are timm's wherever timm has one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .checks import check_above_zero, check_choice, check_count, check_rate, require
+from .distill import KINDS
+
+LOSSES = ("softmax", "sigmoid")
+SCHEDULES = ("cosine", "linear")
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is trained.
+
+    Args:
+        model: A name that `create_model` knows, or with insert a file or folder of a trained model.
+        model_kwargs: Arguments for a named model, such as {"depth": 8}.
+        num_tokens: Learned tokens of a model built new; 0 leaves it as its name says.
+        init_from: Weights to start a model built new from, of the same or another resolution, of
+            images for a model of video; a file, or a folder that train wrote.
+        head_bias: What every bias of a new classifier is, as -10 for the sigmoid loss.
+        drop_path: Rate at which pictures skip the last block of a model built new; earlier blocks
+            less often.
+        insert: Learned tokens to insert into the trained model; they are calibrated first.
+        at: Block in front of which tokens are learned, or a share of the depth.
+        learner: v11, v1, v1-mean or grouped.
+        fuse: Put learned tokens back on all positions behind each block.
+        calibrate: Training pictures, without labels, for calibrating; 0 leaves it out.
+    """
+
+    model: str = "vit_mini_patch4_28"
+    model_kwargs: dict[str, Any] | None = None
+    num_tokens: int = 0
+    init_from: str | None = None
+    head_bias: float | None = None
+    drop_path: float = 0.0
+    insert: int = 0
+    at: int | float = 0.5
+    learner: str = "v11"
+    fuse: bool = False
+    calibrate: int = 512
+
+    def check_model(self) -> None:
+        """Refuses numbers out of range and options that exclude each other."""
+        for name in ("num_tokens", "insert", "calibrate"):
+            check_count(name, getattr(self, name), least=0)
+        check_rate(self.drop_path, "drop_path")
+        require(self.calibrate != 1, "calibrate is 1, expected 2 pictures or more, or 0 for none")
+        built_new = ("num_tokens", "model_kwargs", "init_from", "head_bias", "drop_path")
+        given = [name for name in built_new if getattr(self, name) not in (None, 0)]
+        require(
+            not (self.insert and given),
+            f"insert is for a trained model, {' and '.join(given)} for one built new; pass either",
+        )
+
+
+@dataclass(frozen=True)
+class TeachingOptions:
+    """What a teacher teaches.
+
+    Args:
+        teacher: host, for the trained model as it is before inserting, or another trained model.
+        kd_distill_type: What the teacher teaches: logit, feature or logit+feature.
+        kd_temperature: Divides the logits that are taught.
+        distill_loss_weight: Of what the teacher teaches.
+        task_loss_weight: Of the labels; None is 1 without a teacher, and 0 with one.
+    """
+
+    teacher: str | None = None
+    kd_distill_type: str = "logit+feature"
+    kd_temperature: float = 1.0
+    distill_loss_weight: float = 1.0
+    task_loss_weight: float | None = None
+
+    def check_teaching(self) -> None:
+        """Refuses numbers out of range, and a run in which nothing would be taught."""
+        check_choice("kd_distill_type", self.kd_distill_type, KINDS)
+        check_above_zero("kd_temperature", self.kd_temperature)
+        _check_from_0(self, "distill_loss_weight", "task_loss_weight")
+        require(
+            bool(self.label_weight or (self.teacher and self.distill_loss_weight)),
+            "nothing would be taught: labels count for 0, and there is no teacher or it counts "
+            "for 0; raise task_loss_weight, or pass a teacher and a distill_loss_weight above 0",
+        )
+
+    @property
+    def label_weight(self) -> float:
+        """How much the labels count."""
+        if self.task_loss_weight is None:
+            return 0.0 if self.teacher else 1.0
+        return self.task_loss_weight
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What it is trained on, and how pictures and clips are read.
+
+    Args:
+        data: A name that `load_data` knows.
+        root: Folder in which the data set is looked for.
+        images: Training pictures to use, drawn by the seed; 0 is all.
+        img_size: Height and width in pixels; None is the data set's own, or 224.
+        in_chans: 3 for colour, 1 for grey; None is the data set's own, or 3.
+        crop_pct: Share of the resized picture's side that is kept for evaluation.
+        frames: Frames of a clip.
+        stride: Frames of the film from one frame of a clip to the next; 0 spreads a clip over it.
+        views: Clips of a film that are judged in evaluation, and averaged.
+        crops: Squares of each of them: 1 or 3.
+        num_samples: Pictures of a stream that does not tell.
+        num_classes: Classes of a stream that does not tell.
+        workers: Processes that read files; None is one a processor, and none for data in memory.
+        max_broken: Files that may be unreadable; they are left out, counted and reported.
+    """
+
+    data: str = "fashion-mnist-small"
+    root: str | None = None
+    images: int = 0
+    img_size: int | None = None
+    in_chans: int | None = None
+    crop_pct: float = 0.875
+    frames: int = 8
+    stride: int = 4
+    views: int = 1
+    crops: int = 1
+    num_samples: int | None = None
+    num_classes: int | None = None
+    workers: int | None = None
+    max_broken: int = 10
+
+    def check_data(self) -> None:
+        """Refuses numbers out of range; the rest is for `labelled.Wanted` to say."""
+        for name in ("images", "max_broken"):
+            check_count(name, getattr(self, name), least=0)
+        if self.workers is not None:
+            check_count("workers", self.workers, least=0)
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """How training pictures are changed at random, by timm; nothing is, unless asked for.
+
+    Args:
+        scale: Smallest and largest share of a picture's area that is cut out, as [0.08, 1.0];
+            None cuts out what evaluation does.
+        ratio: Narrowest and widest shape of what is cut out.
+        hflip: Share of pictures that are mirrored.
+        color_jitter: How much brightness, contrast and saturation change.
+        aa: RandAugment or another of timm's policies, such as rand-m9-mstd0.5-inc1.
+        reprob: Share of pictures in which a rectangle is erased.
+        mixup: Parameter of Mixup's distribution; 0 is none.
+        cutmix: Parameter of CutMix's distribution; 0 is none.
+        smoothing: Label smoothing, from 0 to below 1.
+    """
+
+    scale: list[float] | None = None
+    ratio: list[float] | None = None
+    hflip: float = 0.0
+    color_jitter: float = 0.0
+    aa: str | None = None
+    reprob: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.0
+
+    def check_augment(self) -> None:
+        """Refuses numbers out of range."""
+        check_rate(self.smoothing, "smoothing")
+        _check_from_0(self, "color_jitter", "mixup", "cutmix")
+        for name in ("hflip", "reprob"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value!r}, expected a share from 0 to 1")
+        for name, example in (("scale", "[0.08, 1.0]"), ("ratio", "[0.75, 1.333]")):
+            pair = getattr(self, name)
+            require(
+                pair is None or (len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf),
+                f"{name} is {pair!r}, expected two numbers above 0 that rise, such as {example}",
+            )
+        require(
+            self.scale is None or self.scale[1] <= 1,
+            f"scale is {self.scale!r}, expected shares of a picture, up to 1.0",
+        )
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """How weights change.
+
+    Args:
+        epochs: Passes over the training pictures.
+        batch_size: Pictures a step, over all processes; what is left of an epoch makes no step.
+        grad_accum_steps: Parts in which each process takes its share of a step.
+        opt: A name of timm's optimisers, such as adamw, lamb or sgd.
+        betas: Decay of Adam's means, as [0.9, 0.999]; None is the optimiser's own.
+        lr: Highest learning rate.
+        weight_decay: Not for biases, norms and position embeddings.
+        layer_decay: Factor of the learning rate from each block to the one before it.
+        sched: cosine or linear, what the learning rate falls along.
+        min_lr: What it falls to.
+        warmup_epochs: Epochs over which it rises from 0.
+        warmup_steps: Steps over which it rises, in place of warmup_epochs.
+        clip_grad: Largest norm of the gradient.
+        loss: softmax, or sigmoid for a sum over classes that each are right or wrong.
+        ema_decay: Of the moving average of the weights, which is then judged and saved; 0 is none.
+    """
+
+    epochs: int = 6
+    batch_size: int = 64
+    grad_accum_steps: int = 1
+    opt: str = "adamw"
+    betas: list[float] | None = None
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    sched: str = "cosine"
+    min_lr: float = 0.0
+    warmup_epochs: float = 1.0
+    warmup_steps: int | None = None
+    clip_grad: float = 1.0
+    loss: str = "softmax"
+    ema_decay: float = 0.0
+
+    def check_optim(self) -> None:
+        """Refuses numbers out of range."""
+        for name in ("epochs", "batch_size", "grad_accum_steps"):
+            check_count(name, getattr(self, name))
+        for name in ("lr", "clip_grad"):
+            check_above_zero(name, getattr(self, name))
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("sched", self.sched, SCHEDULES)
+        check_rate(self.ema_decay, "ema_decay")
+        _check_from_0(self, "weight_decay", "warmup_epochs", "min_lr")
+        if self.layer_decay is not None:
+            require(
+                0 < self.layer_decay <= 1,
+                f"layer_decay is {self.layer_decay!r}, expected a factor above 0, up to 1",
+            )
+        if self.warmup_steps is not None:
+            check_count("warmup_steps", self.warmup_steps, least=0)
+        require(
+            self.min_lr < self.lr,
+            f"min_lr is {self.min_lr}, expected less than lr, which is {self.lr}",
+        )
+        require(
+            self.warmup_steps is not None or self.warmup_epochs < self.epochs,
+            f"warmup_epochs is {self.warmup_epochs}, expected fewer than {self.epochs} epochs",
+        )
+        require(
+            self.betas is None or (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)),
+            f"betas are {self.betas!r}, expected two shares from 0 to below 1, as [0.9, 0.999]",
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how it runs, and what it leaves.
+
+    Args:
+        out: New folder for the model, the checkpoint, train.json and metrics.jsonl.
+        resume: auto goes on where the run in out was cut off, or starts it; None only starts.
+        save_every: Steps from one checkpoint to the next; 0 is one after every epoch.
+        nan: stop ends the run when the loss is not finite; skip leaves the step out, and counts.
+        trackers: Also report to tensorboard, wandb or another of Accelerate's trackers.
+        seed: Of the weights and of the pictures' order.
+        device: Such as cpu or cuda; auto takes a GPU where there is one.
+        mixed_precision: no, bf16 or fp16.
+        fsdp: Share weights, gradients and optimiser out among processes (FSDP2); otherwise
+            several processes hold all of them each (DDP).
+        compile: Compile the model.
+    """
+
+    out: str = "runs/train"
+    resume: str | None = None
+    save_every: int = 0
+    nan: str = "stop"
+    trackers: list[str] | None = None
+    seed: int = 0
+    device: str = "auto"
+    mixed_precision: str = "no"
+    fsdp: bool = False
+    compile: bool = False
+
+    def check_run(self) -> None:
+        """Refuses what is no choice."""
+        for name in ("seed", "save_every"):
+            check_count(name, getattr(self, name), least=0)
+        check_choice("nan", self.nan, ("stop", "skip"))
+        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        require(
+            self.resume in (None, "auto"), f"resume is {self.resume!r}, expected 'auto' or None"
+        )
+
+
+def _check_from_0(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name) or 0
+        require(0 <= value < math.inf, f"{name} is {value}, expected a number from 0 on")
