@@ -243,8 +243,8 @@ def main() -> None:
     bench = Bench(options)
     if not (bench.out / "host.json").exists():
         write_json(bench.out / "host.json", bench.whole(bench.host))
-    for budget in BUDGETS:
-        for seed in options.seeds:
+    for seed in options.seeds:
+        for budget in BUDGETS:
             for name in CONTENDERS:
                 path = bench.out / f"{name}-{budget}-{seed}.json"
                 if path.exists() or (name == "merge" and seed):

@@ -88,7 +88,10 @@ def labels_of(batches: object) -> list[int]:
 
 
 def test_the_known_names_are_listed() -> None:
-    assert list_data() == ("fashion-mnist-small", "fashion-mnist")
+    assert set(list_data()) == {
+        *("fashion-mnist-small", "fashion-mnist", "moving-photographs", "folder", "film"),
+        *("torch/", "hfds/", "hfids/", "wds/"),
+    }
 
 
 @pytest.mark.parametrize("split", SIZES)

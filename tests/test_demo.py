@@ -7,6 +7,7 @@ import struct
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def few(name: str, split: str = "train", root: str | None = None) -> data.ImageDataset:
-    whole = data.load_data(name, split, root=root)
+def few(name: str, split: str = "train", **wanted: Any) -> data.ImageDataset:
+    whole = data.load_data(name, split, **wanted)
     part = {"images": whole.images[:256], "labels": whole.labels[:256]}
     return data.ImageDataset(**{**vars(whole), **part})
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 
 from tokenlearner import evaluate
 from tokenlearner.data import ImageDataset
+from tokenlearner.evaluate import conclude, tally
+from tokenlearner.labelled import BrokenFile
+from tokenlearner.loader import Batch
 
 
 class Told(nn.Module):
@@ -71,3 +76,100 @@ def test_too_few_classes_are_refused() -> None:
 def test_a_batch_size_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size is 0, expected an integer of 1 or more"):
         evaluate(Told(), pictures([0], [0]), batch_size=0)
+
+
+# --- views, broken files, several processes -----------------------------------------------------
+
+
+class Files:
+    """The same pictures as if in files; `bad` are broken, and there may be several views."""
+
+    def __init__(self, data: ImageDataset, bad: Iterable[int] = (), views: int = 1):
+        self.bad, self.views = set(bad), views
+        for name in ("name", "split", "labels", "classes", "mean", "std", "shape", "images"):
+            setattr(self, name, getattr(data, name))
+        self._plain = data.plain
+        self._read = data.read
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Any:
+        if index in self.bad:
+            raise BrokenFile(f"{index}.jpg is empty")
+        return self._read(index)
+
+    def plain(self, raw: Any) -> Tensor:
+        picture = self._plain(raw)
+        if self.views == 1:
+            return picture
+        return torch.stack([(picture + i / 255) for i in range(self.views)])
+
+
+def files(told: list[int], labels: list[int], bad: Iterable[int] = (), views: int = 1) -> Any:
+    return Files(pictures(told, labels), bad, views)
+
+
+def test_files_are_judged_as_pictures_in_memory_are() -> None:
+    told, labels = [0, 1, 2, 3, 4], [0, 1, 2, 3, 0]
+    assert evaluate(Told(), files(told, labels), 2) == evaluate(Told(), pictures(told, labels), 2)
+
+
+def test_the_logits_of_views_are_averaged() -> None:
+    """Two views say 2 and 3, with 9 / 2 each: both are above the rest, and as likely."""
+    result = evaluate(Told(), files([2, 2], [2, 3], views=2), batch_size=2)
+    expected = math.log(2 * math.exp(4.5) + 4) - 4.5
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert (result.images, result.top1_percent) == (2, 50)
+
+
+def test_files_that_cannot_be_read_are_left_out_and_counted() -> None:
+    result = evaluate(Told(), files([0, 1, 2, 3, 4], [0, 0, 2, 3, 0], bad=[1, 4]), batch_size=2)
+    assert (result.images, result.broken, result.top1_percent) == (3, 2, 100)
+
+
+def test_a_set_without_a_readable_file_is_refused() -> None:
+    with pytest.raises(ValueError, match="none of the 2 files of told can be read; mend them"):
+        evaluate(Told(), files([0, 1], [0, 1], bad=[0, 1]))
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+@pytest.mark.parametrize("bad", [[], [0, 6]])
+def test_the_parts_of_processes_add_up_to_the_whole(num_processes: int, bad: list[int]) -> None:
+    data = files([0, 1, 2, 3, 4, 5, 0], [0, 1, 0, 3, 4, 0, 1], bad)
+    parts = [tally(Told(), data, 2, process, num_processes) for process in range(num_processes)]
+    whole = tally(Told(), data, 2)
+    torch.testing.assert_close(torch.stack(parts).sum(0), whole)
+    assert conclude(whole, data).images == 7 - len(bad)
+
+
+@pytest.mark.parametrize(("n", "num_processes"), [(7, 2), (9, 2), (3, 4), (8, 3)])
+def test_every_process_runs_the_model_as_often(n: int, num_processes: int) -> None:
+    """Models that are shared out among processes hang otherwise."""
+    runs = []
+    for process in range(num_processes):
+        model, seen = Told(), list[int]()
+        model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        tally(model, files([0] * n, [0] * n, bad=[0]), 2, process, num_processes)
+        runs.append(len(seen))
+    assert len(set(runs)) == 1
+
+
+def test_a_blank_is_not_counted() -> None:
+    assert tally(Told(), pictures([0], [0]), 2, process=1, num_processes=2).tolist() == [0] * 5
+
+
+class Stream(Files):
+    """Pictures without an order, which no process has a part of."""
+
+    stream = None
+
+    def plain_stream(self, batch_size: int) -> Any:
+        batches = pictures([0, 1, 2], [0, 1, 0]).batches(batch_size)
+        return (Batch(*pair) for pair in batches)
+
+
+def test_all_processes_see_the_whole_of_a_stream() -> None:
+    data: Any = Stream(pictures([0], [0]))
+    for process in range(2):
+        assert conclude(tally(Told(), data, 2, process, 2), data).images == 3

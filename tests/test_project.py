@@ -29,9 +29,9 @@ IMPORT_ORDER = [
     "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "hosts", "insert",
     "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream",
     "convert", "scenic", "adapt", "zoo", "transfer", "labelled", "loader", "pictures", "fashion",
-    "folders", "readers", "films", "moving", "data", "evaluate", "benchmark", "catalog", "distill",
-    "calibrate", "options", "recipe", "augment", "engine", "loop", "start", "resume", "train",
-    "plan", "plan_table", "export",
+    "listing", "folders", "streamed", "shards", "readers", "films", "moving", "data", "evaluate",
+    "benchmark", "catalog", "distill", "calibrate", "options", "recipe", "recipes", "augment",
+    "objective", "engine", "loop", "start", "resume", "train", "plan", "plan_table", "export",
     "maps", "report", "progress", "contest", "demo", "app", "cli",
 ]
 # fmt: on

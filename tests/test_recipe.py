@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from tokenlearner import TrainConfig
+from tokenlearner.labelled import Wanted
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,35 @@ from tokenlearner import TrainConfig
         ({"task_loss_weight": float("nan")}, "task_loss_weight is nan, expected a number from 0"),
         ({"smoothing": 1.0}, "smoothing is 1.0, expected a share"),
         ({"warmup_epochs": 6.0}, "warmup_epochs is 6.0, expected fewer than 6 epochs"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0, expected a number from 0 on"),
+        ({"warmup_steps": -1}, "warmup_steps is -1, expected an integer of 0 or more"),
+        ({"min_lr": 1e-3}, "min_lr is 0.001, expected less than lr, which is 0.001"),
+        ({"min_lr": -1e-3}, "min_lr is -0.001, expected a number from 0 on"),
+        ({"layer_decay": 0.0}, "layer_decay is 0.0, expected a factor above 0, up to 1"),
+        ({"layer_decay": 1.1}, "layer_decay is 1.1, expected a factor above 0, up to 1"),
+        ({"betas": [0.9]}, r"betas are \[0.9\], expected two shares"),
+        ({"betas": [0.9, 1.0]}, r"betas are \[0.9, 1.0\], expected two shares"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0, expected a share from 0 to below 1"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps is 0, expected an integer of 1 or more"),
+        ({"sched": "step"}, "sched is 'step', expected one of 'cosine', 'linear'"),
+        ({"loss": "hinge"}, "loss is 'hinge', expected one of 'softmax', 'sigmoid'"),
+        ({"drop_path": 1.0}, "drop_path is 1.0, expected a share"),
+        ({"hflip": 1.1}, "hflip is 1.1, expected a share from 0 to 1"),
+        ({"reprob": -0.1}, "reprob is -0.1, expected a share from 0 to 1"),
+        ({"color_jitter": -0.1}, "color_jitter is -0.1, expected a number from 0 on"),
+        ({"mixup": float("inf")}, "mixup is inf, expected a number from 0 on"),
+        ({"cutmix": -1.0}, "cutmix is -1.0, expected a number from 0 on"),
+        ({"scale": [0.5]}, r"scale is \[0.5\], expected two numbers above 0 that rise, such as"),
+        ({"scale": [0.5, 0.4]}, r"scale is \[0.5, 0.4\], expected two numbers above 0 that rise"),
+        ({"scale": [0.0, 0.4]}, r"scale is \[0.0, 0.4\], expected two numbers above 0"),
+        ({"scale": [0.5, 1.5]}, r"scale is \[0.5, 1.5\], expected shares of a picture, up to 1.0"),
+        ({"ratio": [1.0, float("inf")]}, r"ratio is \[1.0, inf\], expected two numbers above 0"),
+        ({"workers": -1}, "workers is -1, expected an integer of 0 or more"),
+        ({"max_broken": -1}, "max_broken is -1, expected an integer of 0 or more"),
+        ({"save_every": -1}, "save_every is -1, expected an integer of 0 or more"),
+        ({"nan": "ignore"}, "nan is 'ignore', expected one of 'stop', 'skip'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8', expected one of 'no', 'bf16'"),
+        ({"resume": "yes"}, "resume is 'yes', expected 'auto' or None"),
     ],
     ids=str,
 )
@@ -46,6 +77,13 @@ def test_a_number_out_of_range_is_refused(changes: dict[str, Any], message: str)
         ({"teacher": "host"}, "teacher is 'host', but nothing is inserted in one; pass insert"),
         ({"task_loss_weight": 0.0}, "nothing would be taught: .* raise task_loss_weight"),
         ({"teacher": "a", "distill_loss_weight": 0.0}, "nothing would be taught: .* counts for 0"),
+        ({"teacher": "a", "mixup": 0.2}, "mixup change labels, .* for 0; pass task_loss_weight"),
+        ({"teacher": "a", "mixup": 1.0, "cutmix": 1.0}, "mixup and cutmix change labels"),
+        ({"ratio": [0.75, 1.333]}, "ratio is the shape of what is cut out .*; pass scale too"),
+        ({"fsdp": True, "ema_decay": 0.9}, r"weights that are shared out \(fsdp\) .* pass either"),
+        ({"compile": True, "teacher": "a"}, "hooks, which a compiled model does .*='logit'"),
+        ({"insert": 4, "head_bias": -10.0}, "head_bias for one built new; pass either"),
+        ({"insert": 4, "drop_path": 0.1, "init_from": "a"}, "init_from and drop_path for one"),
     ],
     ids=str,
 )
@@ -72,3 +110,41 @@ def test_labels_count_unless_there_is_a_teacher(options: dict[str, Any], weight:
 def test_a_teacher_that_counts_for_nothing_beside_labels_is_allowed() -> None:
     config = TrainConfig(teacher="a", distill_loss_weight=0.0, task_loss_weight=1.0)
     assert config.label_weight == 1
+
+
+@pytest.mark.parametrize("kind", ["feature", "logit+feature"])
+def test_a_compiled_model_is_taught_logits_only(kind: str) -> None:
+    with pytest.raises(ValueError, match="kd_distill_type='logit', or compile=False"):
+        TrainConfig(teacher="a", compile=True, kd_distill_type=kind)
+    assert TrainConfig(teacher="a", compile=True, kd_distill_type="logit").compile
+    assert TrainConfig(compile=True, kd_distill_type=kind).compile
+
+
+def test_warming_up_in_steps_takes_the_place_of_epochs() -> None:
+    assert TrainConfig(warmup_epochs=9.0, warmup_steps=0).warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("workers", "share", "reading"), [(3, "4", 3), (0, "1", 0), (None, "1", 8), (None, "4", 2)]
+)
+def test_workers_are_the_processors_shared_among_processes(
+    workers: int | None, share: str, reading: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", share)
+    assert TrainConfig(workers=workers).reading_workers == reading
+
+
+def test_a_reader_is_left_where_there_are_more_processes_than_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert TrainConfig().reading_workers == 1
+
+
+def test_every_option_of_data_reaches_what_is_wanted() -> None:
+    told = TrainConfig(img_size=64, root="a", workers=1, views=3, num_samples=7).wanted
+    expected = {"img_size": 64, "root": "a", "workers": 1, "views": 3, "num_samples": 7}
+    assert expected.items() <= told.items()
+    assert set(told) - {"root"} <= {field.name for field in fields(Wanted)}

@@ -100,7 +100,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     def poison(row: dict[str, Any]) -> None:
         if "epoch" in row:
             monkeypatch.setattr(
-                "torch.nn.functional.cross_entropy", lambda *a, **k: torch.tensor(torch.nan, requires_grad=True)
+                "torch.nn.functional.cross_entropy",
+                lambda *a, **k: torch.tensor(torch.nan, requires_grad=True),
             )
 
     with pytest.raises(RuntimeError, match=r"the loss is nan at step 5 of 12; the last checkpoint"):

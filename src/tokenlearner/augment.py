@@ -13,18 +13,22 @@ from .checks import require
 from .labelled import LabelledData
 from .loader import Change, draw, seeded
 from .options import AugmentOptions
+from .recipe import TrainConfig
 
-_ASKED_FOR = ("scale", "ratio", "hflip", "color_jitter", "aa", "reprob")
-_RAND_AUGMENT = re.compile(r"rand(?:-(?:m(?P<m>\d+)|n(?P<n>\d+)|mstd[\d.]+|inc\d))*")
+_ASKED_FOR = ("scale", "hflip", "color_jitter", "aa", "reprob")
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t(weights|3a|3aw)))*"
+)
+_OF_CLIPS = re.compile(r"rand(?:-(?:m(?P<m>10|\d)|n(?P<n>\d+)|mstd[\d.]+|inc[01]))*")
+_STRONGEST = 10  # magnitude of RandAugment, in timm's words
 
 
-def training_change(options: AugmentOptions, data: LabelledData, crop_pct: float) -> Change | None:
+def training_change(options: TrainConfig, data: LabelledData) -> Change | None:
     """What makes of a picture as it is read one that is changed at random, ready for a model.
 
     Args:
-        options: What is asked for.
+        options: What is asked for. Of RandAugment's options clips take two, m and n.
         data: The pictures, `c h w`, or clips, `c t h w`, all frames of which are changed alike.
-        crop_pct: As in evaluation, for pictures of which no random part is cut out.
 
     Returns:
         None where nothing is asked for: `data.plain` will do.
@@ -34,6 +38,8 @@ def training_change(options: AugmentOptions, data: LabelledData, crop_pct: float
     """
     if not any(getattr(options, name) for name in _ASKED_FOR):
         return None
+    # Pictures in memory have their size; evaluation takes the whole of them.
+    crop_pct = None if hasattr(data, "take") else options.crop_pct
     if len(data.shape) == 4:
         return _of_clips(options, data, crop_pct)
     return _of_pictures(options, data, crop_pct)
@@ -64,12 +70,22 @@ def mixing(options: AugmentOptions, num_classes: int, seed: int) -> Callable[...
     return mix
 
 
-def _of_pictures(options: AugmentOptions, data: LabelledData, crop_pct: float) -> Change:
+def _check_policy(aa: str | None) -> None:
+    """Refuses a RandAugment of which timm would pass over a part."""
+    require(
+        not (aa or "").startswith("rand") or _RAND_AUGMENT.fullmatch(aa or "") is not None,
+        f"aa is {aa!r}, expected parts such as m9, n2, mstd0.5 and inc1, as in "
+        "'rand-m9-mstd0.5-inc1'",
+    )
+
+
+def _of_pictures(options: AugmentOptions, data: LabelledData, crop_pct: float | None) -> Change:
     from timm.data import create_transform
     from torchvision import transforms
 
-    size = data.shape[-1]
+    size: Any = data.shape[-2:]
     options_of_crop: dict[str, Any] = {"scale": options.scale, "ratio": options.ratio}
+    _check_policy(options.aa)
     try:
         crop, policy, final = create_transform(  # type: ignore[misc]
             size,
@@ -90,36 +106,36 @@ def _of_pictures(options: AugmentOptions, data: LabelledData, crop_pct: float) -
             f"aa is {options.aa!r}, which timm does not take ({error}); try 'rand-m9-mstd0.5-inc1'"
         ) from error
     if options.scale is None:
-        whole = transforms.InterpolationMode.BICUBIC
-        crop.transforms[:1] = [
-            transforms.Resize(round(size / crop_pct), whole),
-            transforms.CenterCrop(size),
-        ]
+        whole: Any = create_transform(size, crop_pct=crop_pct, interpolation="bicubic")
+        crop.transforms[:1] = whole.transforms[:2] if crop_pct else []
+    if options.aa and options.color_jitter:  # timm leaves it out beside a policy
+        policy.transforms.append(transforms.ColorJitter(*[options.color_jitter] * 3))
     return transforms.Compose([crop, policy, final])
 
 
-def _of_clips(options: AugmentOptions, data: LabelledData, crop_pct: float) -> Change:
+def _of_clips(options: AugmentOptions, data: LabelledData, crop_pct: float | None) -> Change:
     from torchvision.transforms import v2
 
-    size, steps = data.shape[-1], list[Any]()
+    size, steps = data.shape[-2:], list[Any]()
     if options.scale:
         shape: Any = options.ratio or (3 / 4, 4 / 3)
         cut: Any = options.scale
         steps += [v2.RandomResizedCrop(size, cut, shape, antialias=True)]
-    else:
-        steps += [v2.Resize(round(size / crop_pct), antialias=True), v2.CenterCrop(size)]
+    elif crop_pct:
+        steps += [v2.Resize(round(size[0] / crop_pct), antialias=True), v2.CenterCrop(size)]
     if options.hflip:
         steps.append(v2.RandomHorizontalFlip(options.hflip))
     if options.color_jitter:
         steps.append(v2.ColorJitter(*[options.color_jitter] * 3))
     if options.aa:
-        found = _RAND_AUGMENT.fullmatch(options.aa)
+        found = _OF_CLIPS.fullmatch(options.aa)
         require(
             found is not None,
-            f"aa is {options.aa!r}, expected RandAugment for clips, such as 'rand-m9-n2'",
+            f"aa is {options.aa!r}, expected RandAugment for clips, such as 'rand-m9-n2', with m "
+            f"up to {_STRONGEST}",
         )
         magnitude, number = found["m"], found["n"]  # type: ignore[index]
-        steps.append(v2.RandAugment(int(number or 2), int(magnitude or 9)))
+        steps.append(v2.RandAugment(int(number or 2), int(magnitude or 9), _STRONGEST + 1))
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
     if options.reprob:
         steps.append(v2.RandomErasing(options.reprob))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 COMMANDS = {  # what each does; `_RUN` below has the functions
     "demo": "train a small ViT with and without learned tokens on real pictures, and compare",
@@ -17,27 +22,6 @@ COMMANDS = {  # what each does; `_RUN` below has the functions
     "models": "list the named models with their size and cost",
     "convert": "turn a checkpoint of scenic's (JAX) into a model, or back",
 }
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluates a checkpoint on a data set.
-
-    Args:
-        checkpoint: File or folder that `tokenlearner train` wrote.
-        data: A name that `load_data` knows.
-        split: train or test.
-        root: Folder in which the data set is looked for.
-        batch_size: Pictures at a time; changes the speed only.
-        device: Such as cpu or cuda; auto takes a GPU where there is one.
-    """
-
-    checkpoint: str
-    data: str = "fashion-mnist-small"
-    split: str = "test"
-    root: str | None = None
-    batch_size: int = 500
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,10 @@ class ModelsConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; a user's mistake gives one line and exit code 2."""
+    """Runs the command line; a user's mistake gives one line and exit code 2.
+
+    What goes wrong on the way gives 1, and a signal 128 more than its number.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _parse_command(arguments[:1])
     try:
@@ -62,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(_complain(name, error, 2))
     except RuntimeError as error:
-        sys.exit(_complain(name, error, 1))
+        signal = getattr(error, "signal", None)  # of `resume.Stopped`, at which a run can go on
+        sys.exit(_complain(name, error, 128 + signal if signal else 1))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -90,18 +78,47 @@ def _config(
 
     `positional` has the fields that go without an option's name, and their help.
     """
+    return config_class(**_read(_parser(command, config_class, **positional), arguments))
+
+
+def _parser(
+    command: str, config_class: type[Any], skip: Sequence[str] = (), **positional: str
+) -> ArgumentParser:
     try:
-        from jsonargparse import ArgumentParser
+        from jsonargparse import ArgumentParser, DefaultHelpFormatter
     except ImportError as error:
         message = "the command needs jsonargparse; run pip install 'tokenlearner[train]'"
         raise ValueError(message) from error
-    parser = ArgumentParser(prog=f"tokenlearner {command}", description=COMMANDS[command])
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the lines of what is printed in front of the options and behind them."""
+
+    parser = ArgumentParser(
+        prog=f"tokenlearner {command}",
+        description=COMMANDS[command],
+        formatter_class=Formatter,
+        exit_on_error=False,
+    )
     defaults = {field.name: field.default for field in fields(config_class)}
     for name, help_text in positional.items():
         told = {} if defaults[name] is MISSING else {"nargs": "?", "default": defaults[name]}
         parser.add_argument(name, type=str, help=help_text, **told)
-    parser.add_class_arguments(config_class, skip=set(positional))
-    return config_class(**vars(parser.parse_args(arguments)))
+    parser.add_class_arguments(config_class, skip={*positional, *skip})
+    return parser
+
+
+def _read(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """The options as they are given, and the rest of them as they are by default."""
+    return vars(_told(lambda: parser.parse_args(arguments), "", parser.prog))
+
+
+def _told(read: Callable[[], Any], where: str, program: str) -> Any:
+    """What jsonargparse reads; its complaints in one line that says where they belong."""
+    try:
+        return read()
+    except argparse.ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}{reason}; see `{program} --help`") from error
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -112,32 +129,81 @@ def _demo(arguments: Sequence[str]) -> None:
 
 def _train(arguments: Sequence[str]) -> None:
     from .contest import against_host, check_drawing
-    from .progress import training_progress
+    from .progress import console, is_seen, summary_table, training_progress
     from .recipe import TrainConfig
 
-    module = import_module("tokenlearner.train")
-    config = _config("train", TrainConfig, arguments)
+    config, start = TrainConfig(**train_options(arguments)), time.perf_counter()
     if config.insert:
         check_drawing()
+    train = import_module("tokenlearner.train").train
     with training_progress(f"training {config.model}") as report:
-        result = module.train(config, report)
+        result = train(config, report)
+    if not is_seen():
+        return
     if config.insert:
         against_host(config, result)
+    else:
+        console().print(summary_table(result.history, time.perf_counter() - start))
     print(f"The checkpoint is {result.checkpoint}")
+
+
+def train_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Those of a recipe, if the first argument names one, then those of the command line."""
+    from .recipe import TrainConfig
+    from .recipes import find_recipe, list_recipes
+
+    parser = _parser("train", TrainConfig)
+    parser.usage = "tokenlearner train [RECIPE] [--key value ...]"
+    listing = "\n".join(f"  {name:<24}{what}" for name, what in list_recipes().items())
+    parser.epilog = (
+        "RECIPE is one of those below, or a YAML file with options; train.json of a run is one too."
+        f"\n\nrecipes:\n{listing}"
+    )
+    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
+    if arguments and not arguments[0].startswith("-"):
+        path = find_recipe(arguments[0])
+        _told(lambda: parser.parse_path(path), f"{path}: ", parser.prog)
+        arguments = [f"--config={path}", *arguments[1:]]
+    options = _read(parser, arguments)
+    del options["config"]
+    return options
 
 
 def _eval(arguments: Sequence[str]) -> None:
     from .data import load_data
     from .engine import pick_device
     from .evaluate import evaluate
+    from .recipes import EvalConfig
     from .zoo import load_model
 
-    help_text = "file or folder that `train` wrote"
-    config = _config("eval", EvalConfig, arguments, checkpoint=help_text)
-    data = load_data(config.data, config.split, root=config.root)
+    config = EvalConfig(**eval_options(arguments))
     model = load_model(config.checkpoint).to(pick_device(config.device))
-    for name, value in asdict(evaluate(model, data, config.batch_size)).items():
+    data = load_data(config.data, config.split, **config.wanted)
+    try:
+        found = evaluate(model, data, config.at_once(data.shape))
+    except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ
+        raise ValueError(
+            f"{config.checkpoint} cannot be judged by pictures of {list(data.shape)} ({error}); "
+            "pass img_size and the rest as it was trained, or a smaller batch_size"
+        ) from error
+    shown = {name: value for name, value in asdict(found).items() if name != "broken" or value}
+    for name, value in shown.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def eval_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Those of the run that left the checkpoint, then those of the command line."""
+    from .recipes import NOT_JUDGED, OF_THE_SET, EvalConfig, judged_as
+
+    help_text = "file or folder that `train` wrote; how it was judged there is the default"
+    parser = _parser("eval", EvalConfig, skip=NOT_JUDGED, checkpoint=help_text)
+    run = judged_as(_read(parser, arguments)["checkpoint"])
+    parser.set_defaults(run)
+    options = _read(parser, arguments)
+    if run and options["data"] != run["data"]:
+        parser.set_defaults(dict.fromkeys(OF_THE_SET))
+        options = _read(parser, arguments)
+    return options
 
 
 def _models(arguments: Sequence[str]) -> None:
@@ -168,7 +234,12 @@ def _convert(arguments: Sequence[str]) -> None:
 
 
 def _complain(command: str, error: Exception, code: int) -> int:
-    print(f"tokenlearner {command}: {error}", file=sys.stderr)
+    """Prints the error, of several processes that make the same mistake once."""
+    process = os.environ.get("RANK", "0")
+    if process == "0":
+        print(f"tokenlearner {command}: {error}", file=sys.stderr)
+    elif code == 1:  # what went wrong on the way may have gone wrong here alone
+        print(f"tokenlearner {command}, process {process}: {error}", file=sys.stderr)
     return code
 
 

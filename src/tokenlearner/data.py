@@ -12,9 +12,11 @@ from typing import Any
 from .checks import require
 from .fashion import load_fashion, load_fashion_small
 from .films import load_films
+from .folders import load_folder
 from .labelled import LabelledData, Wanted
 from .moving import load_moving
 from .pictures import ImageDataset as ImageDataset
+from .readers import load_reader
 
 SPLITS = ("train", "test")
 
@@ -27,7 +29,13 @@ def load_data(
     `fashion-mnist-small` (8,000 + 2,000 pictures) comes with the package. `fashion-mnist`
     (60,000 + 10,000) is looked for in the folder named by the environment variable
     TOKENLEARNER_DATA, then in Debian's /usr/share/datasets, then in ~/.cache/tokenlearner;
-    in each also in the folders `fashion-mnist` and `FashionMNIST/raw`. Both are `ImageDataset`.
+    in each also in the folders `fashion-mnist` and `FashionMNIST/raw`. `moving-photographs`
+    (9,000 + 1,800 clips) is made of what scikit-image ships. These are `ImageDataset`.
+
+    `folder` and `film` are your own pictures and films, in `root`, by folders of classes or lists.
+    `torch/NAME` is a set of torchvision's, `hfds/NAME` of Hugging Face datasets; `hfids/NAME` and
+    `wds/` (WebDataset's tar files in `root`) are streams, which have no order. All of these are
+    read picture by picture.
 
     Args:
         name: One of `list_data()`; one that ends in `/` goes on with a name of that library's.
@@ -63,6 +71,11 @@ def list_data() -> tuple[str, ...]:
 _LOADERS: dict[str, Callable[[str, str, Wanted], LabelledData]] = {
     "fashion-mnist-small": load_fashion_small,
     "fashion-mnist": load_fashion,
+    "folder": load_folder,
+    "torch/": load_reader,
+    "hfds/": load_reader,
+    "hfids/": load_reader,
+    "wds/": load_reader,
     "film": load_films,
     "moving-photographs": load_moving,
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .checks import require
+from .loader import draw
 from .recipe import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
+
+    from .objective import Objective
 
 
 class Engine:
@@ -26,8 +30,8 @@ class Engine:
         config: The recipe: device, precision, how processes share, trackers.
 
     Raises:
-        ValueError: accelerate is missing, a device or a tracker is not to be had, or a batch does
-            not fall into equal parts.
+        ValueError: accelerate is missing, a device or a tracker is not to be had, a batch does
+            not fall into equal parts or pairs, or there is one process and fsdp wants several.
     """
 
     def __init__(self, config: TrainConfig):
@@ -36,12 +40,27 @@ class Engine:
         self.accelerator = _accelerator(config, on_cpu=device is not None and device.type == "cpu")
         several = self.accelerator.num_processes > 1
         self.device = self.accelerator.device if device is None or several else device
+        require(
+            config.mixed_precision != "fp16" or self.device.type != "cpu",
+            "mixed_precision is 'fp16', which needs a GPU, and the device is a CPU; pass bf16",
+        )
         parts = self.accelerator.num_processes * config.grad_accum_steps
         require(
             config.batch_size % parts == 0,
             f"batch_size is {config.batch_size}, which {self.accelerator.num_processes} processes "
             f"and {config.grad_accum_steps} grad_accum_steps do not divide; take a multiple of "
             f"{parts}",
+        )
+        share = config.batch_size // self.num_processes
+        require(
+            not (config.mixup or config.cutmix) or share % 2 == 0,
+            f"mixup and cutmix mix pairs, and {share} pictures of a step in each process make no "
+            f"pairs; take a batch_size that is a multiple of {2 * parts}",
+        )
+        require(
+            not config.fsdp or torch.distributed.is_initialized(),
+            "fsdp shares a model out among processes, and there is one; start several with "
+            "torchrun --nproc-per-node N -m tokenlearner train ...",
         )
 
     @property
@@ -68,24 +87,19 @@ class Engine:
                 for value in model.state_dict().values():
                     value.copy_(broadcast(value.clone()))
 
-    def share_out(self, model: nn.Module) -> nn.Module:
-        """Returns what runs in place of the model: itself, or one that shares with the others."""
-        if not self.config.fsdp:
-            if self.num_processes == 1:
-                return model
-            return self.accelerator.prepare_model(model, device_placement=False)
-        from torch.distributed.fsdp import fully_shard
+    def part_ways(self) -> None:
+        """Lets every process but the first draw numbers of its own, as for dropout."""
+        if self.process:
+            torch.manual_seed(draw(self.config.seed, self.process))
 
-        require(
-            torch.distributed.is_initialized(),
-            "fsdp shares a model out among processes, and there is one; start several with "
-            "torchrun --nproc-per-node N -m tokenlearner train ...",
-        )
-        for name, module in reversed(list(model.named_modules())):
-            if name.rpartition(".")[2].isdigit() and any(True for _ in module.parameters()):
-                fully_shard(module)  # every block of a list of blocks
-        fully_shard(model)
-        return model
+    def share_out(self, objective: Objective) -> nn.Module:
+        """Returns what runs in its place: itself, or what shares with the others."""
+        if self.config.fsdp:
+            _shard(objective.student)
+            return objective
+        if self.num_processes == 1:
+            return objective
+        return self.accelerator.prepare_model(objective, device_placement=False)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -107,23 +121,24 @@ class Engine:
 
         return gather_object([value])
 
-    def start_trackers(self) -> None:
-        """Opens what besides metrics.jsonl is reported to, in the folder `out`."""
+    @contextmanager
+    def trackers(self) -> Iterator[None]:
+        """Opens what besides metrics.jsonl is reported to, in the folder `out`, and closes it."""
         if self.config.trackers:
             told = {k: v for k, v in vars(self.config).items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers("tokenlearner", told)
+        try:
+            yield
+        finally:
+            opened: Iterable[GeneralTracker] = self.accelerator.trackers
+            for tracker in opened:
+                tracker.finish()
 
     def track(self, row: Mapping[str, Any]) -> None:
         """Reports the numbers of a row that has a `step`."""
         if self.config.trackers:
             numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
             self.accelerator.log(numbers, step=row["step"])
-
-    def close(self) -> None:
-        """Closes the trackers."""
-        trackers: Iterable[GeneralTracker] = self.accelerator.trackers
-        for tracker in trackers:
-            tracker.finish()
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -189,14 +204,28 @@ def set_whole_state(
     )
 
 
+def _shard(model: nn.Module) -> None:
+    """Leaves every process a part of every block, and of what is around them."""
+    from torch.distributed.fsdp import fully_shard
+
+    for name, module in reversed(list(model.named_modules())):
+        if name.rpartition(".")[2].isdigit() and any(True for _ in module.parameters()):
+            fully_shard(module)  # every block of a list of blocks
+    fully_shard(model)
+
+
 def _accelerator(config: TrainConfig, on_cpu: bool) -> Accelerator:
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         message = "training needs accelerate; run pip install 'tokenlearner[train]'"
         raise ValueError(message) from error
-    AcceleratorState._reset_state()  # a run before this one may have had another precision
+    # A run before this one may have had another precision, and by itself another device.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    headless = config.kd_distill_type == "feature" and not config.label_weight
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=bool(config.teacher and headless))
     try:
         return Accelerator(
             cpu=on_cpu,
@@ -204,6 +233,7 @@ def _accelerator(config: TrainConfig, on_cpu: bool) -> Accelerator:
             log_with=config.trackers,  # type: ignore[arg-type]
             project_dir=config.out,
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[ddp],
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"Accelerate refuses the options: {error}") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from .checks import check_count, require
 from .labelled import LabelledData
 from .loader import Batch, Key, load_batches
+
+_NUMBERS = 2**25  # that go into a model at a time, or little more
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ def evaluate(model: nn.Module, data: LabelledData, batch_size: int = 500) -> Eva
     """
     check_count("batch_size", batch_size)
     return conclude(tally(model, data, batch_size), data)
+
+
+def pictures_at_once(shape: Sequence[int], squares: int = 1) -> int:
+    """How many pictures or clips of a shape, in so many views and crops, to judge at a time."""
+    return max(1, min(500, _NUMBERS // math.prod(shape)) // squares)
 
 
 @torch.inference_mode()
@@ -104,8 +112,8 @@ def _batches(
     data: LabelledData, batch_size: int, process: int, num_processes: int
 ) -> Iterator[Batch]:
     """This process's part, as many batches as any other's."""
-    if hasattr(data, "stream"):  # it has no order to be split by: all see all
-        return (Batch(*pair) for pair in data.batches(batch_size))
+    if stream := getattr(data, "plain_stream", None):  # it has no order to be split by
+        return stream(batch_size)
     own = range(process, len(data), num_processes)
     most = -(-len(data) // num_processes)
     keys = [

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 FILM_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as timm has them
 _PIXELS = {3: "rgb24", 1: "gray"}
+# Files that keep the time of each frame. FFmpeg guesses it for others, and after a jump otherwise.
+_TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
 def load_films(name: str, split: str, wanted: Wanted) -> FilmDataset:
@@ -206,8 +208,8 @@ def _check_av() -> None:
 class _Film:
     """An open film, and the time at which each of its frames is shown, in order.
 
-    Decoding starts at the last keyframe before a wanted frame. Where the times are not known, it
-    starts at the first frame and counts.
+    Decoding starts at the last keyframe before a wanted frame. In files that do not keep the time
+    of each frame, such as avi and mpg, it starts at the first frame and counts.
 
     Args:
         files: Closes what is opened.
@@ -217,15 +219,14 @@ class _Film:
     def __init__(self, files: ExitStack, path: str):
         self.files, self.path = files, path
         self.container = self._open()
-        packets = [p for p in self.container.demux(video=0) if p.size and not p.is_discard]
+        shown = (p for p in self.container.demux(video=0) if p.size and not p.is_discard)
+        packets = [(p.pts, p.is_keyframe) for p in shown]
         require(len(packets) > 0, "it has no frames")
-        self.times = sorted(p.pts for p in packets if p.pts is not None)
-        # An avi tells the order of decoding only, what is read as times from it are guesses.
-        self.timed = self.container.format.name != "avi" and len(set(self.times)) == len(packets)
+        self.times = sorted(pts for pts, _ in packets if pts is not None)
+        self.timed = self.container.format.name in _TIMED and len(set(self.times)) == len(packets)
         if not self.timed:
             self.times = list(range(len(packets)))
-        keys = [(p.pts, p.dts) for p in packets if p.is_keyframe] if self.timed else []
-        self.keys = sorted((pts or 0, (pts or 0) if dts is None else dts) for pts, dts in keys)
+        self.keys = sorted(pts or 0 for pts, is_key in packets if is_key) if self.timed else []
 
     def pictures(self, numbers: Sequence[int], pixels: str) -> Tensor:
         """Decodes the frames of those numbers, uint8 `t c h w`."""
@@ -254,21 +255,20 @@ class _Film:
             found |= dict.fromkeys(waiting, last)
         return found
 
-    def _key_before(self, time: int) -> tuple[int, int] | None:
-        if not self.keys:
-            return None
-        return self.keys[max(bisect_right(self.keys, time, key=lambda key: key[0]) - 1, 0)]
+    def _key_before(self, time: int) -> int | None:
+        before = bisect_right(self.keys, time)
+        return self.keys[before - 1] if before else None
 
-    def _frames_from(self, key: tuple[int, int] | None) -> Iterator[tuple[int, VideoFrame]]:
+    def _frames_from(self, key: int | None) -> Iterator[tuple[int, VideoFrame]]:
         """Frames and their times from a keyframe on, or from the first if it is not found."""
         from av.error import FFmpegError
 
-        for moment in key or ():  # files are sought in by one or the other
+        if key is not None:
             with suppress(FFmpegError):
-                self.container.seek(moment, stream=self.container.streams.video[0])
+                self.container.seek(key, stream=self.container.streams.video[0])
                 frames = self._decoded(self.container)
                 first = next(frames, None)
-                if first is not None and key and first[0] <= key[0]:
+                if first is not None and first[0] <= key:  # it did not land behind it
                     return chain([first], frames)
         return self._decoded(self._open())
 
@@ -289,6 +289,8 @@ class _Film:
 
         container = self.files.enter_context(av.open(self.path, metadata_errors="ignore"))
         require(len(container.streams.video) > 0, "it has no video stream")
+        stream = container.streams.video[0]
+        require(stream.codec_context is not None, "there is no decoder for it")
         # With threads a clip took as long or longer; films are read by several processes instead.
-        container.streams.video[0].thread_type = "NONE"
+        stream.thread_type = "NONE"
         return container

@@ -7,6 +7,7 @@ workers nor that of processes, nor where a run was cut off, changes what a model
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ def load_batches(
             collate_fn=_same,
             num_workers=workers,
             pin_memory=pin,
+            worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # a private one: torch's own is left as it is
         )
     )
@@ -180,10 +182,8 @@ class _Examples(Dataset[Batch]):
         return [(index + i) % n for i in range(min(TRIES, n) if self.refill else 1)]
 
     def _picture(self, key: Key) -> Tensor:
-        if self.change is None:
-            return self.data.plain(self.data.read(key.index))
-        with seeded(key.seed):
-            return self.change(self.data.read(key.index))
+        with seeded(key.seed):  # reading too may draw: the place of a clip in a film
+            return (self.change or self.data.plain)(self.data.read(key.index))
 
     def _give_up(self, broken: Sequence[str]) -> None:
         if self.refill:
@@ -201,6 +201,12 @@ class _Lists:
 
     def __iter__(self) -> Iterator[Sequence[Key]]:
         return iter(self.keys)
+
+
+def _leave_signals(worker: int) -> None:
+    """Lets a worker live on when its whole group is asked to stop: who reads from it sees to it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _same(batch: Any) -> Batch:

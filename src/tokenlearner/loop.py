@@ -10,15 +10,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .augment import mixing, training_change
 from .checks import require
-from .distill import Distillation, output_of
+from .distill import Distillation
 from .engine import Engine, random_states, set_random_states, set_whole_state, whole_state
 from .labelled import LabelledData
 from .loader import Batch, epoch_keys, load_batches
+from .objective import Objective, make_average, make_optimizer, make_schedule
 from .recipe import TrainConfig
 
 Report = Callable[[dict[str, Any]], None]
@@ -50,10 +50,10 @@ class Loop:
         engine: Engine | None = None,
     ):
         self.config, self.model, self.data, self.report = config, model, data, report
-        self.teaching, self.engine = teaching, engine or Engine(config)
+        self.engine = engine or Engine(config)
         self.per_epoch = len(data) // config.batch_size
         self.steps = config.epochs * self.per_epoch
-        self.change = training_change(config, data, config.crop_pct)
+        self.change = training_change(config, data)
         self.mix = mixing(config, len(data.classes), config.seed)
         self.step = self.skipped = 0
         self.broken: set[str] = set()
@@ -61,16 +61,17 @@ class Loop:
         self._so_far = _blank()
         self.engine.alike(model)
         self._whole = copy.deepcopy(model).cpu() if config.fsdp else None
-        self.running = self.engine.share_out(model)
         if config.compile:
-            self.running.compile()
-        self.optimizer = _optimizer(config, model)
+            model.compile()
+        self.running = self.engine.share_out(Objective(config, model, teaching))
+        self.optimizer = make_optimizer(config, model)
         self._stepper = self.engine.accelerator.prepare_optimizer(
             self.optimizer, device_placement=False
         )
-        self.schedule = _schedule(config, self.optimizer, self.steps, self.per_epoch)
+        self.schedule = make_schedule(config, self.optimizer, self.steps, self.per_epoch)
         self.schedule.step_update(0)
-        self.average = _average(config, model)
+        self.average = make_average(config, model)
+        self.engine.part_ways()
 
     @property
     def epochs_done(self) -> int:
@@ -92,7 +93,8 @@ class Loop:
             loss = self._update(batch)
             after = time.perf_counter()
             now["steps"] += 1
-            now["loss"] += loss
+            now["usable"] += math.isfinite(loss)
+            now["loss"] += loss if math.isfinite(loss) else 0.0
             now["seconds"] += after - before
             now["waited"] += waited - before
             before = after
@@ -102,7 +104,13 @@ class Loop:
         self._so_far = _blank()
         self.broken = set().union(*self.engine.gather(self.broken))
         steps, seconds = now["steps"], now["seconds"]
-        row = {"step": self.step, "train_loss": now["loss"] / steps, "train_seconds": seconds}
+        if not now["usable"]:
+            raise RuntimeError(
+                f"every step of the epoch that ends with step {self.step} was left out, since its "
+                f"loss was not finite; {self._left()}. Try a lower lr"
+            )
+        mean = now["loss"] / now["usable"]
+        row = {"step": self.step, "train_loss": mean, "train_seconds": seconds}
         row |= {"waiting_percent": 100 * now["waited"] / seconds}
         row |= self._rates(steps * size / seconds)
         return row | {
@@ -113,22 +121,32 @@ class Loop:
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of a run depends on; every process has to ask for it."""
-        weights, optimizer = whole_state(self.running, self.optimizer)
+        weights, optimizer = whole_state(self.model, self.optimizer)
         return {
             "step": self.step,
+            "images": len(self.data),
             "skipped": self.skipped,
-            "broken": sorted(self.broken),
+            "broken": sorted(set().union(*self.engine.gather(self.broken))),
             "so_far": dict(self._so_far),
             "model": weights,
             "optimizer": optimizer,
-            "average": self.average and self.average.state_dict(),
+            "average": self.average and copy.deepcopy(self.average.state_dict()),
             "scaler": self._scaler and self._scaler.state_dict(),
             "random": self.engine.gather(random_states()),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where the loop was that gave this state."""
-        set_whole_state(self.running, self.optimizer, state["model"], state["optimizer"])
+        """Goes on where the loop was that gave this state.
+
+        Raises:
+            ValueError: It trained on more or fewer pictures.
+        """
+        require(
+            state["images"] == len(self.data),
+            f"the checkpoint is of a run on {state['images']} pictures, {self.data.name} has "
+            f"{len(self.data)} now; bring back what there was, or pass another out",
+        )
+        set_whole_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.step, self.skipped = state["step"], state["skipped"]
         self.broken, self._so_far = set(state["broken"]), dict(state["so_far"])
         self.schedule.step_update(self.step)
@@ -140,7 +158,7 @@ class Loop:
     @property
     def judged(self) -> nn.Module:
         """What is evaluated: the model, or the moving average of its weights."""
-        return self.average.module if self.average else self.running
+        return self.average.module if self.average else self.model
 
     def trained(self, state: dict[str, Any]) -> nn.Module:
         """The model, or the moving average of its weights.
@@ -222,12 +240,11 @@ class Loop:
             last = number == parts - 1
             with nullcontext() if last else accelerator.no_sync(self.running):
                 with accelerator.autocast():
-                    loss = self._loss(x, y) / parts
+                    loss = self.running(x, y) / parts
                 total += loss.detach()
                 accelerator.backward(loss)
         value = (self.engine.sum(total) / self.engine.num_processes).item()
-        if self._is_usable(value):
-            accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        if self._is_usable("loss", value) and self._can_clip():
             self._stepper.step()
             if self.average:
                 self.average.update(self.model)
@@ -235,28 +252,25 @@ class Loop:
         self.schedule.step_update(self.step)
         return value
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """What the teacher teaches and what the labels say, as far as they count."""
-        config, loss = self.config, torch.zeros((), device=images.device)
-        if self.teaching:
-            logits, taught = self.teaching(self.running, images)
-            loss = loss + config.distill_loss_weight * taught
-        else:
-            logits = output_of(self.running(images))
-        if config.label_weight:
-            loss = loss + config.label_weight * label_loss(config, logits, labels)
-        return loss
+    def _can_clip(self) -> bool:
+        """Clips the gradient; whether its norm is one to go by."""
+        clip, parameters = self.engine.accelerator.clip_grad_norm_, self.model.parameters()
+        norm: Any = clip(parameters, self.config.clip_grad)
+        if self._scaler:  # which looks for itself, and halves its scale
+            return True
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return self._is_usable("gradient's norm", float(whole))
 
-    def _is_usable(self, loss: float) -> bool:
-        """Whether a loss is finite; if not, the run ends, or the step is left out and counted."""
-        if math.isfinite(loss):
+    def _is_usable(self, name: str, value: float) -> bool:
+        """Whether a number is finite; if not, the run ends, or the step is left out and counted."""
+        if math.isfinite(value):
             return True
         if self.config.nan == "skip":
             self.skipped += 1
-            self.report({"warning": f"step {self.step + 1} is left out: its loss is {loss}"})
+            self.report({"warning": f"step {self.step + 1} is left out: its {name} is {value}"})
             return False
         raise RuntimeError(
-            f"the loss is {loss} at step {self.step + 1} of {self.steps}; {self._left()}. Try a "
+            f"the {name} is {value} at step {self.step + 1} of {self.steps}; {self._left()}. Try a "
             "lower lr, or nan='skip'"
         )
 
@@ -275,71 +289,6 @@ class Loop:
         return {"lr": lr, "images_per_second": speed}
 
 
-def label_loss(config: TrainConfig, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of labels `b`, or of mixed ones `b classes`.
-
-    Source: for "sigmoid", scenic `sigmoid_cross_entropy`: summed over classes, mean over pictures.
-    """
-    logits = logits.float()
-    mixed = labels.ndim == 2
-    if config.loss == "softmax":
-        smoothing = 0.0 if mixed else config.smoothing  # mixed labels are smooth already
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    if not mixed:
-        smooth = config.smoothing
-        labels = F.one_hot(labels, logits.shape[1]) * (1 - smooth) + smooth / logits.shape[1]
-    loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-    return loss.sum(1).mean()
-
-
 def _blank() -> dict[str, float]:
     """What an epoch adds up."""
-    return {"steps": 0, "loss": 0.0, "seconds": 0.0, "waited": 0.0}
-
-
-def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    from timm.optim import create_optimizer_v2, list_optimizers
-
-    known: Any = list_optimizers()
-    require(config.opt in known, f"opt is {config.opt!r}, expected one of: {', '.join(known)}")
-    betas: dict[str, Any] = {"betas": tuple(config.betas)} if config.betas else {}
-    try:
-        return create_optimizer_v2(
-            model,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-            **betas,
-        )
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm refuses opt={config.opt!r} with these options: {error}") from error
-
-
-def _schedule(
-    config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int, per_epoch: int
-) -> Any:
-    from timm.scheduler import CosineLRScheduler, PolyLRScheduler
-
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = round(config.warmup_epochs * per_epoch)
-    require(
-        warmup < steps, f"warmup_steps is {warmup}, expected fewer than the {steps} steps there are"
-    )
-    falling = {"cosine": CosineLRScheduler, "linear": PolyLRScheduler}[config.sched]
-    return falling(
-        optimizer,
-        t_initial=steps - warmup,
-        warmup_t=warmup,
-        warmup_prefix=True,  # the fall starts where the warm-up ends, at the full rate
-        t_in_epochs=False,
-        lr_min=config.min_lr,
-        **({"power": 1.0} if config.sched == "linear" else {}),
-    )
-
-
-def _average(config: TrainConfig, model: nn.Module) -> Any:
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
+    return {"steps": 0, "usable": 0, "loss": 0.0, "seconds": 0.0, "waited": 0.0}

@@ -12,10 +12,6 @@ from typing import Any
 from .checks import check_above_zero, check_choice, check_count, check_rate, require
 from .distill import KINDS
 
-LOSSES = ("softmax", "sigmoid")
-SCHEDULES = ("cosine", "linear")
-PRECISIONS = ("no", "bf16", "fp16")
-
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -26,7 +22,7 @@ class ModelOptions:
         model_kwargs: Arguments for a named model, such as {"depth": 8}.
         num_tokens: Learned tokens of a model built new; 0 leaves it as its name says.
         init_from: Weights to start a model built new from, of the same or another resolution, of
-            images for a model of video; a file, or a folder that train wrote.
+            images for a model of video; a file, as model.safetensors in what train wrote.
         head_bias: What every bias of a new classifier is, as -10 for the sigmoid loss.
         drop_path: Rate at which pictures skip the last block of a model built new; earlier blocks
             less often.
@@ -234,15 +230,14 @@ class OptimOptions:
             check_count(name, getattr(self, name))
         for name in ("lr", "clip_grad"):
             check_above_zero(name, getattr(self, name))
-        check_choice("loss", self.loss, LOSSES)
-        check_choice("sched", self.sched, SCHEDULES)
+        check_choice("loss", self.loss, ("softmax", "sigmoid"))
+        check_choice("sched", self.sched, ("cosine", "linear"))
         check_rate(self.ema_decay, "ema_decay")
         _check_from_0(self, "weight_decay", "warmup_epochs", "min_lr")
-        if self.layer_decay is not None:
-            require(
-                0 < self.layer_decay <= 1,
-                f"layer_decay is {self.layer_decay!r}, expected a factor above 0, up to 1",
-            )
+        require(
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            f"layer_decay is {self.layer_decay!r}, expected a factor above 0, up to 1",
+        )
         if self.warmup_steps is not None:
             check_count("warmup_steps", self.warmup_steps, least=0)
         require(
@@ -293,7 +288,7 @@ class RunOptions:
         for name in ("seed", "save_every"):
             check_count(name, getattr(self, name), least=0)
         check_choice("nan", self.nan, ("stop", "skip"))
-        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         require(
             self.resume in (None, "auto"), f"resume is {self.resume!r}, expected 'auto' or None"
         )

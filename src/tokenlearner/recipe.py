@@ -52,6 +52,15 @@ class TrainConfig(
             f"{' and '.join(mixed)} change labels, and labels count for 0; pass task_loss_weight",
         )
         require(
+            self.ratio is None or self.scale is not None,
+            "ratio is the shape of what is cut out at random, and nothing is; pass scale too",
+        )
+        require(
+            not (self.compile and self.teacher and "feature" in self.kd_distill_type),
+            "features are seen by hooks, which a compiled model does not call; pass "
+            "kd_distill_type='logit', or compile=False",
+        )
+        require(
             not (self.fsdp and self.ema_decay),
             "a moving average of weights that are shared out (fsdp) is not supported; pass either",
         )

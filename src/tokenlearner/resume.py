@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .files import written_whole
 from .recipe import TrainConfig
@@ -22,6 +24,8 @@ _FREE = {  # options that may change from one part of a run to the next
     *("out", "root", "resume", "save_every", "trackers", "device", "workers", "max_broken", "nan"),
 }
 _FORMAT = 1
+METRICS = "metrics.jsonl"
+_WRITTEN = ("checkpoint.pt", "model.safetensors", "metrics.jsonl", "train.json", "calibration.json")
 
 
 class Stopped(RuntimeError):
@@ -63,25 +67,77 @@ def listening() -> Iterator[Asked]:
             signal.signal(number, handler)
 
 
+def check_place(config: TrainConfig) -> None:
+    """Refuses to start where a run is already, or to go on where its checkpoint is missing.
+
+    Raises:
+        ValueError: One of both.
+    """
+    out = Path(config.out)
+    checkpoint, metrics = ((out / name).exists() for name in (CHECKPOINT, METRICS))
+    if config.resume is None and (checkpoint or metrics):
+        raise ValueError(
+            f"{out} holds a run already; pass resume='auto' to go on with it, another out, or move "
+            "it away"
+        )
+    if metrics and not checkpoint:
+        raise ValueError(
+            f"{out} holds a run without {CHECKPOINT}, which it would go on from; pass another out, "
+            "or move it away to start anew"
+        )
+
+
+def clear_remains(config: TrainConfig) -> None:
+    """Removes what runs that were killed while they wrote a file left of it."""
+    names = "|".join(re.escape(Path(name).stem) for name in _WRITTEN)
+    endings = "|".join(re.escape(Path(name).suffix) for name in _WRITTEN)
+    temporary = re.compile(rf"\.({names})\.\d+({endings})")
+    for path in Path(config.out).glob(".*"):
+        if temporary.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 def write_checkpoint(config: TrainConfig, state: Mapping[str, Any]) -> None:
     """Writes `checkpoint.pt` in the run's folder; the one before stays until this is complete.
 
     Raises:
         RuntimeError: It cannot be written, as on a full disk; what was there is as it was.
     """
-    path = Path(config.out) / CHECKPOINT
     whole = {"format": _FORMAT, "config": json.dumps(asdict(config)), **state}
+    path = Path(config.out) / CHECKPOINT
+    with (
+        telling(config, "checkpoint", state["step"]),
+        written_whole(path) as temporary,
+        temporary.open("wb") as file,  # Python's file says why it cannot be written
+    ):
+        torch.save(whole, file)
+
+
+@contextmanager
+def telling(config: TrainConfig, what: str, step: int) -> Iterator[None]:
+    """Says of a file that cannot be written what is left, and what to do.
+
+    Raises:
+        RuntimeError: In place of the error that came.
+    """
+    path = Path(config.out) / CHECKPOINT
     try:
-        with written_whole(path) as temporary:
-            torch.save(whole, temporary)
-    except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        left = f"the one before, in {path}, is intact" if path.exists() else "there is none yet"
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = _number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        left = f"the last checkpoint, {path}, is intact" if path.exists() else "there is none yet"
         raise RuntimeError(
-            f"the checkpoint of step {state['step']} cannot be written "
+            f"the {what} of step {step} cannot be written "
             f"({'no space is left' if full else error}); {left}. Make room, and go on with "
             "resume='auto'"
         ) from error
+
+
+def _number(error: BaseException | None) -> int | None:
+    """The system's number of an error, or of the one that it came from."""
+    while error and getattr(error, "errno", None) is None:
+        error = error.__cause__ or error.__context__
+    return getattr(error, "errno", None)
 
 
 def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
@@ -112,6 +168,6 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
 
 def write_metrics(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> None:
     """Writes a line of metrics for every epoch."""
-    with written_whole(Path(config.out) / "metrics.jsonl") as temporary:
+    with written_whole(Path(config.out) / METRICS) as temporary:
         lines = "".join(json.dumps(row) + "\n" for row in history)
         temporary.write_text(lines, encoding="utf-8")

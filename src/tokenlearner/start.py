@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from .adapt import init_from
+from .augment import training_change
 from .calibrate import Calibration, calibrate
 from .checks import require
 from .distill import Distillation
 from .insert import insert
 from .labelled import LabelledData
 from .loop import Report
+from .objective import make_optimizer, make_schedule
 from .recipe import TrainConfig
 from .zoo import create_model, load_model
 
@@ -39,6 +41,7 @@ def prepare(config: TrainConfig, data: LabelledData, device: torch.device) -> St
     else:
         model = _named(config, data)
     _try(config.model, model, data)
+    _try_recipe(config, model, data)
     teaching = None
     if config.teacher:
         given = host if config.teacher == "host" else None
@@ -76,6 +79,13 @@ def _trained(name: str, data: LabelledData) -> nn.Module:
     model = load_model(name)
     _try(name, model, data)
     return model
+
+
+def _try_recipe(config: TrainConfig, model: nn.Module, data: LabelledData) -> None:
+    """Finds out before anything is written whether pictures and weights can change as is asked."""
+    per_epoch = len(data) // config.batch_size
+    training_change(config, data)
+    make_schedule(config, make_optimizer(config, model), config.epochs * per_epoch, per_epoch)
 
 
 def _try_teaching(

@@ -14,12 +14,22 @@ from .calibrate import Calibration
 from .checks import require
 from .data import SPLITS, load_data
 from .engine import Engine
-from .evaluate import Evaluation, conclude, tally
+from .evaluate import Evaluation, conclude, pictures_at_once, tally
 from .files import write_json
 from .labelled import LabelledData
 from .loop import Loop, Report
 from .recipe import TrainConfig
-from .resume import Asked, Stopped, listening, read_checkpoint, write_checkpoint, write_metrics
+from .resume import (
+    Asked,
+    Stopped,
+    check_place,
+    clear_remains,
+    listening,
+    read_checkpoint,
+    telling,
+    write_checkpoint,
+    write_metrics,
+)
 from .start import Start, calibrate_inserted, prepare
 from .zoo import save_model
 
@@ -68,12 +78,7 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
             cannot be written; the last checkpoint is named, if there is one.
         Stopped: SIGTERM or SIGINT came; the run can be resumed. A RuntimeError too.
     """
-    out = Path(config.out)
-    if config.resume is None and (out / "metrics.jsonl").exists():
-        raise ValueError(
-            f"{out} holds a run already; pass resume='auto' to go on with it, another out, or move "
-            "it away"
-        )
+    check_place(config)
     engine = Engine(config)
     saved = read_checkpoint(config)
     data, held_out = (load_data(config.data, part, **config.wanted) for part in SPLITS)
@@ -104,22 +109,24 @@ class _Run:
         self, start: Start, data: LabelledData, saved: dict[str, Any] | None, asked: Asked
     ) -> TrainResult:
         config, calibrated = self.config, None
+        if self.engine.main:
+            clear_remains(config)
         if saved is None:
             calibrated = calibrate_inserted(config, start.model, data, self.report)
             if self.engine.main:
-                write_json(self.out / "train.json", asdict(config))
-                if calibrated:
-                    write_json(self.out / "calibration.json", asdict(calibrated))
-        self.engine.start_trackers()
+                with telling(config, "recipe", 0):
+                    write_json(self.out / "train.json", asdict(config))
+                    if calibrated:
+                        write_json(self.out / "calibration.json", asdict(calibrated))
         loop = Loop(config, start.model, data, self._report_step, start.teaching, self.engine)
         if saved:
             loop.restore(saved)
             self.history = saved["history"]
             self._leave(loop, saved)
         loop.after_step = lambda: self._between(loop, asked)
-        while loop.epochs_done < config.epochs:
-            self._epoch(loop, asked)
-        self.engine.close()
+        with self.engine.trackers():
+            while loop.epochs_done < config.epochs:
+                self._epoch(loop, asked)
         model, checkpoint = self.trained.eval(), self.out / "model.safetensors"
         seen = len(data), start.host, calibrated
         return TrainResult(model, checkpoint, self.history, *seen)
@@ -162,14 +169,16 @@ class _Run:
             return
         self.trained = loop.trained(state)
         if self.engine.main:
-            save_model(self.trained, self.out)
-            write_metrics(self.config, self.history)
+            with telling(self.config, "model", loop.step):
+                save_model(self.trained, self.out)
+                write_metrics(self.config, self.history)
 
     def _judge(self, loop: Loop) -> Evaluation:
         """What the model makes of the held-out pictures, each process of its part."""
         data, engine = self.held_out, self.engine
         part = engine.process, engine.num_processes
-        sums = tally(loop.judged, data, 500 if len(data.shape) == 3 else 64, *part)
+        squares = self.config.views * self.config.crops
+        sums = tally(loop.judged, data, pictures_at_once(data.shape, squares), *part)
         if not hasattr(data, "stream"):  # of a stream all saw all
             sums = engine.sum(sums.to(engine.device)).cpu()
         return conclude(sums, data)

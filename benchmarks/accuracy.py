@@ -1,0 +1,136 @@
+"""What 8 learned tokens do to a small ViT that trains from scratch: accuracy, cost and time.
+
+Two real data sets, each with and without learned tokens, over several seeds, by the recipe that
+`tokenlearner train` ships: the bundled pictures of clothes, and colour drawings in a folder
+(`openclipart.py`), which are read from their files and cut out and mirrored at random. Every run
+leaves a folder in `--out`; a command that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from openclipart import CLASSES, load_openclipart
+from torchvision.transforms.functional import to_pil_image
+
+from tokenlearner import TrainConfig, load_model, train
+from tokenlearner.benchmark import count_macs
+from tokenlearner.files import write_json
+
+MODEL = "vit_mini_patch4_28"
+TOKENS: dict[str, dict[str, Any]] = {"all": {}, "8 learned, halfway": {"num_tokens": 8, "at": 0.5}}
+DRAWINGS: dict[str, Any] = {
+    "data": "folder",
+    "model_kwargs": {"patch_size": 8},
+    "img_size": 64,
+    "scale": [0.3, 1.0],
+    "hflip": 0.5,
+    "epochs": 40,
+    "warmup_epochs": 2.0,
+    "workers": 0,
+}
+
+
+def recipes(options: Namespace) -> dict[str, dict[str, Any]]:
+    """What differs from `TrainConfig` for each data set."""
+    found: dict[str, dict[str, Any]] = {"fashion-mnist-small": {"data": "fashion-mnist-small"}}
+    if options.drawings:
+        root = Path(options.out) / "drawings"
+        if not (root / "val").exists():
+            write_drawings(Path(options.drawings), root)
+        found["openclipart"] = {**DRAWINGS, "root": str(root)}
+    return found
+
+
+def write_drawings(source: Path, root: Path, size: int = 96) -> None:
+    """Writes the drawings into a folder as `load_data("folder")` wants it."""
+    for part, data in zip(("train", "val"), load_openclipart(source, size), strict=True):
+        for index, label in enumerate(data.labels.tolist()):
+            folder = root / part / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(data.images[index]).save(folder / f"{index:04}.png")
+
+
+def run(job: tuple[dict[str, Any], int, str]) -> None:
+    """Trains one model, unless it is there; what was cut off goes on."""
+    recipe, seed, out = job
+    train(TrainConfig(**recipe, model=MODEL, seed=seed, out=out, resume="auto"))
+
+
+def row(out: Path, name: str, tokens: str, seeds: list[int]) -> dict[str, Any]:
+    """The numbers of all seeds of one model."""
+    histories = [
+        [json.loads(line) for line in (place(out, name, tokens, s) / "metrics.jsonl").open()]
+        for s in seeds
+    ]
+    model = load_model(place(out, name, tokens, seeds[0]))
+    shape = model.default_cfg["input_size"]
+    return {
+        "data": name,
+        "tokens": tokens,
+        "gmacs": count_macs(model, torch.zeros(1, *shape)) / 1e9,
+        "top1_percent": [history[-1]["test_top1_percent"] for history in histories],
+        "seconds_an_epoch": [e["train_seconds"] for history in histories for e in history],
+    }
+
+
+def place(out: Path, name: str, tokens: str, seed: int) -> Path:
+    return out / f"{name}-{'tl8' if TOKENS[tokens] else 'full'}-{seed}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds, as Markdown."""
+    lines = [
+        "| data | tokens | GMACs | top-1, % | s an epoch |",
+        "| --- | --- | --: | --: | --: |",
+    ]
+    for one in rows:
+        cells = [
+            f"{mean(one[key]):.1f} ± {stdev(one[key]) if len(one[key]) > 1 else 0:.1f}"
+            for key in ("top1_percent", "seconds_an_epoch")
+        ]
+        name = f"| {one['data']} | {one['tokens']} | {one['gmacs']:.4f} |"
+        lines.append(f"{name} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="runs/accuracy", help="folder for the runs")
+    parser.add_argument(
+        "--drawings", help="usr/share/openclipart/png, unpacked; None leaves it out"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="in place of the recipes'")
+    parser.add_argument("--images", type=int, default=0, help="training pictures; 0 is all")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with a thread each")
+    options = parser.parse_args()
+    out, found = Path(options.out), recipes(options)
+    if options.epochs:
+        found = {k: v | {"epochs": options.epochs, "warmup_epochs": 0.5} for k, v in found.items()}
+    jobs = [
+        ({**recipe, **told, "images": options.images}, seed, str(place(out, name, tokens, seed)))
+        for seed in options.seeds
+        for name, recipe in found.items()
+        for tokens, told in TOKENS.items()
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        list(pool.map(run, jobs))
+    rows = [row(out, name, tokens, options.seeds) for name in found for tokens in TOKENS]
+    command = shlex.join(["python", "benchmarks/accuracy.py", *sys.argv[1:]])
+    write_json(out / "results.json", {"command": command, "rows": rows})
+    print(command, "", table(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

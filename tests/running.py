@@ -1,0 +1,125 @@
+"""Small runs for the tests that start processes; as a script it is what each of them does.
+
+`torchrun --nproc-per-node 2 tests/running.py JOB FOLDER`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenlearner import TrainConfig, create_model, save_model, train
+from tokenlearner.data import ImageDataset
+from tokenlearner.engine import Engine
+from tokenlearner.evaluate import conclude, tally
+from tokenlearner.resume import Stopped
+
+CLASSES = ("dark", "left", "right", "bright")
+TINY: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 7}
+
+
+def quarter_pictures(name: str, split: str = "train", **_: Any) -> ImageDataset:
+    """Pictures whose bright half is their class: 64 to train on, an odd number to judge by."""
+    generator = torch.Generator().manual_seed(0 if split == "train" else 1)
+    labels = torch.arange(64 if split == "train" else 33) % 4
+    images = torch.randint(0, 60, (len(labels), 1, 28, 28), generator=generator)
+    images[labels % 2 == 1, :, :, :14] += 150
+    images[labels >= 2, :, :, 14:] += 150
+    return ImageDataset(name, split, images.byte(), labels, CLASSES, (0.3,), (0.3,))
+
+
+def recipe(out: Path, **changes: Any) -> TrainConfig:
+    """Two epochs of four steps, of a ViT that learns 2 tokens."""
+    options = {"model_kwargs": TINY, "num_tokens": 2, "epochs": 2, "batch_size": 16}
+    options |= {"warmup_epochs": 0.0, "device": "cpu"}
+    return TrainConfig(**{"out": str(out), **options, **changes})
+
+
+SGD: dict[str, Any] = {"opt": "sgd", "lr": 0.05}
+ADAMW: dict[str, Any] = {"opt": "adamw", "lr": 1e-3}
+RUNS: dict[str, dict[str, Any]] = {
+    "ddp-sgd": {**SGD, "grad_accum_steps": 2},
+    "ddp-adamw": {**ADAMW},
+    "fsdp-sgd": {**SGD, "fsdp": True},
+    "fsdp-adamw": {**ADAMW, "fsdp": True},
+}
+TAUGHT: dict[str, Any] = {
+    **SGD,
+    "model_kwargs": None,
+    "num_tokens": 0,
+    "insert": 2,
+    "at": 1,
+    "calibrate": 0,
+    "teacher": "host",
+    "kd_distill_type": "feature",
+}
+STOPS: dict[str, Any] = {**SGD, "epochs": 3, "resume": "auto"}
+
+
+def save_host(folder: Path) -> str:
+    """A model to insert tokens in."""
+    torch.manual_seed(0)
+    save_model(create_model("vit_mini_patch4_28", num_classes=4, in_chans=1, **TINY), folder)
+    return str(folder)
+
+
+def until(config: TrainConfig, step: int) -> str:
+    """Trains up to a step, at which the process is asked to stop; returns what it says."""
+
+    def ask(row: dict[str, Any]) -> None:
+        if row.get("step") == step and "epoch" not in row:
+            os.kill(os.getpid(), import_module("signal").SIGTERM)
+
+    try:
+        train(config, ask)
+    except Stopped as stopped:
+        return str(stopped)
+    return "finished"
+
+
+def run_all(folder: Path) -> None:
+    """Every run of `RUNS`, one that is taught, one that is stopped, and what was seen of them."""
+    opened: list[str] = []
+
+    def note(event: str, arguments: Any) -> None:
+        if event == "open" and "w" in str(arguments[1]) and str(folder) in str(arguments[0]):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+    for name, options in RUNS.items():
+        train(recipe(folder / name, **options))
+    train(recipe(folder / "taught", model=str(folder / "host"), **TAUGHT))
+    said = until(recipe(folder / "stopped", **STOPS), 6)
+    engine = Engine(recipe(folder / "judged"))
+    data, model = quarter_pictures("x", "test"), create_judge()
+    sums = engine.sum(tally(model, data, 5, engine.process, engine.num_processes))
+    seen = {"opened": opened, "said": said, "judged": vars(conclude(sums, data))}
+    report = folder.parent / f"process-{engine.process}.json"
+    report.write_text(json.dumps(seen | {"processes": engine.num_processes}))
+
+
+def create_judge() -> torch.nn.Module:
+    """The same model in every process, with weights that tell pictures apart."""
+    torch.manual_seed(3)
+    return create_model("vit_mini_patch4_28", num_classes=4, in_chans=1, **TINY)
+
+
+def go_on(folder: Path) -> None:
+    """The rest of the run that was stopped."""
+    train(recipe(folder / "stopped", **STOPS))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    import_module("tokenlearner.train").load_data = quarter_pictures
+    {"all": run_all, "go_on": go_on}[sys.argv[1]](Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()
