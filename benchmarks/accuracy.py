@@ -69,8 +69,8 @@ def run(job: tuple[dict[str, Any], int, str]) -> None:
 def row(out: Path, name: str, tokens: str, seeds: list[int]) -> dict[str, Any]:
     """The numbers of all seeds of one model."""
     histories = [
-        [json.loads(line) for line in (place(out, name, tokens, s) / "metrics.jsonl").open()]
-        for s in seeds
+        [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        for metrics in (place(out, name, tokens, seed) / "metrics.jsonl" for seed in seeds)
     ]
     model = load_model(place(out, name, tokens, seeds[0]))
     shape = model.default_cfg["input_size"]

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tokenlearner import load_data
 from tokenlearner.data import ImageDataset
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+MODEL = "model.safetensors"
 
 
 @pytest.fixture
@@ -153,3 +157,108 @@ def test_streaming_prints_what_a_new_frame_costs(
     assert of_macs == 3.1  # 20.1 MMACs for the clip, of which 5/6 of the encoding are saved
     assert speedup > 0
     assert difference < 1e-5
+
+
+@pytest.mark.parametrize("script", ["kill"], indirect=True)
+def test_kill_finds_weights_that_differ(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(out: Path, epochs: int) -> Any:
+        out.mkdir(parents=True)
+        save_file({"w": torch.zeros(2) + different * (out.name == "killed")}, out / MODEL)
+        return SimpleNamespace(wait=lambda: 0)
+
+    monkeypatch.setattr(script, "kill_again_and_again", lambda *_: [])
+    monkeypatch.setattr(script, "start", run)
+    for different in (0, 1):
+        out = tmp_path / str(different)
+        monkeypatch.setattr(sys, "argv", ["kill.py", "--out", str(out)])
+        with pytest.raises(SystemExit) as left:
+            script.main()
+        assert left.value.code == different
+        assert json.loads((out / "kill.json").read_text())["bit_identical"] is not bool(different)
+
+
+@pytest.mark.slow
+def test_kill_ends_with_the_same_weights(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "kill.py"), "--out", str(tmp_path)]
+    said = subprocess.check_output([*command, "--kills", "3", "--epochs", "2"], text=True)
+    assert said.splitlines()[-1].endswith("final weights bit-identical: True")
+    assert said.count("'checkpoint_of_step'") == 3
+
+
+@pytest.mark.parametrize("script", ["waiting"], indirect=True)
+def test_waiting_prints_shares_of_both_data_sets(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--files 72 --images 64 --epochs 1 --model vit_tiny_patch16_224"
+    monkeypatch.setattr(sys, "argv", ["waiting.py", *options.split()])
+    script.main()
+    _, rows = table(capsys.readouterr().out)
+    assert list(rows) == ["bundled, epoch 1", "JPEG files, epoch 1"]
+    for speed, waiting in rows.values():
+        assert speed > 0
+        assert 0 < waiting < 100
+
+
+@pytest.mark.parametrize("script", ["accuracy"], indirect=True)
+def test_accuracy_prints_every_model_and_goes_on(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = f"--out {tmp_path} --seeds 0 1 --epochs 1 --images 64"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *options.split()])
+    monkeypatch.setattr(script, "ProcessPoolExecutor", OneProcess)
+    for _ in range(2):
+        script.main()
+        lines = capsys.readouterr().out.splitlines()[4:]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert [row[1] for row in rows] == ["all", "8 learned, halfway"]
+        assert [float(row[2]) for row in rows] == [0.0163, 0.0097]  # as in the demo's table
+    assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 4
+
+
+class OneProcess:
+    """What is used of a pool of processes, without any."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __enter__(self) -> OneProcess:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def map(self, run: Callable[[Any], None], jobs: list[Any]) -> list[None]:
+        return [run(job) for job in jobs]
+
+
+@pytest.mark.parametrize("script", ["segmentation"], indirect=True)
+def test_segmentation_labels_pixels_by_class_and_brightness(script: ModuleType) -> None:
+    data = load_data("fashion-mnist-small", "test")
+    images, labels = data.take(torch.tensor([3, 4]))
+    pixels = script.truth(images, labels, data)
+    bright = data.images[[3, 4], 0] > script.BRIGHT
+    assert torch.equal(pixels, bright * (1 + labels[:, None, None]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["segmentation"], indirect=True)
+def test_segmentation_prints_host_and_fused_and_draws_them(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = f"--out {tmp_path} --seeds 0 --epochs 1 --host-epochs 1 --images 128"
+    monkeypatch.setattr(sys, "argv", ["segmentation.py", *options.split()])
+    monkeypatch.setattr(script, "CALIBRATION", {"images": 64, "steps": 5})
+    script.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == ["host"] * 2 + [
+        "8 tokens, fused"
+    ] * 2
+    assert (tmp_path / "segmentation.png").read_bytes().startswith(b"\x89PNG")

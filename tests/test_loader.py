@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -80,13 +79,13 @@ def states() -> list[Any]:
 def test_an_epoch_has_every_picture_once() -> None:
     batches = indices(epoch_keys(12, 4, seed=0, epoch=0))
     assert [len(batch) for batch in batches] == [4, 4, 4]
-    assert sorted(functools.reduce(operator.iadd, batches, [])) == list(range(12))
+    assert sorted(chain.from_iterable(batches)) == list(range(12))
 
 
 def test_what_is_left_of_an_epoch_makes_no_batch() -> None:
     batches = indices(epoch_keys(14, 4, seed=0, epoch=0))
     assert len(batches) == 3
-    assert len({*functools.reduce(operator.iadd, batches, [])}) == 12
+    assert len({*chain.from_iterable(batches)}) == 12
 
 
 def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
@@ -110,9 +109,7 @@ def test_the_parts_of_processes_make_up_the_batches(num_processes: int) -> None:
         epoch_keys(26, 6, seed=3, epoch=2, process=i, num_processes=num_processes)
         for i in range(num_processes)
     ]
-    assert [
-        functools.reduce(operator.iadd, batch, []) for batch in zip(*parts, strict=True)
-    ] == whole
+    assert [[*chain.from_iterable(batch)] for batch in zip(*parts, strict=True)] == whole
 
 
 def test_what_was_trained_on_is_left_out_and_nothing_else() -> None:

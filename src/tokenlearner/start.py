@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +118,14 @@ def _try(name: str, model: nn.Module, data: LabelledData) -> None:
             f"{name} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}; "
             "take a model with the same classes"
         )
+
+
+def read_calibration(config: TrainConfig) -> Calibration | None:
+    """What calibrating did in a run that goes on."""
+    path = Path(config.out) / "calibration.json"
+    if not (config.resume and path.exists()):
+        return None
+    return Calibration(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def calibrate_inserted(

@@ -30,7 +30,7 @@ from .resume import (
     write_checkpoint,
     write_metrics,
 )
-from .start import Start, calibrate_inserted, prepare
+from .start import Start, calibrate_inserted, prepare, read_calibration
 from .zoo import save_model
 
 
@@ -108,7 +108,7 @@ class _Run:
     def all(
         self, start: Start, data: LabelledData, saved: dict[str, Any] | None, asked: Asked
     ) -> TrainResult:
-        config, calibrated = self.config, None
+        config, calibrated = self.config, read_calibration(self.config)
         if self.engine.main:
             clear_remains(config)
         if saved is None:
