@@ -11,7 +11,7 @@ import torch
 from tokenlearner import create_model, list_models
 from tokenlearner.benchmark import count_macs
 from tokenlearner.catalog import catalog, markdown, plain_text
-from tokenlearner.cli import main
+from tokenlearner_command import main
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "tokenlearner models --markdown true"

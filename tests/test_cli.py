@@ -17,9 +17,10 @@ from PIL import Image
 
 import tokenlearner
 from tokenlearner import cli, create_model, save_model
-from tokenlearner.cli import COMMANDS, main, train_options
+from tokenlearner.cli import train_options
 from tokenlearner.recipes import list_recipes
 from tokenlearner.resume import Stopped
+from tokenlearner_command import COMMANDS, main
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -38,6 +39,18 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--help") == 0
     out = capsys.readouterr().out
     assert all(name in out and what in out for name, what in COMMANDS.items())
+
+
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--version", 0), ("trian", 2)])
+def test_help_and_mistakes_do_not_wait_for_torch(option: str, code: int) -> None:
+    program = (
+        "import sys, tokenlearner_command as command\n"
+        f"sys.argv[1:] = [{option!r}]\n"
+        "try: command.main()\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert said.splitlines()[-1] == f"{code} False"
 
 
 def test_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) -> None:

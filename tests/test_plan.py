@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from tokenlearner import create_model, insert, plan, save_model
 from tokenlearner.benchmark import Spread, count_macs, speed_ratio, times_in_turn, twin
-from tokenlearner.cli import main
 from tokenlearner.plan import Option
 from tokenlearner.plan_table import COLUMNS
+from tokenlearner_command import main
 
 DEPTH, C, N = 4, 24, 16  # blocks, width, positions (a class token comes on top)
 IMAGES = torch.zeros(2, 3, 32, 32)

@@ -18,6 +18,7 @@ import pytest
 
 import check_project
 import tokenlearner
+from tokenlearner_command import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "tokenlearner"
@@ -203,12 +204,11 @@ def cli_help(
     """The help text of the command or one of its subcommands; fails if there is none."""
 
     def get(*arguments: str) -> str:
-        cli = importlib.import_module("tokenlearner.cli")
         monkeypatch.setattr(sys, "argv", ["tokenlearner", *arguments, "--help"])
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setenv("NO_COLOR", "1")
         with pytest.raises(SystemExit) as exit_info:
-            cli.main()
+            main()
         output = capsys.readouterr()
         assert not exit_info.value.code, output.err
         return output.out

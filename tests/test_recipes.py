@@ -18,12 +18,13 @@ import yaml
 from PIL import Image
 
 from tokenlearner import create_model, save_model, train
-from tokenlearner.cli import eval_options, main, train_options
+from tokenlearner.cli import eval_options, train_options
 from tokenlearner.data import list_data, load_data
 from tokenlearner.recipe import TrainConfig
 from tokenlearner.recipes import EvalConfig, find_recipe, header_lines, judged_as, list_recipes
 from tokenlearner.train import TrainResult
 from tokenlearner.vit import VARIANTS
+from tokenlearner_command import main
 
 RECIPES = list(list_recipes())
 LABELS = ("Source", "Command", "Hardware", "Time", "Measured")

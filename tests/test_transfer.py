@@ -13,10 +13,10 @@ from torch import nn
 
 from tokenlearner import load_model, save_model
 from tokenlearner.checkpoints import read_weights, write_flax
-from tokenlearner.cli import main
 from tokenlearner.convert import nest, to_scenic
 from tokenlearner.transfer import ConvertConfig, convert_checkpoint
 from tokenlearner.zoo import create_model
+from tokenlearner_command import main
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 

@@ -1,5 +1,5 @@
 """`python -m tokenlearner` is the command `tokenlearner`."""
 
-from .cli import main
+from tokenlearner_command import main
 
 main()

@@ -1,4 +1,4 @@
-"""The command `tokenlearner`: arguments to one function call, nothing else."""
+"""What the command `tokenlearner` runs: arguments to one function call, nothing else."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tokenlearner_command import COMMANDS
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-
-COMMANDS = {  # what each does; `_RUN` below has the functions
-    "demo": "train a small ViT with and without learned tokens on real pictures, and compare",
-    "train": "train a named model on a named data set",
-    "eval": "evaluate a checkpoint on a data set",
-    "plan": "list where tokens can be learned, and how many, within a budget",
-    "models": "list the named models with their size and cost",
-    "convert": "turn a checkpoint of scenic's (JAX) into a model, or back",
-}
 
 
 @dataclass(frozen=True)
@@ -37,15 +30,13 @@ class ModelsConfig:
     markdown: bool = False
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; a user's mistake gives one line and exit code 2.
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Runs a command; a user's mistake gives one line and exit code 2.
 
     What goes wrong on the way gives 1, and a signal 128 more than its number.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = _parse_command(arguments[:1])
     try:
-        _RUN[name](arguments[1:])
+        _RUN[name](arguments)
     except ValueError as error:
         sys.exit(_complain(name, error, 2))
     except RuntimeError as error:
@@ -53,22 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_complain(name, error, 128 + signal if signal else 1))
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _parse_command(arguments: Sequence[str]) -> str:
-    """Names the command; help and mistakes are answered here, before anything heavy is loaded."""
-    from . import __version__
-
-    listing = "\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="tokenlearner",
-        description="Image and video transformers on a few learned tokens (arXiv 2106.11297).",
-        epilog=f"commands:\n{listing}\n\n`tokenlearner COMMAND --help` lists a command's options.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"tokenlearner {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    return parser.parse_args(arguments).command
 
 
 def _config(
