@@ -90,6 +90,9 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     loop(clip_grad=0.01).epoch()
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
+    norms.clear()
+    loop(clip_grad=0.0, loss="sigmoid", task_loss_weight=100.0).epoch()
+    assert min(norms) > 10
 
 
 def test_parameters_that_need_no_gradient_stay() -> None:
@@ -387,6 +390,16 @@ def test_the_rate_falls_to_its_least(sched: str) -> None:
     else:
         expected = 1e-3 + 2e-3 * (1 + torch.cos(torch.linspace(0, math.pi, 9))) / 2
         torch.testing.assert_close(torch.tensor(rates[4:]), expected)
+
+
+def test_a_constant_rate_stays_where_the_warm_up_ends() -> None:
+    run = loop(sched="constant")
+    rates = []
+    for step in range(13):
+        run.schedule.step_update(step)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    torch.testing.assert_close(torch.tensor(rates[:5]), torch.linspace(0, 3e-3, 5))
+    assert set(rates[4:]) == {3e-3}
 
 
 def test_warming_up_takes_as_many_steps_as_asked_for() -> None:

@@ -31,9 +31,9 @@ IMPORT_ORDER = [
     "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream",
     "convert", "scenic", "adapt", "zoo", "transfer", "labelled", "loader", "pictures", "fashion",
     "listing", "folders", "streamed", "shards", "readers", "films", "moving", "data", "evaluate",
-    "benchmark", "catalog", "distill", "calibrate", "options", "recipe", "recipes", "augment",
-    "objective", "engine", "loop", "start", "resume", "train", "plan", "plan_table", "export",
-    "maps", "report", "progress", "contest", "demo", "app", "cli",
+    "benchmark", "catalog", "distill", "calibrate", "options", "data_options", "recipe", "recipes",
+    "augment", "objective", "engine", "loop", "start", "resume", "train", "plan", "plan_table",
+    "export", "maps", "report", "progress", "contest", "demo", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything

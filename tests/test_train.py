@@ -16,6 +16,7 @@ from tokenlearner.calibrate import Calibration
 from tokenlearner.data import ImageDataset
 from tokenlearner.engine import pick_device
 from tokenlearner.insert import wrapped_blocks
+from tokenlearner.start import prepare
 
 CLASSES = ("dark", "left", "right", "bright")
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 7}
@@ -54,6 +55,19 @@ def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 def metrics(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_run_from_weights_keeps_their_classifier_if_it_is_told(
+    config: TrainConfig, tmp_path: Path, keep: bool
+) -> None:
+    saved = create_model("vit_mini_patch4_28", num_classes=4, in_chans=1, num_tokens=2, **TINY)
+    save_model(saved, tmp_path / "saved")
+    told = {"init_from": str(tmp_path / "saved" / "model.safetensors"), "keep_head": keep}
+    data, cpu = quarter_pictures("quarters"), torch.device("cpu")
+    model = prepare(changed(config, **told), data, cpu).model
+    assert torch.equal(model.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
+    assert torch.equal(model.head.weight, saved.head.weight) is keep
 
 
 def test_training_learns_what_the_pictures_show(config: TrainConfig) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .checks import require
+from .data_options import AugmentOptions
 from .labelled import LabelledData
 from .loader import Change, draw, seeded
-from .options import AugmentOptions
 from .recipe import TrainConfig
 
 _ASKED_FOR = ("scale", "hflip", "color_jitter", "aa", "reprob")

@@ -48,6 +48,13 @@ def check_above_zero(name: str, value: float) -> float:
     return value
 
 
+def check_from_zero(options: object, *names: str) -> None:
+    """Refuses options that are negative or not finite; None is left alone."""
+    for name in names:
+        value = getattr(options, name) or 0
+        require(0 <= value < math.inf, f"{name} is {value}, expected a number from 0 on")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     """Returns `value` if it is one of `choices`."""
     if value not in choices:

@@ -255,7 +255,7 @@ class Loop:
     def _can_clip(self) -> bool:
         """Clips the gradient; whether its norm is one to go by."""
         clip, parameters = self.engine.accelerator.clip_grad_norm_, self.model.parameters()
-        norm: Any = clip(parameters, self.config.clip_grad)
+        norm: Any = clip(parameters, self.config.clip_grad or math.inf)
         if self._scaler:  # which looks for itself, and halves its scale
             return True
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -103,7 +103,7 @@ def make_schedule(
     Raises:
         ValueError: There are not more steps than those of warming up.
     """
-    from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+    from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 
     warmup = config.warmup_steps
     if warmup is None:
@@ -111,16 +111,13 @@ def make_schedule(
     require(
         warmup < steps, f"warmup_steps is {warmup}, expected fewer than the {steps} steps there are"
     )
-    falling = {"cosine": CosineLRScheduler, "linear": PolyLRScheduler}[config.sched]
-    return falling(
-        optimizer,
-        t_initial=steps - warmup,
-        warmup_t=warmup,
-        warmup_prefix=True,  # the fall starts where the warm-up ends, at the full rate
-        t_in_epochs=False,
-        lr_min=config.min_lr,
-        **({"power": 1.0} if config.sched == "linear" else {}),
-    )
+    told: dict[str, Any] = {"warmup_t": warmup, "warmup_prefix": True, "t_in_epochs": False}
+    if config.sched == "constant":
+        return StepLRScheduler(optimizer, decay_t=steps, decay_rate=1.0, **told)
+    told |= {"t_initial": steps - warmup, "lr_min": config.min_lr}  # it falls when it is warm
+    if config.sched == "linear":
+        return PolyLRScheduler(optimizer, power=1.0, **told)
+    return CosineLRScheduler(optimizer, **told)
 
 
 def make_average(config: TrainConfig, model: nn.Module) -> Any:

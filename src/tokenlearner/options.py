@@ -1,15 +1,21 @@
 """What a training run can be told, in groups; `recipe.TrainConfig` has all of them.
 
-The words are timm's wherever timm has one.
+The words are timm's wherever timm has one. What is said of pictures is in `data_options.py`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import check_above_zero, check_choice, check_count, check_rate, require
+from .checks import (
+    check_above_zero,
+    check_choice,
+    check_count,
+    check_from_zero,
+    check_rate,
+    require,
+)
 from .distill import KINDS
 
 
@@ -23,6 +29,7 @@ class ModelOptions:
         num_tokens: Learned tokens of a model built new; 0 leaves it as its name says.
         init_from: Weights to start a model built new from, of the same or another resolution, of
             images for a model of video; a file, as model.safetensors in what train wrote.
+        keep_head: Copy the classifier too; otherwise it starts new.
         head_bias: What every bias of a new classifier is, as -10 for the sigmoid loss.
         drop_path: Rate at which pictures skip the last block of a model built new; earlier blocks
             less often.
@@ -37,6 +44,7 @@ class ModelOptions:
     model_kwargs: dict[str, Any] | None = None
     num_tokens: int = 0
     init_from: str | None = None
+    keep_head: bool = False
     head_bias: float | None = None
     drop_path: float = 0.0
     insert: int = 0
@@ -56,6 +64,11 @@ class ModelOptions:
         require(
             not (self.insert and given),
             f"insert is for a trained model, {' and '.join(given)} for one built new; pass either",
+        )
+        require(
+            not self.keep_head or (self.init_from is not None and self.head_bias is None),
+            "keep_head is for the classifier in init_from, which has biases of its own; pass "
+            "init_from, and no head_bias",
         )
 
 
@@ -81,7 +94,7 @@ class TeachingOptions:
         """Refuses numbers out of range, and a run in which nothing would be taught."""
         check_choice("kd_distill_type", self.kd_distill_type, KINDS)
         check_above_zero("kd_temperature", self.kd_temperature)
-        _check_from_0(self, "distill_loss_weight", "task_loss_weight")
+        check_from_zero(self, "distill_loss_weight", "task_loss_weight")
         require(
             bool(self.label_weight or (self.teacher and self.distill_loss_weight)),
             "nothing would be taught: labels count for 0, and there is no teacher or it counts "
@@ -97,96 +110,6 @@ class TeachingOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """What it is trained on, and how pictures and clips are read.
-
-    Args:
-        data: A name that `load_data` knows.
-        root: Folder in which the data set is looked for.
-        images: Training pictures to use, drawn by the seed; 0 is all.
-        img_size: Height and width in pixels; None is the data set's own, or 224.
-        in_chans: 3 for colour, 1 for grey; None is the data set's own, or 3.
-        crop_pct: Share of the resized picture's side that is kept for evaluation.
-        frames: Frames of a clip.
-        stride: Frames of the film from one frame of a clip to the next; 0 spreads a clip over it.
-        views: Clips of a film that are judged in evaluation, and averaged.
-        crops: Squares of each of them: 1 or 3.
-        num_samples: Pictures of a stream that does not tell.
-        num_classes: Classes of a stream that does not tell.
-        workers: Processes that read files; None is one a processor, and none for data in memory.
-        max_broken: Files that may be unreadable; they are left out, counted and reported.
-    """
-
-    data: str = "fashion-mnist-small"
-    root: str | None = None
-    images: int = 0
-    img_size: int | None = None
-    in_chans: int | None = None
-    crop_pct: float = 0.875
-    frames: int = 8
-    stride: int = 4
-    views: int = 1
-    crops: int = 1
-    num_samples: int | None = None
-    num_classes: int | None = None
-    workers: int | None = None
-    max_broken: int = 10
-
-    def check_data(self) -> None:
-        """Refuses numbers out of range; the rest is for `labelled.Wanted` to say."""
-        for name in ("images", "max_broken"):
-            check_count(name, getattr(self, name), least=0)
-        if self.workers is not None:
-            check_count("workers", self.workers, least=0)
-
-
-@dataclass(frozen=True)
-class AugmentOptions:
-    """How training pictures are changed at random, by timm; nothing is, unless asked for.
-
-    Args:
-        scale: Smallest and largest share of a picture's area that is cut out, as [0.08, 1.0];
-            None cuts out what evaluation does.
-        ratio: Narrowest and widest shape of what is cut out.
-        hflip: Share of pictures that are mirrored.
-        color_jitter: How much brightness, contrast and saturation change.
-        aa: RandAugment or another of timm's policies, such as rand-m9-mstd0.5-inc1.
-        reprob: Share of pictures in which a rectangle is erased.
-        mixup: Parameter of Mixup's distribution; 0 is none.
-        cutmix: Parameter of CutMix's distribution; 0 is none.
-        smoothing: Label smoothing, from 0 to below 1.
-    """
-
-    scale: list[float] | None = None
-    ratio: list[float] | None = None
-    hflip: float = 0.0
-    color_jitter: float = 0.0
-    aa: str | None = None
-    reprob: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    smoothing: float = 0.0
-
-    def check_augment(self) -> None:
-        """Refuses numbers out of range."""
-        check_rate(self.smoothing, "smoothing")
-        _check_from_0(self, "color_jitter", "mixup", "cutmix")
-        for name in ("hflip", "reprob"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value!r}, expected a share from 0 to 1")
-        for name, example in (("scale", "[0.08, 1.0]"), ("ratio", "[0.75, 1.333]")):
-            pair = getattr(self, name)
-            require(
-                pair is None or (len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf),
-                f"{name} is {pair!r}, expected two numbers above 0 that rise, such as {example}",
-            )
-        require(
-            self.scale is None or self.scale[1] <= 1,
-            f"scale is {self.scale!r}, expected shares of a picture, up to 1.0",
-        )
-
-
-@dataclass(frozen=True)
 class OptimOptions:
     """How weights change.
 
@@ -199,11 +122,11 @@ class OptimOptions:
         lr: Highest learning rate.
         weight_decay: Not for biases, norms and position embeddings.
         layer_decay: Factor of the learning rate from each block to the one before it.
-        sched: cosine or linear, what the learning rate falls along.
+        sched: cosine or linear, what the learning rate falls along, or constant.
         min_lr: What it falls to.
         warmup_epochs: Epochs over which it rises from 0.
         warmup_steps: Steps over which it rises, in place of warmup_epochs.
-        clip_grad: Largest norm of the gradient.
+        clip_grad: Largest norm of the gradient; 0 is any.
         loss: softmax, or sigmoid for a sum over classes that each are right or wrong.
         ema_decay: Of the moving average of the weights, which is then judged and saved; 0 is none.
     """
@@ -228,12 +151,11 @@ class OptimOptions:
         """Refuses numbers out of range."""
         for name in ("epochs", "batch_size", "grad_accum_steps"):
             check_count(name, getattr(self, name))
-        for name in ("lr", "clip_grad"):
-            check_above_zero(name, getattr(self, name))
+        check_above_zero("lr", self.lr)
         check_choice("loss", self.loss, ("softmax", "sigmoid"))
-        check_choice("sched", self.sched, ("cosine", "linear"))
+        check_choice("sched", self.sched, ("cosine", "linear", "constant"))
         check_rate(self.ema_decay, "ema_decay")
-        _check_from_0(self, "weight_decay", "warmup_epochs", "min_lr")
+        check_from_zero(self, "weight_decay", "warmup_epochs", "min_lr", "clip_grad")
         require(
             self.layer_decay is None or 0 < self.layer_decay <= 1,
             f"layer_decay is {self.layer_decay!r}, expected a factor above 0, up to 1",
@@ -243,6 +165,10 @@ class OptimOptions:
         require(
             self.min_lr < self.lr,
             f"min_lr is {self.min_lr}, expected less than lr, which is {self.lr}",
+        )
+        require(
+            self.sched != "constant" or not self.min_lr,
+            f"min_lr is {self.min_lr}, but a constant learning rate does not fall; leave it out",
         )
         require(
             self.warmup_steps is not None or self.warmup_epochs < self.epochs,
@@ -292,9 +218,3 @@ class RunOptions:
         require(
             self.resume in (None, "auto"), f"resume is {self.resume!r}, expected 'auto' or None"
         )
-
-
-def _check_from_0(options: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name) or 0
-        require(0 <= value < math.inf, f"{name} is {value}, expected a number from 0 on")

@@ -7,18 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checks import require
-from .options import (
-    AugmentOptions,
-    DataOptions,
-    ModelOptions,
-    OptimOptions,
-    RunOptions,
-    TeachingOptions,
-)
+from .data_options import AugmentOptions, DataOptions
+from .options import ModelOptions, OptimOptions, RunOptions, TeachingOptions
 
 _OF_DATA = (
     *("img_size", "in_chans", "crop_pct", "frames", "stride", "views", "crops"),
-    *("num_samples", "num_classes"),
+    *("num_samples", "num_classes", "download"),
 )
 
 
@@ -28,8 +22,8 @@ class TrainConfig(
 ):
     """What to train, on what, and how.
 
-    Its options are those of `tokenlearner.options`, all of them optional: `TrainConfig(model=...,
-    data=..., epochs=90)`.
+    Its options are those of `tokenlearner.options` and `tokenlearner.data_options`, all of them
+    optional: `TrainConfig(model=..., data=..., epochs=90)`.
 
     Raises:
         ValueError: A number is out of range, or options exclude each other.
@@ -69,7 +63,12 @@ class TrainConfig(
     def wanted(self) -> dict[str, Any]:
         """What `load_data` is told, besides name and split."""
         told = {name: getattr(self, name) for name in _OF_DATA}
-        return {"root": self.root, "workers": self.reading_workers, **told}
+        return {
+            "root": self.root,
+            "download": self.download,
+            "workers": self.reading_workers,
+            **told,
+        }
 
     @property
     def reading_workers(self) -> int:

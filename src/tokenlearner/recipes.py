@@ -17,8 +17,8 @@ from typing import Any
 
 from .checks import check_choice, check_count, require
 from .data import SPLITS
+from .data_options import DataOptions
 from .evaluate import pictures_at_once
-from .options import DataOptions
 from .recipe import TrainConfig
 
 OF_THE_SET = ("root", "num_samples", "num_classes")  # of no use for another data set

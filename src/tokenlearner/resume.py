@@ -22,6 +22,7 @@ from .recipe import TrainConfig
 CHECKPOINT = "checkpoint.pt"
 _FREE = {  # options that may change from one part of a run to the next
     *("out", "root", "resume", "save_every", "trackers", "device", "workers", "max_broken", "nan"),
+    "download",
 }
 _FORMAT = 1
 METRICS = "metrics.jsonl"

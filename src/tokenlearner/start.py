@@ -66,7 +66,7 @@ def _named(config: TrainConfig, data: LabelledData) -> nn.Module:
     if config.head_bias is not None:
         _set_head_bias(model, config.head_bias)
     if config.init_from:
-        init_from(model, config.init_from)
+        init_from(model, config.init_from, keep_head=config.keep_head)
     return model
 
 
