@@ -344,6 +344,32 @@ def test_v1_takes_flat_positions_of_a_square_without_a_grid(make: Make) -> None:
     assert torch.equal(learner(x.flatten(1, 2)), learner(x))
 
 
+@pytest.mark.parametrize(("channels", "with_gradients"), [(256, False), (1024, True)])
+def test_v1_of_wide_inputs_gives_what_its_convolutions_give(
+    channels: int, with_gradients: bool
+) -> None:
+    learner = TokenLearner(channels, 3)
+    x = torch.randn(2, 4, 6, channels, requires_grad=with_gradients)
+    with torch.set_grad_enabled(with_gradients):
+        tokens = learner(x)
+        logits = learner.attention_maps(learner.norm(x).movedim(-1, 1))
+        expected = torch.einsum("bkhw,bhwc->bkc", logits.sigmoid(), x) / 24
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    if with_gradients:
+        inputs = [x, *learner.parameters()]
+        for found, right in zip(
+            *(torch.autograd.grad(y.square().mean(), inputs) for y in (tokens, expected)),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_v1_of_wide_inputs_takes_no_frames(with_gradients: bool) -> None:
+    with torch.set_grad_enabled(with_gradients):
+        assert TokenLearner(1024, 3)(torch.ones(0, 4, 4, 1024)).shape == (0, 3, 1024)
+
+
 @each_sigmoid_learner
 @torch.no_grad()
 def test_v1_tells_height_from_width(make: Make) -> None:

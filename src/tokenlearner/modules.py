@@ -29,7 +29,18 @@ from .checks import (
     check_pair,
     check_rate,
 )
-from .layers import check_gelu, conv3x3, flatten, frames, mlp, pool, softmax, square, widen
+from .layers import (
+    check_gelu,
+    conv3x3,
+    flatten,
+    frames,
+    mlp,
+    pool,
+    softmax,
+    square,
+    wide_conv3x3,
+    widen,
+)
 
 _OFFICIAL_EPS = 1e-6  # LayerNorm's in flax; torch's own is 1e-5
 
@@ -136,8 +147,11 @@ class TokenLearner(_Learner):
         self.attention_maps = nn.Sequential(*layers, conv3x3(num_tokens, num_tokens))
 
     def _maps(self, x: Tensor, grid: Grid | None) -> Tensor:
-        h, _ = grid or square(x.shape[1])
-        logits = self.attention_maps(rearrange(self.norm(x), "b (h w) c -> b c h w", h=h))
+        first, *others = self.attention_maps
+        assert isinstance(first, nn.Conv2d)
+        logits = wide_conv3x3(first, self.norm(x), grid or square(x.shape[1]))
+        for layer in others:
+            logits = layer(logits)
         return torch.sigmoid(rearrange(widen(logits), "b k h w -> b k (h w)"))
 
     def _tokens(self, x: Tensor, maps: Tensor) -> Tensor:
