@@ -12,7 +12,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # 10 times slower as soon as another program wants the same cores; this costs nothing when none does.
 export GOMP_SPINCOUNT ?= 10000
 
-SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py models_speed.py streaming.py)
+SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modules_speed.py \
+	models_speed.py streaming.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-oldest check bench compare format clean

@@ -15,6 +15,9 @@ COMMANDS = {  # what each does; `tokenlearner.cli` has the functions
     "train": "train a named model on a named data set",
     "eval": "evaluate a checkpoint on a data set",
     "plan": "list where tokens can be learned, and how many, within a budget",
+    "bench": "measure models side by side: multiply-adds, memory, speed, training",
+    "maps": "draw where learned tokens look on pictures and films, and measure it",
+    "export": "write a model to an ONNX file or a torch.export program, and compare the two",
     "models": "list the named models with their size and cost",
     "convert": "turn a checkpoint of scenic's (JAX) into a model, or back",
 }

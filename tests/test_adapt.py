@@ -11,7 +11,7 @@ import pytest
 import scipy.ndimage
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from tiny import randomized
 
 from tokenlearner import remove
 from tokenlearner.adapt import init_from, resample_positions
@@ -25,12 +25,6 @@ SHAPE: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_head
 TEN = SHAPE | {"num_classes": 10}
 vit = partial(TokenLearnerViT, img_size=32, **TEN)
 vivit = partial(ViViT, img_size=32, num_frames=6, tubelet_size=2, **TEN)
-
-
-def randomized(model: nn.Module) -> Any:
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 # --- positions ---------------------------------------------------------------------------------

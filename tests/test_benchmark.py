@@ -1,13 +1,21 @@
-"""`benchmark`: multiply-adds, memory and the ratios of speeds."""
+"""`benchmark`: multiply-adds, memory, the ratios of speeds, and how they are timed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tokenlearner import benchmark, create_model
-from tokenlearner.benchmark import Spread, count_macs
+from tokenlearner.benchmark import (
+    Spread,
+    count_macs,
+    peak_memory_mib,
+    seconds_in_turn,
+    times_in_turn,
+)
 
 
 class Repeated(nn.Module):
@@ -74,3 +82,141 @@ def test_too_few_rounds_and_nothing_to_measure_are_refused() -> None:
         benchmark({"one": Repeated(1)}, torch.ones(4, 256), rounds=1)
     with pytest.raises(ValueError, match="0 models and 4 pictures"):
         benchmark({}, torch.ones(4, 256))
+
+
+# --- seconds in turn ----------------------------------------------------------------------------
+
+
+class Watched(nn.Module):
+    """Notes how it was run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.seen: list[tuple[int, bool, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        self.seen.append((len(x), self.training, out.requires_grad))
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_models_run_in_the_mode_that_is_measured_and_get_their_own_back(training: bool) -> None:
+    model = Watched().train(not training)
+    seconds = seconds_in_turn({"one": model}, torch.ones(3, 4), 2, training=training)
+    assert model.seen == [(3, training, training)] * 4  # two warm up
+    assert len(seconds["one"]) == 2
+    assert model.training is not training
+
+
+def test_a_training_step_goes_backward_and_leaves_no_gradients() -> None:
+    model, calls = Watched(), []
+    model.linear.weight.register_hook(calls.append)
+    seconds_in_turn({"one": model}, torch.ones(3, 4), 2, training=True)
+    assert len(calls) == 4
+    assert model.linear.weight.grad is None
+
+
+def test_the_same_module_under_two_names_gets_its_mode_back() -> None:
+    model = Watched().train()
+    seconds_in_turn({"one": model, "two": model}, torch.ones(3, 4), 2)
+    assert model.training
+
+
+def test_memory_is_of_inference_or_of_a_training_step() -> None:
+    model, images = Repeated(4), torch.ones(512, 256)
+    cost = benchmark({"four": model}, images, rounds=2)["four"]
+    assert peak_memory_mib(model, images) == cost.peak_memory_mib
+    assert peak_memory_mib(model, images, training=True) == cost.training_peak_memory_mib
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """How `torch.compile` is called; the graphs are run as they are, which takes no time."""
+    calls: list[dict[str, Any]] = []
+    compile_it = torch.compile
+
+    def compiles(run: Any, **told: Any) -> Any:
+        calls.append(told)
+        return compile_it(run, backend="eager", **told)
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    return calls
+
+
+def test_more_models_are_compiled_than_torch_compiles_of_one_function(
+    compilations: list[dict[str, Any]],
+) -> None:
+    models = {str(n): nn.Sequential(*(nn.Linear(4, 4) for _ in range(n))) for n in range(1, 12)}
+    seconds = seconds_in_turn(models, torch.ones(2, 4), 2, compiled=True)
+    assert [*seconds] == [*models]
+    assert compilations == [{"fullgraph": True, "dynamic": False}] * 11
+
+
+def test_a_model_is_compiled_once_before_anything_is_counted() -> None:
+    made: list[int] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        made.append(len(example))
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        compile_it = torch.compile
+        patch.setattr(torch, "compile", lambda run, **told: compile_it(run, backend=backend))
+        seconds_in_turn({"one": nn.Linear(4, 4)}, torch.ones(2, 4), 3, compiled=True)
+    assert len(made) == 1
+
+
+def test_what_is_not_asked_for_is_not_compiled(compilations: list[dict[str, Any]]) -> None:
+    seconds_in_turn({"one": Watched()}, torch.ones(3, 4), 2)
+    assert not compilations
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the compiler
+@pytest.mark.parametrize("training", [False, True])
+def test_a_vit_with_learned_tokens_is_compiled_as_one_graph(training: bool) -> None:
+    model = create_model("vit_mini_patch4_28", depth=2, num_tokens=4, at=1)
+    seconds = seconds_in_turn(
+        {"one": model}, torch.ones(2, 1, 28, 28), 2, training=training, compiled=True
+    )
+    assert len(seconds["one"]) == 2
+
+
+class Accelerator:
+    """One that notes when it is waited for."""
+
+    def __init__(self, there: bool, done: list[str]):
+        self.there, self.done = there, done
+
+    def is_available(self) -> bool:
+        return self.there
+
+    def synchronize(self) -> None:
+        self.done.append("wait")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_accelerator_is_waited_for_before_and_after_each_run(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch, "accelerator", Accelerator(there, done), raising=False)
+    times_in_turn({"a": lambda: done.append("run")}, rounds=1)
+    assert done == (["wait", "run", "wait"] if there else ["run"]) * 3
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_torch_without_a_word_for_all_accelerators_waits_for_each_kind(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.delattr(torch, "accelerator", raising=False)
+    for name in ("cuda", "xpu", "mps"):
+        accelerator = Accelerator(name == kind, done)
+        monkeypatch.setattr(torch, name, accelerator)
+        if name == "mps":
+            monkeypatch.setattr(torch.backends, "mps", accelerator)
+    times_in_turn({"a": lambda: done.append("run")}, rounds=1)
+    assert done == ["wait", "run", "wait"] * 3

@@ -111,6 +111,21 @@ def test_modules_memory_prints_the_median_of_its_runs(
     assert text.splitlines()[-1] == "python benchmarks/modules_memory.py --runs 3 --batch 2"
 
 
+@pytest.mark.parametrize("script", ["modules_speed"], indirect=True)
+def test_modules_speed_prints_every_learner_both_ways(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = "8 x 14 x 14 x 768"
+    options = ["--batch", "1", "--rounds", "2", "--dtypes", "float32", "bfloat16"]
+    monkeypatch.setattr(sys, "argv", ["modules_speed.py", *options, "--shapes", shape])
+    script.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:14]]
+    assert [row[0].split(", ")[0] for row in rows] == [f"| {name}" for name in script.LEARNERS] * 4
+    assert [row[0].endswith("backward") for row in rows] == ([False] * 3 + [True] * 3) * 2
+    assert {row[1] for row in rows} == {shape}
+    assert all(float(cell.split(" (")[0].rstrip(" |")) > 0 for row in rows for cell in row[2:])
+
+
 @pytest.mark.parametrize("script", ["models_speed"], indirect=True)
 def test_models_speed_prints_ratios_of_time_and_of_multiply_adds(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

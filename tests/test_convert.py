@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from tiny import drawn
 from torch import Tensor, nn
 
 from tokenlearner import TokenFuser, TokenLearner, TokenLearnerModuleV11, TokenLearnerV11, insert
@@ -88,11 +89,7 @@ def params_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
 
 
-def randomized(module: nn.Module) -> nn.Module:
-    """The module with every parameter drawn at random, so that no two are alike."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
-    return module
+randomized = partial(drawn, std=1.0)
 
 
 def states_equal(left: nn.Module, right: nn.Module) -> bool:

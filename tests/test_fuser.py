@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from tiny import drawn
 from torch import Tensor, nn
 
 from tokenlearner import TokenFuser
@@ -33,11 +34,7 @@ SHAPES = {"flat": (2, 35, 9), "grid": (2, 5, 7, 9), "clip": (2, 3, 5, 7, 9)}
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def randomized(module: TokenFuser) -> TokenFuser:
-    """The module with every parameter drawn at random: none is 0, so nothing is hidden."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
+randomized = partial(drawn, std=0.5)
 
 
 def uneven(*shape: int) -> Tensor:

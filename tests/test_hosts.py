@@ -10,6 +10,7 @@ import copy
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
+from tiny import drawn
 from torch import Tensor, nn
 
 from tokenlearner import attention_maps, insert, remove
@@ -277,10 +279,7 @@ graphs = pytest.mark.parametrize(
 )
 
 
-def randomized(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
+randomized = partial(drawn, std=0.2)
 
 
 def inserted(name: str, fuse: bool = False, **more: Any) -> nn.Module:

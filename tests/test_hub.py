@@ -16,6 +16,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tiny import randomized
 from torch import Tensor, nn
 
 from tokenlearner import benchmark, create_model, load_model, save_model
@@ -44,13 +45,6 @@ def small(**kwargs: Any) -> Any:
 def host(**kwargs: Any) -> Any:
     """A model of timm's own, with tokens."""
     return randomized(create_model(TIMM, **({"num_tokens": 3} | FOREIGN | kwargs)))
-
-
-def randomized(model: nn.Module) -> Any:
-    """The model with every parameter drawn at random: a fuser then adds something."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def changed(model: Any, classes: int, size: Any = None, pool: str | None = None) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenlearner import TokenLearnerV11, attention_maps, insert, video  # noqa: F401  (video registers names)
 from tokenlearner.insert import LEARNERS
-from tokenlearner.maps import draw_maps
+from tokenlearner.maps import draw_maps, has_gates
 from tokenlearner.wrappers import ReducedBlock
 
 TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
@@ -199,6 +199,11 @@ def test_a_block_that_someone_wrapped_by_hand_is_found_too() -> None:
     assert maps.shape == (2, 3, 2, 5)
 
 
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_v1s_maps_are_gates_and_the_others_are_not(learner: str) -> None:
+    assert has_gates(insert(vit(), 3, learner=learner)) == (learner in ("v1", "v1-mean"))
+
+
 def test_a_model_without_learned_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="no learned tokens to look at; insert"):
         attention_maps(vit(), images())
@@ -238,7 +243,7 @@ def test_the_sheet_is_a_png_that_grows_with_pictures_and_tokens(
     height, width = imread(path).shape[:2]
     assert path.read_bytes().startswith(b"\x89PNG")
     assert abs(width - 100 * (1.25 * (k + 2) + 1.2)) <= 1
-    assert abs(height - 100 * (1.22 * b + 0.8)) <= 1
+    assert abs(height - 100 * max(1.22 * 0.4 * b + 1.0, 2.2)) <= 1  # pictures of 16 x 40
     assert list(path.parent.iterdir()) == [path]
 
 

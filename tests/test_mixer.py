@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models.mlp_mixer import MlpMixer, ResBlock
 from timm.optim import param_groups_layer_decay
+from tiny import randomized
 from torch import Tensor, nn
 
 from tokenlearner import attention_maps, mixer
@@ -38,13 +39,6 @@ TINY: dict[str, Any] = {
 each_name = pytest.mark.parametrize("name", MIXERS)
 each_learner = pytest.mark.parametrize("learner", LEARNERS)
 both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduced", "fused"])
-
-
-def randomized(model: nn.Module) -> Any:
-    """The model with every parameter drawn at random: head and fusers then do something."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def tiny(**kwargs: Any) -> TokenLearnerMixer:

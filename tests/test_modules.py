@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from tiny import drawn
 from torch import Tensor, nn
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
@@ -39,11 +40,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 narrow_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 
 
-def randomized(module: nn.Module) -> nn.Module:
-    """The module with every parameter drawn at random, so that no path hides behind a constant."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
+randomized = partial(drawn, std=0.5)
 
 
 def uneven(*shape: int) -> Tensor:

@@ -31,9 +31,11 @@ IMPORT_ORDER = [
     "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream",
     "convert", "scenic", "adapt", "zoo", "transfer", "labelled", "loader", "pictures", "fashion",
     "listing", "folders", "streamed", "shards", "readers", "films", "moving", "data", "evaluate",
-    "benchmark", "catalog", "distill", "calibrate", "options", "data_options", "recipe", "recipes",
-    "augment", "objective", "engine", "loop", "start", "resume", "train", "plan", "plan_table",
-    "export", "maps", "report", "progress", "contest", "demo", "app", "cli",
+    "counting", "benchmark", "catalog", "distill", "calibrate", "options", "data_options", "recipe",
+    "recipes", "augment", "objective", "engine", "loop", "start", "resume", "train", "plan",
+    "plan_table", "machine", "bench_config", "bench_models", "bench_run", "bench_table", "narrow",
+    "formats", "export", "export_table", "overlap", "map_table", "sheets", "maps", "map_inputs",
+    "map_run", "report", "progress", "contest", "demo", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything

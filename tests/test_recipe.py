@@ -45,6 +45,7 @@ from tokenlearner.labelled import Wanted
         ({"sched": "step"}, "sched is 'step', expected one of 'cosine', 'linear', 'constant'"),
         ({"sched": "constant", "min_lr": 1e-5}, "min_lr is 1e-05, but a constant learning rate"),
         ({"clip_grad": -1.0}, "clip_grad is -1.0, expected a number from 0 on"),
+        ({"learner": "v1", "at": 2}, "at and learner go with num_tokens or insert; pass one of"),
         ({"keep_head": True}, "keep_head is for the classifier in init_from"),
         ({"keep_head": True, "init_from": "a", "head_bias": -10.0}, "pass init_from, and no head"),
         ({"loss": "hinge"}, "loss is 'hinge', expected one of 'softmax', 'sigmoid'"),

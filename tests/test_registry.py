@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from tiny import randomized
 from torch import Tensor, nn
 
 from tokenlearner import registry
@@ -21,12 +22,6 @@ from tokenlearner.vit import TokenLearnerViT, build_vit
 PLAIN, MINI = "vit_mini_patch4_28", "vit_mini_patch4_tl8at3_28"
 CLIP = "vivit_mini_patch8x2_tl4at3_32"
 SMALL: dict[str, Any] = {"embed_dim": 16, "depth": 4, "num_tokens": 5, "at": 1}
-
-
-def randomized(model: nn.Module) -> Any:
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def inputs(model: Any) -> Tensor:

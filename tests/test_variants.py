@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from tiny import randomized
 from torch import Tensor, nn
 
 from tokenlearner import video, vit
@@ -399,13 +400,6 @@ def _shape(name: str) -> tuple[Any, ...]:
 
 # Of variants that differ in what `narrow` overrides, one stands for all.
 each_shape = pytest.mark.parametrize("name", {_shape(name): name for name in CATALOG}.values())
-
-
-def randomized(model: nn.Module) -> Any:
-    """The model with every parameter drawn at random: head and fusers then do something."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def narrow(name: str, **kwargs: Any) -> Any:

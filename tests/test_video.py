@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.optim import param_groups_layer_decay
+from tiny import randomized
 from torch import Tensor, nn
 
 from tokenlearner import attention_maps
@@ -31,13 +32,6 @@ TINY = SHAPE | {"num_tokens": 4, "at": 2}
 T, GRID, N = 3, (4, 6), 24
 each_learner = pytest.mark.parametrize("learner", LEARNERS)
 both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduced", "fused"])
-
-
-def randomized(model: nn.Module) -> Any:
-    """The model with every parameter drawn at random: head and fusers then do something."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def tiny(**kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
+from tiny import randomized
 from torch import Tensor, nn
 
 import tokenlearner
@@ -33,13 +34,6 @@ TINY = SHAPE | {"num_tokens": 3, "at": 2}
 GRID = (4, 6)
 each_learner = pytest.mark.parametrize("learner", LEARNERS)
 both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduced", "fused"])
-
-
-def randomized(model: nn.Module) -> Any:
-    """The model with every parameter drawn at random: head and fusers then do something."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def tiny(**kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
+from tiny import drawn
 from torch import Tensor, nn
 
 from tokenlearner import TokenFuser, TokenLearner, TokenLearnerV11
@@ -40,11 +41,7 @@ def wrap(block: nn.Module, learner: str = "v11", fuse: bool = False, **place: An
     return ReducedBlock(block, new, **place)
 
 
-def randomized(module: ReducedBlock) -> ReducedBlock:
-    """The wrapper with every parameter drawn at random: a fuser then adds something."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return module
+randomized = partial(drawn, std=0.3)
 
 
 class Recorder(nn.Module):

@@ -13,6 +13,7 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import safe_open
+from tiny import randomized
 from torch import Tensor, nn
 
 from tokenlearner import create_model, list_models, load_model, remove, save_model
@@ -236,13 +237,6 @@ SIZES = {
     "resnet": (3, 64, 64),
 }
 each_model = pytest.mark.parametrize("kind", MODELS)
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """The model with every parameter drawn at random: a fuser then adds something."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 @each_model

@@ -6,6 +6,7 @@ from .benchmark import benchmark
 from .calibrate import calibrate
 from .data import load_data
 from .evaluate import evaluate
+from .export import export
 from .fuser import TokenFuser
 from .insert import insert, remove
 from .maps import attention_maps
@@ -28,6 +29,7 @@ __all__ = [
     "calibrate",
     "create_model",
     "evaluate",
+    "export",
     "insert",
     "list_models",
     "load_data",

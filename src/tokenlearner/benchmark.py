@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import time
-import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from .checks import check_count
+from .counting import count_macs as count_macs
+from .counting import live_peak_mib
+from .counting import twin as twin
 from .evaluate import mode
 
 Key = TypeVar("Key")
@@ -71,15 +70,8 @@ def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15)
     Raises:
         ValueError: There is no model or no picture, or fewer than 2 rounds.
     """
-    check_count("rounds", rounds, least=2)
-    if not models or not len(images):
-        raise ValueError(f"{len(models)} models and {len(images)} pictures, expected 1 or more")
-    inference = times_in_turn(
-        {name: _Inference(model, images) for name, model in models.items()}, rounds
-    )
-    training = times_in_turn(
-        {name: _Training(model, images) for name, model in models.items()}, rounds
-    )
+    inference = seconds_in_turn(models, images, rounds)
+    training = seconds_in_turn(models, images, rounds, training=True)
     first = next(iter(models))
     return {
         name: Cost(
@@ -89,61 +81,96 @@ def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15)
             speedup=speed_ratio(inference[first], inference[name]),
             training_images_per_second=Spread.of([len(images) / s for s in training[name]]),
             training_speedup=speed_ratio(training[first], training[name]),
-            peak_memory_mib=_peak_mib(_Inference(model, images)),
-            training_peak_memory_mib=_peak_mib(_Training(model, images)),
+            peak_memory_mib=peak_memory_mib(model, images),
+            training_peak_memory_mib=peak_memory_mib(model, images, training=True),
         )
         for name, model in models.items()
     }
 
 
-def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Counts the multiply-adds of matrix products, convolutions and attention in one forward pass.
-
-    Attention runs in its plain form for this: torch's counter does not see the fused one on a CPU.
-    """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _Inference(model, images)()
-    return counter.get_total_flops() // 2
-
-
-def twin(model: nn.Module, device: str | None = None) -> nn.Module:
-    """Copies a model's structure, to be changed and run without touching the model.
+def seconds_in_turn(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    rounds: int = 15,
+    *,
+    training: bool = False,
+    compiled: bool = False,
+) -> dict[str, list[float]]:
+    """Measures a forward pass, or a training step, of models in turn on the same pictures.
 
     Args:
-        model: Any that can be deep-copied.
-        device: None shares the weights; on a device such as `"meta"` they are new and empty.
+        models: As in `benchmark`.
+        images: As in `benchmark`.
+        rounds: As in `benchmark`.
+        training: Measure forward and backward of the mean output, in training mode.
+        compiled: Run what `torch.compile` makes of the models, each as one graph of fixed shapes;
+            compiling happens in the runs that are not counted.
+
+    Returns:
+        The seconds of each run, one number a round.
+
+    Raises:
+        ValueError: As in `benchmark`.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    if device is not None:
-        for key, tensor in memo.items():
-            memo[key] = nn.Parameter(torch.empty_like(tensor, device=device), requires_grad=False)
-    return copy.deepcopy(model, memo)  # what is in the memo is taken as it is
+    check_count("rounds", rounds, least=2)
+    if not models or not len(images):
+        raise ValueError(f"{len(models)} models and {len(images)} pictures, expected 1 or more")
+    with ExitStack() as stack:
+        runs: dict[str, Callable[[], object]] = {}
+        for name, model in models.items():
+            stack.enter_context(_ready(model, training))
+            forward = _compiled(model) if compiled else model
+            runs[name] = partial(_step if training else _pass, model, forward, images)
+        return times_in_turn(runs, rounds)
 
 
-class _Inference:
-    def __init__(self, model: nn.Module, images: Tensor):
-        self.model, self.images = model, images
+def peak_memory_mib(model: nn.Module, images: Tensor, *, training: bool = False) -> float:
+    """Measures the tensors that are alive at once beyond model and input, in MiB.
 
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        with mode(self.model, training=False):
-            self.model(self.images)
+    Args:
+        model: As in `benchmark`; it is not compiled for this.
+        images: As in `benchmark`.
+        training: As in `seconds_in_turn`.
+    """
+    with _ready(model, training):
+        return live_peak_mib(partial(_step if training else _pass, model, model, images))
 
 
-class _Training:
-    def __init__(self, model: nn.Module, images: Tensor):
-        self.model, self.images = model, images
+@contextmanager
+def _ready(model: nn.Module, training: bool) -> Any:
+    """In its mode, and at inference without gradients; outside of what is timed."""
+    with mode(model, training), torch.inference_mode(not training):
+        yield
 
-    def __call__(self) -> None:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        with mode(self.model, training=True):
-            torch.autograd.grad(self.model(self.images).mean(), parameters, allow_unused=True)
+
+def _pass(model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    forward(images)
+
+
+def _step(model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(forward(images).mean(), parameters, allow_unused=True)
+
+
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Compiles a model apart from all others.
+
+    torch keeps what it compiled by code object, tries one after the other, and gives up at the
+    ninth; models of one class would wait for each other's guards.
+    """
+
+    def forward(images: Tensor) -> Tensor:
+        return model(images)
+
+    forward.__code__ = forward.__code__.replace()
+    return torch.compile(forward, fullgraph=True, dynamic=False)
 
 
 def times_in_turn(runs: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, list[float]]:
     """Measures runs one after the other, round by round, so that a busy machine slows all alike.
 
-    Every other round goes backwards, so that none always runs behind the same one.
+    Every other round goes backwards, so that none always runs behind the same one. Each run is
+    waited for, on an accelerator too.
 
     Args:
         runs: What to run, by name.
@@ -169,46 +196,14 @@ def speed_ratio(first: list[float], other: list[float]) -> Spread:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _peak_mib(run: Callable[[], None]) -> float:
-    with _LiveTensors() as live:
-        run()
-    return live.peak / 2**20
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Adds up the storages that operations make, and takes them off as they are freed.
-
-    What an operation allocates and frees inside itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = _storages((args, kwargs))
-        for storage in _storages(out):
-            if storage not in inputs:
-                self._add(storage)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def _storages(tree: Any) -> set[torch.UntypedStorage]:
-    return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+    """Waits for the accelerator, of whatever kind; torch before 2.6 has no word for all of them."""
+    accelerator: Any = getattr(torch, "accelerator", None)
+    if accelerator is not None:
+        if accelerator.is_available():
+            accelerator.synchronize()
+        return
+    for kind in (torch.cuda, torch.xpu):
+        if kind.is_available():
+            kind.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()

@@ -74,9 +74,13 @@ def _parser(
         formatter_class=Formatter,
         exit_on_error=False,
     )
-    defaults = {field.name: field.default for field in fields(config_class)}
+    known = {field.name: field for field in fields(config_class)}
     for name, help_text in positional.items():
-        told = {} if defaults[name] is MISSING else {"nargs": "?", "default": defaults[name]}
+        told: dict[str, Any] = {}
+        if known[name].default is not MISSING:
+            told = {"nargs": "?", "default": known[name].default}
+        elif known[name].type == "list[str]":
+            told = {"nargs": "+"}
         parser.add_argument(name, type=str, help=help_text, **told)
     parser.add_class_arguments(config_class, skip={*positional, *skip})
     return parser
@@ -196,6 +200,46 @@ def _plan(arguments: Sequence[str]) -> None:
     out.print(*module.plan_table(config), sep="\n")
 
 
+def _bench(arguments: Sequence[str]) -> None:
+    from .bench_config import BenchConfig
+    from .bench_table import bench_table
+    from .progress import console
+
+    help_text = "a model's name, or a checkpoint, with '+insert(8,6)' behind it on 8 learned tokens"
+    config = _config("bench", BenchConfig, arguments, models=help_text)
+    report = console(stderr=True).print
+    console().print(*bench_table(config, report), sep="\n")
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from .progress import console
+
+    module, out = import_module("tokenlearner.export_table"), console()
+    config = _config(
+        "export",
+        module.ExportConfig,
+        arguments,
+        model="a model's name, or a checkpoint",
+        out="file to write, such as model.onnx or model.pt2",
+    )
+    out.print(*module.export_table(config), sep="\n")
+
+
+def _maps(arguments: Sequence[str]) -> None:
+    from .progress import console
+
+    module, out = import_module("tokenlearner.map_run"), console()
+    config = _config(
+        "maps",
+        module.MapsConfig,
+        arguments,
+        model="checkpoint that `train` or `save_model` wrote, or a model's name",
+        source="picture (png, jpg), film, or folder of them",
+        out="folder for sheets, animations and maps.json",
+    )
+    out.print(*module.run_maps(config), sep="\n")
+
+
 def _convert(arguments: Sequence[str]) -> None:
     module = import_module("tokenlearner.transfer")
     config = _config(
@@ -223,6 +267,9 @@ _RUN = {
     "train": _train,
     "eval": _eval,
     "plan": _plan,
+    "bench": _bench,
+    "maps": _maps,
+    "export": _export,
     "models": _models,
     "convert": _convert,
 }

@@ -76,7 +76,7 @@ def wide_conv3x3(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
         return conv(rearrange(x, "b (h w) c -> b c h w", h=grid[0]))
     taps = rearrange(conv.weight.flip(2, 3), "k c i j -> (k i j) c")  # a sum turns them around
     spread = torch.bmm(taps.expand(b, *taps.shape), x.transpose(1, 2))
-    return F.fold(spread, output_size=list(grid), kernel_size=3, padding=1)
+    return F.fold(spread, output_size=(grid[0], grid[1]), kernel_size=3, padding=1)
 
 
 def mlp(

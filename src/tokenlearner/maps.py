@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .checks import Grid
 from .evaluate import mode
-from .files import written_whole
 from .insert import wrapped_blocks
+from .modules import TokenLearner
+from .sheets import SheetRow, map_scale, write_sheet
 from .wrappers import FusedBlock, ReducedBlock
 
 
@@ -62,13 +63,19 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     return maps
 
 
+def has_gates(model: nn.Module) -> bool:
+    """Whether a model's maps are V1's gates in (0, 1), and not distributions over positions."""
+    found = wrapped_blocks(model).values()
+    return any(isinstance(block.learner, TokenLearner) for block in found)
+
+
 def draw_maps(
     path: str | Path, pictures: Tensor, maps: Tensor, names: Sequence[str], title: str
 ) -> Path:
-    """Writes a sheet with a row for each picture: itself, its `k` maps over it, and their mean.
+    """Writes a sheet with a row for each picture: itself, its `k` maps over it, and their sum.
 
-    One colour scale (viridis) serves the whole sheet. It counts in multiples of an even map, so 1
-    means that a position gets as much as any, and a bar beside the sheet says so.
+    One colour scale serves the whole sheet. It counts in multiples of the even share, so 1 means
+    that a position gets as much as any, and a bar beside the sheet says so.
 
     Args:
         path: The PNG to write.
@@ -77,41 +84,8 @@ def draw_maps(
         names: What to write beside each picture.
         title: What to write above the sheet.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    b, k, h, w = maps.shape
-    relative = maps.float().cpu() * (h * w)
-    shown = torch.cat([relative, relative.mean(1, keepdim=True)], dim=1)
-    figure = Figure(figsize=(1.25 * (k + 2) + 1.2, 1.22 * b + 0.8), layout="constrained")
-    axes = figure.subplots(b, k + 2, squeeze=False)
-    top = float(shown.quantile(0.995))
-    heat = None
-    for row, picture, row_maps, name in zip(axes, pictures.cpu(), shown, names, strict=True):
-        _show(row[0], picture)
-        row[0].set_ylabel(name, fontsize=8)
-        for axis, one in zip(row[1:], row_maps, strict=True):
-            _show(axis, picture, grey=True)
-            extent = (-0.5, picture.shape[-1] - 0.5, picture.shape[-2] - 0.5, -0.5)
-            heat = axis.imshow(
-                one.numpy(), cmap="viridis", vmin=0, vmax=top, alpha=0.75, extent=extent
-            )
-    for axis, label in zip(axes[0], ["picture", *map(str, range(1, k + 1)), "mean"], strict=True):
-        axis.set_title(label, fontsize=8)
-    assert heat is not None
-    figure.colorbar(heat, ax=axes, shrink=0.8, label="weight, in multiples of an even map")
-    figure.suptitle(title, fontsize=10)
-    with written_whole(path) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))
-    return Path(path)
-
-
-def _show(axis: Any, picture: Tensor, grey: bool = False) -> None:
-    is_grey = grey or picture.shape[0] == 1
-    pixels = picture.mean(0) if is_grey else picture.permute(1, 2, 0)
-    axis.imshow(pixels.numpy(), cmap="gray" if is_grey else None, vmin=0, vmax=1)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    rows = [SheetRow(*row) for row in zip(names, pictures, maps, strict=True)]
+    return write_sheet(path, rows, map_scale(rows, gates=False), title)
 
 
 def _grid(block: ReducedBlock, images: Tensor, n: int) -> Grid:

@@ -18,6 +18,8 @@ from .checks import (
 )
 from .distill import KINDS
 
+_OF_TOKENS = {"at": 0.5, "learner": "v11", "fuse": False}  # of use where tokens are learned anew
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -64,6 +66,11 @@ class ModelOptions:
         require(
             not (self.insert and given),
             f"insert is for a trained model, {' and '.join(given)} for one built new; pass either",
+        )
+        changed = [name for name, usual in _OF_TOKENS.items() if getattr(self, name) != usual]
+        require(
+            bool(self.insert or self.num_tokens or not changed),
+            f"{' and '.join(changed)} go with num_tokens or insert; pass one of them too",
         )
         require(
             not self.keep_head or (self.init_from is not None and self.head_bias is None),

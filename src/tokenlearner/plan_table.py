@@ -72,7 +72,7 @@ def plan_table(config: PlanConfig) -> tuple[Any, str]:
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
 
-    model, size = _load(config)
+    model, size = load_sized(config.model, config.img_size, config.device, hosts_only=True)
     images = torch.randn(config.batch_size, *size).to(next(model.parameters()))
     told = ("budget", "measure", "num_tokens", "learner", "fuse", "rounds")
     columns = (Column(name, justify="right") for name in COLUMNS)
@@ -100,14 +100,45 @@ COLUMNS: dict[str, Callable[[Option], str]] = {
 }
 
 
-def _load(config: PlanConfig) -> tuple[nn.Module, list[int]]:
-    """The model, and the axes of one of its pictures, `c h w`, or clips, `c t h w`."""
-    name, side, device = config.model, config.img_size, pick_device(config.device)
+def load_sized(
+    name: str, img_size: int, device: str, *, hosts_only: bool = False
+) -> tuple[nn.Module, list[int]]:
+    """Loads a model by name or from a checkpoint, and tells the axes of one of its inputs.
+
+    Args:
+        name: As in `PlanConfig`.
+        img_size: As in `PlanConfig`.
+        device: As in `PlanConfig`.
+        hosts_only: Refuse what `insert` does not know.
+
+    Returns:
+        The model, and `c h w` of its pictures or `c t h w` of its clips.
+
+    Raises:
+        ValueError: There is no such model or device, it cannot have the size, or it is no host.
+    """
+    place = pick_device(device)
     saved = "/" in name or name.endswith(".safetensors") or Path(name).exists()
     model: Any = load_model(name) if saved else create_model(name)
-    host: Any = look(model).host  # refuses what is none
-    if side:
-        model.set_input_size((side, side))
+    if hosts_only:
+        look(model)
+    if img_size:
+        if not hasattr(model, "set_input_size"):
+            raise ValueError(
+                f"{name} cannot be set to {img_size} pixels; pass img_size 0, or save a model that "
+                f"create_model built with img_size={img_size}, and pass the file"
+            )
+        model.set_input_size((img_size, img_size))
+    embed = _embedding(model)
+    channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-    frames = [model.num_frames] if hasattr(model, "num_frames") else []
-    return model.to(device), [next(convolutions).in_channels, *frames, *host.patch_embed.img_size]
+    channels = next((m.in_channels for m in convolutions), channels)
+    tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
+    frames = [model.num_frames * tubelet] if hasattr(model, "num_frames") else []
+    return model.to(place), [channels, *frames, *(getattr(embed, "img_size", None) or size)]
+
+
+def _embedding(model: Any) -> Any:
+    """What makes tokens of pictures, and has their size: of a ViT, a FrameViT or a Mixer."""
+    owner = getattr(model, "encoder", model)
+    return getattr(owner, "patch_embed", getattr(owner, "stem", None))
