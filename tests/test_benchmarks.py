@@ -202,6 +202,7 @@ def test_kill_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert said.count("'checkpoint_of_step'") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["waiting"], indirect=True)
 def test_waiting_prints_shares_of_both_data_sets(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -68,6 +68,7 @@ def test_the_table_shows_what_the_metrics_hold(made: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_another_folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("tokenlearner.train"), "load_data", few)
     before = (made / "metrics.json").read_bytes()

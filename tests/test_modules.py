@@ -18,6 +18,7 @@ from tiny import drawn
 from torch import Tensor, nn
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
+from tokenlearner.layers import parts
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 Make = Callable[..., nn.Module]
@@ -359,6 +360,18 @@ def test_v1_of_wide_inputs_gives_what_its_convolutions_give(
             strict=True,
         ):
             torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+@each_learner
+def test_many_frames_without_gradients_give_what_they_give_with_them(make: Make) -> None:
+    learner = make(24, 4).eval()
+    x = torch.randn(5, 128, 128, 24)  # 1.5 MiB a frame
+    with torch.no_grad():
+        tokens = learner(x)
+    assert len(parts(x.flatten(1, 2))) == 1  # with gradients
+    with torch.inference_mode():
+        assert len(parts(x.flatten(1, 2))) > 1
+    torch.testing.assert_close(tokens, learner(x).detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])

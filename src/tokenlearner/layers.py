@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from .checks import Grid, check_choice, check_count, check_rate
 
+_CACHED = 4 * 2**20  # bytes
+
 
 def frames(x: Tensor) -> tuple[int, ...]:
     """The axes that count frames: `(b,)`, and `(b, t)` for `b t h w c`."""
@@ -24,6 +26,19 @@ def flatten(x: Tensor) -> Tensor:
     """`b n c`, `b h w c` or `b t h w c` to one frame after the other: `(b t) n c`."""
     lead = frames(x)
     return x.reshape(math.prod(lead), math.prod(x.shape[len(lead) : -1]), x.shape[-1])
+
+
+def parts(x: Tensor) -> tuple[Tensor, ...]:
+    """The frames of `b n c`, a few at a time where all of them would leave a CPU's cache.
+
+    That pays for many frames of few channels, without gradients (benchmarks/modules_speed.py); wide
+    ones gain nothing, and a compiler wants one piece.
+    """
+    b, n, c = x.shape
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return (x,)
+    at_once = max(1, _CACHED // max(1, n * c * x.element_size()))
+    return x.split(at_once) if c <= 256 and b > at_once else (x,)
 
 
 def square(n: int) -> Grid:

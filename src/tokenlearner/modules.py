@@ -35,6 +35,7 @@ from .layers import (
     flatten,
     frames,
     mlp,
+    parts,
     pool,
     softmax,
     square,
@@ -68,7 +69,7 @@ class _Learner(nn.Module):
             ValueError: The rank, channels, dtype or grid do not fit.
         """
         positions, grid = self._fold(x, grid)
-        tokens = self._tokens(positions, self._maps(positions, grid))
+        tokens = torch.cat([self._tokens(p, self._maps(p, grid)) for p in parts(positions)])
         return tokens.to(x.dtype).reshape(*frames(x), self.num_tokens, self.in_channels)
 
     def attention(self, x: Tensor, grid: Grid | None = None) -> Tensor:
