@@ -278,3 +278,37 @@ def test_segmentation_prints_host_and_fused_and_draws_them(
         "8 tokens, fused"
     ] * 2
     assert (tmp_path / "segmentation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["against_flax"], indirect=True)
+@pytest.mark.parametrize("learner", ["v1", "v11"])
+def test_against_flax_compares_equal_models(
+    script: ModuleType,
+    learner: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The script itself refuses models whose numbers differ."""
+    options = f"--model vit_tiny_patch16_tl8at6_224 --learner {learner} --tokens 4 --batches 2"
+    monkeypatch.setattr(
+        sys, "argv", ["against_flax.py", *options.split(), "--size", "64", "--rounds", "2"]
+    )
+    script.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:8]]
+    forms = ("eager", "Flax", "compiled")
+    assert [row[0] for row in rows] == [f"| {m}, {f}" for m in ("plain", "4 tokens") for f in forms]
+    assert [row[3] for row in rows[::3]] == ["1.00 (1.00-1.00)"] * 2
+    assert all(float(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["against_flax"], indirect=True)
+def test_against_flax_refuses_other_numbers(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "in_flax", lambda *_: lambda images: torch.ones(len(images), 1000))
+    options = "--model vit_tiny_patch16_tl8at6_224 --tokens 4 --batches 1 --no-compile"
+    monkeypatch.setattr(sys, "argv", ["against_flax.py", *options.split()])
+    with pytest.raises(AssertionError, match="not close"):
+        script.main()
