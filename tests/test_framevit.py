@@ -123,7 +123,7 @@ def test_copies_give_the_same() -> None:
         assert torch.equal(other(clip), model(clip))
 
 
-@pytest.mark.parametrize("tubelet_size", [1, 2])
+@pytest.mark.parametrize("tubelet_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_it_compiles_whole_for_clips_of_every_length(tubelet_size: int) -> None:
     model = randomized(tubelet_size=tubelet_size)

@@ -402,7 +402,7 @@ def test_parameters_are_counted_once(fuse: bool) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("learner", ["v11", "v1"])
+@pytest.mark.parametrize("learner", ["v11", pytest.param("v1", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_torch_compile_takes_the_whole_graph(learner: str, fuse: bool) -> None:
     host, x = randomized(insert(vit(depth=2), 3, learner=learner, fuse=fuse)), images()

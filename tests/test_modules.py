@@ -692,7 +692,11 @@ def test_tokens_on_the_chosen_device_are_those_on_the_cpu(make: Make, device: to
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, "inductor" if name == "v11" else "aot_eager") for name in LEARNERS],
+    [
+        ("v11", "inductor"),
+        ("v1_mean", "aot_eager"),
+        *(pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in LEARNERS),
+    ],
 )
 def test_compiled_as_one_graph_for_several_grids(name: str, backend: str) -> None:
     torch.compiler.reset()
