@@ -6,16 +6,15 @@ Each start changes the fusers of the same seeded model in place; pictures come i
 
 from __future__ import annotations
 
-import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
 from statistics import fmean, median
 
 import torch
 import torch.nn.functional as F
+from models_speed import closing
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -118,9 +117,7 @@ def main() -> None:
     print("| --- |" + " --: |" * len(starts))
     for row, cells in table.items():
         print(f"| {row} |", " | ".join(cell(cells[s]) if s in cells else "–" for s in starts), "|")
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    print(f"\n{cpu}, {how.threads} threads, torch {torch.__version__}; command:")
-    print("python", shlex.join(["benchmarks/fuser_init.py", *sys.argv[1:]]))
+    print(closing("fuser_init.py", how.threads))
 
 
 if __name__ == "__main__":

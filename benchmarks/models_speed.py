@@ -10,7 +10,6 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenlearner import create_model, remove
 from tokenlearner.benchmark import Spread, count_macs, speed_ratio, times_in_turn
+from tokenlearner.machine import describe_machine
 
 
 def pair(name: str, size: int | None) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -96,12 +96,12 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def closing(script: str) -> str:
+def closing(script: str, threads: int | None = None) -> str:
     """The machine and the command, as every script of these ends."""
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
+    machine = describe_machine(torch.device("cpu"))
     command = shlex.join([f"benchmarks/{script}", *sys.argv[1:]])
-    torch_build = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    return f"\n{cpu or 'CPU'}, {torch_build}; command:\npython {command}"
+    torch_build = f"{threads or machine['threads']} threads, torch {machine['torch']}"
+    return f"\n{machine['cpu']}, {torch_build}; command:\npython {command}"
 
 
 if __name__ == "__main__":

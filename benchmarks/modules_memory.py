@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from models_speed import closing
 from torch import Tensor
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
@@ -90,9 +90,7 @@ def main() -> None:
             values = [float(subprocess.check_output(command)) for _ in range(arguments.runs)]
             cells.append(f"{median(values):.0f} ({min(values):.0f}–{max(values):.0f})")
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    print(f"\n{cpu or 'CPU'}, {threads} threads, torch {torch.__version__}; command:")
-    print("python", shlex.join(["benchmarks/modules_memory.py", *sys.argv[1:]]))
+    print(closing("modules_memory.py", threads))
 
 
 if __name__ == "__main__":

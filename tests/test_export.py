@@ -30,7 +30,7 @@ from tokenlearner.export_table import (
 )
 from tokenlearner.formats import load_exported, write_program
 from tokenlearner.narrow import PrecisionRow
-from tokenlearner.plan_table import load_sized
+from tokenlearner.sized import load_sized
 
 slow = pytest.mark.slow
 MINI = "vit_mini_patch4_28"

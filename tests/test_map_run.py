@@ -23,7 +23,7 @@ from tokenlearner.films import FilmDataset
 from tokenlearner.labelled import Wanted
 from tokenlearner.map_inputs import Intake, intake_of, list_inputs
 from tokenlearner.map_run import MapsConfig, run_maps
-from tokenlearner.plan_table import load_sized
+from tokenlearner.sized import load_sized
 
 MINI, MIXER = "vit_mini_patch4_28", "mixer_mini_patch4_tl8at3_28"
 VIVIT, FRAMEVIT = "vivit_mini_patch8x2_tl4at3_32", "framevit_mini_patch8_f6_tl4at3_32"

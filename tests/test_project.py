@@ -33,9 +33,9 @@ IMPORT_ORDER = [
     "listing", "folders", "streamed", "shards", "readers", "films", "moving", "data", "evaluate",
     "counting", "benchmark", "catalog", "distill", "calibrate", "options", "data_options", "recipe",
     "recipes", "augment", "objective", "engine", "loop", "start", "resume", "train", "plan",
-    "plan_table", "machine", "bench_config", "bench_models", "bench_run", "bench_table", "narrow",
-    "formats", "export", "export_table", "overlap", "map_table", "sheets", "maps", "map_inputs",
-    "map_run", "report", "progress", "contest", "demo", "app", "cli",
+    "sized", "tables", "plan_table", "machine", "bench_config", "bench_models", "bench_run",
+    "bench_table", "narrow", "formats", "export", "export_table", "overlap", "map_table", "sheets",
+    "maps", "map_inputs", "map_run", "report", "progress", "contest", "demo", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything

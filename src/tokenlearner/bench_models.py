@@ -10,7 +10,7 @@ from torch import nn
 
 from .bench_config import Candidate
 from .insert import insert
-from .plan_table import load_sized
+from .sized import load_sized
 
 
 def load_candidates(

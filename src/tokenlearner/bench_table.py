@@ -10,8 +10,8 @@ from typing import Any
 
 from .bench_config import BenchConfig
 from .bench_run import Bench, BenchRow, Measurement, bench
-from .benchmark import Spread
 from .files import write_json, written_whole
+from .tables import plain_table, quartiles
 
 PAYS = 0.95  # of what the multiply-adds promise; below it a line says so
 _COLORS = {"latency": "#0072b2", "throughput": "#e69f00", "training": "#009e73"}  # Okabe and Ito's
@@ -70,8 +70,8 @@ def speed_table(found: Bench) -> Any:
         for row in found.rows:
             speed = row.speeds[one.name]
             cells = (
-                _quartiles(speed.value, 1 if speed.value.median < 100 else 0),
-                _quartiles(speed.speedup, 2),
+                quartiles(speed.value, 1 if speed.value.median < 100 else 0),
+                quartiles(speed.speedup, 2),
             )
             table.add_row(_plain(row.name), *cells, f"{speed.of_macs_ratio:.2f}")
         table.add_section()
@@ -176,7 +176,7 @@ def _verdict(row: BenchRow, one: Measurement) -> str:
     verb = "does not pay in" if speed.speedup.median < 1 else "gains less in"
     noise = ", within the noise" if speed.speedup.high >= row.macs_ratio else ""
     return (
-        f"{verb} {one.name} at batch {one.batch_size}: {_quartiles(speed.speedup, 2)} times as "
+        f"{verb} {one.name} at batch {one.batch_size}: {quartiles(speed.speedup, 2)} times as "
         f"fast, {speed.of_macs_ratio:.2f} of that{noise}"
     )
 
@@ -220,12 +220,10 @@ def _where(found: Bench) -> str:
 
 
 def _table(names: tuple[str, ...]) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
-
-    columns = [Column(names[0], overflow="fold")]
-    columns += [Column(name, justify="right") for name in names[1:]]
-    return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    """A table whose first column has names, which may be long."""
+    table = plain_table(names)
+    table.columns[0].justify, table.columns[0].overflow = "left", "fold"
+    return table
 
 
 def _plain(name: str) -> Any:
@@ -233,11 +231,6 @@ def _plain(name: str) -> Any:
     from rich.text import Text
 
     return Text(name)
-
-
-def _quartiles(spread: Spread, digits: int) -> str:
-    middle, low, high = (f"{v:.{digits}f}" for v in (spread.median, spread.low, spread.high))
-    return f"{middle} ({low}–{high})"
 
 
 def _check_packages(plot: bool) -> None:

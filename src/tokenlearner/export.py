@@ -20,6 +20,7 @@ from .checks import check_above_zero, check_count, require
 from .files import written_whole
 from .formats import (
     Axes,
+    LoadedFile,
     check_target,
     check_weights,
     first_line,
@@ -118,9 +119,9 @@ def export(
                 whole = Path(folder) / path.name
                 _write(exact, batches, tolerance, whole)
                 quantize_onnx(whole, temporary)
+            loaded = load_exported(temporary, images.device)
         else:
-            _write(exact, batches, tolerance, temporary)
-        loaded = load_exported(temporary, images.device)
+            loaded = _write(exact, batches, tolerance, temporary)
         checks = tuple(_compare(plain, loaded, batch, rounds) for batch in batches)
         size = temporary.stat().st_size / 2**20
     return Exported(path, precision, size, loaded.inputs, loaded.outputs, checks)
@@ -150,8 +151,8 @@ def _plain(model: nn.Module, images: Tensor) -> PlainModel:
     return plain
 
 
-def _write(exact: nn.Module, batches: Sequence[Tensor], tolerance: float, path: Path) -> None:
-    """Writes a file that gives the same as a model, or none that stays."""
+def _write(exact: nn.Module, batches: Sequence[Tensor], tolerance: float, path: Path) -> LoadedFile:
+    """Writes a file that gives the same as a model, or none that stays, and reads it."""
     images = batches[0]
     sizes = {len(batch) for batch in batches}
     traced = next(n for n in (2, 3, 4) if n not in sizes)  # 1 would be taken for a constant
@@ -169,6 +170,7 @@ def _write(exact: nn.Module, batches: Sequence[Tensor], tolerance: float, path: 
                     f"expected {allowed:.2g} at most; it was not kept. Pass another tolerance if "
                     "that will do"
                 )
+    return loaded
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from .export import BatchCheck, Exported, export
 from .formats import SUFFIXES, check_target, load_exported
 from .labelled import LabelledData, Wanted
 from .narrow import PrecisionRow, precision_rows, weights_mib
-from .plan_table import load_sized
+from .sized import load_sized
+from .tables import plain_table, quartiles
 
 
 @dataclass(frozen=True)
@@ -148,30 +149,25 @@ def _times(axes: Sequence[int | str]) -> str:
 
 
 def _table(columns: dict[str, Callable[[Any], str]], rows: Sequence[Any]) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
-
-    heads = (Column(name, justify="right") for name in columns)
-    table = Table(*heads, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = plain_table(columns)
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
     return table
 
 
-_MS = "{0.median:.1f} ({0.low:.1f}–{0.high:.1f})"
 COLUMNS_OF_BATCHES: dict[str, Callable[[BatchCheck], str]] = {
     "batch": lambda check: str(check.batch_size),
     "difference": lambda check: f"{check.largest_difference:.1e}",
     "of at most": lambda check: f"{check.largest_output:.2g}",
-    "model, ms": lambda check: _MS.format(check.model_latency_ms),
-    "file, ms": lambda check: _MS.format(check.latency_ms),
+    "model, ms": lambda check: quartiles(check.model_latency_ms),
+    "file, ms": lambda check: quartiles(check.latency_ms),
     "speed-up": lambda check: f"{check.speedup.median:.2f}",
 }
 COLUMNS_OF_PRECISIONS: dict[str, Callable[[PrecisionRow], str]] = {
     "": lambda row: row.precision,
     "top-1, %": lambda row: "–" if row.top1_percent is None else f"{row.top1_percent:.2f}",
     "difference": lambda row: f"{row.largest_difference:.1e}",
-    "ms a batch": lambda row: _MS.format(row.latency_ms),
+    "ms a batch": lambda row: quartiles(row.latency_ms),
     "speed-up": lambda row: f"{row.speedup.median:.2f}",
     "MiB": lambda row: f"{row.size_mib:.1f}",
 }

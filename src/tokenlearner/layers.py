@@ -35,10 +35,15 @@ def parts(x: Tensor) -> tuple[Tensor, ...]:
     ones gain nothing, and a compiler wants one piece.
     """
     b, n, c = x.shape
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.is_grad_enabled() or not _is_eager_on_cpu(x):
         return (x,)
     at_once = max(1, _CACHED // max(1, n * c * x.element_size()))
     return x.split(at_once) if c <= 256 and b > at_once else (x,)
+
+
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    """Where the shortcuts of this file were measured; a compiler finds its own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def square(n: int) -> Grid:
@@ -87,7 +92,7 @@ def wide_conv3x3(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
     b, _, c = x.shape
     wide = c >= (1024 if torch.is_grad_enabled() else 256)
     narrow = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
-    if not wide or narrow or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not wide or narrow or not _is_eager_on_cpu(x):
         return conv(rearrange(x, "b (h w) c -> b c h w", h=grid[0]))
     taps = rearrange(conv.weight.flip(2, 3), "k c i j -> (k i j) c")  # a sum turns them around
     spread = torch.bmm(taps.expand(b, *taps.shape), x.transpose(1, 2))

@@ -23,8 +23,8 @@ from .map_inputs import Intake, MapInput, intake_of, is_film, list_inputs
 from .map_table import ByKind, counted, stats_numbers, stats_remarks, stats_table
 from .maps import attention_maps, has_gates
 from .overlap import MapStats, map_stats
-from .plan_table import load_sized
 from .sheets import SheetRow, check_matplotlib, map_scale, write_animation, write_sheet
+from .sized import load_sized
 
 ANIMATIONS: dict[str, tuple[str, ...]] = {
     "both": (".gif", ".mp4"),

@@ -6,18 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 from .overlap import MapStats
+from .tables import plain_table
 
 ByKind = dict[str, dict[int, MapStats]]  # by "picture" and "film", then by block
 
 
 def stats_table(stats: ByKind) -> Any:
     """Makes a table for rich: a row for each block, means over its tokens."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
-
     heads = ("of", "block", "tokens", "overlap", "most alike", "bits", "spread", "next", "other")
-    columns = (Column(head, justify="right", no_wrap=True) for head in heads)
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = plain_table(heads, no_wrap=True)
     for kind, by_block in stats.items():
         for i, one in by_block.items():
             table.add_row(counted(one.pictures, kind), str(i), *_cells(one))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .checks import check_count
-from .engine import pick_device
-from .hosts import look
 from .plan import Option, check_plan, plan
-from .zoo import create_model, load_model
+from .sized import load_sized
+from .tables import plain_table, quartiles
 
 
 @dataclass(frozen=True)
@@ -69,15 +66,12 @@ def plan_table(config: PlanConfig) -> tuple[Any, str]:
     Raises:
         ValueError: As `plan`, or there is no such model or device.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
-
     model, size = load_sized(config.model, config.img_size, config.device, hosts_only=True)
     images = torch.randn(config.batch_size, *size).to(next(model.parameters()))
     told = ("budget", "measure", "num_tokens", "learner", "fuse", "rounds")
-    columns = (Column(name, justify="right") for name in COLUMNS)
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for option in plan(model, images, **{name: getattr(config, name) for name in told}):
+    options = plan(model, images, **{name: getattr(config, name) for name in told})
+    table = plain_table(COLUMNS)
+    for option in options:
         table.add_row(*(cell(option) for cell in COLUMNS.values()))
     where = f"{images.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return table, (
@@ -87,58 +81,13 @@ def plan_table(config: PlanConfig) -> tuple[Any, str]:
     )
 
 
-_MS = "{0.median:.1f} ({0.low:.1f}–{0.high:.1f})"
 COLUMNS: dict[str, Callable[[Option], str]] = {
     "at": lambda option: "–" if option.at is None else str(option.at),
     "tokens": lambda option: str(option.num_tokens or "–"),
     "GMACs": lambda option: f"{option.gmacs:.3f}",
     "share": lambda option: f"{option.macs_share:.2f}",
-    "ms a batch": lambda option: _MS.format(option.latency_ms),
+    "ms a batch": lambda option: quartiles(option.latency_ms),
     "speed-up": lambda option: f"{option.speedup.median:.2f}",
     "of MACs": lambda option: f"{option.of_macs_ratio:.2f}",
     "images/s": lambda option: f"{option.images_per_second.median:.1f}",
 }
-
-
-def load_sized(
-    name: str, img_size: int, device: str, *, hosts_only: bool = False
-) -> tuple[nn.Module, list[int]]:
-    """Loads a model by name or from a checkpoint, and tells the axes of one of its inputs.
-
-    Args:
-        name: As in `PlanConfig`.
-        img_size: As in `PlanConfig`.
-        device: As in `PlanConfig`.
-        hosts_only: Refuse what `insert` does not know.
-
-    Returns:
-        The model, and `c h w` of its pictures or `c t h w` of its clips.
-
-    Raises:
-        ValueError: There is no such model or device, it cannot have the size, or it is no host.
-    """
-    place = pick_device(device)
-    saved = "/" in name or name.endswith(".safetensors") or Path(name).exists()
-    model: Any = load_model(name) if saved else create_model(name)
-    if hosts_only:
-        look(model)
-    if img_size:
-        if not hasattr(model, "set_input_size"):
-            raise ValueError(
-                f"{name} cannot be set to {img_size} pixels; pass img_size 0, or save a model that "
-                f"create_model built with img_size={img_size}, and pass the file"
-            )
-        model.set_input_size((img_size, img_size))
-    embed = _embedding(model)
-    channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-    channels = next((m.in_channels for m in convolutions), channels)
-    tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
-    frames = [model.num_frames * tubelet] if hasattr(model, "num_frames") else []
-    return model.to(place), [channels, *frames, *(getattr(embed, "img_size", None) or size)]
-
-
-def _embedding(model: Any) -> Any:
-    """What makes tokens of pictures, and has their size: of a ViT, a FrameViT or a Mixer."""
-    owner = getattr(model, "encoder", model)
-    return getattr(owner, "patch_embed", getattr(owner, "stem", None))
