@@ -1,0 +1,63 @@
+"""A headless Chromium for tests of pages: what it shows, asks the network for, complains of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from selenium import webdriver
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+)
+MISSING = "Chromium and its driver are missing; run apt-get install chromium chromium-driver"
+
+
+@contextmanager
+def chromium(width: int = 1200, height: int = 900) -> Iterator[webdriver.Chrome]:
+    """Starts the browser; CI has to have one, elsewhere the test is skipped without."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (*FLAGS, f"--window-size={width},{height}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+def requested(browser: webdriver.Chrome) -> list[str]:
+    """The addresses that pages asked for since the last call, without those inside the page."""
+    events = (json.loads(row["message"])["message"] for row in browser.get_log("performance"))
+    sent = [e["params"]["request"]["url"] for e in events if e["method"].endswith("WillBeSent")]
+    return [url for url in sent if urlsplit(url).scheme not in ("data", "blob")]
+
+
+def complaints(browser: webdriver.Chrome) -> list[str]:
+    """What went wrong on the page since the last call, as its console tells."""
+    rows = browser.get_log("browser")
+    return [row["message"] for row in rows if row["level"] in ("SEVERE", "WARNING")]
+
+
+def shoot_page(browser: webdriver.Chrome, path: Path, width: int = 1200) -> None:
+    """Writes the whole page as a PNG, however long it is."""
+    height = browser.execute_script("return document.documentElement.scrollHeight")
+    browser.set_window_size(width, int(height) + 150)
+    assert browser.save_screenshot(str(path))
