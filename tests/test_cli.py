@@ -104,15 +104,18 @@ def test_a_mistake_gets_a_message_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_train_then_eval_gives_the_same_accuracy(tmp_path: Path) -> None:
+def test_train_then_eval_gives_the_same_accuracy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = ["--model", "vit_mini_patch4_28", "--num_tokens", "2", "--at", "1", "--epochs", "1"]
     quick = ["--warmup_epochs", "0.1", "--images", "1280", "--lr", "4e-3"]
     quick += ["--model_kwargs", '{"embed_dim": 32, "depth": 2}']
     trained = run("train", "--out", "run", *small, *quick, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "The checkpoint is run/model.safetensors" in trained.stdout
-    tested = run("eval", "run", cwd=tmp_path)
-    line = next(x for x in tested.stdout.splitlines() if x.startswith("top1_percent: "))
+    main(["eval", str(tmp_path / "run")])
+    printed = capsys.readouterr().out.splitlines()
+    line = next(x for x in printed if x.startswith("top1_percent: "))
     top1 = float(line.split()[1])
     assert f"held-out top-1 {top1:.1f} %" in trained.stdout
     assert top1 > 12  # guessing gets 10

@@ -693,8 +693,8 @@ def test_tokens_on_the_chosen_device_are_those_on_the_cpu(make: Make, device: to
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("v11", "inductor"),
         ("v1_mean", "aot_eager"),
+        pytest.param("v11", "inductor", marks=pytest.mark.slow),
         *(
             pytest.param(name, "aot_eager", marks=pytest.mark.slow)
             for name in LEARNERS

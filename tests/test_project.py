@@ -136,8 +136,22 @@ def test_public_name_resolves(name: str) -> None:
 
 
 def test_import_is_light() -> None:
-    code = f"import sys, tokenlearner; print(sorted({HEAVY} & set(sys.modules)))"
+    code = f"import sys, tokenlearner as t; t.insert; print(sorted({HEAVY} & set(sys.modules)))"
     assert run_python(code) == "[]"
+
+
+def test_a_public_name_is_imported_when_it_is_used() -> None:
+    code = (
+        "import sys, tokenlearner\n"
+        "loaded = lambda: [name in sys.modules for name in ('torch', 'tokenlearner.zoo')]\n"
+        "print(loaded(), tokenlearner.TokenLearner and loaded())"
+    )
+    assert run_python(code) == "[False, False] [True, False]"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'tokenlearner' has no attribute 'tokens'"):
+        tokenlearner.tokens  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["", *(f".{name}" for name in MODULES if name != "__main__")])

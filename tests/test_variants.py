@@ -270,7 +270,7 @@ GMACS = {  # of matrix products, convolutions and attention alone, so a little b
 @pytest.mark.parametrize(
     ("name", "gmacs"),
     [
-        pytest.param(*row, marks=[] if i % 5 == 0 else [pytest.mark.slow], id=row[0])
+        pytest.param(*row, marks=[] if i % 9 == 0 else [pytest.mark.slow], id=row[0])
         for i, row in enumerate(GMACS.items())
     ],
 )
