@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
+from tiny import check_compiled
 from torch import nn
 
 from tokenlearner.benchmark import count_macs
@@ -201,9 +202,7 @@ def test_every_named_model_trains_and_goes_through_what_models_go_through(narrow
     for other in (loaded, pickle.loads(pickle.dumps(narrow)), narrow):
         torch.testing.assert_close(gradients(other, clip), expected)
     narrow.set_grad_checkpointing(False)
-    torch.compiler.reset()
-    compiled = torch.compile(narrow, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(clip), logits)
+    check_compiled(narrow, {"clips": clip})
     narrower = narrow.to(torch.bfloat16)(clip.to(torch.bfloat16))
     torch.testing.assert_close(narrower, logits.to(torch.bfloat16), rtol=0.1, atol=0.1)
 

@@ -1,13 +1,15 @@
 """Sizes of the small hosts that several tests build: 16 positions, 16 channels, 3 blocks.
 
-And parameters for them that hide nothing: as they start, fusers add nothing and heads are 0.
+And parameters for them that hide nothing: as they start, fusers add nothing and heads are 0. And
+what torch.compile has to manage with all models: one graph, compiled once, for batches of any size.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 TIMM: dict[str, Any] = {
     "img_size": 16,
@@ -38,3 +40,25 @@ def drawn(module: nn.Module, std: float) -> Any:
 def randomized(model: nn.Module) -> Any:
     """The model with every parameter drawn at random: head and fusers then do something."""
     return drawn(model, 0.2).eval()
+
+
+@torch.no_grad()
+def check_compiled(model: nn.Module, inputs: dict[str, Tensor], backend: str = "eager") -> None:
+    """The model compiles to one graph, once for all sizes of a batch, and gives its own numbers."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for value in inputs.values():
+        torch._dynamo.mark_dynamic(value, 0)  # an error if a batch of 2 is compiled for 2 alone
+    larger = {name: torch.cat([value, value.flip(0)]) for name, value in inputs.items()}
+    _same(compiled(**inputs), model(**inputs))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        _same(compiled(**larger), model(**larger))
+
+
+def _same(found: Any, expected: Any) -> None:
+    """The same tensors; of transformers' outputs those that are tensors."""
+    if not isinstance(found, Tensor):
+        found, expected = (
+            [v for v in o.values() if isinstance(v, Tensor)] for o in (found, expected)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
