@@ -22,13 +22,15 @@ FLAGS = (
     "--hide-scrollbars",
     "--force-color-profile=srgb",
 )
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 MISSING = "Chromium and its driver are missing; run apt-get install chromium chromium-driver"
 
 
 @contextmanager
 def chromium(width: int = 1200, height: int = 900) -> Iterator[webdriver.Chrome]:
     """Starts the browser; CI has to have one, elsewhere the test is skipped without."""
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    driver = shutil.which("chromedriver")
     if program is None or driver is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
     options = webdriver.ChromeOptions()

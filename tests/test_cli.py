@@ -58,6 +58,17 @@ def test_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == f"tokenlearner {tokenlearner.__version__}\n"
 
 
+@pytest.mark.parametrize("paths", [(), ("a", "b")], ids=["none", "two"])
+def test_app_takes_any_number_of_checkpoints(
+    paths: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("tokenlearner.app.app", served.append)
+    main(["app", *paths, "--port", "8000"])
+    [config] = served
+    assert (tuple(config.checkpoints), config.port) == (paths, 8000)
+
+
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("trian") == 2
     assert "invalid choice: 'trian'" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 
 from tokenlearner import data, load_model
 from tokenlearner.demo import DemoConfig, demo, load_photographs
+from tokenlearner.report import write_report
 
-MADE = {"curves.png", "maps-clothes.png", "maps-photographs.png", "metrics.json", "table.txt"}
+PICTURES = {"curves.png", "maps-clothes.png", "maps-photographs.png"}
+MADE = PICTURES | {"metrics.json", "report.html", "table.txt"}
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("tokenlearner.train"), "load_data", few)
+        brief = partial(write_report, pictures=64)
+        patch.setattr(import_module("tokenlearner.demo"), "write_report", brief)
         demo(DemoConfig(out=str(out), epochs=2, tokens=4))
     return out
 
@@ -66,6 +71,14 @@ def test_the_table_shows_what_the_metrics_hold(made: Path) -> None:
         "Speed:",
         "Memory",
     ]
+
+
+def test_the_report_has_both_models_maps_and_confusions(made: Path) -> None:
+    report = (made / "report.html").read_text()
+    assert "<h1>tokenlearner demo</h1>" in report
+    assert report.count("<img ") == 2
+    assert [f"<h3>{name}</h3>" in report for name in ("ViT", "ViT, 4 learned tokens")] == [True] * 2
+    assert 'class="problems"' not in report
 
 
 @pytest.mark.slow

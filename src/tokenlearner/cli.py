@@ -77,7 +77,9 @@ def _parser(
     known = {field.name: field for field in fields(config_class)}
     for name, help_text in positional.items():
         told: dict[str, Any] = {}
-        if known[name].default is not MISSING:
+        if known[name].type == "Sequence[str]":
+            told = {"nargs": "*", "default": known[name].default}
+        elif known[name].default is not MISSING:
             told = {"nargs": "?", "default": known[name].default}
         elif known[name].type == "list[str]":
             told = {"nargs": "+"}
@@ -104,6 +106,7 @@ def _demo(arguments: Sequence[str]) -> None:
     module = import_module("tokenlearner.demo")
     out = module.demo(_config("demo", module.DemoConfig, arguments))
     print(f"Everything is in {out}")
+    print(f"The report is {out / 'report.html'}")
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -123,6 +126,10 @@ def _train(arguments: Sequence[str]) -> None:
         against_host(config, result)
     else:
         console().print(summary_table(result.history, time.perf_counter() - start))
+    report_file = import_module("tokenlearner.report").write_report(
+        config.out, device=config.device
+    )
+    print(f"The report is {report_file}")
     print(f"The checkpoint is {result.checkpoint}")
 
 
@@ -211,6 +218,19 @@ def _bench(arguments: Sequence[str]) -> None:
     console().print(*bench_table(config, report), sep="\n")
 
 
+def _report(arguments: Sequence[str]) -> None:
+    module = import_module("tokenlearner.report")
+    help_text = "folder that train, demo or a benchmark wrote, or a JSON file of numbers"
+    config = _config("report", module.ReportConfig, arguments, source=help_text)
+    print(f"The report is {module.write_report(**vars(config))}")
+
+
+def _app(arguments: Sequence[str]) -> None:
+    module = import_module("tokenlearner.app")
+    help_text = "checkpoints, folders of `tokenlearner demo`, or names; none takes the demos here"
+    module.app(_config("app", module.AppConfig, arguments, checkpoints=help_text))
+
+
 def _export(arguments: Sequence[str]) -> None:
     from .progress import console
 
@@ -268,7 +288,9 @@ _RUN = {
     "eval": _eval,
     "plan": _plan,
     "bench": _bench,
+    "report": _report,
     "maps": _maps,
+    "app": _app,
     "export": _export,
     "models": _models,
     "convert": _convert,

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from .benchmark import Cost, Spread, benchmark
 from .data import load_data
+from .engine import pick_device
 from .evaluate import evaluate
 from .files import write_json, written_whole
 from .labelled import LabelledData
 from .loader import Key, load_batches
+from .machine import describe_machine
 from .maps import attention_maps, draw_maps
 from .progress import console
 from .recipe import TrainConfig
@@ -154,7 +156,7 @@ def write_contest(out: Path, contest: Contest, config: Mapping[str, Any]) -> Non
         }
         for contender in contest.pair
     ]
-    environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    environment = describe_machine(pick_device(config.get("device", "auto")))
     write_json(
         out / "metrics.json",
         {"config": dict(config), "environment": environment, "models": models, "notes": notes},

@@ -27,6 +27,7 @@ from .files import free_folder, written_whole
 from .maps import attention_maps, draw_maps
 from .progress import console, training_progress
 from .recipe import TrainConfig
+from .report import write_report
 from .train import TrainResult, train
 
 PHOTOGRAPHS = ("astronaut", "coffee")  # scikit-image's, public domain and CC0
@@ -62,7 +63,8 @@ class DemoConfig:
 def demo(config: DemoConfig) -> Path:
     """Trains a ViT with and without learned tokens, compares them and draws what was learned.
 
-    Writes both checkpoints, `metrics.json`, `table.txt`, `curves.png` and two sheets of maps.
+    Writes both checkpoints, `metrics.json`, `table.txt`, `curves.png`, two sheets of maps, and
+    `report.html` with all of it.
 
     Args:
         config: What to train.
@@ -97,6 +99,8 @@ def demo(config: DemoConfig) -> Path:
     _draw_curves(out / "curves.png", (plain, learned))
     contest = Contest((plain, learned), len(held_out), [_training((plain, learned))])
     write_contest(out, contest, asdict(config))
+    console().print("judging both once more for the report ...")
+    write_report(out, title="tokenlearner demo")
     return out
 
 
