@@ -1,6 +1,6 @@
 # One place for the commands that people, CI and pre-commit share. `make` alone lists them.
 # PYTHON=python3.12 make test   chooses the interpreter that makes .venv
-# make demo ARGS="--help"       passes arguments on (demo, test, test-slow, test-oldest, bench, compare)
+# make demo ARGS="--help"       passes arguments on (demo, the tests, notebook, bench, compare)
 
 SHELL := bash
 PYTHON ?= python3
@@ -16,7 +16,7 @@ SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modu
 	models_speed.py streaming.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-oldest check bench compare format clean
+.PHONY: help install demo test test-slow test-oldest check docs notebook bench compare format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,13 @@ check: $(VENV)/.dev  ## format, lint, types and the project's own rules
 	$(BIN)/python -m pyright
 	$(BIN)/python scripts/check_project.py
 
+docs: $(VENV)/.dev  ## build the documentation into site/ and check every link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python scripts/check_site.py site
+
+notebook: $(VENV)/.dev  ## execute the notebook and keep what it shows
+	$(BIN)/python scripts/run_notebook.py $(ARGS)
+
 bench: $(VENV)/.demo  ## run the scripts in benchmarks/ that take minutes
 	@for script in $(SHORT_BENCHMARKS); do \
 		echo "$(BIN)/python $$script $(ARGS)"; $(BIN)/python $$script $(ARGS) || exit 1; \
@@ -55,7 +62,7 @@ format: $(VENV)/.dev  ## format the code and fix what ruff can fix
 	$(BIN)/python -m ruff format
 
 clean:  ## remove caches, builds and demo output (.venv stays)
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis tokenlearner-demo
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis tokenlearner-demo
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip exists only when a virtual environment was made to its end.

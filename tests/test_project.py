@@ -6,19 +6,24 @@ import ast
 import doctest
 import importlib
 import pkgutil
-import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
+from markdown_blocks import (
+    assert_options_exist,
+    assert_targets_exist,
+    blocks,
+    commands_named,
+    run_python_blocks,
+    shell_commands,
+)
 
 import check_project
 import tokenlearner
-from tokenlearner_command import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "tokenlearner"
@@ -35,7 +40,10 @@ IMPORT_ORDER = [
     "recipes", "augment", "objective", "engine", "loop", "start", "resume", "train", "plan",
     "sized", "tables", "plan_table", "machine", "bench_config", "bench_models", "bench_run",
     "bench_table", "narrow", "formats", "export", "export_table", "overlap", "map_table", "sheets",
-    "maps", "map_inputs", "map_run", "report", "progress", "contest", "demo", "app", "cli",
+    "maps", "map_inputs", "map_run", "progress", "contest", "report_parts", "report_charts",
+    "report_read", "report_judge", "report_tables", "report_compare", "report_told",
+    "report_sections", "report", "demo", "app_inputs", "app_models", "app_look", "app_view",
+    "app_page", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything
@@ -55,7 +63,7 @@ PUBLIC_NAMES = {
     "export": ["export"],
     "maps": ["attention_maps"],
 }
-HEAVY = {"timm", "torchvision", "transformers", "matplotlib", "rich", "jsonargparse"}
+HEAVY = {"timm", "torchvision", "transformers", "matplotlib", "rich", "jsonargparse", "gradio"}
 MODULES = sorted(m.name for m in pkgutil.iter_modules(tokenlearner.__path__))
 MAX_BLOCKS_NOT_RUN = 3
 
@@ -165,73 +173,6 @@ def test_doctests_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- README ------------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """A fenced block: its language, its text, the line its text starts at, why it is not run."""
-
-    language: str
-    text: str
-    line: int
-    not_run: str
-
-
-def blocks(path: Path) -> list[Block]:
-    """All fenced blocks of a Markdown file."""
-    pattern = r"(?:^<!-- not run: (.+?) -->\n)?^```(\w*)[^\n]*\n(.*?)^```$"
-    text = path.read_text(encoding="utf-8")
-    return [
-        Block(match[2], match[3], text.count("\n", 0, match.start(3)) + 1, match[1] or "")
-        for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL)
-    ]
-
-
-def shell_commands(path: Path) -> Iterator[list[str]]:
-    """The commands in a README's shell blocks, as words. With `$ ` prompts, the rest is output."""
-    for block in blocks(path):
-        if block.language not in ("console", "bash", "sh", "shell"):
-            continue
-        lines = block.text.replace("\\\n", " ").splitlines()
-        if any(line.startswith("$ ") for line in lines):
-            lines = [line[2:] for line in lines if line.startswith("$ ")]
-        for line in lines:
-            for command in re.split(r"&&|;|\|", line):
-                if words := shlex.split(command, comments=True):
-                    yield words
-
-
-def commands_named(name: str) -> list[list[str]]:
-    """The README commands that call one program, without the program and variables before it."""
-    found = []
-    for words in (words for path in READMES for words in shell_commands(path)):
-        while words and re.fullmatch(r"\w+=.*", words[0]):
-            words = words[1:]
-        if words and words[0] == name:
-            found.append(words[1:])
-    return found
-
-
-def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-
-
-@pytest.fixture
-def cli_help(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """The help text of the command or one of its subcommands; fails if there is none."""
-
-    def get(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["tokenlearner", *arguments, "--help"])
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setenv("NO_COLOR", "1")
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        output = capsys.readouterr()
-        assert not exit_info.value.code, output.err
-        return output.out
-
-    return get
-
-
 def test_there_is_a_readme() -> None:
     assert ROOT / "README.md" in READMES
 
@@ -241,47 +182,28 @@ def test_readme_python_blocks_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    python = [block for block in blocks(path) if block.language == "python"]
-    assert len([block for block in python if block.not_run]) <= MAX_BLOCKS_NOT_RUN
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block in python:
-        if not block.not_run:
-            padding = "\n" * (block.line - 1)  # so that a traceback shows the README's lines
-            exec(compile(padding + block.text, str(path), "exec"), namespace)
+    assert len([block for block in blocks(path) if block.not_run]) <= MAX_BLOCKS_NOT_RUN
+    run_python_blocks(path)
 
 
-@pytest.mark.parametrize("words", commands_named("make"), ids=shlex.join)
-def test_readme_make_targets_exist(words: list[str], cli_help: Callable[..., str]) -> None:
-    targets = [word for word in words if "=" not in word and not word.startswith("-")]
-    assert set(targets) <= make_targets()
-    arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
-    if "demo" in targets and arguments:
-        assert_options_exist(["demo", *shlex.split(arguments[0])], cli_help)
+@pytest.mark.parametrize("words", commands_named("make", READMES), ids=shlex.join)
+def test_readme_make_targets_exist(words: list[str]) -> None:
+    assert_targets_exist(words)
 
 
-@pytest.mark.parametrize("words", commands_named("tokenlearner"), ids=shlex.join)
-def test_readme_subcommands_and_options_exist(
-    words: list[str], cli_help: Callable[..., str]
-) -> None:
-    assert_options_exist(words, cli_help)
+@pytest.mark.parametrize("words", commands_named("tokenlearner", READMES), ids=shlex.join)
+def test_readme_subcommands_and_options_exist(words: list[str]) -> None:
+    assert_options_exist(words)
 
 
 @pytest.mark.slow
 def test_readme_commands_run_one_after_the_other(tmp_path: Path) -> None:
-    commands = commands_named("tokenlearner")
+    commands = commands_named("tokenlearner", READMES, to_run=True)
     assert commands
     for words in commands:
         command = [sys.executable, "-m", "tokenlearner", *words]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, f"{shlex.join(words)}\n{result.stderr}"
-
-
-def assert_options_exist(words: list[str], cli_help: Callable[..., str]) -> None:
-    subcommand = [] if not words or words[0].startswith("-") else words[:1]
-    text = cli_help(*subcommand)
-    options = {word.partition("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
-    known = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w.-]*", text))
-    assert options <= known, f"not in `tokenlearner {shlex.join([*subcommand, '--help'])}`"
 
 
 def test_shell_commands_are_read_from_a_readme(tmp_path: Path) -> None:

@@ -1,0 +1,297 @@
+"""Draw the pictures of the documentation: `python scripts/draw_docs.py [FOLDER]`.
+
+Schemes, and one chart of counted multiply-adds; nothing in them is measured. Colours are those of
+Okabe and Ito, which differ for everybody, and every picture has a white ground of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from tokenlearner import create_model, remove
+from tokenlearner.benchmark import count_macs
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "drawings"
+INK, GREY = "#222222", "#8c8c8c"
+BLUE, ORANGE, GREEN, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
+SETTINGS = {"svg.hashsalt": "tokenlearner", "font.size": 11, "text.color": INK}
+GRID, TOKENS = 14, 4  # of the picture in draw_how
+
+
+def sheet(width: float, height: float) -> tuple[Figure, Any]:
+    """An empty picture and its axes, both in inches."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    ax.set_axis_off()
+    return figure, ax
+
+
+def box(
+    ax: Any, x: float, y: float, w: float, h: float, text: str, colour: str = GREY, **look: Any
+) -> None:
+    """A rounded box with its lower left corner at (x, y)."""
+    form = f"round,pad=0,rounding_size={min(0.08, w / 3)}"
+    pale = matplotlib.colors.to_rgba(colour, look.pop("alpha", 0.18))
+    patch = FancyBboxPatch((x, y), w, h, boxstyle=form, facecolor=pale, edgecolor=colour, lw=1.3)
+    ax.add_patch(patch)
+    ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", **look)
+
+
+def arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], colour: str = INK) -> None:
+    """An arrow from one point to another."""
+    style = {"arrowstyle": "-|>", "color": colour, "lw": 1.3, "shrinkA": 2, "shrinkB": 2}
+    ax.annotate("", end, start, arrowprops=style | {"mutation_scale": 11})
+
+
+def row(ax: Any, x: float, y: float, count: int, colour: str, size: float = 0.16) -> float:
+    """Tokens side by side; returns where they end."""
+    for i in range(count):
+        box(ax, x + i * size * 1.3, y, size, size * 1.6, "", colour, alpha=0.55)
+    return x + count * size * 1.3
+
+
+def picture() -> np.ndarray:
+    """A landscape with a sun, a house and a tree, `h w 3`."""
+    h = w = 8 * GRID
+    y, x = np.mgrid[0:h, 0:w] / h
+    image = np.stack([0.62 + 0.2 * y, 0.80 + 0.08 * y, 0.95 + 0 * y], axis=-1)
+    hill = y > 0.68 + 0.05 * np.sin(5 * x)
+    image[hill] = (0.45, 0.62, 0.33)
+    image[(x - 0.78) ** 2 + (y - 0.2) ** 2 < 0.012] = (1.0, 0.82, 0.2)
+    image[(abs(x - 0.28) < 0.13) & (abs(y - 0.66) < 0.12)] = (0.80, 0.35, 0.22)
+    image[(y > 0.38) & (y < 0.54) & (abs(x - 0.28) < (y - 0.38) * 1.1)] = (0.42, 0.2, 0.16)
+    image[(abs(x - 0.68) < 0.02) & (y > 0.5) & (y < 0.76)] = (0.4, 0.26, 0.13)
+    image[(x - 0.68) ** 2 + (y - 0.48) ** 2 < 0.012] = (0.16, 0.42, 0.22)
+    return image
+
+
+def drawn_maps() -> np.ndarray:
+    """Maps such as a model may learn, `k n`; each sums to 1."""
+    y, x = (np.mgrid[0:GRID, 0:GRID] + 0.5) / GRID
+    spots = [(0.78, 0.2, 0.1, 0.1), (0.28, 0.6, 0.13, 0.16), (0.68, 0.52, 0.09, 0.15)]
+    spots.append((0.5, 0.86, 0.5, 0.07))
+    maps = [np.exp(-(((x - a) / s) ** 2) - ((y - b) / t) ** 2).ravel() for a, b, s, t in spots]
+    return np.stack([m / m.sum() for m in maps])
+
+
+def inset(figure: Figure, x: float, y: float, w: float, h: float) -> Any:
+    """Axes for an image at a place of a sheet, in inches."""
+    width, height = figure.get_size_inches()
+    ax = figure.add_axes((x / width, y / height, w / width, h / height))
+    ax.set_axis_off()
+    return ax
+
+
+def draw_how() -> Figure:
+    """A picture, its maps and its tokens: the tokens are the positions' means by each map."""
+    figure, ax = sheet(8.4, 4.0)
+    image, maps = picture(), drawn_maps()
+    of_positions = image.reshape(GRID, 8, GRID, 8, 3).mean((1, 3)).reshape(-1, 3)
+    channels = np.random.default_rng(1).normal(size=(3, 9))
+    tokens = maps @ (of_positions - of_positions.mean(0)) @ channels
+    shown = inset(figure, 0.3, 0.95, 2.1, 2.1)
+    shown.imshow(image, extent=(0, GRID, GRID, 0), interpolation="nearest")
+    for i in range(GRID + 1):
+        shown.plot([0, GRID], [i, i], color="white", lw=0.5)
+        shown.plot([i, i], [0, GRID], color="white", lw=0.5)
+    for i in range(TOKENS):
+        y = 2.99 - 0.77 * i
+        inset(figure, 4.15, y, 0.68, 0.68).imshow(maps[i].reshape(GRID, GRID), cmap="cividis")
+        inset(figure, 6.25, y + 0.2, 1.75, 0.28).imshow(tokens[i : i + 1], cmap="cividis")
+        arrow(ax, (2.45, 2.0), (4.1, y + 0.34))
+        arrow(ax, (4.9, y + 0.34), (6.2, y + 0.34))
+    for x, text in [(1.35, "positions"), (4.49, "maps"), (7.12, "tokens")]:
+        ax.text(x, 3.85, text, ha="center", va="center", weight="bold")
+    ax.text(1.35, 0.6, "14 x 14 = 196 patches,\na vector for each", ha="center", va="center")
+    ax.text(4.49, 0.26, "one a token: how much\nof which position", ha="center", va="center")
+    ax.text(7.12, 0.26, "means of the positions,\nweighted by the maps", ha="center", va="center")
+    ax.text(5.55, 3.43, "pool", ha="center", color=BLUE)
+    ax.text(3.1, 3.05, "learn", ha="center", color=BLUE)
+    return figure
+
+
+def cost_of_blocks(model: Any, picture: torch.Tensor) -> list[tuple[int, float]]:
+    """The positions or tokens that each block runs on, and its GMACs with its learner's."""
+    sizes: list[torch.Size] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+        for block in model.blocks
+    ]
+    model(picture)
+    for hook in hooks:
+        hook.remove()
+    blocks = zip(model.blocks, sizes, strict=True)
+    costs = [count_macs(block, torch.empty(size, device="meta")) / 1e9 for block, size in blocks]
+    learners = [getattr(block, "learner", None) for block in model.blocks]
+    counts = [
+        size[1] if learner is None else learner.num_tokens
+        for size, learner in zip(sizes, learners, strict=True)
+    ]
+    return list(zip(counts, costs, strict=True))
+
+
+def draw_cost() -> Figure:
+    """What each block of a ViT-B/16 costs on all positions, and on 8 tokens from block 6 on."""
+    with torch.device("meta"):
+        model: Any = create_model("vit_base_patch16_tl8at6_224").eval()
+    picture = torch.empty(1, 3, 224, 224, device="meta")
+    learned = cost_of_blocks(model, picture)
+    plain = cost_of_blocks(remove(model), picture)
+    figure = Figure(figsize=(8.4, 3.4), facecolor="white", layout="constrained")
+    ax = figure.add_subplot()
+    for i, ((_, whole), (count, cost)) in enumerate(zip(plain, learned, strict=True)):
+        ax.bar(i - 0.2, whole, 0.38, color="#bdbdbd")
+        ax.bar(i + 0.2, cost, 0.38, color=BLUE)
+        ax.text(i + 0.2, cost + 0.03, count, ha="center", color=BLUE)
+    ax.axvline(5.5, color=RED, lw=1.2, ls="--")
+    ax.text(5.58, 1.88, "tokens are learned here", color=RED, va="top")
+    ax.set(
+        xlabel="block; above its bar: positions or tokens",
+        ylabel="GMACs",
+        xticks=range(12),
+        ylim=(0, 1.95),
+        xlim=(-0.6, 11.6),
+    )
+    sums = [sum(cost for _, cost in costs) for costs in (plain, learned)]
+    label = f"on all 196 positions: {sums[0]:.1f} GMACs together"
+    ax.bar(0, 0, color="#bdbdbd", label=label)
+    ax.bar(0, 0, color=BLUE, label=f"on 8 tokens from block 6 on: {sums[1]:.1f}")
+    figure.legend(loc="outside upper left", frameon=False, ncols=2)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def stack(ax: Any, x: float, top: float, layers: Sequence[tuple[str, str]], w: float) -> float:
+    """Boxes from top to bottom with arrows between them; returns where they end."""
+    for i, (text, colour) in enumerate(layers):
+        y = top - 0.56 * i
+        box(ax, x, y - 0.36, w, 0.36, text, colour)
+        if i:
+            arrow(ax, (x + w / 2, y + 0.22), (x + w / 2, y - 0.01))
+    return top - 0.56 * (len(layers) - 1) - 0.36
+
+
+def draw_versions() -> Figure:
+    """The layers of V1 and of V1.1, side by side."""
+    figure, ax = sheet(8.4, 4.9)
+    gelu = ("3 x 3 convolution, GELU", BLUE)
+    v1 = [("LayerNorm", GREY), gelu, gelu, gelu, ("3 x 3 convolution", BLUE), ("sigmoid", ORANGE)]
+    v11 = [("LayerNorm", GREY), ("linear layer to 64, GELU", BLUE), ("linear layer to k", BLUE)]
+    v11.append(("softmax over positions", ORANGE))
+    for x, title, layers, last in [
+        (0.5, "V1: TokenLearner", v1, "sum (or mean) of positions by gates"),
+        (4.6, "V1.1: TokenLearnerV11", v11, "mean of positions by maps"),
+    ]:
+        ax.text(x + 1.65, 4.65, title, ha="center", va="center", weight="bold")
+        end = stack(ax, x, 4.35, layers, 3.3)
+        note = "k gates in (0, 1)" if len(layers) == 6 else "k maps that sum to 1"
+        ax.text(x + 1.72, end - 0.15, note, va="center", color=RED, fontsize=10)
+        arrow(ax, (x + 1.65, end), (x + 1.65, end - 0.32))
+        box(ax, x, end - 0.68, 3.3, 0.36, last, GREEN)
+    ax.text(6.25, 0.72, "no neighbours: works on any\nset of tokens, needs no grid", ha="center")
+    return figure
+
+
+def draw_fuser() -> Figure:
+    """How tokens go back onto positions."""
+    figure, ax = sheet(8.4, 3.2)
+    row(ax, 0.3, 2.45, 8, ORANGE)
+    ax.text(1.1, 2.18, "k tokens", ha="center", va="top")
+    for i in range(3):
+        row(ax, 0.3, 1.0 - 0.3 * i, 8, SKY)
+    ax.text(1.1, 0.28, "n positions", ha="center", va="top")
+    for x, w, text in [(2.3, 1.1, "LayerNorm"), (3.7, 1.2, "mix, k x k"), (5.2, 1.1, "LayerNorm")]:
+        box(ax, x, 2.35, w, 0.45, text, ORANGE)
+        arrow(ax, (x - 0.3, 2.58), (x, 2.58))
+    for x, w, text in [(2.3, 1.1, "LayerNorm"), (3.7, 1.2, "MLP to k"), (5.2, 1.1, "sigmoid")]:
+        box(ax, x, 0.7, w, 0.45, text, SKY)
+        arrow(ax, (x - 0.3, 0.93), (x, 0.93))
+    box(ax, 5.35, 1.55, 2.05, 0.45, "sum of tokens by gates", GREEN)
+    arrow(ax, (5.75, 2.35), (5.75, 2.0))
+    arrow(ax, (5.75, 1.15), (5.75, 1.55))
+    ax.text(5.85, 1.33, "k gates a position", va="center", fontsize=10, color=RED)
+    box(ax, 7.7, 1.55, 0.4, 0.45, "+", GREY, weight="bold")
+    arrow(ax, (7.4, 1.78), (7.7, 1.78))
+    ax.plot([2.0, 2.0, 7.9], [0.93, 0.25, 0.25], color=BLUE, lw=1.3)
+    arrow(ax, (7.9, 0.2), (7.9, 1.55), BLUE)
+    ax.text(4.9, 0.33, "residual: added by the caller", ha="center", color=BLUE)
+    return figure
+
+
+def draw_insertion() -> Figure:
+    """Prefix tokens pass by the learner, and no block is changed."""
+    figure, ax = sheet(8.4, 2.9)
+    for y, colour in [(2.1, RED), (1.25, SKY)]:
+        arrow(ax, (0.75 if colour == RED else 1.6, y), (2.0, y), colour)
+    row(ax, 0.45, 1.97, 1, RED)
+    for i in range(4):
+        row(ax, 0.45, 1.72 - 0.3 * i - 0.1, 5, SKY)
+    ax.text(0.4, 2.5, "class token,\nregisters", va="center", fontsize=10, color=RED)
+    ax.text(0.45, 0.45, "196 positions", va="center", fontsize=10, color=BLUE)
+    box(ax, 2.0, 0.8, 1.2, 1.6, "blocks\n0 to 5,\nas they\nwere", GREY)
+    box(ax, 3.85, 0.85, 1.25, 0.8, "TokenLearner", ORANGE, weight="bold", fontsize=10)
+    arrow(ax, (3.2, 1.25), (3.85, 1.25), SKY)
+    arrow(ax, (3.2, 2.1), (5.85, 2.1), RED)
+    arrow(ax, (5.1, 1.25), (5.85, 1.25), ORANGE)
+    ax.text(4.5, 2.22, "pass by", ha="center", color=RED, fontsize=10)
+    ax.text(4.5, 0.55, "inserted", ha="center", color=INK, fontsize=10)
+    box(ax, 5.85, 0.8, 1.2, 1.6, "blocks\n6 to 11,\nas they\nwere", GREY)
+    end = row(ax, 7.4, 1.97, 1, RED)
+    row(ax, 7.4, 1.1, 4, ORANGE), row(ax, 7.4, 0.8, 4, ORANGE)
+    arrow(ax, (7.05, 2.1), (end - 0.2, 2.1), RED)
+    arrow(ax, (7.05, 1.25), (7.4, 1.25), ORANGE)
+    ax.text(7.4, 0.55, "8 tokens", fontsize=10, color=INK)
+    return figure
+
+
+def draw_stream() -> Figure:
+    """Only the newest frame is encoded; the tokens of the others are kept."""
+    figure, ax = sheet(8.4, 3.3)
+    for i in range(6):
+        x, new = 0.4 + 0.95 * i, i == 5
+        colour = ORANGE if new else GREY
+        box(ax, x, 2.5, 0.72, 0.5, "now" if new else f"t - {5 - i}", colour)
+        if new:
+            arrow(ax, (x + 0.36, 2.5), (x + 0.36, 2.2))
+            box(ax, x - 0.2, 1.75, 1.12, 0.45, "encoder", BLUE)
+            arrow(ax, (x + 0.36, 1.75), (x + 0.36, 1.4))
+        box(ax, x, 0.95, 0.72, 0.45, "8 tokens", colour, fontsize=9)
+    ax.text(0.4, 1.95, "seen before: nothing is computed again", va="center", color=INK)
+    arrow(ax, (0.4, 1.15), (0.02, 1.15), GREY)
+    ax.text(0.4, 0.6, "the ring: tokens of the last 6 frames, the oldest leaves", color=INK)
+    arrow(ax, (5.9, 1.17), (6.55, 1.17))
+    box(ax, 6.55, 0.75, 1.5, 0.85, "transformer\non 48 tokens", BLUE)
+    arrow(ax, (7.3, 0.75), (7.3, 0.4))
+    ax.text(7.3, 0.25, "logits", ha="center", va="center")
+    return figure
+
+
+DRAWINGS: dict[str, Callable[[], Figure]] = {
+    "how": draw_how,
+    "cost": draw_cost,
+    "versions": draw_versions,
+    "fuser": draw_fuser,
+    "insertion": draw_insertion,
+    "stream": draw_stream,
+}
+
+
+def main(folder: Path = FOLDER) -> None:
+    """Write all drawings as SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(SETTINGS):
+        for name, draw in DRAWINGS.items():
+            draw().savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:2]))

@@ -1,0 +1,178 @@
+"""The site of the documentation: it builds without a warning and fetches nothing."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from markdown_blocks import ROOT
+
+from check_site import check_site
+from docs_hooks import fenced_doctests, site_links
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation, built as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stderr
+    return folder
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_every_link_leads_somewhere(site: Path) -> None:
+    assert check_site(site) == []
+    assert len(list(site.rglob("*.html"))) > 25
+
+
+@pytest.mark.slow
+def test_pages_fetch_nothing_from_elsewhere_and_complain_of_nothing(site: Path) -> None:
+    from browser import chromium, complaints, requested
+
+    with served(site) as address, chromium() as browser:
+        for page in ("index.html", "paper.html", "migrating.html", "api/modules.html"):
+            browser.get(f"{address}/{page}")
+            assert all(url.startswith(address) for url in requested(browser))
+            assert complaints(browser) == []
+
+
+@pytest.mark.slow
+def test_on_a_phone_no_page_is_wider_than_the_screen(site: Path) -> None:
+    from browser import chromium
+
+    pages = sorted(site.rglob("*.html"))
+    with served(site) as address, chromium(500, 900) as browser:
+        for page in pages:
+            browser.get(f"{address}/{page.relative_to(site).as_posix()}")
+            width = "return [document.documentElement.scrollWidth, window.innerWidth]"
+            wide, screen = browser.execute_script(width)
+            assert wide <= screen, page.name
+
+
+@pytest.mark.slow
+def test_search_finds_a_page(site: Path) -> None:
+    from browser import chromium
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    with served(site) as address, chromium() as browser:
+        browser.get(f"{address}/index.html?q=calibrate")
+        found = WebDriverWait(browser, 20).until(
+            lambda b: b.find_elements(By.CSS_SELECTOR, ".md-search-result__item a")
+        )
+        assert any("distilling.html" in (link.get_attribute("href") or "") for link in found)
+
+
+# --- the tools ---------------------------------------------------------------------------------
+
+
+def write_site(folder: Path, body: str) -> Path:
+    (folder / "b.html").write_text("<h1 id='there'>B</h1>")
+    (folder / "a.html").write_text(f"<html><body id='top'>{body}</body></html>")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<a href='b.html#there'>b</a>",
+        "<a href='#top'>up</a>",
+        "<a href='https://arxiv.org/abs/2106.11297'>out</a>",
+        "<a href='mailto:a@b.c'>mail</a><img src='data:image/png;base64,AA'>",
+        "<a href='/b.html'>absolute</a>",
+    ],
+)
+def test_a_sound_page_passes(body: str, tmp_path: Path) -> None:
+    assert check_site(write_site(tmp_path, body)) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("<a href='c.html'>c</a>", "a.html leads to c.html, which does not exist"),
+        ("<img src='c.png'>", "a.html leads to c.png, which does not exist"),
+        (
+            "<a href='b.html#no'>b</a>",
+            "a.html leads to b.html#no, but that page has no such anchor",
+        ),
+        ("<a href='#no'>up</a>", "a.html leads to #no, but that page has no such anchor"),
+        ("<img src='https://x.org/a.png'>", "a.html fetches https://x.org/a.png"),
+        ("<script src='//x.org/a.js'></script>", "a.html fetches //x.org/a.js"),
+        ("<link rel=stylesheet href='http://x.org/a'>", "a.html fetches http://x.org/a"),
+        ("<style>@import 'https://x.org/a'</style>", "a.html fetches https://x.org/a"),
+        ("<p style='background:url(https://x.org/a)'>", "a.html fetches https://x.org/a"),
+    ],
+)
+def test_a_broken_page_is_named(body: str, problem: str, tmp_path: Path) -> None:
+    assert check_site(write_site(tmp_path, body)) == [problem]
+
+
+def test_style_sheets_may_not_fetch_from_elsewhere(tmp_path: Path) -> None:
+    write_site(tmp_path, "")
+    (tmp_path / "a.css").write_text("a { background: url('https://x.org/a') }")
+    assert check_site(tmp_path) == ["a.css fetches https://x.org/a"]
+
+
+def test_a_folder_without_pages_is_a_problem(tmp_path: Path) -> None:
+    assert "make docs" in check_site(tmp_path)[0]
+
+
+def test_links_lead_to_the_pages_of_the_site() -> None:
+    text = "[a](../benchmarks/README.md#killpy) ![b](../docs/compare.png) [c](maps.md)"
+    assert site_links(text, "docs/training.md", "training.md") == (
+        "[a](benchmarks.md#killpy) ![b](compare.png) [c](maps.md)"
+    )
+    text = "![b](../docs/segmentation.png) [d](results/kill.json) [e](https://x.org) [f](#kill)"
+    assert site_links(text, "benchmarks/README.md", "benchmarks.md") == (
+        "![b](segmentation.png) d [e](https://x.org) [f](#kill)"
+    )
+
+
+def test_links_of_pages_in_folders_go_up() -> None:
+    assert site_links("[a](../maps.md)", "docs/api/files.md", "api/files.md") == "[a](../maps.md)"
+
+
+def test_code_is_left_as_it_is() -> None:
+    text = "```text\n[d](results/kill.json)\n```"
+    assert site_links(text, "benchmarks/README.md", "benchmarks.md") == text
+
+
+def test_a_link_to_a_file_that_does_not_exist_is_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert site_links("[a](../no.py)", "docs/maps.md", "maps.md") == "a"
+    assert caplog.messages == ["docs/maps.md links to no.py, which does not exist"]
+
+
+def test_doctests_are_shown_as_code() -> None:
+    text = "Does it.\n\n>>> f(1)\n2\n>>> g()\n3\n\nSource: us."
+    assert fenced_doctests(text) == (
+        "Does it.\n\n```pycon\n>>> f(1)\n2\n>>> g()\n3\n```\n\nSource: us."
+    )
