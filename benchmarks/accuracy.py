@@ -20,6 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from measured import add_device
 from openclipart import CLASSES, load_openclipart
 from torchvision.transforms.functional import to_pil_image
 
@@ -133,14 +134,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="in place of the recipes'")
     parser.add_argument("--images", type=int, default=0, help="training pictures; 0 is all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with a thread each")
+    add_device(parser)
     options = parser.parse_args()
     if "openclipart" in options.data and not options.drawings:
         parser.error("openclipart needs --drawings; or leave it out: --data fashion-mnist-small")
     out, found = Path(options.out), recipes(options)
     if options.epochs:
         found = {k: v | {"epochs": options.epochs, "warmup_epochs": 0.5} for k, v in found.items()}
+    shared = {"images": options.images, "device": str(options.device)}
     jobs = [
-        ({**recipe, **told, "images": options.images}, seed, str(place(out, name, tokens, seed)))
+        ({**recipe, **told, **shared}, seed, str(place(out, name, tokens, seed)))
         for seed in options.seeds
         for name, recipe in found.items()
         for tokens, told in tokens_of(name).items()

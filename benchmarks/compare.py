@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from compare_report import costs_in_turn, write_report
 from contenders import BUDGETS, CALIBRATION_IMAGES, CONTENDERS, HOST, SHAPE, teaching
+from measured import add_device
 from torch import Tensor, nn
 
 from tokenlearner import TrainConfig, evaluate, load_data, load_model, train
@@ -42,6 +43,7 @@ def parse() -> Namespace:
     parser.add_argument("--short-epochs", type=int, default=6, help="of the others")
     parser.add_argument("--rounds", type=int, default=30, help="timed runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with a thread each")
+    add_device(parser)
     return parser.parse_args()
 
 
@@ -58,6 +60,7 @@ def config(options: Namespace, seed: int, from_scratch: bool, taught: bool = Fal
         warmup_epochs=0.3,
         seed=seed,
         teacher="the trained host" if taught else None,
+        device=str(options.device),
     )
 
 
@@ -69,7 +72,7 @@ def trained_host(options: Namespace) -> nn.Module:
     if len(rows) < recipe.epochs:
         metrics.unlink(missing_ok=True)  # cut off: once more from the start
         train(recipe, report=lambda row: print(row) if "epoch" in row else None)
-    return load_model(host)
+    return load_model(host).to(options.device)
 
 
 def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) -> dict[str, Any]:
@@ -80,7 +83,8 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
         data = data.sample(round(options.share * len(data)), seed)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    model = contender.build(host, BUDGETS[budget], unlabelled(data, seed)).train()
+    images = unlabelled(data, seed).to(options.device)
+    model = contender.build(host, BUDGETS[budget], images).to(options.device).train()
     before = evaluate(model, held_out).top1_percent
     taught = contender.taught and not contender.from_scratch
     recipe = config(options, seed, contender.from_scratch, taught)
@@ -96,7 +100,7 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
         "top1_percent_before": before,
         "top1_percent": after.top1_percent,
         "loss": after.loss,
-        "gmacs": count_macs(model.eval(), picture(held_out)) / 1e9,
+        "gmacs": count_macs(model.eval(), images[:1]) / 1e9,
         "images": len(data),
         "images_seen": loop.step * recipe.batch_size,
         "seconds": time.perf_counter() - start,
@@ -110,20 +114,16 @@ def unlabelled(data: ImageDataset, seed: int) -> Tensor:
     return images
 
 
-def picture(data: ImageDataset) -> Tensor:
-    images, _ = next(data.batches(1))
-    return images
-
-
 def costs(options: Namespace, host: nn.Module) -> dict[str, Any]:
     """What everybody costs at batches of 1 and 32, in turn; untrained, which changes no speed."""
     held_out = load_data(options.data, "test", root=options.root)
-    few = unlabelled(held_out.sample(2), 0)
+    few = unlabelled(held_out.sample(2), 0).to(options.device)
     found: dict[str, Any] = {}
     for budget in options.budgets:
         models = {"host": host}
         for name in options.contenders:
-            models[name] = CONTENDERS[name].build(host, BUDGETS[budget], few).eval()
+            model = CONTENDERS[name].build(host, BUDGETS[budget], few)
+            models[name] = model.to(options.device).eval()
         found[budget] = costs_in_turn(models, held_out, options.rounds)
     return found
 
@@ -145,7 +145,7 @@ def run_one(options: Namespace, name: str, budget: str, seed: int) -> dict[str, 
     path = Path(options.out) / f"{name}-{budget}-{seed}.json"
     if path.exists():
         return None
-    host = load_model(Path(options.out) / "host")
+    host = load_model(Path(options.out) / "host").to(options.device)
     write_json(path, row := run(options, host, name, budget, seed))
     return row
 

@@ -23,6 +23,7 @@ from baselines import average_pool, merge, schedule_for, top_k
 from compare_report import cost_cells, costs_in_turn, head, line, spread
 from contenders import CALIBRATION_STEPS
 from dinov2 import dinov2_small
+from measured import add_device
 from openclipart import load_openclipart
 from torch import Tensor, nn
 
@@ -53,12 +54,17 @@ def reduced(how: Callable[..., nn.Module]) -> Callable[[Any, str], nn.Module]:
 
 
 def merged(host: Any, budget: str) -> nn.Module:
-    share = count_macs(reduced(insert)(host, budget), blank()) / count_macs(host, blank())
-    return merge(copy.deepcopy(host), schedule_for(host, blank(), share).r)
+    picture = blank(host)
+    share = count_macs(reduced(insert)(host, budget), picture) / count_macs(host, picture)
+    return merge(copy.deepcopy(host), schedule_for(host, picture, share).r)
 
 
-def blank() -> Tensor:
-    return torch.zeros(1, 3, SIZE, SIZE)
+def blank(model: nn.Module) -> Tensor:
+    return torch.zeros(1, 3, SIZE, SIZE, device=device_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -106,14 +112,14 @@ class Bench:
     def __init__(self, options: Namespace):
         self.out = Path(options.out)
         self.train, self.test = _pictures(Path(options.drawings), self.out)
-        self.host = dinov2_small(Path(options.wheel), SIZE)
+        self.host = dinov2_small(Path(options.wheel), SIZE).to(options.device)
         self._kept: dict[tuple[str, int], Lesson] = {}
 
     def lesson(self, split: str, first: int) -> Lesson:
         """The host's lesson on one split; only those of one block are kept, for memory."""
         if (split, first) not in self._kept:
             self._kept = {k: v for k, v in self._kept.items() if k[1] == first}
-            images = _all(self.train if split == "train" else self.test)
+            images = _all(self.train if split == "train" else self.test).to(device_of(self.host))
             self._kept[split, first] = Lesson(self.host, images, first)
         return self._kept[split, first]
 
@@ -124,13 +130,13 @@ class Bench:
 
     @torch.no_grad()
     def _features(self, model: nn.Module, lesson: Lesson) -> Tensor:
-        return torch.cat([lesson.run(model, part).output for part in lesson.parts])
+        return torch.cat([lesson.run(model, part).output for part in lesson.parts]).cpu()
 
     def whole(self, model: nn.Module) -> dict[str, float]:
         """As `scores`, for a model that has no block in common."""
         with torch.no_grad():
             train, test = (
-                torch.cat([model(x) for x, _ in data.batches(64)])
+                torch.cat([model(x.to(device_of(model))).cpu() for x, _ in data.batches(64)])
                 for data in (self.train, self.test)
             )
         return judge(train, self.train.labels, test, self.test.labels)
@@ -153,7 +159,7 @@ def run(bench: Bench, name: str, budget: str, seed: int) -> dict[str, Any]:
     at, _, _ = BUDGETS[budget]
     model = CONTENDERS[name][1](bench.host, budget).eval()
     told = {"contender": name, "budget": budget, "seed": seed}
-    told["gmacs"] = count_macs(model, blank()) / 1e9
+    told["gmacs"] = count_macs(model, blank(model)) / 1e9
     if name == "merge":
         return told | {"before": bench.whole(model), "after": None, "images": 0}
     first = at - 1  # top-k asks the block before
@@ -235,6 +241,7 @@ def parse() -> Namespace:
     parser.add_argument("--drawings", required=True, help="usr/share/openclipart/png, unpacked")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=15, help="timed runs")
+    add_device(parser)
     return parser.parse_args()
 
 

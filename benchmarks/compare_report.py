@@ -115,7 +115,8 @@ def costs_in_turn(
     found: dict[str, dict[str, Any]] = {name: {} for name in models}
     for batch in (1, 32):
         images, _ = next(data.batches(batch))
-        for name, cost in benchmark(models, images, rounds).items():
+        device = next(models["host"].parameters()).device
+        for name, cost in benchmark(models, images.to(device), rounds).items():
             found[name][str(batch)] = asdict(cost)
     return found
 

@@ -1,4 +1,4 @@
-"""TokenLearner and ViTs that run on its tokens in Flax, written from the paper, as a yardstick.
+"""TokenLearners and ViTs that run on their tokens in Flax, written from the paper, as a yardstick.
 
 Parameters have the names of scenic's models, so `tokenlearner.convert.to_scenic` fills them. The
 equation of the tokens is written down as it stands; XLA is left to fuse it.
@@ -13,7 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax.traverse_util import unflatten_dict
+from torch import Tensor
 
 NORM = {"epsilon": 1e-6}
 
@@ -58,6 +60,24 @@ class LearnerV11(nn.Module):
         logits = Mlp(64, self.num_tokens, name="token_masking")(normal)
         maps = nn.softmax(logits.transpose(0, 2, 1), axis=-1)
         return jnp.einsum("bkn,bnc->bkc", maps, x)
+
+
+class LearnerGrouped(nn.Module):
+    """Grouped 1 x 1 convolutions and a softmax over positions, `b n c -> b k c`."""
+
+    num_tokens: int
+    num_groups: int = 8
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def conv(name: str, features: int, groups: int) -> nn.Conv:
+            return nn.Conv(features, (1,), use_bias=False, feature_group_count=groups, name=name)
+
+        c, g = x.shape[-1], self.num_groups
+        hidden = conv("Conv_0", c, g)(nn.LayerNorm(**NORM, name="LayerNorm_0")(x))
+        logits = conv("Conv_1", self.num_tokens, 1)(hidden)
+        maps = nn.softmax(logits.transpose(0, 2, 1), axis=-1)
+        return jnp.einsum("bkn,bnc->bkc", maps, conv("Conv_2", c, g)(x))
 
 
 LEARNERS = {
@@ -135,3 +155,18 @@ def filled(params: dict[str, np.ndarray]) -> Any:
     """Variables of a Flax model from scenic's names with slashes."""
     leaves = {tuple(name.split("/")): jnp.asarray(value) for name, value in params.items()}
     return {"params": unflatten_dict(leaves)}
+
+
+def in_jax(x: Tensor) -> jax.Array:
+    """The same numbers on the same kind of device; `SystemExit` where jax has none."""
+    if x.is_cuda and jax.default_backend() != "gpu":
+        raise SystemExit(
+            f"jax {jax.__version__} sees no GPU here; install jax[cuda12], or leave what runs in "
+            "jax out with --forms"
+        )
+    return jnp.asarray(x.detach().contiguous().cpu().numpy())
+
+
+def in_torch(x: jax.Array) -> Tensor:
+    """The same numbers on the CPU."""
+    return torch.from_numpy(np.array(x))

@@ -14,7 +14,7 @@ from statistics import fmean, median
 
 import torch
 import torch.nn.functional as F
-from models_speed import closing
+from measured import add_device, closing
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -53,8 +53,10 @@ def fused_vit(start: str, seed: int) -> nn.Module:
     return model
 
 
-def gradient_norms(start: str, seed: int, data: ImageDataset) -> dict[str, float]:
-    model, (images, labels) = fused_vit(start, seed), next(_batches(data, seed))
+def gradient_norms(
+    start: str, seed: int, data: ImageDataset, device: torch.device
+) -> dict[str, float]:
+    model, (images, labels) = fused_vit(start, seed).to(device), next(_batches(data, seed, device))
     F.cross_entropy(model(images), labels).backward()
     squares: dict[str, float] = {}  # by the parameter's name, all fusers together
     for name, parameter in model.named_parameters():
@@ -67,10 +69,11 @@ def gradient_norms(start: str, seed: int, data: ImageDataset) -> dict[str, float
 
 
 def training(start: str, seed: int, data: ImageDataset, how: Namespace) -> dict[str, float]:
-    model, losses = fused_vit(start, seed), []
+    model, losses = fused_vit(start, seed).to(how.device), []
     optimizer = create_optimizer_v2(model, opt=how.opt, lr=how.lr, weight_decay=0.05)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 25, total_iters=24)
-    for _, (images, labels) in zip(range(how.steps), _batches(data, seed), strict=False):
+    batches = _batches(data, seed, how.device)
+    for _, (images, labels) in zip(range(how.steps), batches, strict=False):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -84,10 +87,13 @@ def training(start: str, seed: int, data: ImageDataset, how: Namespace) -> dict[
     return rows | {"held-out accuracy, %": evaluate(model, held_out).top1_percent}
 
 
-def _batches(data: ImageDataset, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    data: ImageDataset, seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     order = torch.Generator().manual_seed(seed)
     while True:
-        yield from data.batches(64, shuffle=True, generator=order, drop_last=True)
+        for images, labels in data.batches(64, shuffle=True, generator=order, drop_last=True):
+            yield images.to(device), labels.to(device)
 
 
 def cell(values: list[float]) -> str:
@@ -104,12 +110,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--threads", type=int, default=1)
+    add_device(parser)
     how = parser.parse_args()
     torch.set_num_threads(how.threads)
     data, starts = load_data("fashion-mnist-small", "train"), how.starts
     table: dict[str, dict[str, list[float]]] = {}
     for seed, start in product(range(how.seeds), starts):
-        run = gradient_norms(start, seed, data) | training(start, seed, data, how)
+        run = gradient_norms(start, seed, data, how.device) | training(start, seed, data, how)
         for row, value in run.items():
             table.setdefault(row, {}).setdefault(start, []).append(value)
         print(start, seed, *(f"{v:.3g}" for v in run.values()), file=sys.stderr, flush=True)
@@ -117,7 +124,7 @@ def main() -> None:
     print("| --- |" + " --: |" * len(starts))
     for row, cells in table.items():
         print(f"| {row} |", " | ".join(cell(cells[s]) if s in cells else "–" for s in starts), "|")
-    print(closing("fuser_init.py", how.threads))
+    print(closing("fuser_init.py", how.threads, device=how.device))
 
 
 if __name__ == "__main__":

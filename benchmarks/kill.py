@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured import add_device, command
 from safetensors.torch import load_file
 
 from tokenlearner import TrainConfig, train
@@ -43,18 +43,20 @@ RECIPE: dict[str, Any] = {
 EARLY, LATE = 6.0, 1.0  # seconds that a kill comes after the start, or after a checkpoint
 
 
-def config(out: Path, epochs: int) -> TrainConfig:
-    return TrainConfig(**{**RECIPE, "out": str(out), "epochs": epochs})
+def config(out: Path, options: Namespace) -> TrainConfig:
+    told = {"out": str(out), "epochs": options.epochs, "device": str(options.device)}
+    return TrainConfig(**{**RECIPE, **told})
 
 
-def start(out: Path, epochs: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, "--train", str(out), "--epochs", str(epochs)]
+def start(out: Path, options: Namespace) -> subprocess.Popen[bytes]:
+    told = f"--epochs {options.epochs} --device {options.device}".split()
+    command = [sys.executable, __file__, "--train", str(out), *told]
     return subprocess.Popen(command, start_new_session=True)
 
 
-def saved_step(out: Path, epochs: int) -> int:
+def saved_step(out: Path, options: Namespace) -> int:
     """The step of the checkpoint, 0 if there is none; an unreadable one is an error."""
-    state = read_checkpoint(config(out, epochs))
+    state = read_checkpoint(config(out, options))
     return state["step"] if state else 0
 
 
@@ -76,7 +78,7 @@ def kill_again_and_again(options: Namespace, out: Path) -> list[dict[str, Any]]:
     """Starts the run and kills it, so many times; says what each kill left."""
     draw, rows = random.Random(options.seed), []
     for number in range(1, options.kills + 1):
-        process, began = start(out, options.epochs), time.perf_counter()
+        process, began = start(out, options), time.perf_counter()
         wait(process, out, draw, early=number % 4 == 0)
         ended = process.poll() is not None
         if not ended:
@@ -86,7 +88,7 @@ def kill_again_and_again(options: Namespace, out: Path) -> list[dict[str, Any]]:
             "kill": number,
             "seconds": round(time.perf_counter() - began, 2),
             "ended_before": ended,
-            "checkpoint_of_step": saved_step(out, options.epochs),
+            "checkpoint_of_step": saved_step(out, options),
             "remains": sorted(path.name for path in out.glob(".*")) if out.exists() else [],
         }
         rows.append(row)
@@ -101,21 +103,22 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=RECIPE["epochs"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--train", help="train in this folder, and do nothing else")
+    add_device(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.train:
-        train(config(Path(options.train), options.epochs))
+        train(config(Path(options.train), options))
         return
     out = Path(options.out)
     alone, killed = out / "alone", out / "killed"
     kills = kill_again_and_again(options, killed)
     for folder in (killed, alone):  # to the end
-        if start(folder, options.epochs).wait():
+        if start(folder, options).wait():
             raise SystemExit(f"the run in {folder} failed")
     a, b = (load_file(folder / "model.safetensors") for folder in (alone, killed))
     same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    command = shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]])
-    write_json(out / "kill.json", {"command": command, "kills": kills, "bit_identical": same})
+    told = {"command": command("kill.py")}
+    write_json(out / "kill.json", told | {"kills": kills, "bit_identical": same})
     cut = sum(not row["ended_before"] for row in kills)
     print(f"{cut} of {len(kills)} starts were killed; final weights bit-identical: {same}")
     sys.exit(not same)

@@ -1,23 +1,36 @@
-"""Is a model with learned tokens as much faster as it has fewer multiply-adds?
+"""Is a model with learned tokens as much faster as it has fewer multiply-adds? Is token merging?
 
-Both models of a pair run in turn in one process; the ratio is taken round by round. A training step
-is forward and backward, and with `--optimizer` a step of AdamW too.
+The plain model, the one with learned tokens, and the plain one with similar tokens merged in every
+block (`baselines.py`) at as many multiply-adds run in turn in one process; ratios are taken round
+by round. A training step is forward and backward, and with `--optimizer` a step of AdamW too.
 """
 
 from __future__ import annotations
 
-import shlex
-import sys
+import copy
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import product
 from statistics import median
+from typing import Any
 
 import torch
+from baselines import MergedBlocks, merge, schedule_for
+from measured import add_device, closing, compiled, in_ms, machine, write_results
 from torch import Tensor, nn
 
 from tokenlearner import create_model, remove
-from tokenlearner.benchmark import Spread, count_macs, speed_ratio, times_in_turn
-from tokenlearner.machine import describe_machine
+from tokenlearner.benchmark import (
+    Spread,
+    count_macs,
+    peak_memory_mib,
+    speed_ratio,
+    times_in_turn,
+)
+from tokenlearner.tables import quartiles
+
+MODELS = ["vit_base_patch16_tl8at6_224", "vit_base_patch16_tl16at6_224"]
 
 
 def pair(name: str, size: int | None) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -29,26 +42,56 @@ def pair(name: str, size: int | None) -> tuple[nn.Module, nn.Module, Tensor]:
     return plain, learned, torch.randn(1, channels, size or height, size or width)
 
 
-def inference(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def contenders(name: str, options: Namespace) -> tuple[dict[str, nn.Module], Tensor]:
+    """All that is compared, the plain model first, and one picture, on their device."""
+    plain, learned, image = pair(name, options.size)
+    models = {"plain": plain, f"`{name}`": learned}
+    if not options.no_merge:
+        share = count_macs(learned, image) / count_macs(plain, image)
+        host: Any = copy.deepcopy(plain)
+        r = schedule_for(host, image, share).r
+        models[f"merging {r} in every block"] = merge(host, r)
+    return {k: m.to(options.device) for k, m in models.items()}, image.to(options.device)
+
+
+def inference(
+    model: nn.Module, images: Tensor, forward: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[], None]:
     @torch.inference_mode()
     def run() -> None:
-        model(images)
+        (forward or model)(images)
 
     model.eval()
     return run
 
 
-def training(model: nn.Module, images: Tensor, optimizer: bool) -> Callable[[], None]:
+def training(
+    model: nn.Module,
+    images: Tensor,
+    optimizer: bool,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Callable[[], None]:
     model.train()
     steps = torch.optim.AdamW(model.parameters(), fused=True) if optimizer else None
 
     def run() -> None:
-        model(images).square().mean().backward()
+        (forward or model)(images).square().mean().backward()
         if steps:
             steps.step()
         model.zero_grad(set_to_none=True)
 
     return run
+
+
+def runner(
+    model: nn.Module, images: Tensor, what: str, is_compiled: bool, options: Namespace
+) -> Callable[[], None]:
+    """One batch through a model, to be timed. Merging is compiled in parts: its hooks are not."""
+    merging = any(isinstance(module, MergedBlocks) for module in model.modules())
+    forward = compiled(model, whole=not merging) if is_compiled else None
+    if what == "inference":
+        return inference(model, images, forward)
+    return training(model, images, options.optimizer, forward)
 
 
 def ratio(slow: Callable[[], None], fast: Callable[[], None], rounds: int) -> tuple[Spread, float]:
@@ -57,51 +100,85 @@ def ratio(slow: Callable[[], None], fast: Callable[[], None], rounds: int) -> tu
     return speed_ratio(seconds["slow"], seconds["fast"]), median(seconds["fast"])
 
 
-def row(label: str, of_macs: float, measured: tuple[Spread, float]) -> str:
-    speedup, seconds = measured
-    spread = f"{speedup.median:.2f} ({speedup.low:.2f}–{speedup.high:.2f})"
-    share = speedup.median / of_macs
-    return f"| {label} | {of_macs:.2f} | {spread} | {share:.2f} | {1000 * seconds:.0f} |"
+def measure(name: str, options: Namespace) -> Iterator[dict[str, Any]]:
+    """A row for every contender, batch, task and form."""
+    models, image = contenders(name, options)
+    macs = {label: count_macs(model, image) for label, model in models.items()}
+    for batch, what in product(options.batches, options.what):
+        images = image.expand(batch, -1, -1, -1).contiguous()
+        train = what == "training"
+        peaks = {k: peak_memory_mib(m, images, training=train) for k, m in models.items()}
+        for is_compiled in (False, True) if options.compile else (False,):
+            told = {"pair": name, "what": what, "batch": batch, "compiled": is_compiled}
+            runs = {k: runner(m, images, what, is_compiled, options) for k, m in models.items()}
+            seconds = times_in_turn(runs, options.rounds)
+            yield from (told | one for one in compared(seconds, macs, peaks))
+
+
+def compared(
+    seconds: dict[str, list[float]], macs: dict[str, int], peaks: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Every contender against the plain model, by time, multiply-adds and memory."""
+    for label, own in seconds.items():
+        speedup, of_macs = speed_ratio(seconds["plain"], own), macs["plain"] / macs[label]
+        yield {
+            "model": label,
+            "gmacs": macs[label] / 1e9,
+            "macs_ratio": of_macs,
+            "speedup": asdict(speedup),
+            "share_of_macs_ratio": speedup.median / of_macs,
+            "latency_ms": in_ms(own),
+            "peak_memory_mib": peaks[label],
+            "of_plain_memory": peaks[label] / peaks["plain"],
+        }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    form, latency = ", compiled" if row["compiled"] else "", row["latency_ms"]["median"]
+    cells = [
+        f"{row['model']}, {row['what']}{form}, {row['batch']}",
+        f"{row['macs_ratio']:.2f}",
+        quartiles(Spread(**row["speedup"]), 2),
+        f"{row['share_of_macs_ratio']:.2f}",
+        f"{latency:.{0 if latency >= 100 else 1}f}",
+        f"{row['peak_memory_mib']:.1f}",
+        f"{row['of_plain_memory']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    arguments = parse()
-    print("| model, what, batch | MACs ratio | speed-up (quartiles) | of the MACs ratio | ms |")
-    print("| --- | --: | --: | --: | --: |")
-    for name in arguments.models:
-        plain, learned, image = pair(name, arguments.size)
-        of_macs = count_macs(plain, image) / count_macs(learned, image)
-        for batch in arguments.batches:
-            images = image.expand(batch, -1, -1, -1).contiguous()
-            for what in arguments.what:
-                runs = [
-                    inference(model, images)
-                    if what == "inference"
-                    else training(model, images, arguments.optimizer)
-                    for model in (plain, learned)
-                ]
-                measured = ratio(runs[0], runs[1], arguments.rounds)
-                print(row(f"`{name}`, {what}, {batch}", of_macs, measured), flush=True)
-    print(closing("models_speed.py"))
+    options, rows = parse(), []
+    print(
+        "| model, what, batch | MACs ratio | speed-up (quartiles) | of the MACs ratio | ms |",
+        end="",
+    )
+    print(" peak MiB | of plain's |\n| --- | --: | --: | --: | --: | --: | --: |")
+    for name in options.models:
+        for row in measure(name, options):
+            rows.append(row)
+            if row["model"] != "plain":
+                print(line(row), flush=True)
+    found = {"machine": machine(options.device), "rounds": options.rounds, "rows": rows}
+    write_results(options.json, "models_speed.py", found)
+    print(closing("models_speed.py", device=options.device, rounds=options.rounds))
 
 
 def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["vit_base_patch16_tl8at6_224"])
+    parser.add_argument("--models", nargs="+", default=MODELS, help="with learned tokens")
     parser.add_argument("--size", type=int, help="of the pictures, if not the model's own")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--what", nargs="+", default=["inference", "training"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    whats = ["inference", "training"]
+    parser.add_argument("--what", nargs="+", default=whats, choices=whats)
     parser.add_argument("--optimizer", action="store_true", help="count a step of AdamW too")
+    parser.add_argument("--compile", action="store_true", help="what torch.compile makes of it too")
+    parser.add_argument("--no-merge", action="store_true", help="leave out token merging")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="file for all numbers, for programs")
+    add_device(parser)
     return parser.parse_args()
-
-
-def closing(script: str, threads: int | None = None) -> str:
-    """The machine and the command, as every script of these ends."""
-    machine = describe_machine(torch.device("cpu"))
-    command = shlex.join([f"benchmarks/{script}", *sys.argv[1:]])
-    torch_build = f"{threads or machine['threads']} threads, torch {machine['torch']}"
-    return f"\n{machine['cpu']}, {torch_build}; command:\npython {command}"
 
 
 if __name__ == "__main__":

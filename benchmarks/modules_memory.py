@@ -3,7 +3,8 @@
 The textbook form writes the paper's equation down as it stands: normalise, convolve, multiply every
 position with every map (`b k n c`), reduce. Both use the same weights and give the same tokens.
 Each number is how far the peak of a fresh process rises (VmHWM, so Linux only), the input included
-before; a small call goes first, for what torch loads on first use.
+before; a small call goes first, for what torch loads on first use. On a GPU it is how far the peak
+of what torch has allocated rises.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from models_speed import closing
+from measured import add_device, closing
 from torch import Tensor
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
@@ -46,7 +47,7 @@ def textbook(learner: Learner, x: Tensor) -> Tensor:
 
 
 def run(name: str, form: str, passes: str, x: Tensor) -> None:
-    learner = LEARNERS[name]()
+    learner = LEARNERS[name]().to(x.device)
     x.requires_grad_(passes == "forward+backward")
     with torch.set_grad_enabled(x.requires_grad):
         tokens = learner(x) if form == "ours" else textbook(learner, x)
@@ -54,18 +55,22 @@ def run(name: str, form: str, passes: str, x: Tensor) -> None:
             tokens.square().mean().backward()
 
 
-def peak_mib() -> float:
+def peak_mib(device: torch.device) -> float:
     """The most memory that this process has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
 
 
-def child(name: str, form: str, passes: str, batch: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    run(name, form, passes, torch.randn(1, 32, 32, 128))
-    x = torch.randn(batch, 32, 32, 128)
-    before = peak_mib()
+def child(name: str, form: str, passes: str, options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    run(name, form, passes, torch.randn(1, 32, 32, 128).to(options.device))
+    x = torch.randn(options.batch, 32, 32, 128).to(options.device)
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats(x.device)
+    before = peak_mib(options.device)
     run(name, form, passes, x)
-    print(peak_mib() - before)
+    print(peak_mib(options.device) - before)
 
 
 def main() -> None:
@@ -74,10 +79,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="processes a number")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", nargs=3, metavar="NAME", help=argparse.SUPPRESS)
+    add_device(parser)
     arguments = parser.parse_args()
     batch, threads = arguments.batch, arguments.threads
     if arguments.child:
-        return child(*arguments.child, batch, threads)
+        return child(*arguments.child, arguments)
     size = batch * 32 * 32 * 128 * 4 / 2**20
     columns = [(passes, form) for passes in PASSES for form in FORMS]
     print(f"| MiB beyond the input of {size:g} |", " | ".join(map(", ".join, columns)), "|")
@@ -85,12 +91,12 @@ def main() -> None:
     for name in LEARNERS:
         cells = []
         for passes, form in columns:
-            options = f"--batch {batch} --threads {threads} --child".split()
-            command = [sys.executable, __file__, *options, name, form, passes]
+            options = f"--batch {batch} --threads {threads} --device {arguments.device}".split()
+            command = [sys.executable, __file__, *options, "--child", name, form, passes]
             values = [float(subprocess.check_output(command)) for _ in range(arguments.runs)]
             cells.append(f"{median(values):.0f} ({min(values):.0f}–{max(values):.0f})")
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
-    print(closing("modules_memory.py", threads))
+    print(closing("modules_memory.py", threads, device=arguments.device))
 
 
 if __name__ == "__main__":

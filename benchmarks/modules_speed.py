@@ -1,9 +1,10 @@
 """How fast is a TokenLearner against the textbook form of it, and against what cannot be undercut?
 
 The textbook form is that of `modules_memory.py`: normalise, convolve, multiply every position with
-every map (`b k n c`), reduce; same weights, same tokens. The bound is one matrix product of the
-size of the first layer's and two reads of the input; with a backward pass three and six.
-All run in turn in one process, and ratios are taken round by round.
+every map (`b k n c`), reduce; same weights, same tokens, same dtype. The bound is one matrix
+product of the size of the first layer's and two reads of the input; with a backward pass three and
+six. All run in turn in one process, and ratios are
+taken round by round.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from models_speed import closing
+from measured import add_device, closing
 from modules_memory import textbook
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from tokenlearner.benchmark import speed_ratio, times_in_turn
 
 SHAPES = {"64 x 32 x 32 x 128": (64, 32, 32, 128), "8 x 14 x 14 x 768": (8, 14, 14, 768)}
 SHAPES["8 x 24 x 24 x 1024"] = (8, 24, 24, 1024)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS = 8
 PER_TOKEN = 9  # taps of a 3 x 3 convolution
 LEARNERS: dict[str, Callable[[int], Any]] = {
@@ -52,8 +54,8 @@ def both_ways(
 def bound(name: str, x: Tensor, backward: bool) -> Callable[[], object]:
     """The product of the first layer and two reads; there and back it is that three times."""
     c = x.shape[-1]
-    rows, weight = x.reshape(-1, c), torch.randn(c, FIRST_LAYER[name], dtype=x.dtype)
-    out = torch.empty(len(rows), FIRST_LAYER[name], dtype=x.dtype)
+    rows, weight = x.reshape(-1, c), torch.randn(c, FIRST_LAYER[name]).to(x)
+    out = x.new_empty(len(rows), FIRST_LAYER[name])
     rows_out, weight_out = torch.empty_like(rows), torch.empty_like(weight)
 
     @torch.inference_mode()
@@ -68,12 +70,12 @@ def bound(name: str, x: Tensor, backward: bool) -> Callable[[], object]:
     return run
 
 
-def row(name: str, shape: str, dtype: torch.dtype, backward: bool, options: Namespace) -> str:
+def row(name: str, shape: str, dtype: str, backward: bool, options: Namespace) -> str:
     """One line: how many times as fast as the textbook, and what share of the bound's speed."""
     torch.manual_seed(0)
     batch, *axes = SHAPES[shape]
-    x = torch.randn(options.batch or batch, *axes).to(dtype)
-    learner = LEARNERS[name](x.shape[-1]).to(dtype)
+    x = torch.randn(options.batch or batch, *axes).to(options.device, DTYPES[dtype])
+    learner = LEARNERS[name](x.shape[-1]).to(x)
     forms = {"textbook": lambda x: textbook(learner, x), "ours": learner}
     if backward:
         runs = {form: both_ways(f, x, learner.parameters()) for form, f in forms.items()}
@@ -85,17 +87,17 @@ def row(name: str, shape: str, dtype: torch.dtype, backward: bool, options: Name
     what = "forward and backward" if backward else "forward"
     ms = 1000 * median(seconds["ours"])
     cells = [f"{s.median:.1f} ({s.low:.1f}-{s.high:.1f})" for s in (faster, slower)]
-    short = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
-    return f"| {name}, {short}, {what} | {shape} | {' | '.join(cells)} | {ms:.1f} |"
+    return f"| {name}, {dtype}, {what} | {shape} | {' | '.join(cells)} | {ms:.1f} |"
 
 
 def main() -> None:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--learners", nargs="+", default=list(LEARNERS), choices=list(LEARNERS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="such as bfloat16")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--batch", type=int, help="frames, in place of those of the shapes")
     parser.add_argument("--rounds", type=int, default=15)
+    add_device(parser)
     options = parser.parse_args()
     print("| learner | input | times as fast as the textbook | times the bound | ms |")
     print("| --- | --- | --: | --: | --: |")
@@ -103,8 +105,8 @@ def main() -> None:
         for backward in (False, True):
             for name in options.learners:
                 for shape in options.shapes:
-                    print(row(name, shape, getattr(torch, dtype), backward, options), flush=True)
-    print(closing("modules_speed.py"))
+                    print(row(name, shape, dtype, backward, options), flush=True)
+    print(closing("modules_speed.py", device=options.device, rounds=options.rounds))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measured import add_device
 from torch import Tensor, nn
 
 from tokenlearner import TrainConfig, calibrate, insert, load_data, train
@@ -60,16 +61,23 @@ def teach(model: Segmenter, data: ImageDataset, epochs: int, seed: int) -> None:
     """Trains the linear layer, or all there is; frozen features are those of evaluation."""
     model.train(not model.frozen)
     weights = [p for p in (model.head if model.frozen else model).parameters() if p.requires_grad]
+    device = next(model.parameters()).device
     rate, steps = RATES["frozen" if model.frozen else "trained"], epochs * (len(data) // 64)
     optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
     for epoch in range(epochs):
         for batch in load_batches(data, epoch_keys(len(data), 64, seed=seed, epoch=epoch)):
-            loss = F.cross_entropy(model(batch.images), truth(batch.images, batch.labels, data))
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            loss = F.cross_entropy(model(images), truth(images, labels, data))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+
+
+def judged(model: Segmenter, images: Tensor) -> Tensor:
+    """What a model says each pixel is, `b h w`, on the CPU."""
+    return model.eval()(images.to(next(model.parameters()).device)).argmax(1).cpu()
 
 
 @torch.inference_mode()
@@ -79,7 +87,7 @@ def judge(model: Segmenter, data: ImageDataset) -> dict[str, float]:
     both, either = torch.zeros(2, len(data.classes) + 1)
     right = pixels = 0.0
     for images, labels in data.batches(500):
-        said, true = model(images).argmax(1), truth(images, labels, data)
+        said, true = judged(model, images), truth(images, labels, data)
         right, pixels = right + (said == true).sum().item(), pixels + true.numel()
         for k in range(len(either)):
             both[k] += ((said == k) & (true == k)).sum()
@@ -92,8 +100,8 @@ def judge(model: Segmenter, data: ImageDataset) -> dict[str, float]:
 
 def host_for(options: Namespace, folder: Path) -> nn.Module:
     """A mini ViT that classifies the bundled pictures."""
-    config = TrainConfig(out=str(folder), epochs=options.host_epochs, warmup_epochs=0.5)
-    return train(config).model
+    told = {"epochs": options.host_epochs, "warmup_epochs": 0.5, "device": str(options.device)}
+    return train(TrainConfig(out=str(folder), **told)).model.to(options.device)
 
 
 def contenders(host: Any, data: ImageDataset, seed: int) -> dict[str, Any]:
@@ -102,6 +110,7 @@ def contenders(host: Any, data: ImageDataset, seed: int) -> dict[str, Any]:
     fused = insert(copy.deepcopy(host), TOKENS, AT, fuse=True)
     sample = data.sample(min(CALIBRATION["images"], len(data)), seed)
     images, _ = next(sample.batches(len(sample)))
+    images = images.to(next(host.parameters()).device)
     calibrate(fused, images, steps=CALIBRATION["steps"], seed=seed)
     return {"host": host, f"{TOKENS} tokens, fused": fused}
 
@@ -113,7 +122,7 @@ def measure(options: Namespace) -> tuple[list[dict[str, Any]], dict[str, Segment
         data, held_out = data.sample(options.images), held_out.sample(min(options.images, 2000))
     with tempfile.TemporaryDirectory() as folder:
         host = host_for(options, Path(folder) / "host")
-    picture, _ = next(held_out.batches(1))
+    picture = next(held_out.batches(1))[0].to(options.device)
     rows, models = [], {}
     for seed in options.seeds:
         for name, backbone in contenders(host, data, seed).items():
@@ -121,6 +130,7 @@ def measure(options: Namespace) -> tuple[list[dict[str, Any]], dict[str, Segment
                 torch.manual_seed(seed)
                 classes = len(data.classes) + 1
                 model = Segmenter(copy.deepcopy(backbone), classes, frozen=how == "frozen")
+                model.to(options.device)
                 teach(model, data, options.epochs, seed)
                 gmacs = count_macs(backbone, picture) / 1e9
                 row = {"model": name, "how": how, "seed": seed, "gmacs": gmacs}
@@ -139,7 +149,7 @@ def draw(path: Path, models: dict[str, Segmenter], shown: int = 6) -> None:
     data = load_data("fashion-mnist-small", "test")
     firsts = [int((data.labels == k).nonzero()[0]) for k in range(shown)]
     images, labels = data.take(torch.tensor(firsts))
-    said = {name: model.eval()(images).argmax(1) for name, model in models.items()}
+    said = {name: judged(model, images) for name, model in models.items()}
     columns = {"truth": truth(images, labels, data), **said}
     figure = Figure(figsize=(1.5 * (1 + len(columns)), 1.55 * shown), layout="constrained")
     table = figure.subplots(shown, 1 + len(columns), squeeze=False)
@@ -182,6 +192,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of every training on pixels")
     parser.add_argument("--host-epochs", type=int, default=6, help="of the host, on classes")
     parser.add_argument("--images", type=int, default=0, help="pictures of each split; 0 is all")
+    add_device(parser)
     options = parser.parse_args()
     rows, models = measure(options)
     out = Path(options.out)

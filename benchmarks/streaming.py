@@ -9,7 +9,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 import torch
-from models_speed import closing, ratio
+from measured import add_device, closing
+from models_speed import ratio
 from torch import Tensor
 
 from tokenlearner import create_model
@@ -25,11 +26,11 @@ def macs(model: FrameViT, clip: Tensor) -> float:
     return whole / (whole - (model.num_frames - 1) * encoding)
 
 
-def measure(name: str, rounds: int) -> str:
+def measure(name: str, rounds: int, device: torch.device) -> str:
     torch.manual_seed(0)
-    model = create_model(name).eval()
+    model = create_model(name).eval().to(device)
     channels, height, width = model.pretrained_cfg["input_size"]
-    clip = torch.randn(1, channels, model.num_frames, height, width)
+    clip = torch.randn(1, channels, model.num_frames, height, width).to(device)
     stream = TokenStream(model)
     for i in range(model.num_frames):
         out = stream.push(clip[:, :, i])
@@ -45,8 +46,8 @@ def main() -> None:
     print("| model | MACs ratio | speed-up (quartiles) | ms a new frame | largest difference |")
     print("| --- | --: | --: | --: | --: |")
     for name in arguments.models:
-        print(measure(name, arguments.rounds), flush=True)
-    print(closing("streaming.py"))
+        print(measure(name, arguments.rounds, arguments.device), flush=True)
+    print(closing("streaming.py", device=arguments.device, rounds=arguments.rounds))
 
 
 def parse() -> Namespace:
@@ -54,6 +55,7 @@ def parse() -> Namespace:
     names = [f"framevit_{size}_patch16_f6_tl8at6_224" for size in ("tiny", "small", "base")]
     parser.add_argument("--models", nargs="+", default=names)
     parser.add_argument("--rounds", type=int, default=15)
+    add_device(parser)
     return parser.parse_args()
 
 

@@ -7,8 +7,6 @@ worker processes while the model trains.
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from argparse import ArgumentParser
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import skimage.data
 import torch
+from measured import add_device, command
 from PIL import Image
 
 from tokenlearner import TrainConfig, train
@@ -55,14 +54,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1, help="processes that read files")
     parser.add_argument("--model", default=FILES["model"], help="what trains on the files")
+    add_device(parser)
     options = parser.parse_args()
-    print(shlex.join(["python", "benchmarks/waiting.py", *sys.argv[1:]]), "", sep="\n")
+    print(command("waiting.py"), "", sep="\n")
     print("| data | images/s | of it waiting, % |\n| --- | --: | --: |")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_photographs(place / "photographs", options.files)
         files = FILES | {"model": options.model, "root": str(place / "photographs")}
         several = {"epochs": options.epochs, "warmup_epochs": 0.0, "workers": options.workers}
+        several["device"] = str(options.device)
         for name, recipe in {"bundled": {"images": options.images}, "JPEG files": files}.items():
             result = train(TrainConfig(**{**recipe, **several, "out": str(place / name)}))
             for row in result.history:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -22,12 +23,28 @@ from tokenlearner.data import ImageDataset
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MODEL = "model.safetensors"
+Run = Callable[[ModuleType, str], str]
+
+
+SCRIPTS = [p.stem for p in sorted(BENCHMARKS.glob("*.py")) if "__main__" in p.read_text("utf-8")]
 
 
 @pytest.fixture
 def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a script with options, split at spaces, and returns what it prints."""
+
+    def go(script: ModuleType, options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *shlex.split(options)])
+        script.main()
+        return capsys.readouterr().out
+
+    return go
 
 
 def table(text: str) -> tuple[list[str], dict[str, list[float]]]:
@@ -51,17 +68,15 @@ def test_every_script_is_in_the_readme_with_its_command() -> None:
 
 @pytest.mark.parametrize("script", ["fuser_init"], indirect=True)
 def test_fuser_init_prints_gradients_and_losses(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
     options = "--seeds 1 --steps 1 --threads 1 --starts norm mix"
-    monkeypatch.setattr(sys, "argv", ["fuser_init.py", *options.split()])
     monkeypatch.setattr(script, "load_data", a_tenth)
     try:
-        script.main()
+        text = run(script, options)
     finally:
         torch.set_num_threads(threads)
-    text = capsys.readouterr().out
     starts, rows = table(text)
     assert starts == ["norm", "mix"]
     assert rows["gradient norm: `mix.weight`"][0] == 0 < rows["gradient norm: `mix.weight`"][1]
@@ -98,13 +113,11 @@ def test_the_measured_peak_contains_what_the_textbook_form_makes() -> None:
 
 @pytest.mark.parametrize("script", ["modules_memory"], indirect=True)
 def test_modules_memory_prints_the_median_of_its_runs(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter(range(1, 100))
     monkeypatch.setattr(subprocess, "check_output", lambda command: f"{next(measured)}\n".encode())
-    monkeypatch.setattr(sys, "argv", ["modules_memory.py", "--runs", "3", "--batch", "2"])
-    script.main()
-    text = capsys.readouterr().out
+    text = run(script, "--runs 3 --batch 2")
     columns, rows = table(text)
     assert columns[:2] == ["forward, ours", "forward, textbook"]
     assert rows["V1"] == [2, 5, 8, 11]
@@ -112,14 +125,14 @@ def test_modules_memory_prints_the_median_of_its_runs(
 
 
 @pytest.mark.parametrize("script", ["modules_speed"], indirect=True)
-def test_modules_speed_prints_every_learner_both_ways(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_modules_speed_prints_every_learner_and_dtype_both_ways(
+    script: ModuleType, run: Run
 ) -> None:
     shape = "8 x 14 x 14 x 768"
-    options = ["--batch", "1", "--rounds", "2", "--dtypes", "float32", "bfloat16"]
-    monkeypatch.setattr(sys, "argv", ["modules_speed.py", *options, "--shapes", shape])
-    script.main()
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:14]]
+    text = run(script, f"--batch 1 --rounds 2 --shapes '{shape}'")
+    rows = [line.split(" | ") for line in text.splitlines()[2:14]]
+    dtypes = [row[0].split(", ")[1] for row in rows]
+    assert dtypes == ["float32"] * 6 + ["bfloat16"] * 6
     assert [row[0].split(", ")[0] for row in rows] == [f"| {name}" for name in script.LEARNERS] * 4
     assert [row[0].endswith("backward") for row in rows] == ([False] * 3 + [True] * 3) * 2
     assert {row[1] for row in rows} == {shape}
@@ -127,20 +140,34 @@ def test_modules_speed_prints_every_learner_both_ways(
 
 
 @pytest.mark.parametrize("script", ["models_speed"], indirect=True)
-def test_models_speed_prints_ratios_of_time_and_of_multiply_adds(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_models_speed_prints_ratios_of_time_multiply_adds_and_memory(
+    script: ModuleType, run: Run, tmp_path: Path
 ) -> None:
     name = "vit_mini_patch4_tl8at3_28"
-    options = f"--models {name} --batches 2 --rounds 2 --optimizer"
-    monkeypatch.setattr(sys, "argv", ["models_speed.py", *options.split()])
-    script.main()
-    text = capsys.readouterr().out
+    options = f"--models {name} --batches 2 --rounds 2 --optimizer --json {tmp_path / 'all.json'}"
+    text = run(script, options)
     _, rows = table(text)
-    assert list(rows) == [f"`{name}`, inference, 2", f"`{name}`, training, 2"]
-    for of_macs, speedup, share, _ in rows.values():
-        assert of_macs == 1.69  # as in the demo's table: 0.0163 / 0.0097
+    labels = [f"`{name}`", "merging 6 in every block"]
+    assert list(rows) == [f"{a}, {b}, 2" for b in ("inference", "training") for a in labels]
+    for label, (of_macs, speedup, share, _, peak, of_peak) in rows.items():
+        assert of_macs == (1.65 if "merging" in label else 1.69)  # as in the demo's table
         assert share == pytest.approx(speedup / of_macs, abs=0.02)
+        assert peak > 0
+        assert of_peak > 0
+    assert rows[f"`{name}`, training, 2"][5] < 0.8  # fewer tokens are kept for the backward pass
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert [row["model"] for row in found["rows"]] == ["plain", *labels] * 2
     assert text.splitlines()[-1] == f"python benchmarks/models_speed.py {options}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of graphs that break, as merging's do
+@pytest.mark.parametrize("script", ["models_speed"], indirect=True)
+def test_models_speed_compiles_all_contenders(script: ModuleType, run: Run) -> None:
+    options = "--models vit_mini_patch4_tl8at3_28 --batches 2 --rounds 2 --compile"
+    _, rows = table(run(script, options))
+    assert len(rows) == 8
+    assert sum(", compiled, 2" in label for label in rows) == 4
 
 
 @pytest.mark.parametrize("script", ["models_speed"], indirect=True)
@@ -161,13 +188,9 @@ def test_a_speed_up_is_the_time_of_the_slow_side_over_that_of_the_fast(
 
 
 @pytest.mark.parametrize("script", ["streaming"], indirect=True)
-def test_streaming_prints_what_a_new_frame_costs(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_streaming_prints_what_a_new_frame_costs(script: ModuleType, run: Run) -> None:
     name = "framevit_mini_patch8_f6_tl4at3_32"
-    monkeypatch.setattr(sys, "argv", ["streaming.py", "--models", name, "--rounds", "2"])
-    script.main()
-    _, rows = table(capsys.readouterr().out)
+    _, rows = table(run(script, f"--models {name} --rounds 2"))
     of_macs, speedup, _, difference = rows[f"`{name}`"]
     assert of_macs == 3.1  # 20.1 MMACs for the clip, of which 5/6 of the encoding are saved
     assert speedup > 0
@@ -178,13 +201,13 @@ def test_streaming_prints_what_a_new_frame_costs(
 def test_kill_finds_weights_that_differ(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(out: Path, epochs: int) -> Any:
+    def start(out: Path, options: Any) -> Any:
         out.mkdir(parents=True)
         save_file({"w": torch.zeros(2) + different * (out.name == "killed")}, out / MODEL)
         return SimpleNamespace(wait=lambda: 0)
 
     monkeypatch.setattr(script, "kill_again_and_again", lambda *_: [])
-    monkeypatch.setattr(script, "start", run)
+    monkeypatch.setattr(script, "start", start)
     for different in (0, 1):
         out = tmp_path / str(different)
         monkeypatch.setattr(sys, "argv", ["kill.py", "--out", str(out)])
@@ -204,13 +227,9 @@ def test_kill_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["waiting"], indirect=True)
-def test_waiting_prints_shares_of_both_data_sets(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_waiting_prints_shares_of_both_data_sets(script: ModuleType, run: Run) -> None:
     options = "--files 72 --images 64 --epochs 1 --model vit_tiny_patch16_224"
-    monkeypatch.setattr(sys, "argv", ["waiting.py", *options.split()])
-    script.main()
-    _, rows = table(capsys.readouterr().out)
+    _, rows = table(run(script, options))
     assert list(rows) == ["bundled, epoch 1", "JPEG files, epoch 1"]
     for speed, waiting in rows.values():
         assert speed > 0
@@ -219,17 +238,12 @@ def test_waiting_prints_shares_of_both_data_sets(
 
 @pytest.mark.parametrize("script", ["accuracy"], indirect=True)
 def test_accuracy_prints_every_model_and_goes_on(
-    script: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = f"--out {tmp_path} --seeds 0 --epochs 1 --images 64 --data fashion-mnist-small"
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", *options.split()])
     monkeypatch.setattr(script, "ProcessPoolExecutor", OneProcess)
     for _ in range(2):
-        script.main()
-        lines = capsys.readouterr().out.splitlines()[4:]
+        lines = run(script, options).splitlines()[4:]
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         assert [row[1] for row in rows] == ["all", "8 learned, halfway"]
         assert [float(row[2]) for row in rows] == [0.0163, 0.0097]  # as in the demo's table
@@ -264,51 +278,182 @@ def test_segmentation_labels_pixels_by_class_and_brightness(script: ModuleType) 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["segmentation"], indirect=True)
 def test_segmentation_prints_host_and_fused_and_draws_them(
-    script: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = f"--out {tmp_path} --seeds 0 --epochs 1 --host-epochs 1 --images 128"
-    monkeypatch.setattr(sys, "argv", ["segmentation.py", *options.split()])
     monkeypatch.setattr(script, "CALIBRATION", {"images": 64, "steps": 5})
-    script.main()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in run(script, options).splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == ["host"] * 2 + [
         "8 tokens, fused"
     ] * 2
     assert (tmp_path / "segmentation.png").read_bytes().startswith(b"\x89PNG")
 
 
+TINY_FLAX = "--model vit_tiny_patch16_tl8at6_224 --tokens 4 --batches 2 --size 64 --rounds 2"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["against_flax"], indirect=True)
 @pytest.mark.parametrize("learner", ["v1", "v11"])
-def test_against_flax_compares_equal_models(
-    script: ModuleType,
-    learner: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_against_flax_compares_equal_models(script: ModuleType, learner: str, run: Run) -> None:
     """The script itself refuses models whose numbers differ."""
-    options = f"--model vit_tiny_patch16_tl8at6_224 --learner {learner} --tokens 4 --batches 2"
-    monkeypatch.setattr(
-        sys, "argv", ["against_flax.py", *options.split(), "--size", "64", "--rounds", "2"]
-    )
-    script.main()
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:8]]
-    forms = ("eager", "Flax", "compiled")
-    assert [row[0] for row in rows] == [f"| {m}, {f}" for m in ("plain", "4 tokens") for f in forms]
-    assert [row[3] for row in rows[::3]] == ["1.00 (1.00-1.00)"] * 2
-    assert all(float(row[2]) > 0 for row in rows)
+    text = run(script, f"{TINY_FLAX} --learner {learner}")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    names = [f"| {model}, {form}" for model in ("plain", "4 tokens") for form in script.FORMS]
+    assert [row[0] for row in rows] == names
+    assert [row[3] for row in rows if "eager" in row[0]] == ["1.00 (1.00-1.00)"] * 2
+    assert all(float(row[2]) >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("script", ["against_flax"], indirect=True)
+def test_against_flax_refuses_other_numbers(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ones = script.Form(lambda: torch.ones(2, 1000))
+    monkeypatch.setitem(script.FORMS, "Flax", lambda *_: ones)
+    with pytest.raises(AssertionError, match="plain, Flax gives other numbers than eager"):
+        run(script, f"{TINY_FLAX} --forms Flax")
+
+
+@pytest.mark.parametrize("script", ["against_flax"], indirect=True)
+def test_linear_layers_of_onednn_are_packed_and_counted_among_the_forms(
+    script: ModuleType, run: Run
+) -> None:
+    text = run(script, f"{TINY_FLAX} --forms packed bfloat16")
+    names = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")][2:]
+    forms = ("eager", "packed", "bfloat16")
+    assert names == [f"| {model}, {form}" for model in ("plain", "4 tokens") for form in forms]
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    form = script.packed(model, torch.ones(1, 4))
+    assert type(form.run.func[0]).__name__ == "MkldnnLinear"
+    assert type(model[0]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("script", ["modules_against"], indirect=True)
+@pytest.mark.parametrize(
+    "what", ["forward", pytest.param("forward and backward", marks=pytest.mark.slow)]
+)
+def test_modules_against_times_flax_and_keras_that_give_the_same_tokens_and_gradients(
+    script: ModuleType, what: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script itself refuses what differs by more than 1e-4 of the largest number."""
+    monkeypatch.setitem(script.SHAPES, "tiny", (2, 4, 4, 16))
+    path = tmp_path / "all.json"
+    options = f"--shapes tiny --passes '{what}' --forms Flax Keras --rounds 2 --json {path}"
+    text = run(script, options)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| V1")]
+    forms = [
+        f"| {n}, {form}, {what}" for n in script.LEARNERS for form in ("ours", "Flax", "Keras")
+    ]
+    assert [row[0] for row in rows] == forms
+    assert {row[1] for row in rows} == {"2 x 4 x 4 x 16"}
+    found = json.loads(path.read_text())
+    assert {row["times_as_fast_as_ours"]["low"] for row in found["rows"][::3]} == {1.0}
+    assert found["machine"]["keras"] in text
+
+
+@pytest.mark.parametrize("script", ["modules_against"], indirect=True)
+def test_modules_against_refuses_other_tokens(script: ModuleType) -> None:
+    right = torch.tensor([1.0, 100.0])
+    script.check_same("V1, Flax", right + 0.009, right)
+    with pytest.raises(SystemExit, match=r"V1, Flax differs by 1\.1e-04 of the largest"):
+        script.check_same("V1, Flax", right + 0.011, right)
+    with pytest.raises(SystemExit, match="differs by nan"):
+        script.check_same("V1, Flax", right * float("nan"), right)
+    with pytest.raises(SystemExit, match=r"gives \[1\], expected \[2\]"):
+        script.check_same("V1, Flax", right[:1], right)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["against_flax"], indirect=True)
-def test_against_flax_refuses_other_numbers(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("script", ["modules_against"], indirect=True)
+def test_modules_against_compiles_ours_too(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "in_flax", lambda *_: lambda images: torch.ones(len(images), 1000))
-    options = "--model vit_tiny_patch16_tl8at6_224 --tokens 4 --batches 1 --no-compile"
-    monkeypatch.setattr(sys, "argv", ["against_flax.py", *options.split()])
-    with pytest.raises(AssertionError, match="not close"):
-        script.main()
+    monkeypatch.setitem(script.SHAPES, "tiny", (2, 4, 4, 16))
+    text = run(script, "--shapes tiny --forms compiled --rounds 2")
+    assert text.count(", compiled, forward |") == text.count(", compiled, forward and") == 3
+
+
+SCALING = (
+    "--image-model vit_mini_patch4_tl8at3_28 --video-model vivit_mini_patch8x2_tl4at3_32 "
+    "--rounds 2 --resolution 28 56 --tokens 1 4 --frames 4 8 --batch 1 2"
+)
+
+
+@pytest.mark.parametrize("script", ["scaling"], indirect=True)
+def test_scaling_measures_draws_and_goes_on_where_it_stopped(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = f"{SCALING} --json {tmp_path / 'points.json'} --out {tmp_path}"
+    _, rows = table(run(script, options))
+    points = json.loads((tmp_path / "points.json").read_text())["points"]
+    assert list(rows) == [f"{axis} {v}" for axis in script.VALUES for v in VALUES_DRAWN[axis]]
+    assert rows["resolution 28"][:2] == rows["batch 1"][:2] == [0.0163, 0.00965]  # as in the demo
+    assert rows["batch 2"][0] == pytest.approx(2 * 0.0163, rel=0.01)
+    assert rows["tokens 1"][1] < rows["tokens 4"][1] < rows["tokens 4"][0]
+    assert rows["resolution 56"][0] > 4 * rows["resolution 28"][0]  # attention grows faster
+    assert rows["tokens 4"][9] < rows["tokens 4"][8]  # in training
+    for axis in script.VALUES:
+        assert (tmp_path / f"scaling-{axis}.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(script, "measure", lambda *_: pytest.fail("measured again"))
+    _, again = table(run(script, options))
+    assert again == rows
+    assert json.loads((tmp_path / "points.json").read_text())["points"] == points
+
+
+VALUES_DRAWN = {"resolution": (28, 56), "tokens": (1, 4), "frames": (4, 8), "batch": (1, 2)}
+
+
+@pytest.mark.parametrize("script", ["scaling"], indirect=True)
+def test_scaling_keeps_what_it_measured_before_it_was_cut_off(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, measure = tmp_path / "points.json", script.measure
+    options = f"{SCALING} --resolution --frames --batch --json {path} --out {tmp_path}"
+
+    def cut_off(axis: str, value: int, told: Any) -> Any:
+        if value == 4:
+            raise KeyboardInterrupt
+        return measure(axis, value, told)
+
+    monkeypatch.setattr(script, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(script, options)
+    assert [p["value"] for p in json.loads(path.read_text())["points"]] == [1]
+
+
+@pytest.mark.parametrize("script", ["scaling"], indirect=True)
+def test_scaling_does_not_mix_points_of_other_rounds_or_machines(
+    script: ModuleType, run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "points.json"
+    options = f"--resolution --tokens --frames --batch --json {path}"
+    then = script.machine(torch.device("cpu")) | {"cpu": "abacus"}
+    path.write_text(json.dumps({"machine": then, "rounds": 5, "points": []}))
+    with pytest.raises(SystemExit, match=r"cpu abacus, now .*rounds 5, now 3: remove it, or name"):
+        run(script, f"{options} --rounds 3")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
+    script: ModuleType, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"compare_frozen": "--wheel a --drawings b", "accuracy": "--drawings b"}
+    with pytest.raises(SystemExit):
+        run(script, f"{needed.get(script.__name__, '')} --device cuda:99")
+    said = capsys.readouterr().err
+    assert "argument --device: device 'cuda:99' is not to be had here" in said
+    assert "pass cpu or auto" in said
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("modules_speed", "--batch 1 --rounds 2 --shapes '8 x 14 x 14 x 768'"),
+        ("models_speed", "--models vit_mini_patch4_tl8at3_28 --batches 1 --rounds 2 --no-merge"),
+    ],
+    indirect=["script"],
+)
+def test_all_that_is_timed_is_on_the_device(script: ModuleType, options: str, run: Run) -> None:
+    """The meta device holds no numbers, and refuses tensors that are on another one."""
+    assert "meta" in run(script, f"{options} --device meta").splitlines()[-1]

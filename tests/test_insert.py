@@ -609,3 +609,15 @@ def test_as_many_tokens_as_positions_are_allowed() -> None:
 def test_a_mask_over_positions_is_refused(mask: dict[str, Any], fuse: bool) -> None:
     with pytest.raises(ValueError, match="attention mask over positions does not fit"):
         insert(vit(), 3, fuse=fuse).forward_features(images(), **mask)
+
+
+@both_ways
+@torch.no_grad()
+def test_tokens_inserted_on_the_chosen_device_give_what_they_give_on_the_cpu(
+    fuse: bool, device: torch.device
+) -> None:
+    host, images = vit().double().to(device), torch.randn(2, 3, 32, 32).double()
+    insert(host, 4, fuse=fuse)
+    assert {p.device.type for p in host.parameters()} == {device.type}
+    on_device = host(images.to(device)).cpu()
+    torch.testing.assert_close(on_device, host.cpu()(images))

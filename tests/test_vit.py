@@ -738,3 +738,14 @@ def test_learners_are_of_the_kind_that_is_asked_for() -> None:
             "fuse": True,
             "fuser_bottleneck_dim": 7,
         }
+
+
+@each_learner
+@both_ways
+@torch.no_grad()
+def test_logits_on_the_chosen_device_are_those_on_the_cpu(
+    learner: str, fuse: bool, device: torch.device
+) -> None:
+    model, images = tiny(learner=learner, fuse=fuse).double().eval(), pictures().double()
+    expected = model(images)
+    torch.testing.assert_close(model.to(device)(images.to(device)).cpu(), expected)

@@ -479,3 +479,13 @@ def test_a_copy_asks_the_copied_module_for_the_grid(copied: Callable[[Host], Hos
     other = copied(host)
     other.patches.grid_size = (4, 4)
     assert (host.block.grid, other.block.grid) == ((2, 8), (4, 4))
+
+
+@each_wrapper
+@torch.no_grad()
+def test_a_wrapped_block_on_the_chosen_device_gives_what_it_gives_on_the_cpu(
+    fuse: bool, device: torch.device
+) -> None:
+    block, x = randomized(wrap(timm_block(), fuse=fuse)).double(), torch.randn(2, N, C).double()
+    expected = block(x)
+    torch.testing.assert_close(block.to(device)(x.to(device)).cpu(), expected)
