@@ -81,7 +81,7 @@ def _name(panel: Any, form: str, label: str, x: list[int], y: list[float]) -> No
     panel.annotate(
         label,
         (x[at], y[at]),
-        xytext=(-6, 9) if above else (6, -9),
+        xytext=(-6, 9) if above else (6, -16),
         textcoords="offset points",
         ha="right" if above else "left",
         va="bottom" if above else "top",

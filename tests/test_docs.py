@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from unittest.mock import patch
 
+import av
+import numpy as np
 import pytest
 import torch
 from markdown_blocks import (
@@ -20,12 +23,14 @@ from markdown_blocks import (
     commands_named,
     run_python_blocks,
 )
+from PIL import Image
 
 import draw_docs
 import tokenlearner
 from docs_hooks import PAGES
 from tokenlearner.benchmark import count_macs
 from tokenlearner.hosts import HOSTS
+from tokenlearner_command import COMMANDS, main
 
 DOCS = ROOT / "docs"
 WRITTEN = sorted(DOCS.rglob("*.md"))
@@ -108,6 +113,71 @@ def test_the_commands_of_five_minutes_run_one_after_the_other(tmp_path: Path) ->
         assert result.returncode == 0, f"{shlex.join(words)}\n{result.stderr}"
 
 
+SHORT = {  # what makes a guide's command short; the numbers on its page took longer
+    "bench": ["--rounds", "2", "--batch_size", "2"],
+    "export": ["--rounds", "2"],
+    "plan": ["--rounds", "2"],
+    "train": ["--epochs", "1", "--images", "128", "--warmup_epochs", "0.1"],
+}
+ELSEWHERE = {"index.md", "training.md", "app.md"}  # run above, in test_recipes, in test_app_page
+GUIDES = [
+    page
+    for page in WRITTEN
+    if page.name not in ELSEWHERE and commands_named("tokenlearner", [page], to_run=True)
+]
+
+
+def run_short(words: list[str]) -> None:
+    """Runs a command in this process, with what makes it short unless it only prints."""
+    more = [] if "--print_config" in words else SHORT.get(words[0], [])
+    given = {word for word in words if word.startswith("--")}
+    pairs = zip(more[::2], more[1::2], strict=True)
+    try:
+        main([*words, *(part for pair in pairs if pair[0] not in given for part in pair)])
+    except SystemExit as end:
+        if end.code:
+            raise AssertionError(shlex.join(words)) from end
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the trainings, pictures and films that the guides' commands are about."""
+    folder = tmp_path_factory.mktemp("guides")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        run_short(["train", "fashion_mnist_tl8"])
+        run_short(["train", "moving_photographs"])
+        run_short(["train", "--out", "runs/host"])
+        run_short(["train", "--out", "runs/mini", "--num_tokens", "8", "--at", "0.5"])
+        insertion = ["--model", "runs/host", "--insert", "8", "--teacher", "host"]
+        run_short(["train", "--out", "runs/reduced", *insertion])
+        shutil.copytree("runs/reduced", "tokenlearner-demo")
+        run_short(["bench", "runs/host", "runs/reduced", "--json", "speed.json"])
+        Path("pictures").mkdir()
+        Image.effect_noise((40, 30), 60).save("pictures/noise.png")
+        with av.open("clip.mkv", "w") as container:
+            stream = container.add_stream("ffv1", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 48, 40, "gray"
+            for _ in range(12):
+                pixels = np.random.randint(0, 255, (40, 48), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="gray")))
+            container.mux(stream.encode())
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES, ids=id_of)
+def test_the_commands_of_a_guide_run(
+    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    for words in commands_named("tokenlearner", [page], to_run=True):
+        out = words[words.index("--out") + 1] if words[0] == "train" and "--out" in words else ""
+        if out.startswith("runs/"):  # a run is not written over
+            shutil.rmtree(out, ignore_errors=True)
+        run_short(words)
+
+
 # --- what the pages say ------------------------------------------------------------------------
 
 
@@ -126,8 +196,6 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 def test_home_lists_every_command() -> None:
-    from tokenlearner_command import COMMANDS
-
     text = (DOCS / "index.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"`tokenlearner {name}`" not in text] == []
 
