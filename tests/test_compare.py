@@ -44,6 +44,7 @@ def options(scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: Any) ->
     return Namespace(
         out=str(tmp_path), data="few", root=None, seeds=[0], budgets=["half"], epochs=1, share=0.5,
         short_epochs=1, rounds=2, contenders=list(scripts["contenders"].CONTENDERS), jobs=1,
+        device=torch.device("cpu"),
     )  # fmt: skip
 
 
