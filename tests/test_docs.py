@@ -166,14 +166,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", GUIDES, ids=id_of)
-def test_the_commands_of_a_guide_run(
-    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_of_the_guides_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    for words in commands_named("tokenlearner", [page], to_run=True):
-        out = words[words.index("--out") + 1] if words[0] == "train" and "--out" in words else ""
-        if out.startswith("runs/"):  # a run is not written over
+    for words in commands_named("tokenlearner", GUIDES, to_run=True):
+        if words[0] == "train":  # a run is not written over
+            out = words[words.index("--out") + 1] if "--out" in words else f"runs/{words[1]}"
             shutil.rmtree(out, ignore_errors=True)
         run_short(words)
 
