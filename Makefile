@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 10000
 
 SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modules_speed.py \
-	models_speed.py streaming.py)
+	modules_against.py streaming.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-oldest check docs notebook bench compare format clean
@@ -49,7 +49,7 @@ docs: $(VENV)/.dev  ## build the documentation into site/ and check every link
 notebook: $(VENV)/.dev  ## execute the notebook and keep what it shows
 	$(BIN)/python scripts/run_notebook.py $(ARGS)
 
-bench: $(VENV)/.demo  ## run the scripts in benchmarks/ that take minutes
+bench: $(VENV)/.dev  ## run the scripts in benchmarks/ that take minutes
 	@for script in $(SHORT_BENCHMARKS); do \
 		echo "$(BIN)/python $$script $(ARGS)"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done
