@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .app_look import ALL_TOKENS, AT_ONCE, CostReport, LookedAt
 from .app_models import OfferedModel
-from .benchmark import Spread
 from .sheets import laid_over
+from .tables import quartiles
 
 SHOWN_CLASSES = 5
 _LEAST_SIDE = 448  # to which small pictures are enlarged, without smoothing
@@ -144,7 +144,8 @@ def cost_view(report: CostReport) -> str:
     for one in report.costs:
         cells = (one.latency_ms, one.speedup, one.batch_latency_ms, one.batch_speedup)
         digits = (2, 2, 1, 2)
-        spreads = map(_spread, cells, digits)
+        pairs = zip(cells, digits, strict=True)
+        spreads = (quartiles(spread, n) if spread else "–" for spread, n in pairs)
         lines.append((one.name, f"{one.gmacs:.4f}", *spreads))
     macs = [one.gmacs for one in report.costs]
     fewer = f"{macs[0] / macs[1]:.2f} times fewer multiply-adds. " if len(macs) > 1 else ""
@@ -177,13 +178,6 @@ def _table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
         f'<div class="tl-wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-def _spread(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return "–"
-    middle, low, high = (f"{x:.{digits}f}" for x in (spread.median, spread.low, spread.high))
-    return f"{middle} ({low}–{high})"
 
 
 def _bar(looked: LookedAt) -> str:
