@@ -23,7 +23,7 @@ from flax_models import FlaxViT, filled, in_jax, in_torch
 from measured import add_device, closing, compiled, in_ms, machine, write_results
 from torch import Tensor, nn
 
-from tokenlearner import create_model, export, remove
+from tokenlearner import create_model, export, remove, use_onednn
 from tokenlearner.benchmark import Spread, speed_ratio, times_in_turn
 from tokenlearner.convert import to_scenic
 from tokenlearner.formats import load_exported
@@ -99,6 +99,13 @@ def packed(model: nn.Module, images: Tensor) -> Form:
     return Form(partial(changed, images))
 
 
+def with_onednn(model: nn.Module, images: Tensor) -> Form:
+    """Linear layers of oneDNN, the weights as they are, on a CPU."""
+    if images.is_cuda:
+        raise SystemExit("oneDNN computes on a CPU only; leave onednn out of --forms")
+    return Form(partial(use_onednn(copy.deepcopy(model)), images))
+
+
 def in_bfloat16(model: nn.Module, images: Tensor, frozen: bool = False) -> Form:
     """Weights and activations of 16 bits, eager or compiled and frozen."""
     narrowed = narrow(model, "bfloat16")
@@ -110,6 +117,7 @@ FORMS: dict[str, Callable[[nn.Module, Tensor], Form]] = {
     "Flax": in_flax,
     "compiled": lambda model, images: Form(partial(compiled(model), images)),
     "frozen": lambda model, images: Form(partial(compiled(model, freezing=True), images)),
+    "onednn": with_onednn,
     "packed": packed,
     "onnx": in_onnx,
     "bfloat16": in_bfloat16,

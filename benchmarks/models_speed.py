@@ -2,7 +2,9 @@
 
 The plain model, the one with learned tokens, and the plain one with similar tokens merged in every
 block (`baselines.py`) at as many multiply-adds run in turn in one process; ratios are taken round
-by round. A training step is forward and backward, and with `--optimizer` a step of AdamW too.
+by round. A training step is forward and backward, and with `--optimizer` a step of AdamW too. With
+`--onednn` the plain model and the one with learned tokens also run with the linear layers of
+oneDNN; each is set against the plain model, and against it with oneDNN too.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from baselines import MergedBlocks, merge, schedule_for
 from measured import add_device, closing, compiled, in_ms, machine, write_results
 from torch import Tensor, nn
 
-from tokenlearner import create_model, remove
+from tokenlearner import create_model, remove, use_onednn
 from tokenlearner.benchmark import (
     Spread,
     count_macs,
@@ -30,6 +32,7 @@ from tokenlearner.benchmark import (
 )
 from tokenlearner.tables import quartiles
 
+ONEDNN = ", oneDNN"
 MODELS = ["vit_base_patch16_tl8at6_224", "vit_base_patch16_tl16at6_224"]
 
 
@@ -46,6 +49,8 @@ def contenders(name: str, options: Namespace) -> tuple[dict[str, nn.Module], Ten
     """All that is compared, the plain model first, and one picture, on their device."""
     plain, learned, image = pair(name, options.size)
     models = {"plain": plain, f"`{name}`": learned}
+    if options.onednn:
+        models |= {f"{k}{ONEDNN}": use_onednn(copy.deepcopy(m)) for k, m in models.items()}
     if not options.no_merge:
         share = count_macs(learned, image) / count_macs(plain, image)
         host: Any = copy.deepcopy(plain)
@@ -119,10 +124,14 @@ def compared(
     seconds: dict[str, list[float]], macs: dict[str, int], peaks: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
     """Every contender against the plain model, by time, multiply-adds and memory."""
-    for label, own in seconds.items():
-        speedup, of_macs = speed_ratio(seconds["plain"], own), macs["plain"] / macs[label]
+    against = [(label, "plain") for label in seconds]
+    against += [(label, "plain" + ONEDNN) for label in seconds if label.endswith(ONEDNN)][1:]
+    for label, plain in against:
+        own = seconds[label]
+        speedup, of_macs = speed_ratio(seconds[plain], own), macs["plain"] / macs[label]
         yield {
             "model": label,
+            "against": plain,
             "gmacs": macs[label] / 1e9,
             "macs_ratio": of_macs,
             "speedup": asdict(speedup),
@@ -135,9 +144,10 @@ def compared(
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
+    against = "" if row["against"] == "plain" else f" against {row['against']}"
     form, latency = ", compiled" if row["compiled"] else "", row["latency_ms"]["median"]
     cells = [
-        f"{row['model']}, {row['what']}{form}, {row['batch']}",
+        f"{row['model']}{against}, {row['what']}{form}, {row['batch']}",
         f"{row['macs_ratio']:.2f}",
         quartiles(Spread(**row["speedup"]), 2),
         f"{row['share_of_macs_ratio']:.2f}",
@@ -174,6 +184,7 @@ def parse() -> Namespace:
     parser.add_argument("--what", nargs="+", default=whats, choices=whats)
     parser.add_argument("--optimizer", action="store_true", help="count a step of AdamW too")
     parser.add_argument("--compile", action="store_true", help="what torch.compile makes of it too")
+    parser.add_argument("--onednn", action="store_true", help="what `use_onednn` makes of it too")
     parser.add_argument("--no-merge", action="store_true", help="leave out token merging")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", help="file for all numbers, for programs")

@@ -21,6 +21,7 @@ from tokenlearner.bench_run import Bench, BenchRow, Measurement, Speed, bench
 from tokenlearner.bench_table import bench_json, bench_notes, bench_table, size_table, speed_table
 from tokenlearner.benchmark import Spread, count_macs, peak_memory_mib
 from tokenlearner.machine import describe_machine, read_gigabytes_per_second
+from tokenlearner.onednn import OneDNNLinear
 from tokenlearner_command import main
 
 MINI = "vit_mini_patch4_28"
@@ -80,6 +81,16 @@ def test_what_is_no_model_is_refused_with_the_form_that_is_expected(
         parse_candidate(text)
 
 
+def test_onednn_stands_behind_a_model_and_what_is_inserted() -> None:
+    plain, reduced = map(parse_candidate, ("vit+onednn", "vit+insert(8,6)+onednn"))
+    assert (plain.base, plain.tokens, plain.onednn) == ("vit", {}, True)
+    assert (reduced.base, reduced.tokens) == ("vit", {"num_tokens": 8, "at": 6})
+    assert reduced.onednn
+    assert not parse_candidate("vit+insert(8,6)").onednn
+    with pytest.raises(ValueError, match=re.escape("'vit+onednn+insert(8)'")):
+        parse_candidate("vit+onednn+insert(8)")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [("8,6,0.5", "at twice, 6 and 0.5"), ("8,v1,v11", "learner twice, v1 and v11")],
@@ -103,6 +114,8 @@ def test_what_is_said_twice_is_refused(words: str, message: str) -> None:
         ({"rounds": 1}, "rounds is 1, expected an integer of 2 or more"),
         ({"threads": -1}, "threads is -1, expected an integer of 0 or more"),
         ({"dtype": "half"}, "dtype is 'half', expected one of 'float32', 'bfloat16', 'float16'"),
+        ({"models": ["vit+onednn"], "dtype": "bfloat16"}, "'vit+onednn' asks for oneDNN, which"),
+        ({"models": ["vit+onednn"], "compile": True}, "'vit+onednn' asks for oneDNN, which"),
         ({"json": "x.txt"}, "json is 'x.txt', expected a file that ends in .json"),
         ({"plot": "x.pdf"}, "plot is 'x.pdf', expected a file that ends in .png"),
         ({"json": "no/x.json"}, "json is 'no/x.json', but there is no folder no; make it"),
@@ -149,6 +162,17 @@ def test_tokens_are_inserted_as_named() -> None:
     assert [count_macs(model, picture) for model in models.values()] == [
         count_macs(model, picture) for model in expected
     ]
+
+
+def test_onednn_computes_the_models_that_ask_for_it() -> None:
+    models, _ = loaded(MINI, f"{REDUCED}+onednn")
+    used = [any(isinstance(m, OneDNNLinear) for m in model.modules()) for model in models.values()]
+    assert used == [False, True]
+
+
+def test_onednn_on_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="computes on a CPU, and the device is meta"):
+        load_candidates([parse_candidate("vit+onednn")], 0, torch.device("meta"), torch.float32)
 
 
 def test_models_are_turned_into_the_dtype() -> None:

@@ -168,6 +168,16 @@ def test_models_speed_prints_ratios_of_time_multiply_adds_and_memory(
     assert text.splitlines()[-1] == f"python benchmarks/models_speed.py {options}"
 
 
+@pytest.mark.parametrize("script", ["models_speed"], indirect=True)
+def test_models_speed_sets_onednn_against_both_plain_models(script: ModuleType, run: Run) -> None:
+    name = "`vit_mini_patch4_tl8at3_28`"
+    options = f"--models {name[1:-1]} --batches 2 --rounds 2 --what inference --no-merge --onednn"
+    _, rows = table(run(script, options))
+    against = [name, "plain, oneDNN", f"{name}, oneDNN", f"{name}, oneDNN against plain, oneDNN"]
+    assert list(rows) == [f"{label}, inference, 2" for label in against]
+    assert [row[0] for row in rows.values()] == [1.69, 1, 1.69, 1.69]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of graphs that break, as merging's do
 @pytest.mark.parametrize("script", ["models_speed"], indirect=True)

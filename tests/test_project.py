@@ -32,18 +32,18 @@ READMES = sorted(ROOT.glob("README*.md"))
 # A file may import from files to its left only.
 # fmt: off
 IMPORT_ORDER = [
-    "files", "checks", "checkpoints", "layers", "modules", "fuser", "wrappers", "hosts", "insert",
-    "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit", "stream",
-    "convert", "scenic", "adapt", "zoo", "transfer", "labelled", "loader", "pictures", "fashion",
-    "listing", "folders", "streamed", "shards", "readers", "films", "moving", "data", "evaluate",
-    "counting", "benchmark", "catalog", "distill", "calibrate", "options", "data_options", "recipe",
-    "recipes", "augment", "objective", "engine", "loop", "start", "resume", "train", "plan",
-    "sized", "tables", "plan_table", "machine", "bench_config", "bench_models", "bench_run",
-    "bench_table", "narrow", "formats", "export", "export_table", "overlap", "map_table", "sheets",
-    "maps", "map_inputs", "map_run", "progress", "contest", "report_parts", "report_charts",
-    "report_read", "report_judge", "report_tables", "report_compare", "report_told",
-    "report_sections", "report", "demo", "app_inputs", "app_models", "app_look", "app_view",
-    "app_page", "app", "cli",
+    "files", "checks", "checkpoints", "layers", "modules", "fuser", "onednn", "wrappers", "hosts",
+    "insert", "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit",
+    "stream", "convert", "scenic", "adapt", "zoo", "transfer", "labelled", "loader", "pictures",
+    "fashion", "listing", "folders", "streamed", "shards", "readers", "films", "moving", "data",
+    "evaluate", "counting", "benchmark", "catalog", "distill", "calibrate", "options",
+    "data_options", "recipe", "recipes", "augment", "objective", "engine", "loop", "start",
+    "resume", "train", "plan", "sized", "tables", "plan_table", "machine", "bench_config",
+    "bench_models", "bench_run", "bench_table", "narrow", "formats", "export", "export_table",
+    "overlap", "map_table", "sheets", "maps", "map_inputs", "map_run", "progress", "contest",
+    "report_parts", "report_charts", "report_read", "report_judge", "report_tables",
+    "report_compare", "report_told", "report_sections", "report", "demo", "app_inputs",
+    "app_models", "app_look", "app_view", "app_page", "app", "cli",
 ]
 # fmt: on
 ENTRANCES = ["__init__", "__main__"]  # these may import everything
@@ -62,6 +62,7 @@ PUBLIC_NAMES = {
     "plan": ["plan"],
     "export": ["export"],
     "maps": ["attention_maps"],
+    "onednn": ["use_onednn"],
 }
 HEAVY = {"timm", "torchvision", "transformers", "matplotlib", "rich", "jsonargparse", "gradio"}
 MODULES = sorted(m.name for m in pkgutil.iter_modules(tokenlearner.__path__))

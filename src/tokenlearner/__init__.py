@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .insert import insert, remove
     from .maps import attention_maps
     from .modules import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
+    from .onednn import use_onednn
     from .plan import plan
     from .recipe import TrainConfig
     from .train import train
@@ -48,6 +49,7 @@ __all__ = [
     "remove",
     "save_model",
     "train",
+    "use_onednn",
 ]
 
 _FILES = {  # where a public name lives, unless in the file of the same name
@@ -64,6 +66,7 @@ _FILES = {  # where a public name lives, unless in the file of the same name
     "push_to_hub": "zoo",
     "remove": "insert",
     "save_model": "zoo",
+    "use_onednn": "onednn",
 }
 _MODULES = ("adapt", "convert")  # public as a whole
 

@@ -17,7 +17,8 @@ from .insert import LEARNERS
 
 _EXPECTED = (
     "expected MODEL or MODEL+insert(NUM_TOKENS, AT), AT a block such as 6 or a share "
-    f"such as 0.5, then, if you like, fuse and one of {', '.join(LEARNERS)}"
+    f"such as 0.5, then, if you like, fuse and one of {', '.join(LEARNERS)}; and behind either, "
+    "if you like, +onednn"
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,7 +30,8 @@ class BenchConfig:
     Args:
         models: Names that `create_model` knows, ours or timm's, or checkpoints of `save_model`;
             with tokens inserted as in "vit_base_patch16_224+insert(8,6)": 8 tokens at block 6, or
-            at a share of the depth such as 0.5; then fuse, and a learner such as v1.
+            at a share of the depth such as 0.5; then fuse, and a learner such as v1. +onednn
+            behind either has its linear layers computed by oneDNN.
         batch_size: Pictures at a time for throughput and training; latency is that of one.
         img_size: Height and width of the pictures; 0 leaves them as the models have them.
         rounds: Timed runs of each model and measurement.
@@ -68,8 +70,12 @@ class BenchConfig:
         require(bool(self.models), "there are 0 models, expected 1 or more; name one")
         twice = {text for text in self.models if self.models.count(text) > 1}
         require(not twice, f"{', '.join(sorted(twice))} is named twice; name each model once")
-        for text in self.models:
-            parse_candidate(text)
+        for candidate in self.candidates:
+            require(
+                not candidate.onednn or (self.dtype == "float32" and not self.compile),
+                f"{candidate.text!r} asks for oneDNN, which computes float32 that is not compiled; "
+                "leave out +onednn, or dtype and compile",
+            )
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -97,15 +103,17 @@ class Candidate:
         text: All of it.
         base: The name or the checkpoint.
         tokens: Arguments of `insert`; none leaves the model as it is.
+        onednn: Whether oneDNN computes its linear layers.
     """
 
     text: str
     base: str
     tokens: Mapping[str, Any] = field(default_factory=dict)
+    onednn: bool = False
 
 
 def parse_candidate(text: str) -> Candidate:
-    """Reads `MODEL` or `MODEL+insert(NUM_TOKENS, AT, fuse, LEARNER)`.
+    """Reads `MODEL` or `MODEL+insert(NUM_TOKENS, AT, fuse, LEARNER)`, with `+onednn` or without.
 
     Behind the number of tokens any part may be left out, and their order is free.
 
@@ -115,21 +123,23 @@ def parse_candidate(text: str) -> Candidate:
     >>> parse_candidate("vit_base_patch16_224+insert(8,6)").tokens
     {'num_tokens': 8, 'at': 6}
     """
-    base, plus, inserted = text.partition("+insert")
+    rest = text.removesuffix("+onednn")
+    onednn = rest != text
+    base, plus, inserted = rest.partition("+insert")
     form = re.fullmatch(r"\(([^()]*)\)", inserted)
-    if not base or (plus and form is None):
+    if not base or base.endswith("+onednn") or (plus and form is None):
         raise ValueError(f"there is no model in {text!r}, {_EXPECTED}")
     if form is None:
-        return Candidate(text, base)
-    first, *rest = (word.strip() for word in form[1].split(","))
+        return Candidate(text, base, onednn=onednn)
+    first, *others = (word.strip() for word in form[1].split(","))
     if not first.isdecimal() or int(first) == 0:
         raise ValueError(f"{text!r} has {first!r} for the number of tokens, {_EXPECTED}")
     tokens: dict[str, Any] = {"num_tokens": int(first)}
-    for key, value in (_argument(word, text) for word in rest):
+    for key, value in (_argument(word, text) for word in others):
         if key in tokens:
             raise ValueError(f"{text!r} says {key} twice, {tokens[key]} and {value}; keep one")
         tokens[key] = value
-    return Candidate(text, base, tokens)
+    return Candidate(text, base, tokens, onednn)
 
 
 def _argument(word: str, text: str) -> tuple[str, Any]:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .bench_config import Candidate
+from .checks import require
 from .insert import insert
+from .onednn import use_onednn
 from .sized import load_sized
 
 
@@ -29,10 +31,16 @@ def load_candidates(
         `c t h w`.
 
     Raises:
-        ValueError: There is no such model, tokens cannot be inserted, or sizes differ.
+        ValueError: There is no such model, tokens cannot be inserted, oneDNN is asked for on
+            another device than a CPU, or sizes differ.
     """
     models, sizes = {}, {}
     for candidate in candidates:
+        require(
+            not candidate.onednn or device.type == "cpu",
+            f"{candidate.text!r} asks for oneDNN, which computes on a CPU, and the device is "
+            f"{device}; leave out +onednn, or pass device cpu",
+        )
         model, sizes[candidate.text] = _load(candidate, img_size, device)
         models[candidate.text] = model.to(dtype)
     if len({tuple(size) for size in sizes.values()}) > 1:
@@ -57,4 +65,4 @@ def _load(candidate: Candidate, img_size: int, device: torch.device) -> tuple[An
             insert(model, **candidate.tokens)
         except ValueError as error:
             raise ValueError(f"{candidate.text}: {error}") from error
-    return model, axes
+    return use_onednn(model) if candidate.onednn else model, axes
