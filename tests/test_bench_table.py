@@ -425,6 +425,12 @@ def test_quartiles_that_reach_what_is_promised_are_called_noise() -> None:
     assert note.endswith("1.50 (1.20–2.00) times as fast, 0.75 of that, within the noise.")
 
 
+def test_a_faster_form_of_the_same_model_needs_no_note() -> None:
+    assert bench_notes(made(1.0, **even(1.2))) == []
+    [note] = bench_notes(made(1.0, **even(1.2) | {"training": Spread(0.9, 0.8, 1.0)}))
+    assert "there is no reduction that could pay" in note
+
+
 def test_a_model_with_more_multiply_adds_is_said_to_be_no_reduction() -> None:
     [note] = bench_notes(made(0.8, **even(0.5)))
     assert (

@@ -46,6 +46,12 @@ def test_half_precision_is_refused_where_it_cannot_be() -> None:
         engine(mixed_precision="fp16")
 
 
+def test_onednn_is_refused_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenlearner.engine.pick_device", torch.device)
+    with pytest.raises(ValueError, match="onednn is for a CPU, and the device is meta; leave it"):
+        engine(device="meta", onednn=True)
+
+
 def test_a_run_after_one_of_another_precision_has_its_own() -> None:
     assert engine(mixed_precision="bf16").accelerator.mixed_precision == "bf16"
     assert engine().accelerator.mixed_precision == "no"

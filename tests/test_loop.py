@@ -18,6 +18,7 @@ from tokenlearner.distill import Distillation
 from tokenlearner.labelled import BrokenFile
 from tokenlearner.loop import Loop
 from tokenlearner.objective import label_loss
+from tokenlearner.onednn import OneDNNLinear
 
 TIMM: dict[str, Any] = {
     "img_size": 16,
@@ -486,6 +487,17 @@ def test_pictures_and_labels_of_a_step_are_mixed() -> None:
 
 
 # --- precision and compiling --------------------------------------------------------------------
+
+
+def test_onednn_computes_student_and_teacher_and_weights_become_the_same() -> None:
+    plain, teacher = loop(), vit()
+    fast = Loop(config(onednn=True), vit(), data(), teaching=Distillation(teacher, "logit"))
+    for model in (fast.model, teacher):
+        assert any(isinstance(module, OneDNNLinear) for module in model.modules())
+    alone = loop(onednn=True)
+    for run in (plain, alone):
+        run.epoch()
+    torch.testing.assert_close(vector(alone.model), vector(plain.model), rtol=1e-3, atol=1e-3)
 
 
 def test_in_bf16_blocks_calculate_in_it_and_weights_stay_in_float32() -> None:

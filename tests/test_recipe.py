@@ -64,6 +64,8 @@ from tokenlearner.labelled import Wanted
         ({"max_broken": -1}, "max_broken is -1, expected an integer of 0 or more"),
         ({"save_every": -1}, "save_every is -1, expected an integer of 0 or more"),
         ({"nan": "ignore"}, "nan is 'ignore', expected one of 'stop', 'skip'"),
+        ({"onednn": True, "compile": True}, "onednn is for float32 that is not compiled; leave"),
+        ({"onednn": True, "mixed_precision": "bf16"}, "onednn is for float32 that is not"),
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8', expected one of 'no', 'bf16'"),
         ({"resume": "yes"}, "resume is 'yes', expected 'auto' or None"),
     ],

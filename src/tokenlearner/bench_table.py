@@ -148,6 +148,8 @@ def _bars(axis: Any, found: Bench, one: Measurement, offset: float, height: floa
 
 def _note(found: Bench, row: BenchRow) -> str | None:
     first = found.rows[0]
+    if row.macs_ratio == 1 and all(s.speedup.median >= 1 for s in row.speeds.values()):
+        return None  # another form of the same model, and a faster one
     if row.macs_ratio <= 1:
         return (
             f"{row.name} has {1 / row.macs_ratio:.2f} times the multiply-adds of {first.name}: "

@@ -44,6 +44,11 @@ class Engine:
             config.mixed_precision != "fp16" or self.device.type != "cpu",
             "mixed_precision is 'fp16', which needs a GPU, and the device is a CPU; pass bf16",
         )
+        require(
+            not config.onednn or self.device.type == "cpu",
+            f"onednn is for a CPU, and the device is {self.device}; leave it out, or pass device "
+            "cpu",
+        )
         parts = self.accelerator.num_processes * config.grad_accum_steps
         require(
             config.batch_size % parts == 0,

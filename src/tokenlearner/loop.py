@@ -19,6 +19,7 @@ from .engine import Engine, random_states, set_random_states, set_whole_state, w
 from .labelled import LabelledData
 from .loader import Batch, epoch_keys, load_batches
 from .objective import Objective, make_average, make_optimizer, make_schedule
+from .onednn import use_onednn
 from .recipe import TrainConfig
 
 Report = Callable[[dict[str, Any]], None]
@@ -61,6 +62,9 @@ class Loop:
         self._so_far = _blank()
         self.engine.alike(model)
         self._whole = copy.deepcopy(model).cpu() if config.fsdp else None
+        if config.onednn:
+            for one in (model, *([teaching.teacher] if teaching else [])):
+                use_onednn(one)
         if config.compile:
             model.compile()
         self.running = self.engine.share_out(Objective(config, model, teaching))
