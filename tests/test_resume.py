@@ -187,6 +187,18 @@ def test_where_and_how_often_may_change(free: dict[str, Any], whole: Path) -> No
     assert state["step"] == STEPS
 
 
+def test_a_checkpoint_from_before_an_option_was_added_goes_on(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    write_checkpoint(config, {"step": 1})
+    state = torch.load(tmp_path / CHECKPOINT)
+    older = json.loads(state["config"])
+    assert older.pop("onednn") is False
+    torch.save(state | {"config": json.dumps(older)}, tmp_path / CHECKPOINT)
+    assert read_checkpoint(config) is not None
+    with pytest.raises(ValueError, match=r"onednn was False, is True"):
+        read_checkpoint(recipe(tmp_path, onednn=True))
+
+
 def damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

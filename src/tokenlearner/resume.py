@@ -152,7 +152,7 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, found = json.loads(state["config"]), state["format"]
+        saved, found = asdict(TrainConfig()) | json.loads(state["config"]), state["format"]
     except Exception as error:  # torch raises what it likes on damaged files
         raise ValueError(
             f"{path} is no checkpoint of a run ({error}); move it away to start anew"
@@ -160,9 +160,9 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     if found != _FORMAT:
         raise ValueError(f"{path} has format {found}, expected {_FORMAT}; train with the older one")
     now = json.loads(json.dumps(asdict(config)))
-    changed = [name for name in now if name not in _FREE and saved.get(name) != now[name]]
+    changed = [name for name in now if name not in _FREE and saved[name] != now[name]]
     if changed:
-        pairs = ", ".join(f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in changed)
+        pairs = ", ".join(f"{name} was {saved[name]!r}, is {now[name]!r}" for name in changed)
         raise ValueError(f"{path} is of a run with other options: {pairs}; pass another out")
     return state
 
