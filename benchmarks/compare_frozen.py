@@ -203,7 +203,10 @@ def costs(bench: Bench, rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One row for the host, then for every budget one for each contender."""
+    """One row for the host, then for every budget one for each contender.
+
+    "Untrained" is before any block is trained; for a calibrated model that is after calibrating.
+    """
     header = ("probe untrained, %", "probe, %", "neighbours untrained, %", "neighbours, %")
     header += (
         "GMACs",
@@ -228,7 +231,8 @@ def table(results: dict[str, Any]) -> str:
 def _scores(runs: list[dict[str, Any]]) -> list[str]:
     cells = []
     for judge_name in ("probe_percent", "knn_percent"):
-        cells.append(f"{median(r['before'][judge_name] for r in runs):.1f}")
+        untrained = [r.get("calibrated", r["before"]) for r in runs]
+        cells.append(f"{median(scores[judge_name] for scores in untrained):.1f}")
         after = [r["after"][judge_name] for r in runs if r["after"]]
         cells.append(spread(after) if after else "")
     return cells

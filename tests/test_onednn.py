@@ -13,32 +13,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-from tokenlearner import create_model, insert, load_model, remove, save_model, use_onednn
+from tokenlearner import (
+    TokenLearnerV11,
+    create_model,
+    insert,
+    load_model,
+    remove,
+    save_model,
+    use_onednn,
+)
 from tokenlearner.benchmark import count_macs
 from tokenlearner.narrow import narrow
-from tokenlearner.onednn import OneDNNLinear
+from tokenlearner.onednn import OneDNNLinear, gelu_of_linear
 
 MINI = "vit_mini_patch4_28"
 
 
-class _Products(TorchDispatchMode):
-    """How often oneDNN's product was called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += "mkldnn::_linear_pointwise" in str(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def products(run: Callable[[], object]) -> int:
-    with _Products() as seen:
+    """How often oneDNN's product is called."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
         run()
-    return seen.calls
+    return sum(event.name == "mkldnn::_linear_pointwise" for event in seen.events())
 
 
 def pair(bias: bool = True, i: int = 48, o: int = 80) -> tuple[nn.Linear, nn.Linear]:
@@ -208,6 +206,60 @@ def test_a_model_of_fewer_bits_can_still_be_made(precision: str) -> None:
     with torch.inference_mode():
         expected = narrow(copy.deepcopy(model), precision)(x)
         torch.testing.assert_close(narrow(use_onednn(model), precision)(x), expected)
+
+
+# --- a learner's MLP without gradients ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("lead", [(8,), (3, 17)])
+def test_a_linear_layer_and_its_gelu_are_one_pass_with_the_same_numbers(
+    lead: tuple[int, ...], approximate: str
+) -> None:
+    linear, gelu, x = nn.Linear(48, 80), nn.GELU(approximate), 4 * torch.randn(*lead, 48)
+    expected = gelu_of_linear(gelu, linear, x)
+    assert torch.equal(expected, gelu(linear(x)))
+    with torch.no_grad():
+        out = gelu_of_linear(gelu, linear, x)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert products(lambda: gelu_of_linear(gelu, linear, x)) == 1
+    assert products(lambda: gelu_of_linear(gelu, linear, x)) == 0
+
+
+@torch.no_grad()
+def test_a_learner_s_hooks_are_called_and_what_replaces_its_layers_is_used() -> None:
+    learner, x = TokenLearnerV11(48, 4), torch.randn(2, 9, 48)
+    assert products(lambda: learner(x)) == 1
+    expected, seen = learner(x), list[str]()
+    for layer in (0, 1):
+        hook = learner.attention_maps[layer].register_forward_hook(
+            lambda layer, args, out: seen.append(type(layer).__name__)
+        )
+        torch.testing.assert_close(learner(x), expected)
+        hook.remove()
+    assert seen == ["Linear", "GELU"]
+    learner.attention_maps[0] = nn.Sequential(learner.attention_maps[0])  # as LoRA does
+    torch.testing.assert_close(learner(x), expected)
+    learner.attention_maps[1] = nn.ReLU()
+    assert not torch.allclose(learner(x), expected)
+
+
+def test_what_counts_operations_sees_those_of_torch() -> None:
+    learner, x = TokenLearnerV11(48, 4, bottleneck_dim=16), torch.randn(1, 9, 48)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        learner(x)
+    assert counter.get_total_flops() == 2 * 9 * (48 * 16 + 16 * 4 + 4 * 48)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+def test_a_trace_has_torch_s_own_layers() -> None:
+    linear, gelu, x = nn.Linear(48, 80).requires_grad_(False), nn.GELU(), torch.randn(9, 48)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: gelu_of_linear(gelu, linear, x), x)
+        assert products(lambda: gelu_of_linear(gelu, linear, x)) == 1
+    assert "mkldnn" not in str(traced.graph)
 
 
 # --- nothing else changes -----------------------------------------------------------------------

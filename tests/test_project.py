@@ -32,7 +32,7 @@ READMES = sorted(ROOT.glob("README*.md"))
 # A file may import from files to its left only.
 # fmt: off
 IMPORT_ORDER = [
-    "files", "checks", "checkpoints", "layers", "modules", "fuser", "onednn", "wrappers", "hosts",
+    "files", "checks", "checkpoints", "onednn", "layers", "modules", "fuser", "wrappers", "hosts",
     "insert", "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit",
     "stream", "convert", "scenic", "adapt", "zoo", "transfer", "labelled", "loader", "pictures",
     "fashion", "listing", "folders", "streamed", "shards", "readers", "films", "moving", "data",

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .evaluate import mode
-from .onednn import flop_formulas
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
@@ -24,7 +23,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode  # loads triton, where there is one
 
-    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+    counter = FlopCounterMode(display=False)
     with mode(model, False), torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
         model(images)
     return counter.get_total_flops() // 2

@@ -7,12 +7,12 @@ numbers; `use_onednn` takes it (docs/bench.md says what that gave).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .checks import require
 
@@ -67,20 +67,37 @@ class OneDNNLinear(nn.Linear):
         return _linear(input, self.weight, self.bias)
 
 
-def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """What torch's `FlopCounterMode` has to be told, as `custom_mapping`, to count these layers."""
+def gelu_of_linear(gelu: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    """`gelu(linear(x))`, `... i -> ... o`, in one pass of oneDNN's where no gradient is asked for.
 
-    def flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any, **__: Any) -> int:
-        return 2 * x.numel() * weight[0]
+    A learner is 1.3 to 1.4 times as fast by that (benchmarks/modules_speed.py).
+    """
+    if (
+        torch.is_grad_enabled()
+        or not (isinstance(linear, nn.Linear) and isinstance(gelu, nn.GELU))
+        or not (_as_torch_made_it(linear) and _as_torch_made_it(gelu))
+        or not _takes_part(x, linear.weight)
+    ):
+        return gelu(linear(x))  # type: ignore[no-any-return]
+    return _linear(x, linear.weight, linear.bias, "gelu", gelu.approximate)
 
-    available = torch.backends.mkldnn.is_available()
-    return {torch.ops.mkldnn._linear_pointwise: flops} if available else {}
+
+def _as_torch_made_it(layer: nn.Module) -> bool:
+    """Of torch's own class, or ours, and not watched by a hook."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks)
+    return type(layer) in (nn.Linear, OneDNNLinear, nn.GELU) and not any(hooks)
 
 
 def _takes_part(x: Tensor, weight: Tensor) -> bool:
-    """Plain tensors of float32 on a CPU, in eager mode; all else is left to torch."""
+    """Plain tensors of float32 on a CPU, in eager mode; all else is left to torch.
+
+    So is what something looks at: a tracer, and torch's dispatch modes, which count operations.
+    """
     return (
         not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+        and not torch.jit.is_tracing()
+        and not is_in_torch_dispatch_mode()
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
         and x.dtype == weight.dtype == torch.float32
@@ -93,9 +110,11 @@ def _takes_part(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by oneDNN, which knows no gradients."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none", how: str = ""
+) -> Tensor:
+    """`F.linear` by oneDNN, which knows no gradients, and an activation of what comes out."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], how)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
