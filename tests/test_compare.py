@@ -171,6 +171,9 @@ def test_the_frozen_comparison_judges_everybody_and_goes_on_where_it_stopped(
     assert len(table) == 2 + 2 * (1 + len(frozen.CONTENDERS))
     results = json.loads((tmp_path / "results.json").read_text())
     assert all(0 <= row["before"]["knn_percent"] <= 100 for row in results["runs"])
+    [calibrated, *_] = [line.split("|") for line in table if "calibrated" in line]
+    [row, *_] = [row for row in results["runs"] if "calibrated" in row]
+    assert float(calibrated[2]) == pytest.approx(row["calibrated"]["probe_percent"], abs=0.05)
     frozen.main()
     again = capsys.readouterr().out.splitlines()
     assert [line for line in again if line.startswith("|")] == table
