@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, enable_grad, nn, set_grad_enabled
+from torch.func import functional_call, jvp
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -260,6 +261,32 @@ def test_a_trace_has_torch_s_own_layers() -> None:
         traced = torch.jit.trace(lambda x: gelu_of_linear(gelu, linear, x), x)
         assert products(lambda: gelu_of_linear(gelu, linear, x)) == 1
     assert "mkldnn" not in str(traced.graph)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("of", ["input", "0.weight", "0.bias"])
+def test_forward_mode_differentiation_is_left_to_torch(of: str, with_gradients: bool) -> None:
+    learner, x = TokenLearnerV11(48, 4), torch.randn(2, 9, 48)
+    state = dict(learner.named_parameters())
+    name = f"attention_maps.{of}"
+    value = x if of == "input" else state[name].detach()
+    along = torch.randn_like(value)
+
+    def run(model: nn.Module, value: Tensor) -> Tensor:
+        if of == "input":
+            return model(value)
+        return functional_call(model, {**state, name: value}, (x,))
+
+    with enable_grad():
+        _, expected = jvp(lambda v: run(learner, v), (value,), (along,))
+    assert expected.abs().max() > 1e-3
+    for model in (learner, use_onednn(copy.deepcopy(learner))):
+        with set_grad_enabled(with_gradients):
+            _, found = jvp(lambda v, model=model: run(model, v), (value,), (along,))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- nothing else changes -----------------------------------------------------------------------

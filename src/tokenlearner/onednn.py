@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .checks import require
@@ -60,7 +61,7 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`: `... i -> ... o`."""
-        if not _takes_part(input, self.weight):
+        if not _takes_part(input, self):
             return super().forward(input)
         if torch.is_grad_enabled():
             return _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
@@ -76,7 +77,7 @@ def gelu_of_linear(gelu: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
         torch.is_grad_enabled()
         or not (isinstance(linear, nn.Linear) and isinstance(gelu, nn.GELU))
         or not (_as_torch_made_it(linear) and _as_torch_made_it(gelu))
-        or not _takes_part(x, linear.weight)
+        or not _takes_part(x, linear)
     ):
         return gelu(linear(x))  # type: ignore[no-any-return]
     return _linear(x, linear.weight, linear.bias, "gelu", gelu.approximate)
@@ -88,11 +89,13 @@ def _as_torch_made_it(layer: nn.Module) -> bool:
     return type(layer) in (nn.Linear, OneDNNLinear, nn.GELU) and not any(hooks)
 
 
-def _takes_part(x: Tensor, weight: Tensor) -> bool:
+def _takes_part(x: Tensor, layer: nn.Linear) -> bool:
     """Plain tensors of float32 on a CPU, in eager mode; all else is left to torch.
 
-    So is what something looks at: a tracer, and torch's dispatch modes, which count operations.
+    So is what something looks at: a tracer, torch's dispatch modes, which count operations, and
+    forward-mode differentiation, for which oneDNN's product has no formula and gives no error.
     """
+    weight = layer.weight
     return (
         not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
@@ -107,7 +110,12 @@ def _takes_part(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
+        and not any(map(_has_tangent, (x, weight, layer.bias)))
     )
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and unpack_dual(tensor).tangent is not None
 
 
 def _linear(
