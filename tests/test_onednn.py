@@ -27,6 +27,7 @@ from tokenlearner import (
     use_onednn,
 )
 from tokenlearner.benchmark import count_macs
+from tokenlearner.layers import as_a_compiler_sees_it
 from tokenlearner.narrow import narrow
 from tokenlearner.onednn import OneDNNLinear, gelu_of_linear
 
@@ -243,6 +244,16 @@ def test_a_learner_s_hooks_are_called_and_what_replaces_its_layers_is_used() -> 
     torch.testing.assert_close(learner(x), expected)
     learner.attention_maps[1] = nn.ReLU()
     assert not torch.allclose(learner(x), expected)
+
+
+def test_what_a_compiler_sees_is_torch_s_own_to_the_bit() -> None:
+    learner, x = TokenLearnerV11(48, 4), torch.randn(2, 9, 48)
+    expected = learner(x)
+    with torch.no_grad(), as_a_compiler_sees_it():
+        assert torch.equal(learner(x), expected)
+        assert products(lambda: learner(x)) == 0
+    with torch.no_grad():
+        assert products(lambda: learner(x)) == 1
 
 
 def test_what_counts_operations_sees_those_of_torch() -> None:

@@ -6,6 +6,9 @@ Axes as in `modules.py`: `b` batch, `t` frames, `h w` grid, `n` positions, `k` t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from .checks import Grid, check_choice, check_count, check_rate
 from .onednn import gelu_of_linear
 
 _CACHED = 4 * 2**20  # bytes
+_shortcuts = ContextVar("shortcuts", default=True)
 
 
 def frames(x: Tensor) -> tuple[int, ...]:
@@ -44,7 +48,20 @@ def parts(x: Tensor) -> tuple[Tensor, ...]:
 
 def _is_eager_on_cpu(x: Tensor) -> bool:
     """Where the shortcuts of this file were measured; a compiler finds its own."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and _shortcuts.get()
+
+
+@contextmanager
+def as_a_compiler_sees_it() -> Iterator[None]:
+    """Leaves the shortcuts of this file out: the operations of an exported program, one by one.
+
+    Numbers differ by rounding, which counts where they are rounded to 8 bits next.
+    """
+    token = _shortcuts.set(False)
+    try:
+        yield
+    finally:
+        _shortcuts.reset(token)
 
 
 def square(n: int) -> Grid:
@@ -118,8 +135,8 @@ class _MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         first, gelu, dropout, second, last_dropout = self
-        hidden = dropout(gelu_of_linear(gelu, first, x))
-        return last_dropout(second(hidden))  # type: ignore[no-any-return]
+        hidden = gelu_of_linear(gelu, first, x) if _is_eager_on_cpu(x) else gelu(first(x))
+        return last_dropout(second(dropout(hidden)))  # type: ignore[no-any-return]
 
 
 def _xavier(linear: nn.Linear) -> nn.Linear:
