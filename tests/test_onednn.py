@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, enable_grad, nn, set_grad_enabled
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -274,12 +275,27 @@ def test_a_trace_has_torch_s_own_layers() -> None:
     assert "mkldnn" not in str(traced.graph)
 
 
+def with_dual_numbers(
+    function: Callable[[Tensor], Tensor], values: tuple[Tensor], along: tuple[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """As `torch.func.jvp`, by `torch.autograd.forward_ad` alone."""
+    with forward_ad.dual_level():
+        primal, tangent = forward_ad.unpack_dual(
+            function(forward_ad.make_dual(values[0], along[0]))
+        )
+        assert tangent is not None
+        return primal, tangent
+
+
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
 )
 @pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.parametrize("of", ["input", "0.weight", "0.bias"])
-def test_forward_mode_differentiation_is_left_to_torch(of: str, with_gradients: bool) -> None:
+@pytest.mark.parametrize("forward_mode", [jvp, with_dual_numbers])
+def test_forward_mode_differentiation_is_left_to_torch(
+    forward_mode: Callable[..., tuple[Tensor, Tensor]], of: str, with_gradients: bool
+) -> None:
     learner, x = TokenLearnerV11(48, 4), torch.randn(2, 9, 48)
     state = dict(learner.named_parameters())
     name = f"attention_maps.{of}"
@@ -296,8 +312,30 @@ def test_forward_mode_differentiation_is_left_to_torch(of: str, with_gradients: 
     assert expected.abs().max() > 1e-3
     for model in (learner, use_onednn(copy.deepcopy(learner))):
         with set_grad_enabled(with_gradients):
-            _, found = jvp(lambda v, model=model: run(model, v), (value,), (along,))
+            _, found = forward_mode(lambda v, model=model: run(model, v), (value,), (along,))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("change", [lambda model: model, use_onednn])
+def test_gradients_of_each_sample_are_those_of_a_loop(
+    change: Callable[[nn.Module], nn.Module], with_gradients: bool
+) -> None:
+    learner, x = change(TokenLearnerV11(48, 4)), torch.randn(3, 9, 48)
+    parameters = {name: p.detach() for name, p in learner.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(learner, parameters, (sample[None],)).square().sum()
+
+    with set_grad_enabled(with_gradients):
+        found = vmap(grad(loss), (None, 0))(parameters, x)
+    expected = [
+        torch.autograd.grad(loss(dict(learner.named_parameters()), one), list(learner.parameters()))
+        for one in x
+    ]
+    for of_each, *wanted in zip(found.values(), *expected, strict=True):
+        torch.testing.assert_close(of_each, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    assert found["norm.weight"].abs().max() > 1e-3
 
 
 # --- nothing else changes -----------------------------------------------------------------------

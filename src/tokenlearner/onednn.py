@@ -92,8 +92,9 @@ def _as_torch_made_it(layer: nn.Module) -> bool:
 def _takes_part(x: Tensor, layer: nn.Linear) -> bool:
     """Plain tensors of float32 on a CPU, in eager mode; all else is left to torch.
 
-    So is what something looks at: a tracer, torch's dispatch modes, which count operations, and
-    forward-mode differentiation, for which oneDNN's product has no formula and gives no error.
+    So is what something looks at: a tracer, torch's dispatch modes, which count operations, the
+    transforms of `torch.func`, for which oneDNN's product has no rule, and forward-mode
+    differentiation, for which it has no formula and gives no error.
     """
     weight = layer.weight
     return (
@@ -101,6 +102,7 @@ def _takes_part(x: Tensor, layer: nn.Linear) -> bool:
         and torch.backends.mkldnn.is_available()
         and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
         and x.dtype == weight.dtype == torch.float32
