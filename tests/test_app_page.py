@@ -17,6 +17,12 @@ from typing import Any
 
 import pytest
 from browser import chromium, complaints, requested
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    StaleElementReferenceException,
+)
+from selenium.webdriver.support.wait import WebDriverWait
 from test_app import MINI, written
 from test_app_inputs import film, picture, png_of
 from tiny import randomized
@@ -116,9 +122,25 @@ def upload(browser: Any, path: Path) -> None:
 
 
 def choose(browser: Any, label: str, value: str) -> None:
-    browser.find_element("css selector", f"input[aria-label='{label}']").click()
-    options = browser.find_elements("css selector", "[role=option]")
-    next(one for one in options if one.text.strip().endswith(value)).click()
+    """Chooses in a list; clicks again where the page moved under the mouse just then."""
+
+    def chosen(browser: Any) -> bool:
+        field = browser.find_element("css selector", f"input[aria-label='{label}']")
+        if field.get_attribute("aria-expanded") != "true":
+            browser.execute_script("document.activeElement.blur()")
+            field.click()
+        for option in browser.find_elements("css selector", "[role=option]"):
+            if option.text.strip().endswith(value):
+                option.click()
+                break
+        return field.get_attribute("value").endswith(value)
+
+    moved = (
+        ElementClickInterceptedException,
+        ElementNotInteractableException,
+        StaleElementReferenceException,
+    )
+    WebDriverWait(browser, SECONDS, 0.1, moved).until(chosen)
 
 
 def alts(browser: Any) -> list[str | None]:
