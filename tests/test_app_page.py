@@ -17,11 +17,6 @@ from typing import Any
 
 import pytest
 from browser import chromium, complaints, requested
-from selenium.common.exceptions import (
-    ElementClickInterceptedException,
-    ElementNotInteractableException,
-    StaleElementReferenceException,
-)
 from selenium.webdriver.support.wait import WebDriverWait
 from test_app import MINI, written
 from test_app_inputs import film, picture, png_of
@@ -122,25 +117,14 @@ def upload(browser: Any, path: Path) -> None:
 
 
 def choose(browser: Any, label: str, value: str) -> None:
-    """Chooses in a list; clicks again where the page moved under the mouse just then."""
+    """Chooses in a list, whose options have no text until it has faded in."""
 
-    def chosen(browser: Any) -> bool:
-        field = browser.find_element("css selector", f"input[aria-label='{label}']")
-        if field.get_attribute("aria-expanded") != "true":
-            browser.execute_script("document.activeElement.blur()")
-            field.click()
-        for option in browser.find_elements("css selector", "[role=option]"):
-            if option.text.strip().endswith(value):
-                option.click()
-                break
-        return field.get_attribute("value").endswith(value)
+    def shown(browser: Any) -> Any:
+        options = browser.find_elements("css selector", "[role=option]")
+        return next((one for one in options if one.text.strip().endswith(value)), None)
 
-    moved = (
-        ElementClickInterceptedException,
-        ElementNotInteractableException,
-        StaleElementReferenceException,
-    )
-    WebDriverWait(browser, SECONDS, 0.1, moved).until(chosen)
+    browser.find_element("css selector", f"input[aria-label='{label}']").click()
+    WebDriverWait(browser, SECONDS).until(shown).click()
 
 
 def alts(browser: Any) -> list[str | None]:
