@@ -25,8 +25,8 @@ from openclipart import CLASSES, load_openclipart
 from torchvision.transforms.functional import to_pil_image
 
 from tokenlearner import TrainConfig, load_data, load_model, train
-from tokenlearner.benchmark import count_macs
-from tokenlearner.files import write_json
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.utils.io import write_json
 
 VIT, VIVIT = "vit_mini_patch4_28", "vivit_mini_patch8x2_32"
 TOKENS: dict[str, dict[str, Any]] = {"all": {}, "8 learned, halfway": {"num_tokens": 8, "at": 0.5}}

@@ -24,10 +24,10 @@ from measured import add_device, closing, compiled, in_ms, machine, write_result
 from torch import Tensor, nn
 
 from tokenlearner import create_model, export, remove, use_onednn
-from tokenlearner.benchmark import Spread, speed_ratio, times_in_turn
-from tokenlearner.convert import to_scenic
-from tokenlearner.formats import load_exported
-from tokenlearner.narrow import narrow
+from tokenlearner.checkpoints.scenic import to_scenic
+from tokenlearner.deploy.formats import load_exported
+from tokenlearner.deploy.quantization import quantize
+from tokenlearner.evaluation.latency import Spread, speedup_spread, time_interleaved
 
 NAME = "vit_base_patch16_tl8at6_224"
 PACKAGES = ("jax", "flax")
@@ -108,7 +108,7 @@ def with_onednn(model: nn.Module, images: Tensor) -> Form:
 
 def in_bfloat16(model: nn.Module, images: Tensor, frozen: bool = False) -> Form:
     """Weights and activations of 16 bits, eager or compiled and frozen."""
-    narrowed = narrow(model, "bfloat16")
+    narrowed = quantize(model, "bfloat16")
     return Form(partial(compiled(narrowed, freezing=True) if frozen else narrowed, images))
 
 
@@ -126,9 +126,9 @@ FORMS: dict[str, Callable[[nn.Module, Tensor], Form]] = {
 NARROW = ("bfloat16", "bfloat16-frozen")
 
 
-def checked(label: str, form: Form, right: Tensor, narrow: bool) -> None:
+def checked(label: str, form: Form, right: Tensor, quantize: bool) -> None:
     """Refuses a form whose numbers are others; 16 bits have 3 digits."""
-    tolerance = 0.05 if narrow else 1e-3
+    tolerance = 0.05 if quantize else 1e-3
     torch.testing.assert_close(
         form.read(form.run()),
         right,
@@ -150,15 +150,15 @@ def measure(options: Namespace, batch: int) -> list[dict[str, Any]]:
             form = FORMS[kind](model, images)
             checked(f"{name}, {kind}", form, right, narrow=kind in NARROW)
             runs[name, kind] = form.run
-    seconds = times_in_turn(runs, options.rounds)
+    seconds = time_interleaved(runs, options.rounds)
     return [
         {
             "model": name,
             "form": kind,
             "batch": batch,
             "latency_ms": in_ms(own),
-            "times_as_fast_as_eager": asdict(speed_ratio(seconds[name, "eager"], own)),
-            "times_as_fast_as_plain": asdict(speed_ratio(seconds["plain", kind], own)),
+            "times_as_fast_as_eager": asdict(speedup_spread(seconds[name, "eager"], own)),
+            "times_as_fast_as_plain": asdict(speedup_spread(seconds["plain", kind], own)),
         }
         for (name, kind), own in seconds.items()
     ]

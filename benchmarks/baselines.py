@@ -24,11 +24,11 @@ from einops import rearrange
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokenlearner.benchmark import count_macs
-from tokenlearner.checks import Grid, check_count, check_grid
-from tokenlearner.insert import block_index
-from tokenlearner.layers import widen
-from tokenlearner.wrappers import ReducedBlock
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.layers.blocks import ReducedBlock
+from tokenlearner.layers.functional import upcast
+from tokenlearner.models.insertion import block_index
+from tokenlearner.utils.validation import Grid, check_count, check_grid
 
 
 def average_pool(model: VisionTransformer, num_tokens: int, at: int | float) -> VisionTransformer:
@@ -125,7 +125,7 @@ class TopKBlock(nn.Module):
 def class_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """How the first token attends to all, mean over heads: `b heads n d` to `b n`, no gradient."""
     logits = queries[:, :, :1].detach() * scale @ keys.detach().mT
-    return widen(logits).softmax(-1).mean(1).squeeze(1)
+    return upcast(logits).softmax(-1).mean(1).squeeze(1)
 
 
 def merge(model: VisionTransformer, r: int | Sequence[int]) -> VisionTransformer:
@@ -176,7 +176,7 @@ class MergedBlocks(nn.Module):
 
     def with_sizes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, with the number of tokens that each one stands for, `b (p + k)`."""
-        sizes = widen(x.new_ones(x.shape[:2]))
+        sizes = upcast(x.new_ones(x.shape[:2]))
         for i, r in enumerate(self.schedule):
             x, sizes = self._block(self.get_submodule(str(i)), x, sizes, r)
             x = self.handed_on(x)

@@ -24,10 +24,10 @@ from measured import add_device
 from torch import Tensor, nn
 
 from tokenlearner import TrainConfig, evaluate, load_data, load_model, train
-from tokenlearner.benchmark import count_macs
-from tokenlearner.data import ImageDataset
-from tokenlearner.files import write_json
-from tokenlearner.loop import Loop
+from tokenlearner.data.factory import ImageDataset
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.training.trainer import Trainer
+from tokenlearner.utils.io import write_json
 
 
 def parse() -> Namespace:
@@ -89,7 +89,7 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
     taught = contender.taught and not contender.from_scratch
     recipe = config(options, seed, contender.from_scratch, taught)
     lessons = teaching(host, BUDGETS[budget], model) if taught else None
-    loop = Loop(recipe, model, data, teaching=lessons)
+    loop = Trainer(recipe, model, data, teaching=lessons)
     for _ in range(recipe.epochs):
         loop.epoch()
     after = evaluate(model, held_out)

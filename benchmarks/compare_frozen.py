@@ -28,11 +28,11 @@ from openclipart import load_openclipart
 from torch import Tensor, nn
 
 from tokenlearner import insert
-from tokenlearner.benchmark import count_macs
-from tokenlearner.calibrate import Lesson, new_parameters, tail_parameters
-from tokenlearner.data import ImageDataset
-from tokenlearner.distill import output_loss
-from tokenlearner.files import write_json, written_whole
+from tokenlearner.data.factory import ImageDataset
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.training.calibration import TeacherCache, new_parameters, tail_parameters
+from tokenlearner.training.distillation import output_loss
+from tokenlearner.utils.io import atomic_write, write_json
 
 SIZE, EPOCHS, LR = 112, 6, 3e-4
 BUDGETS = {"half": (5, 8, 6), "third": (3, 8, 4)}  # at, tokens, blocks of a smaller host
@@ -113,14 +113,14 @@ class Bench:
         self.out = Path(options.out)
         self.train, self.test = _pictures(Path(options.drawings), self.out)
         self.host = dinov2_small(Path(options.wheel), SIZE).to(options.device)
-        self._kept: dict[tuple[str, int], Lesson] = {}
+        self._kept: dict[tuple[str, int], TeacherCache] = {}
 
-    def lesson(self, split: str, first: int) -> Lesson:
+    def lesson(self, split: str, first: int) -> TeacherCache:
         """The host's lesson on one split; only those of one block are kept, for memory."""
         if (split, first) not in self._kept:
             self._kept = {k: v for k, v in self._kept.items() if k[1] == first}
             images = _all(self.train if split == "train" else self.test).to(device_of(self.host))
-            self._kept[split, first] = Lesson(self.host, images, first)
+            self._kept[split, first] = TeacherCache(self.host, images, first)
         return self._kept[split, first]
 
     def scores(self, model: nn.Module, first: int) -> dict[str, float]:
@@ -129,7 +129,7 @@ class Bench:
         return judge(train, self.train.labels, test, self.test.labels)
 
     @torch.no_grad()
-    def _features(self, model: nn.Module, lesson: Lesson) -> Tensor:
+    def _features(self, model: nn.Module, lesson: TeacherCache) -> Tensor:
         return torch.cat([lesson.run(model, part).output for part in lesson.parts]).cpu()
 
     def whole(self, model: nn.Module) -> dict[str, float]:
@@ -142,10 +142,10 @@ class Bench:
         return judge(train, self.train.labels, test, self.test.labels)
 
 
-class OutputLesson(Lesson):
+class OutputLesson(TeacherCache):
     """A lesson for a smaller host, which has no blocks to compare and learns the output alone."""
 
-    def __init__(self, lesson: Lesson):
+    def __init__(self, lesson: TeacherCache):
         vars(self).update(vars(lesson))
 
     def losses(self, student: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def _pictures(root: Path, out: Path) -> tuple[ImageDataset, ImageDataset]:
     """Reads the drawings, or their copy from an earlier call."""
     path = out / "drawings.pt"
     if not path.exists():
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save([vars(d) for d in load_openclipart(root, SIZE)], temporary)
     train, test = (ImageDataset(**kept) for kept in torch.load(path))
     return train, test
@@ -271,7 +271,7 @@ def main() -> None:
     write_json(bench.out / "results.json", {**kept, "runs": runs})
     text = f"`{shlex.join(['python', 'benchmarks/compare_frozen.py', *sys.argv[1:]])}`\n\n"
     text += table({**kept, "runs": runs})
-    with written_whole(bench.out / "table.md") as temporary:
+    with atomic_write(bench.out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)
 

@@ -13,8 +13,8 @@ from contenders import BUDGETS, CONTENDERS
 from torch import nn
 
 from tokenlearner import benchmark
-from tokenlearner.data import ImageDataset
-from tokenlearner.files import written_whole
+from tokenlearner.data.factory import ImageDataset
+from tokenlearner.utils.io import atomic_write
 
 HEADER = (
     "top-1 untrained, %",
@@ -36,9 +36,9 @@ def write_report(out: Path, command: str) -> str:
     """Writes table.md, results.json and plot.png to the folder and returns the table."""
     results = gather(out)
     text = f"`{command}`\n\n{table(results)}"
-    with written_whole(out / "table.md") as temporary:
+    with atomic_write(out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    with written_whole(out / "results.json") as temporary:
+    with atomic_write(out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(out / "plot.png", results)
     return text
@@ -156,7 +156,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     figure.axes[0].set_ylabel("top-1, % (median, range of seeds)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 

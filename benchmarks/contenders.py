@@ -16,8 +16,8 @@ from baselines import MergedBlocks, average_pool, merge, schedule_for, top_k
 from torch import Tensor, nn
 
 from tokenlearner import calibrate, create_model, insert
-from tokenlearner.distill import Distillation, feature_loss, logit_loss
-from tokenlearner.insert import wrapped_blocks
+from tokenlearner.models.insertion import wrapped_blocks
+from tokenlearner.training.distillation import Distillation, feature_loss, logit_loss
 
 HOST = "vit_mini_patch4_28"
 SHAPE: dict[str, Any] = {"depth": 8, "class_token": True, "global_pool": "token"}

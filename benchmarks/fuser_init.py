@@ -19,8 +19,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from tokenlearner import TokenFuser, create_model, evaluate, load_data
-from tokenlearner.data import ImageDataset
-from tokenlearner.insert import wrapped_blocks
+from tokenlearner.data.factory import ImageDataset
+from tokenlearner.models.insertion import wrapped_blocks
 
 
 def start_at(mix: Callable[[Tensor], Tensor], gain: float) -> Callable[[TokenFuser], None]:

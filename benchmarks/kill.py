@@ -24,8 +24,8 @@ from measured import add_device, command
 from safetensors.torch import load_file
 
 from tokenlearner import TrainConfig, train
-from tokenlearner.files import write_json
-from tokenlearner.resume import CHECKPOINT, read_checkpoint
+from tokenlearner.training.checkpointing import CHECKPOINT, read_checkpoint
+from tokenlearner.utils.io import write_json
 
 RECIPE: dict[str, Any] = {
     "model_kwargs": {"depth": 2, "embed_dim": 32, "num_heads": 2},

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenlearner.benchmark import Spread
-from tokenlearner.engine import pick_device
-from tokenlearner.files import write_json
-from tokenlearner.machine import describe_machine
+from tokenlearner.evaluation.hardware import describe_machine
+from tokenlearner.evaluation.latency import Spread
+from tokenlearner.utils.io import write_json
+from tokenlearner.utils.modules import pick_device
 
 CPU = torch.device("cpu")
 

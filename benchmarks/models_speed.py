@@ -23,14 +23,14 @@ from measured import add_device, closing, compiled, in_ms, machine, write_result
 from torch import Tensor, nn
 
 from tokenlearner import create_model, remove, use_onednn
-from tokenlearner.benchmark import (
+from tokenlearner.commands._tables import quartiles
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.evaluation.latency import (
     Spread,
-    count_macs,
     peak_memory_mib,
-    speed_ratio,
-    times_in_turn,
+    speedup_spread,
+    time_interleaved,
 )
-from tokenlearner.tables import quartiles
 
 ONEDNN = ", oneDNN"
 MODELS = ["vit_base_patch16_tl8at6_224", "vit_base_patch16_tl16at6_224"]
@@ -101,8 +101,8 @@ def runner(
 
 def ratio(slow: Callable[[], None], fast: Callable[[], None], rounds: int) -> tuple[Spread, float]:
     """How many times as fast the second is, and the seconds it takes (median)."""
-    seconds = times_in_turn({"slow": slow, "fast": fast}, rounds)
-    return speed_ratio(seconds["slow"], seconds["fast"]), median(seconds["fast"])
+    seconds = time_interleaved({"slow": slow, "fast": fast}, rounds)
+    return speedup_spread(seconds["slow"], seconds["fast"]), median(seconds["fast"])
 
 
 def measure(name: str, options: Namespace) -> Iterator[dict[str, Any]]:
@@ -116,7 +116,7 @@ def measure(name: str, options: Namespace) -> Iterator[dict[str, Any]]:
         for is_compiled in (False, True) if options.compile else (False,):
             told = {"pair": name, "what": what, "batch": batch, "compiled": is_compiled}
             runs = {k: runner(m, images, what, is_compiled, options) for k, m in models.items()}
-            seconds = times_in_turn(runs, options.rounds)
+            seconds = time_interleaved(runs, options.rounds)
             yield from (told | one for one in compared(seconds, macs, peaks))
 
 
@@ -128,7 +128,7 @@ def compared(
     against += [(label, "plain" + ONEDNN) for label in seconds if label.endswith(ONEDNN)][1:]
     for label, plain in against:
         own = seconds[label]
-        speedup, of_macs = speed_ratio(seconds[plain], own), macs["plain"] / macs[label]
+        speedup, of_macs = speedup_spread(seconds[plain], own), macs["plain"] / macs[label]
         yield {
             "model": label,
             "against": plain,

@@ -22,9 +22,9 @@ from modules_speed import SHAPES, TOKENS
 from torch import Tensor
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
-from tokenlearner.benchmark import Spread, speed_ratio, times_in_turn
-from tokenlearner.convert import to_scenic
-from tokenlearner.tables import quartiles
+from tokenlearner.checkpoints.scenic import to_scenic
+from tokenlearner.commands._tables import quartiles
+from tokenlearner.evaluation.latency import Spread, speedup_spread, time_interleaved
 
 LEARNERS: dict[str, Callable[[int], Any]] = {  # with the official numbers, as the others have them
     "V1": lambda c: TokenLearner(c, TOKENS, True, norm_eps=1e-6, approximate="tanh"),
@@ -134,7 +134,7 @@ def measure(name: str, shape: str, what: str, options: Namespace) -> Iterator[di
     batch, *axes = SHAPES[shape]
     x = torch.randn(options.batch or batch, *axes).to(options.device)
     found = forms(name, x, what != "forward", options)
-    seconds = times_in_turn({form: one.run for form, one in found.items()}, options.rounds)
+    seconds = time_interleaved({form: one.run for form, one in found.items()}, options.rounds)
     for form, own in seconds.items():
         yield {
             "learner": name,
@@ -142,7 +142,7 @@ def measure(name: str, shape: str, what: str, options: Namespace) -> Iterator[di
             "input": list(x.shape),
             "form": form,
             "latency_ms": in_ms(own),
-            "times_as_fast_as_ours": asdict(speed_ratio(seconds["ours"], own)),
+            "times_as_fast_as_ours": asdict(speedup_spread(seconds["ours"], own)),
         }
 
 

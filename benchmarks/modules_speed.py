@@ -20,7 +20,7 @@ from modules_memory import textbook
 from torch import Tensor
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
-from tokenlearner.benchmark import speed_ratio, times_in_turn
+from tokenlearner.evaluation.latency import speedup_spread, time_interleaved
 
 SHAPES = {"64 x 32 x 32 x 128": (64, 32, 32, 128), "8 x 14 x 14 x 768": (8, 14, 14, 768)}
 SHAPES["8 x 24 x 24 x 1024"] = (8, 24, 24, 1024)
@@ -81,9 +81,9 @@ def row(name: str, shape: str, dtype: str, backward: bool, options: Namespace) -
         runs = {form: both_ways(f, x, learner.parameters()) for form, f in forms.items()}
     else:
         runs = {form: forward(f, x) for form, f in forms.items()}
-    seconds = times_in_turn({**runs, "bound": bound(name, x, backward)}, options.rounds)
-    faster = speed_ratio(seconds["textbook"], seconds["ours"])
-    slower = speed_ratio(seconds["ours"], seconds["bound"])
+    seconds = time_interleaved({**runs, "bound": bound(name, x, backward)}, options.rounds)
+    faster = speedup_spread(seconds["textbook"], seconds["ours"])
+    slower = speedup_spread(seconds["ours"], seconds["bound"])
     what = "forward and backward" if backward else "forward"
     ms = 1000 * median(seconds["ours"])
     cells = [f"{s.median:.1f} ({s.low:.1f}-{s.high:.1f})" for s in (faster, slower)]

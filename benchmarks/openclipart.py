@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from tokenlearner.data import ImageDataset
+from tokenlearner.data.factory import ImageDataset
 
 CLASSES = (
     *("animals", "food", "geography", "office", "people", "recreation", "tools", "transportation"),

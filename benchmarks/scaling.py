@@ -19,16 +19,11 @@ from scaling_plot import plot_scaling
 from torch import Tensor, nn
 
 from tokenlearner import create_model, remove
-from tokenlearner.benchmark import (
-    Spread,
-    count_macs,
-    peak_memory_mib,
-    seconds_in_turn,
-    speed_ratio,
-)
-from tokenlearner.counting import twin
-from tokenlearner.insert import wrapped_blocks
-from tokenlearner.tables import quartiles
+from tokenlearner.commands._tables import quartiles
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.evaluation.latency import Spread, peak_memory_mib, speedup_spread, time_models
+from tokenlearner.models.insertion import wrapped_blocks
+from tokenlearner.utils.modules import clone_structure
 
 IMAGE_MODEL, VIDEO_MODEL = "vit_small_patch16_tl8at6_224", "vivit_tiny_patch16x2_tl8at6_224"
 VALUES = {
@@ -61,11 +56,13 @@ def measure(axis: str, value: int, options: Namespace) -> dict[str, Any]:
     """One point, as it is written."""
     models, images = models_at(axis, value, options)
     learners = (block.learner for block in wrapped_blocks(models["learned"]).values())
-    counts = {k: count_macs(twin(m, "meta"), images[:1].to("meta")) for k, m in models.items()}
+    counts = {
+        k: count_macs(clone_structure(m, "meta"), images[:1].to("meta")) for k, m in models.items()
+    }
     peaks = {k: peak_memory_mib(m, images) for k, m in models.items()}
     training = {k: peak_memory_mib(m, images, training=True) for k, m in models.items()}
-    seconds = seconds_in_turn(models, images, options.rounds)
-    speedup = speed_ratio(seconds["plain"], seconds["learned"])
+    seconds = time_models(models, images, options.rounds)
+    speedup = speedup_spread(seconds["plain"], seconds["learned"])
     return {
         "axis": axis,
         "value": value,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenlearner.files import written_whole
+from tokenlearner.utils.io import atomic_write
 
 LABELS = {
     "resolution": "height and width, pixels",
@@ -56,7 +56,7 @@ def _picture(path: Path, axis: str, points: list[dict[str, Any]], caption: str) 
         panel.set_xlabel(LABELS[axis], fontsize=10)
     figure.suptitle(f"{points[0]['model']}, {_shape(axis, points)}", fontsize=11)
     figure.supxlabel(caption, fontsize=8, color="#555555")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 

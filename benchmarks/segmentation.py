@@ -23,10 +23,10 @@ from measured import add_device
 from torch import Tensor, nn
 
 from tokenlearner import TrainConfig, calibrate, insert, load_data, train
-from tokenlearner.benchmark import count_macs
-from tokenlearner.data import ImageDataset
-from tokenlearner.files import write_json, written_whole
-from tokenlearner.loader import epoch_keys, load_batches
+from tokenlearner.data.factory import ImageDataset
+from tokenlearner.data.loader import epoch_keys, load_batches
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.utils.io import atomic_write, write_json
 
 BRIGHT = 25  # of 255
 PATCH = 4
@@ -163,7 +163,7 @@ def draw(path: Path, models: dict[str, Segmenter], shown: int = 6) -> None:
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 

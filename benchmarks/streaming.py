@@ -14,9 +14,9 @@ from models_speed import ratio
 from torch import Tensor
 
 from tokenlearner import create_model
-from tokenlearner.benchmark import count_macs
-from tokenlearner.framevit import FrameViT
-from tokenlearner.stream import TokenStream
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.models.framevit import FrameViT
+from tokenlearner.models.streaming import TokenStream
 
 
 def macs(model: FrameViT, clip: Tensor) -> float:

@@ -18,7 +18,7 @@ from measured import add_device, command
 from PIL import Image
 
 from tokenlearner import TrainConfig, train
-from tokenlearner.moving import MOVING_PHOTOGRAPHS
+from tokenlearner.data.moving_photos import MOVING_PHOTOGRAPHS
 
 SIDE = 256
 FILES: dict[str, Any] = {

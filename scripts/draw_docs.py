@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from tokenlearner import create_model, remove
-from tokenlearner.benchmark import count_macs
+from tokenlearner.evaluation.flops import count_macs
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "drawings"
 INK, GREY = "#222222", "#8c8c8c"

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenlearner.data import ImageDataset, load_data
-from tokenlearner.fashion import IDX_FILES
+from tokenlearner.data.factory import ImageDataset, load_data
+from tokenlearner.data.fashion_mnist import IDX_FILES
 
 LICENSE = """\
 The MIT License (MIT)

@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 from traitlets.config import Config
 
-from tokenlearner.files import written_whole
+from tokenlearner.utils.io import atomic_write
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "tokenlearner.ipynb"
 CELL_SECONDS = 1800  # a cell that takes longer hangs
@@ -72,7 +72,7 @@ def run(source: Path, out: Path) -> None:
     execute(notebook)
     clean(notebook)
     nbformat.validate(notebook)
-    with written_whole(out) as temporary:
+    with atomic_write(out) as temporary:
         temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from tokenlearner import TrainConfig, create_model, save_model, train
-from tokenlearner.data import ImageDataset
-from tokenlearner.engine import Engine
-from tokenlearner.evaluate import conclude, tally
-from tokenlearner.resume import Stopped
+from tokenlearner.data.factory import ImageDataset
+from tokenlearner.evaluation.accuracy import mean_metrics, sum_metrics
+from tokenlearner.training.checkpointing import TrainingInterrupted
+from tokenlearner.training.distributed import Distributed
 
 CLASSES = ("dark", "left", "right", "bright")
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 7}
@@ -78,7 +78,7 @@ def until(config: TrainConfig, step: int) -> str:
 
     try:
         train(config, ask)
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         return str(stopped)
     return "finished"
 
@@ -96,10 +96,10 @@ def run_all(folder: Path) -> None:
         train(recipe(folder / name, **options))
     train(recipe(folder / "taught", model=str(folder / "host"), **TAUGHT))
     said = until(recipe(folder / "stopped", **STOPS), 6)
-    engine = Engine(recipe(folder / "judged"))
+    engine = Distributed(recipe(folder / "judged"))
     data, model = quarter_pictures("x", "test"), create_judge()
-    sums = engine.sum(tally(model, data, 5, engine.process, engine.num_processes))
-    seen = {"opened": opened, "said": said, "judged": vars(conclude(sums, data))}
+    sums = engine.sum(sum_metrics(model, data, 5, engine.process, engine.num_processes))
+    seen = {"opened": opened, "said": said, "judged": vars(mean_metrics(sums, data))}
     report = folder.parent / f"process-{engine.process}.json"
     report.write_text(json.dumps(seen | {"processes": engine.num_processes}))
 
@@ -117,7 +117,7 @@ def go_on(folder: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    import_module("tokenlearner.train").load_data = quarter_pictures
+    import_module("tokenlearner.training.run").load_data = quarter_pictures
     {"all": run_all, "go_on": go_on}[sys.argv[1]](Path(sys.argv[2]))
 
 

@@ -3,98 +3,63 @@
 A public name is imported when it is first used, so that `import tokenlearner` takes no time.
 """
 
-import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .utils.lazy import lazy_exports
+from .utils.moved import alias, install
 
 if TYPE_CHECKING:  # for editors and type checkers; the table below is for Python
-    from . import adapt as adapt
-    from . import convert as convert
-    from .benchmark import benchmark
-    from .calibrate import calibrate
-    from .data import load_data
-    from .evaluate import evaluate
-    from .export import export
-    from .fuser import TokenFuser
-    from .insert import insert, remove
-    from .maps import attention_maps
-    from .modules import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
-    from .onednn import use_onednn
-    from .plan import plan
-    from .recipe import TrainConfig
-    from .train import train
-    from .zoo import create_model, list_models, load_model, push_to_hub, save_model
+    from .checkpoints import init_from as adapt  # noqa: F401
+    from .checkpoints import scenic as convert  # noqa: F401
+    from .data.factory import load_data as load_data
+    from .deploy.exporting import export as export
+    from .evaluation.accuracy import evaluate as evaluate
+    from .evaluation.attention_maps import attention_maps as attention_maps
+    from .evaluation.latency import benchmark as benchmark
+    from .evaluation.planning import plan as plan
+    from .layers.onednn import use_onednn as use_onednn
+    from .layers.token_fuser import TokenFuser as TokenFuser
+    from .layers.token_learner import TokenLearner as TokenLearner
+    from .layers.token_learner import TokenLearnerModuleV11 as TokenLearnerModuleV11
+    from .layers.token_learner import TokenLearnerV11 as TokenLearnerV11
+    from .models.factory import create_model as create_model
+    from .models.factory import list_models as list_models
+    from .models.factory import load_model as load_model
+    from .models.factory import push_to_hub as push_to_hub
+    from .models.factory import save_model as save_model
+    from .models.insertion import insert as insert
+    from .models.insertion import remove as remove
+    from .training.calibration import calibrate as calibrate
+    from .training.config import TrainConfig as TrainConfig
+    from .training.run import train as train
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
-__all__ = [
-    "TokenFuser",
-    "TokenLearner",
-    "TokenLearnerModuleV11",
-    "TokenLearnerV11",
-    "TrainConfig",
-    "attention_maps",
-    "benchmark",
-    "calibrate",
-    "create_model",
-    "evaluate",
-    "export",
-    "insert",
-    "list_models",
-    "load_data",
-    "load_model",
-    "plan",
-    "push_to_hub",
-    "remove",
-    "save_model",
-    "train",
-    "use_onednn",
-]
-
-_FILES = {  # where a public name lives, unless in the file of the same name
-    "TokenFuser": "fuser",
-    "TokenLearner": "modules",
-    "TokenLearnerModuleV11": "modules",
-    "TokenLearnerV11": "modules",
-    "TrainConfig": "recipe",
-    "attention_maps": "maps",
-    "create_model": "zoo",
-    "list_models": "zoo",
-    "load_data": "data",
-    "load_model": "zoo",
-    "push_to_hub": "zoo",
-    "remove": "insert",
-    "save_model": "zoo",
-    "use_onednn": "onednn",
-}
-_MODULES = ("adapt", "convert")  # public as a whole
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for."""
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_FILES.get(name, name)}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
-
-
-class _Package(ModuleType):
-    """Keeps `tokenlearner.insert` the function when Python imports the file insert.py.
-
-    Python sets an imported file as an attribute of its package, over what is there.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in __all__ or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "layers": (
+            "TokenFuser",
+            "TokenLearner",
+            "TokenLearnerModuleV11",
+            "TokenLearnerV11",
+            "use_onednn",
+        ),
+        "data": ("load_data",),
+        "models": (
+            "create_model",
+            "insert",
+            "list_models",
+            "load_model",
+            "push_to_hub",
+            "remove",
+            "save_model",
+        ),
+        "checkpoints": (),
+        "evaluation": ("attention_maps", "benchmark", "evaluate", "plan"),
+        "training": ("TrainConfig", "calibrate", "train"),
+        "deploy": ("export",),
+    },
+    alias,
+)
+install()

@@ -1,5 +1,5 @@
 """`python -m tokenlearner` is the command `tokenlearner`."""
 
-from tokenlearner_command import main
+from .commands.main import main
 
 main()

@@ -1,0 +1,56 @@
+"""A model as a command is told it, and the size of what it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models.factory import create_model, load_model
+from ..models.hosts import find_host
+from ..utils.modules import pick_device
+
+
+def load_sized(
+    name: str, img_size: int, device: str, *, hosts_only: bool = False
+) -> tuple[nn.Module, list[int]]:
+    """Loads a model by name or from a checkpoint, and tells the axes of one of its inputs.
+
+    Args:
+        name: One that `create_model` knows, ours or timm's, or a checkpoint of `save_model`.
+        img_size: Height and width of the pictures; 0 leaves them as the model has them.
+        device: Such as cpu or cuda; auto takes a GPU where there is one.
+        hosts_only: Refuse what `insert` does not know.
+
+    Returns:
+        The model, and `c h w` of its pictures or `c t h w` of its clips.
+
+    Raises:
+        ValueError: There is no such model or device, it cannot have the size, or it is no host.
+    """
+    place = pick_device(device)
+    saved = "/" in name or name.endswith(".safetensors") or Path(name).exists()
+    model: Any = load_model(name) if saved else create_model(name)
+    if hosts_only:
+        find_host(model)
+    if img_size:
+        if not hasattr(model, "set_input_size"):
+            raise ValueError(
+                f"{name} cannot be set to {img_size} pixels; pass img_size 0, or save a model that "
+                f"create_model built with img_size={img_size}, and pass the file"
+            )
+        model.set_input_size((img_size, img_size))
+    embed = _embedding(model)
+    channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    channels = next((m.in_channels for m in convolutions), channels)
+    tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
+    frames = [model.num_frames * tubelet] if hasattr(model, "num_frames") else []
+    return model.to(place), [channels, *frames, *(getattr(embed, "img_size", None) or size)]
+
+
+def _embedding(model: Any) -> Any:
+    """What makes tokens of pictures, and has their size: of a ViT, a FrameViT or a Mixer."""
+    owner = getattr(model, "encoder", model)
+    return getattr(owner, "patch_embed", getattr(owner, "stem", None))

@@ -1,0 +1,1 @@
+"""`tokenlearner app`: a web page that shows where learned tokens look."""

@@ -1,0 +1,1 @@
+"""`tokenlearner bench`: models measured side by side."""

@@ -1,0 +1,93 @@
+"""A plan as a person reads it: what `tokenlearner plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..evaluation.planning import Option, check_plan, plan
+from ..utils.validation import check_count
+from ._models import load_sized
+from ._tables import plain_table, quartiles
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Lists where tokens can be learned, and how many, within a budget.
+
+    Args:
+        model: A name that `create_model` knows, ours or timm's, or a checkpoint of `save_model`.
+        budget: Share of what the model costs, above 0 and up to 1.
+        measure: What the budget is a share of: macs or latency.
+        tokens: Numbers of tokens to try, with commas between them.
+        learner: v11, v1, v1-mean or grouped.
+        fuse: Put learned tokens back on all positions behind each block.
+        batch_size: Pictures at a time; changes the speed only.
+        img_size: Height and width of the pictures; 0 leaves them as the model has them.
+        rounds: Timed runs of each model.
+        device: Such as cpu or cuda; auto takes a GPU where there is one.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    model: str
+    budget: float = 0.5
+    measure: str = "macs"
+    tokens: str = "4,8,16,32"
+    learner: str = "v11"
+    fuse: bool = False
+    batch_size: int = 1
+    img_size: int = 0
+    rounds: int = 15
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_plan(self.budget, self.measure, self.num_tokens, self.rounds)
+        check_count("batch_size", self.batch_size)
+        check_count("img_size", self.img_size, least=0)
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """The numbers in `tokens`."""
+        try:
+            return [int(part) for part in self.tokens.split(",")]
+        except ValueError as error:
+            message = f"tokens is {self.tokens!r}, expected numbers and commas, such as 4,8,16"
+            raise ValueError(message) from error
+
+
+def plan_table(config: PlanConfig) -> tuple[Any, str]:
+    """Makes a plan into a table for rich, and a line on how it was measured.
+
+    Raises:
+        ValueError: As `plan`, or there is no such model or device.
+    """
+    model, size = load_sized(config.model, config.img_size, config.device, hosts_only=True)
+    images = torch.randn(config.batch_size, *size).to(next(model.parameters()))
+    told = ("budget", "measure", "num_tokens", "learner", "fuse", "rounds")
+    options = plan(model, images, **{name: getattr(config, name) for name in told})
+    table = plain_table(COLUMNS)
+    for option in options:
+        table.add_row(*(cell(option) for cell in COLUMNS.values()))
+    where = f"{images.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return table, (
+        f"{config.model}: {config.batch_size} x {' x '.join(map(str, size))} on {where}; medians "
+        f"(quartiles) of {config.rounds} rounds in turn. share: of the host's GMACs; of MACs: the "
+        "speed-up as a share of what the GMACs promise."
+    )
+
+
+COLUMNS: dict[str, Callable[[Option], str]] = {
+    "at": lambda option: "–" if option.at is None else str(option.at),
+    "tokens": lambda option: str(option.num_tokens or "–"),
+    "GMACs": lambda option: f"{option.gmacs:.3f}",
+    "share": lambda option: f"{option.macs_share:.2f}",
+    "ms a batch": lambda option: quartiles(option.latency_ms),
+    "speed-up": lambda option: f"{option.speedup.median:.2f}",
+    "of MACs": lambda option: f"{option.of_macs_ratio:.2f}",
+    "images/s": lambda option: f"{option.images_per_second.median:.1f}",
+}

@@ -1,0 +1,1 @@
+"""`tokenlearner report`: one HTML file about a run."""

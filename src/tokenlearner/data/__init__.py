@@ -1,0 +1,23 @@
+"""Labeled images and videos: data sets by name, their batches and their transforms."""
+
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_exports
+from ..utils.moved import moved_names
+
+if TYPE_CHECKING:
+    from .factory import list_data as list_data
+    from .factory import load_data as load_data
+    from .tensor_dataset import ImageDataset as ImageDataset
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "factory": (
+            "list_data",
+            "load_data",
+        ),
+        "tensor_dataset": ("ImageDataset",),
+    },
+    moved_names("data"),
+)

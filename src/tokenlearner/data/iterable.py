@@ -1,0 +1,259 @@
+"""Labelled pictures that arrive in a stream, one after the other.
+
+timm's readers of streams hide what is broken, and WebDataset's shuffles differently in every worker
+process that is started. These say what is broken, and the same seed gives the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count, islice
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ..utils.random import derive_seed, fixed_seed
+from ..utils.validation import check_count, require
+from .dataset import UnreadableFile
+from .image_folder import ImageFiles, decoded, first_read
+from .loader import Batch, Transform
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHUFFLE_BUFFER = 1000  # pictures, not decoded, of which a worker draws the next
+_WAY_OUT = "unpack it for the data set 'folder', or take hfds/ in place of hfids/"
+
+
+class Record(NamedTuple):
+    """One picture of a stream, not decoded yet."""
+
+    where: str
+    open: Callable[[], Image.Image]
+    label: int
+
+
+class RecordSource(Protocol):
+    """Where a stream comes from."""
+
+    def readers(self, process: int, num_processes: int) -> int:
+        """How many workers can share this process's part."""
+        ...
+
+    def records(
+        self, process: int, num_processes: int, seed: int | None
+    ) -> Iterator[Record | UnreadableFile]:
+        """This process's part, in a worker the worker's; in order, or as a seed shuffles it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StreamDataset(ImageFiles):
+    """One split of labelled pictures that come one after the other.
+
+    It offers what `labelled.LabelledData` does, except `read`, `sample` and `labels`, which need
+    an order. `stream` is for training.
+
+    Args:
+        source: Where they come from.
+        num_samples: How many there are; None is unknown.
+    """
+
+    source: RecordSource = field(repr=False)
+    num_samples: int | None = None
+    streams = True
+
+    def __len__(self) -> int:
+        if self.num_samples is None:
+            raise ValueError(f"{self.name} does not tell how long it is; pass num_samples")
+        return self.num_samples
+
+    @property
+    def labels(self) -> Tensor:
+        """Not known before the end.
+
+        Raises:
+            ValueError: Always.
+        """
+        self._refuse("list its labels")
+
+    def read(self, index: int) -> Image.Image:
+        """Not possible.
+
+        Raises:
+            ValueError: Always.
+        """
+        self._refuse(f"give picture {index}")
+
+    def sample(self, n: int, seed: int = 0) -> StreamDataset:
+        """Not possible.
+
+        Raises:
+            ValueError: Always.
+        """
+        self._refuse(f"draw {n} pictures")
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields plain batches and their labels, each picture once, without what is broken."""
+        batches = self.plain_stream(batch_size)
+        return ((batch.images, batch.labels) for batch in batches if len(batch.labels))
+
+    def plain_stream(self, batch_size: int) -> Iterator[Batch]:
+        """Yields what `batches` does, and what could not be read."""
+        check_count("batch_size", batch_size)
+        return _of_size(_Chunks(self, batch_size).load(self.workers), batch_size)
+
+    def stream(
+        self,
+        change: Transform | None,
+        batch_size: int,
+        *,
+        epoch: int,
+        seed: int,
+        workers: int,
+        process: int = 0,
+        num_processes: int = 1,
+    ) -> Iterator[Batch]:
+        """Yields an epoch's full batches for training, shuffled, the same for the same arguments.
+
+        Every process yields as many. One whose part is too small for that, because files are
+        broken or the parts are unequal, begins it again.
+
+        Args:
+            change: A picture in colour or grey becomes what a model takes; None is `plain`.
+            batch_size: Pictures of a batch of this process.
+            epoch: Counted from 0; each has an order of its own.
+            seed: Draws the orders, and every picture's changes.
+            workers: Processes that read; no more are started than there are shards for.
+            process: Number of this process, from 0.
+            num_processes: Processes that share the pictures.
+
+        Raises:
+            ValueError: The length is not known, there are fewer shards than processes, or nothing
+                of a part can be read.
+        """
+        check_count("batch_size", batch_size)
+        require(
+            self.source.readers(num_processes - 1, num_processes) > 0,
+            f"{self.name} has too few shards for {num_processes} processes; write more and "
+            "smaller ones, or start fewer processes",
+        )
+        number = len(self) // (batch_size * num_processes)
+        chunks = _Chunks(self, batch_size, change, (seed, epoch), process, num_processes)
+        return islice(_of_size(chunks.load_for_ever(workers), batch_size), number)
+
+    def picture(self, record: Record | UnreadableFile) -> Image.Image:
+        """Decodes one picture, as `FileDataset.read` does.
+
+        Raises:
+            BrokenFile: It cannot be read, or its label is out of range.
+        """
+        if isinstance(record, UnreadableFile):
+            raise record
+        if not 0 <= record.label < len(self.classes):
+            top = len(self.classes) - 1
+            raise UnreadableFile(
+                f"{record.where} has label {record.label}, expected 0 to {top}; pass num_classes"
+            )
+        return decoded(record.open, record.where, self.shape[0])
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"{self.name} is a stream without an order, it cannot {what}; {_WAY_OUT}")
+
+
+def check_stream(data: StreamDataset) -> StreamDataset:
+    """The same stream, of which a picture could be read.
+
+    Raises:
+        ValueError: None of the first few can.
+    """
+    records = data.source.records(0, 1, None)
+    first_read((partial(data.picture, record) for record in records), f"{data.name} {data.split}")
+    return data
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunks(IterableDataset[Batch]):
+    """What a worker does: its part of the stream in batches, the last of what is left."""
+
+    data: StreamDataset
+    batch_size: int
+    change: Transform | None = None
+    seeds: tuple[int, ...] = ()
+    process: int = 0
+    num_processes: int = 1
+
+    def load(self, workers: int) -> Iterator[Batch]:
+        """The batches of all workers in turn."""
+        most = self.data.source.readers(self.process, self.num_processes)
+        private = torch.Generator()  # torch's own is left as it is
+        return iter(
+            DataLoader(self, batch_size=None, num_workers=min(workers, most), generator=private)
+        )
+
+    def load_for_ever(self, workers: int) -> Iterator[Batch]:
+        """The batches of pass after pass, each shuffled anew."""
+        for turn in count():
+            found = 0
+            for chunk in replace(self, seeds=(*self.seeds, turn)).load(workers):
+                found += len(chunk.labels)
+                yield chunk
+            what = f"{self.data.name} {self.data.split}"
+            require(found > 0, f"nothing in {what} can be read; mend the files")
+
+    def __iter__(self) -> Iterator[Batch]:
+        seed = derive_seed(*self.seeds) if self.seeds else None
+        records = self.data.source.records(self.process, self.num_processes, seed)
+        images, labels, broken = [], [], []
+        for number, record in enumerate(records):
+            try:
+                image, label = self._example(record, number)
+                images.append(image)
+                labels.append(label)
+            except UnreadableFile as error:
+                broken.append(str(error))
+            if len(labels) == self.batch_size:
+                yield self._batch(images, labels, broken)
+                images, labels, broken = [], [], []
+        if labels or broken:
+            yield self._batch(images, labels, broken)
+
+    def _example(self, record: Record | UnreadableFile, number: int) -> tuple[Tensor, int]:
+        if isinstance(record, UnreadableFile):
+            raise record
+        picture, worker = self.data.picture(record), get_worker_info()
+        if self.change is None:
+            return self.data.plain(picture), record.label
+        own = (self.process, worker.id if worker else 0, number)
+        with fixed_seed(derive_seed(*self.seeds, *own)):
+            return self.change(picture), record.label
+
+    def _batch(
+        self, images: Sequence[Tensor], labels: Sequence[int], broken: Sequence[str]
+    ) -> Batch:
+        stacked = torch.stack(list(images)) if images else torch.empty(0, *self.data.shape)
+        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), tuple(broken))
+
+
+def _of_size(chunks: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """The same pictures in batches of one size, at the end one of what is left."""
+    left = None
+    for chunk in chunks:
+        left = chunk if left is None else _joined(left, chunk)
+        if len(left.labels) >= batch_size:
+            yield Batch(left.images[:batch_size], left.labels[:batch_size], left.broken)
+            left = Batch(left.images[batch_size:], left.labels[batch_size:])
+    if left is not None and (len(left.labels) or left.broken):
+        yield left
+
+
+def _joined(first: Batch, second: Batch) -> Batch:
+    broken = first.broken + second.broken
+    if not len(first.labels):
+        return replace(second, broken=broken)
+    images = torch.cat([first.images, second.images])
+    return Batch(images, torch.cat([first.labels, second.labels]), broken)

@@ -1,0 +1,167 @@
+"""Labelled pictures or clips in memory.
+
+Axes: `n` pictures, `b` in a batch, `t` frames of a clip, `c h w`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..utils.validation import require
+from .dataset import DataConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Holds one split of labelled pictures in memory and checks that they fit together.
+
+    `dataset[i]` is one picture, float32 `[c, h, w]` in [0, 1], and its label as an int, for a
+    `DataLoader` with its own transforms. `batches` gives normalised batches and is much quicker.
+
+    Args:
+        name: What the data set is called.
+        split: Which part of it this is, such as `"train"`.
+        images: uint8 `[n, c, h, w]`, of clips `[n, c, t, h, w]`, 0 to 255.
+        labels: int64 `[n]`, 0 to `len(classes) - 1`.
+        classes: The name of each label.
+        mean: What `batches` subtracts, one number a channel, for pictures in [0, 1].
+        std: What `batches` divides by, one number above 0 a channel.
+
+    Raises:
+        ValueError: A shape, a dtype, a count or a label does not fit, or there is no picture.
+    """
+
+    name: str
+    split: str
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        what, images, labels = f"{self.name} {self.split}", self.images, self.labels
+        require(
+            images.ndim in (4, 5) and images.dtype == torch.uint8 and images.numel() > 0,
+            f"{what}: the images are {images.dtype} {list(images.shape)}, expected torch.uint8 "
+            "[n, c, h, w] or of clips [n, c, t, h, w], none of them 0; give grey pictures a "
+            "channel with images[:, None]",
+        )
+        n, c = images.shape[:2]
+        require(
+            labels.shape == (n,) and labels.dtype == torch.int64,
+            f"{what}: the labels are {labels.dtype} {list(labels.shape)}, expected torch.int64 "
+            f"[{n}]; give one label for each of the {n} images",
+        )
+        low, high, top = int(labels.min()), int(labels.max()), len(self.classes) - 1
+        require(
+            low >= 0 and high <= top,
+            f"{what}: the labels run from {low} to {high}, expected 0 to {top}; name every class",
+        )
+        require(
+            len(self.mean) == len(self.std) == c and min(self.std) > 0,
+            f"{what}: mean is {self.mean}, std {self.std}, expected {c} each, every std above 0",
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one picture: `(c, h, w)`, of a clip `(c, t, h, w)`."""
+        return tuple(self.images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index].float() / 255, int(self.labels[index])
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields normalised batches of pictures and their labels, each picture once.
+
+        Args:
+            batch_size: Pictures in a batch; the last batch has what is left.
+            shuffle: Draw a new order; otherwise the order is that of `images`.
+            generator: Draws the order; None is torch's own. Unused without `shuffle`.
+            drop_last: Leave out the last batch when it is not full.
+
+        Shape:
+            float32 `b c h w` of `(image / 255 - mean) / std`, and int64 `b`.
+
+        Raises:
+            ValueError: `batch_size` is below 1, or `drop_last` would leave no batch.
+        """
+        n = len(self)
+        require(batch_size >= 1, f"batch_size is {batch_size}, expected 1 or more")
+        require(
+            batch_size <= n or not drop_last,
+            f"{n} images make no batch of {batch_size}; pass batch_size={n} or drop_last=False",
+        )
+        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        parts = order[: n - n % batch_size if drop_last else n].split(batch_size)
+        return (self.take(part) for part in parts)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The pictures of those numbers, normalised, and their labels."""
+        return self._normalised(self.images[index]), self.labels[index]
+
+    def read(self, index: int) -> Image.Image | Tensor:
+        """One picture as a PIL image; of a clip its frames, `t c h w`."""
+        from torchvision.transforms.functional import to_pil_image
+
+        picture = self.images[index]
+        return picture.transpose(0, 1) if picture.ndim == 4 else to_pil_image(picture)
+
+    def plain(self, raw: Image.Image | Tensor) -> Tensor:
+        """What `read` gives, normalised: `c h w`, of a clip `c t h w`."""
+        from torchvision.transforms.functional import pil_to_tensor
+
+        is_clip = isinstance(raw, Tensor)
+        return self._normalised((raw.transpose(0, 1) if is_clip else pil_to_tensor(raw))[None])[0]
+
+    def fitted(self, wanted: DataConfig) -> ImageDataset:
+        """The same pictures at another size, or grey ones in three channels, if that is wanted."""
+        images, size, (c, *_) = self.images, wanted.img_size, self.shape
+        require(
+            wanted.in_chans in (None, c, 3 * c),
+            f"{self.name} has {c} channels, {wanted.in_chans} are wanted; pass in_chans={c}",
+        )
+        times = (wanted.in_chans or c) // c
+        if size and images.ndim == 4 and self.shape[1:] != (size, size):
+            resized = [
+                F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+                for part in images.split(1000)
+            ]
+            images = torch.cat([part.round().clamp(0, 255).byte() for part in resized])
+        mean, std = self.mean * times, self.std * times
+        return replace(self, images=torch.cat([images] * times, 1), mean=mean, std=std)
+
+    def sample(self, n: int, seed: int = 0) -> ImageDataset:
+        """Returns `n` of the pictures, drawn by a seed; fewer are the first of more.
+
+        Raises:
+            ValueError: There are not as many.
+        """
+        require(1 <= n <= len(self), f"{self.name} has {len(self)} images, {n} are asked for")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
+        return replace(self, images=self.images[order], labels=self.labels[order])
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        numbers = torch.tensor([self.mean, self.std], device=images.device)
+        mean, std = numbers.reshape(2, 1, -1, *[1] * (images.ndim - 2))
+        return (images.float() / 255 - mean) / std

@@ -1,0 +1,201 @@
+"""A model becomes a file that runs without its code: `export(model, "model.onnx", images)`.
+
+What was written is read again and run beside the model before it takes its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.latency import Spread, speedup_spread, time_interleaved
+from ..utils.io import atomic_write
+from ..utils.modules import clone_structure
+from ..utils.validation import check_above_zero, check_count, require
+from .formats import (
+    Axes,
+    LoadedFile,
+    check_target,
+    check_weights,
+    first_line,
+    load_exported,
+    quantize_onnx,
+    write_program,
+)
+from .quantization import PlainModel, largest_difference, quantize
+
+
+@dataclass(frozen=True)
+class BatchCheck:
+    """One batch through the file and through the model, in turn."""
+
+    batch_size: int
+    largest_difference: float
+    """Of any output to the model's, absolute."""
+    largest_output: float
+    """Of the model, absolute. Where it is 0, as an untrained head has it, nothing was compared."""
+    model_latency_ms: Spread
+    """Of the model as it was given, in PyTorch without `torch.compile`."""
+    latency_ms: Spread
+    """Of the file."""
+    speedup: Spread
+    """How many times as fast as the model the file is, round by round."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that `export` wrote, and how it compares with the model."""
+
+    path: Path
+    precision: str
+    size_mib: float
+    inputs: dict[str, Axes]
+    """Names and shapes; an axis with a name takes any size."""
+    outputs: dict[str, Axes]
+    checks: tuple[BatchCheck, ...]
+    """For each batch size."""
+
+    @property
+    def largest_difference(self) -> float:
+        """Of any output to the model's, absolute, over all batches."""
+        return max(check.largest_difference for check in self.checks)
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor,
+    *,
+    precision: str = "float32",
+    tolerance: float = 1e-4,
+    rounds: int = 10,
+) -> Exported:
+    """Writes a model to an ONNX file or a torch.export program, and compares it with the model.
+
+    The file takes float32 pictures of the size of `images`, any number of them, and gives one
+    float32 tensor: the model's output, of transformers' models the logits or, without any, the
+    features. It is run on `images` and on a batch of another size. The model is left as it is.
+
+    Args:
+        model: Any model of pictures or clips.
+        path: Ends in `.onnx`, or in `.pt2` for `torch.export.load`; its folder has to be there.
+        images: One batch as the model takes it, on its device; nothing of it is written.
+        precision: `"float32"`; `"int8"`, in `.pt2` as `narrow` has it, in `.onnx` by onnxruntime,
+            which takes all products with weights; or, in `.pt2` only, `"bfloat16"`.
+        tolerance: Largest difference to the model, as a share of its largest output, or absolute
+            if that is below 1. Other precisions differ by more, so there it holds for what should
+            be exact: the program against the model of `narrow`, the ONNX file before int8.
+        rounds: Timed runs of file and model at each batch size, after two that are not counted.
+
+    Raises:
+        ValueError: An argument does not fit, or a package is missing.
+        RuntimeError: The model cannot be exported, or the difference is too large. No file is left.
+
+    >>> import tempfile
+    >>> from tokenlearner import create_model
+    >>> vit = create_model("vit_mini_patch4_28", num_tokens=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     exported = export(vit, f"{folder}/vit.pt2", torch.ones(4, 1, 28, 28), rounds=2)
+    >>> exported.inputs, [check.batch_size for check in exported.checks]
+    ({'images': ('batch', 1, 28, 28)}, [4, 1])
+    """
+    path = check_target(path, precision)
+    check_count("rounds", rounds, least=2)
+    check_above_zero("tolerance", tolerance)
+    check_weights(model, path)
+    plain = _plain(model, images)
+    batches = [images, images[:1] if len(images) > 1 else torch.cat([images, images])]
+    is_program = path.suffix == ".pt2" and precision != "float32"
+    exact = quantize(model, precision) if is_program else plain
+    with atomic_write(path) as temporary:
+        if path.suffix == ".onnx" and precision == "int8":
+            with TemporaryDirectory() as folder:
+                whole = Path(folder) / path.name
+                _write(exact, batches, tolerance, whole)
+                quantize_onnx(whole, temporary)
+            loaded = load_exported(temporary, images.device)
+        else:
+            loaded = _write(exact, batches, tolerance, temporary)
+        checks = tuple(_compare(plain, loaded, batch, rounds) for batch in batches)
+        size = temporary.stat().st_size / 2**20
+    return Exported(path, precision, size, loaded.inputs, loaded.outputs, checks)
+
+
+def _plain(model: nn.Module, images: Tensor) -> PlainModel:
+    """The model as a file has it, with its own weights, once it is certain that it runs."""
+    require(
+        isinstance(images, Tensor) and images.ndim in (4, 5) and len(images) > 0,
+        f"images are {list(getattr(images, 'shape', []))}, expected a batch of pictures, "
+        "b c h w, or of clips, b c t h w",
+    )
+    require(
+        images.dtype == torch.float32,
+        f"images are {images.dtype}, expected torch.float32, normalised as the model takes them",
+    )
+    plain = PlainModel(clone_structure(model)).eval()
+    try:
+        with torch.inference_mode():
+            plain(images[:1])
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        shape, reason = list(images.shape), first_line(error)
+        raise ValueError(
+            f"the model does not run on images of {shape} ({reason}); pass them as it takes them, "
+            "or change its size first, as with set_input_size"
+        ) from error
+    return plain
+
+
+def _write(exact: nn.Module, batches: Sequence[Tensor], tolerance: float, path: Path) -> LoadedFile:
+    """Writes a file that gives the same as a model, or none that stays, and reads it."""
+    images = batches[0]
+    sizes = {len(batch) for batch in batches}
+    traced = next(n for n in (2, 3, 4) if n not in sizes)  # 1 would be taken for a constant
+    with _in_a_line(path.suffix):
+        write_program(exact, images.new_zeros(traced, *images.shape[1:]), path)
+    loaded = load_exported(path, images.device)
+    with torch.inference_mode():
+        for batch in batches:
+            expected = exact(batch)
+            came = largest_difference(expected, loaded(batch))
+            allowed = tolerance * max(1.0, expected.abs().max().item())
+            if not came <= allowed:  # NaN is not either
+                raise RuntimeError(
+                    f"at batch size {len(batch)} the file differs from the model by {came:.2g}, "
+                    f"expected {allowed:.2g} at most; it was not kept. Pass another tolerance if "
+                    "that will do"
+                )
+    return loaded
+
+
+@contextmanager
+def _in_a_line(suffix: str) -> Iterator[None]:
+    """Puts an exporter's error, which fills pages, in a line."""
+    try:
+        yield
+    except Exception as error:
+        other = ".pt2" if suffix == ".onnx" else ".onnx"
+        raise RuntimeError(
+            f"this model cannot be exported to {suffix} ({first_line(error)}); {other} may do"
+        ) from error
+
+
+def _compare(plain: nn.Module, loaded: nn.Module, batch: Tensor, rounds: int) -> BatchCheck:
+    with torch.inference_mode():
+        expected, came = plain(batch), loaded(batch)
+        runs = {"model": partial(plain, batch), "file": partial(loaded, batch)}
+        seconds = time_interleaved(runs, rounds)
+    return BatchCheck(
+        batch_size=len(batch),
+        largest_difference=largest_difference(expected, came),
+        largest_output=expected.abs().max().item(),
+        model_latency_ms=Spread.of([1000 * s for s in seconds["model"]]),
+        latency_ms=Spread.of([1000 * s for s in seconds["file"]]),
+        speedup=speedup_spread(seconds["model"], seconds["file"]),
+    )

@@ -1,0 +1,213 @@
+"""The files that `export` writes: ONNX and torch.export programs, and both of them as a module."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.imports import require_package
+from ..utils.validation import check_choice, require
+from .quantization import PRECISIONS
+
+SUFFIXES = (".onnx", ".pt2")
+
+_INPUT, _OUTPUT, _BATCH = "images", "logits", "batch"
+_ONNX_BYTES = 2**31  # that one file can hold
+Axes = tuple[int | str, ...]
+
+
+class LoadedFile(nn.Module):
+    """An exported file as a module, for whatever runs a model: `b c h w -> b classes`.
+
+    Args:
+        run: The program or the session.
+        inputs: Names and shapes; an axis with a name takes any size.
+        outputs: Names and shapes.
+        device: Of the pictures.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        inputs: dict[str, Axes],
+        outputs: dict[str, Axes],
+        device: torch.device,
+    ):
+        super().__init__()
+        self._run = (run,)  # no part of this module: torch's programs refuse to be put in a mode
+        self.inputs, self.outputs = inputs, outputs
+        self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Runs the file; no gradient comes back."""
+        with torch.no_grad():
+            return self._run[0](images)
+
+
+def load_exported(path: str | Path, device: str | torch.device = "cpu") -> LoadedFile:
+    """Reads a file that `export` wrote, to be run or evaluated like a model.
+
+    ONNX files run in onnxruntime with as many threads as torch has, on a GPU where it can.
+
+    Args:
+        path: Ends in `.onnx` or `.pt2`.
+        device: Of the pictures; a program runs where its model was.
+
+    Raises:
+        ValueError: The name ends otherwise, there is no such file, it cannot be read, or a package
+            is missing.
+    """
+    path, device = Path(path), torch.device(device)
+    check_suffix(path)
+    require(path.is_file(), f"there is no file {path}; tokenlearner.export makes one")
+    if path.suffix == ".onnx":
+        require_package("onnxruntime", "export", "running .onnx")
+    try:
+        return (_load_onnx if path.suffix == ".onnx" else _load_pt2)(path, device)
+    except Exception as error:  # each library has its own
+        hint = "" if path.suffix == ".onnx" else "; an int8 one needs torchao where it is read"
+        raise ValueError(f"{path} cannot be read ({first_line(error)}){hint}") from error
+
+
+def check_suffix(path: Path) -> None:
+    """Refuses a file that is of neither kind.
+
+    Raises:
+        ValueError: It is not.
+    """
+    require(
+        path.suffix in SUFFIXES,
+        f"{path} ends in {path.suffix!r}, expected .onnx for onnxruntime or .pt2 for torch",
+    )
+
+
+def check_target(path: str | Path, precision: str) -> Path:
+    """Refuses a path or a precision that cannot be written, before anything heavy is done.
+
+    Raises:
+        ValueError: They do not fit, or a package is missing.
+    """
+    path = Path(path)
+    check_choice("precision", precision, PRECISIONS)
+    check_suffix(path)
+    require(path.parent.is_dir(), f"there is no folder {path.parent} for {path.name}; make it")
+    if path.suffix == ".onnx":
+        require(
+            precision != "bfloat16",
+            "onnxruntime has no bfloat16 convolution for a CPU; export to .pt2, or take int8",
+        )
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            require_package(name, "export", "export to .onnx")
+    elif precision == "int8":
+        require_package("torchao.quantization", "export", "precision int8 in .pt2")
+    return path
+
+
+def check_weights(model: nn.Module, path: Path) -> None:
+    """Refuses weights that the file could not hold.
+
+    Raises:
+        ValueError: It is an ONNX file, and they are no float32, or too many.
+    """
+    if path.suffix != ".onnx":
+        return
+    weights = [*model.parameters(), *model.buffers()]
+    for dtype in {p.dtype for p in weights if p.is_floating_point()} - {torch.float32}:
+        raise ValueError(f"the model has weights of {dtype}, expected float32; call .float() first")
+    size = sum(p.numel() * p.element_size() for p in weights)
+    require(
+        size < _ONNX_BYTES,
+        f"the model has {size / 2**30:.2f} GiB of weights, and one ONNX file holds "
+        f"{_ONNX_BYTES / 2**30:.2f}; export to .pt2",
+    )
+
+
+def write_program(model: nn.Module, blank: Tensor, path: Path) -> None:
+    """Traces a model on a blank batch and writes ONNX or a program, by the path's ending."""
+    axes = ({0: torch.export.Dim(_BATCH, min=1)},)
+    with torch.no_grad():
+        if path.suffix == ".pt2":
+            program = torch.export.export(model, (blank,), dynamic_shapes=axes, strict=False)
+            program.example_inputs = None  # they would be in the file
+            torch.export.save(program, path)
+            return
+        written: Any = torch.onnx.export(
+            model,
+            (blank,),
+            dynamo=True,
+            dynamic_shapes=axes,
+            input_names=[_INPUT],
+            output_names=[_OUTPUT],
+            verbose=False,
+        )
+    written.save(path, external_data=False)
+
+
+def quantize_onnx(source: Path, target: Path) -> None:
+    """Rounds the weights of matrix products in an ONNX file to 8 bits, and their input as it comes.
+
+    Each output channel has its own scale. Products of two activations, as in attention, stay.
+    """
+    quantization = require_package("onnxruntime.quantization", "export", "int8 in .onnx")
+    tools = require_package("onnxruntime.quantization.shape_inference", "export", "int8 in .onnx")
+    onnx = require_package("onnx", "export", "int8 in .onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        bare, shaped = Path(folder) / "bare.onnx", Path(folder) / "shaped.onnx"
+        graph = onnx.load(source)
+        del graph.graph.value_info[:]  # shapes that onnxruntime 1.23 finds to be others
+        onnx.save(graph, bare)
+        tools.quant_pre_process(bare, shaped, skip_symbolic_shape=True)
+        quantization.quantize_dynamic(
+            shaped,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
+        )
+
+
+def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
+    program = torch.export.load(path)
+    nodes = {node.name: node for node in program.graph.nodes}
+    told = program.graph_signature
+    [came], [left] = told.user_inputs, told.user_outputs
+    inputs = {str(came): _axes(nodes[came].meta["val"].shape)}
+    outputs = {_OUTPUT: _axes(nodes[left].meta["val"].shape)}
+    return LoadedFile(program.module(), inputs, outputs, device)
+
+
+def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    known = onnxruntime.get_available_providers()
+    wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+    providers = [name for name in [*wanted, "CPUExecutionProvider"] if name in known]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+    def run(images: Tensor) -> Tensor:
+        [out] = session.run(None, {_INPUT: images.cpu().numpy()})
+        return torch.from_numpy(out).to(device)
+
+    inputs, outputs = (
+        {value.name: _axes(value.shape) for value in values}
+        for values in (session.get_inputs(), session.get_outputs())
+    )
+    return LoadedFile(run, inputs, outputs, device)
+
+
+def first_line(error: Exception) -> str:
+    """An error in a line; exporters' fill pages."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return f"{type(error).__name__}: {next(filter(None, lines), 'no message')}"
+
+
+def _axes(shape: Sequence[Any]) -> Axes:
+    """Sizes, and a name for what takes any."""
+    return tuple(size if isinstance(size, int) else _BATCH for size in shape)

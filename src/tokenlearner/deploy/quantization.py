@@ -1,0 +1,214 @@
+"""Models in fewer bits: `narrow(model, "int8")`, and what that does to accuracy, speed and size."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..data.dataset import LabeledDataset
+from ..evaluation.accuracy import eval_batch_size, evaluate
+from ..evaluation.latency import Spread, speedup_spread, time_interleaved
+from ..layers.token_fuser import TokenFuser
+from ..layers.token_learner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
+from ..models.hosts import find_host
+from ..models.outputs import output_tensor
+from ..utils.imports import require_package
+from ..utils.validation import check_choice, check_count, require
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+
+_LEAST_WIDTH = 32  # of a linear layer that is worth int8
+_KEPT = (  # learners and fusers cost little and decide much; torch's attention reads weights itself
+    *(TokenLearner, TokenLearnerModuleV11, TokenLearnerV11, TokenFuser),
+    nn.MultiheadAttention,
+)
+
+
+class PlainModel(nn.Module):
+    """A model as a file has it: float32 pictures go in, and one float32 tensor comes out.
+
+    Args:
+        model: Any model of pictures or clips. Of what transformers returns the logits are taken,
+            without any the features.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        self._num_prefix_tokens = _prefix_of(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Runs the model: `b c h w -> b classes`, of clips `b c t h w -> b classes`."""
+        out = self.model(images if self._dtype is None else images.to(self._dtype))
+        return (
+            out if isinstance(out, Tensor) else output_tensor(out, self._num_prefix_tokens)
+        ).float()
+
+
+def quantize(model: nn.Module, precision: str) -> PlainModel:
+    """Copies a model into another precision; float32 pictures go in and float32 logits come out.
+
+    `"bfloat16"` has weights and activations of 16 bits. `"int8"` has the weights of linear layers
+    of at least 32 channels in 8 bits, one scale an output channel, and rounds their input to 8 bits
+    as it comes; learners, fusers, other layers and torchvision's attention stay as they are.
+
+    Args:
+        model: Any model of pictures or clips; it is left as it is.
+        precision: `"float32"`, `"bfloat16"` or `"int8"`, which needs torchao.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Raises:
+        ValueError: The precision is unknown, torchao is missing, or no layer is large enough.
+
+    >>> from tokenlearner import create_model
+    >>> vit = create_model("vit_mini_patch4_28", num_tokens=4)
+    >>> narrow(vit, "bfloat16")(torch.ones(2, 1, 28, 28)).dtype
+    torch.float32
+    """
+    check_choice("precision", precision, PRECISIONS)
+    if precision == "int8":
+        return PlainModel(_int8(model)).eval()
+    return PlainModel(copy.deepcopy(model).to(getattr(torch, precision))).eval()
+
+
+@dataclass(frozen=True)
+class PrecisionRow:
+    """What a model is worth in one precision; differences and speeds are against the first row."""
+
+    precision: str
+    top1_percent: float | None
+    """None where no labelled data was given."""
+    largest_difference: float
+    """Of any logit, absolute."""
+    latency_ms: Spread
+    """Of the whole batch."""
+    speedup: Spread
+    size_mib: float
+    """Of the weights, or of the file."""
+
+
+def compare_precisions(
+    model: nn.Module,
+    data: LabeledDataset | None,
+    images: Tensor,
+    precisions: Sequence[str] = PRECISIONS,
+    *,
+    rounds: int = 10,
+) -> list[PrecisionRow]:
+    """Measures copies of a model in several precisions side by side, as PyTorch runs them.
+
+    Args:
+        model: As in `narrow`.
+        data: Labelled pictures for the accuracy, or None.
+        images: One batch for differences and latency, on the model's device.
+        precisions: The first is what the others are compared with.
+        rounds: Timed runs of each, after two that are not counted.
+
+    Raises:
+        ValueError: As in `narrow`, or `evaluate`; or there is no precision or no picture.
+    """
+    require(len(precisions) > 0, "precisions is empty, expected one or more of " + str(PRECISIONS))
+    for precision in precisions:
+        check_choice("precision", precision, PRECISIONS)
+    copies: dict[str, nn.Module] = {name: quantize(model, name) for name in precisions}
+    sizes = {name: weights_mib(one) for name, one in copies.items()}
+    return precision_rows(copies, sizes, data, images, rounds)
+
+
+def precision_rows(
+    models: Mapping[str, nn.Module],
+    sizes_mib: Mapping[str, float],
+    data: LabeledDataset | None,
+    images: Tensor,
+    rounds: int = 10,
+) -> list[PrecisionRow]:
+    """Measures models side by side that are the same one but for their precision.
+
+    Args:
+        models: By the name of their precision; the first is what the others are compared with.
+        sizes_mib: Of each.
+        data: As in `compare_precisions`.
+        images: As in `compare_precisions`.
+        rounds: As in `compare_precisions`.
+
+    Raises:
+        ValueError: There is no picture, or fewer than 2 rounds.
+    """
+    check_count("rounds", rounds, least=2)
+    check_count("the count of images", len(images))
+    with torch.inference_mode():
+        outputs = {name: model(images) for name, model in models.items()}
+        runs = {name: partial(model, images) for name, model in models.items()}
+        seconds = time_interleaved(runs, rounds)
+    first = next(iter(models))
+    return [
+        PrecisionRow(
+            precision=name,
+            top1_percent=None if data is None else _top1(model, data),
+            largest_difference=largest_difference(outputs[first], outputs[name]),
+            latency_ms=Spread.of([1000 * s for s in seconds[name]]),
+            speedup=speedup_spread(seconds[first], seconds[name]),
+            size_mib=sizes_mib[name],
+        )
+        for name, model in models.items()
+    ]
+
+
+def largest_difference(expected: Tensor, came: Tensor) -> float:
+    """The largest absolute difference of two outputs; NaN if one has a NaN.
+
+    Raises:
+        ValueError: They have different shapes.
+    """
+    shapes = list(expected.shape), list(came.shape)
+    require(shapes[0] == shapes[1], f"the outputs are {shapes[0]} and {shapes[1]}, expected alike")
+    return (expected.double() - came.double()).abs().max().item()
+
+
+def weights_mib(model: nn.Module) -> float:
+    """The size of a model's weights as torch saves them, in MiB; int8 ones tell no size."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getbuffer().nbytes / 2**20
+
+
+def _int8(model: nn.Module) -> nn.Module:
+    torchao = require_package("torchao.quantization", "export", "precision int8")
+    changed = copy.deepcopy(model)
+    kept = {id(m) for part in changed.modules() if isinstance(part, _KEPT) for m in part.modules()}
+    chosen = {id(m) for m in changed.modules() if _is_wide(m) and id(m) not in kept}
+    require(
+        bool(chosen),
+        f"{type(model).__name__} has no linear layer of {_LEAST_WIDTH} channels or more besides "
+        "learners, fusers and torch's own attention; int8 saves nothing here, pass bfloat16",
+    )
+    config = torchao.Int8DynamicActivationInt8WeightConfig()
+    torchao.quantize_(changed, config, filter_fn=lambda module, _: id(module) in chosen)
+    return changed
+
+
+def _is_wide(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear):
+        return False
+    return min(module.in_features, module.out_features) >= _LEAST_WIDTH
+
+
+def _prefix_of(model: nn.Module) -> int:
+    """What `output_of` has to know of a model that may be no host."""
+    try:
+        return find_host(model).num_prefix_tokens
+    except ValueError:
+        return 1
+
+
+def _top1(model: nn.Module, data: LabeledDataset) -> float:
+    return evaluate(model, data, eval_batch_size(data.shape)).top1_percent

@@ -1,0 +1,29 @@
+"""What a model is worth: accuracy, multiply-adds, latency, and where its tokens look."""
+
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .accuracy import Evaluation as Evaluation
+    from .accuracy import evaluate as evaluate
+    from .attention_maps import attention_maps as attention_maps
+    from .flops import count_macs as count_macs
+    from .latency import benchmark as benchmark
+    from .planning import plan as plan
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "accuracy": (
+            "Evaluation",
+            "evaluate",
+        ),
+        "attention_maps": ("attention_maps",),
+        "flops": ("count_macs",),
+        "latency": ("benchmark",),
+        "map_figures": (),
+        "map_stats": (),
+        "planning": ("plan",),
+    },
+)

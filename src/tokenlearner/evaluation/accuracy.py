@@ -1,0 +1,126 @@
+"""A model and a data set become numbers: `evaluate(model, data)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.dataset import LabeledDataset
+from ..data.loader import Batch, SampleKey, load_batches
+from ..utils.modules import training_mode
+from ..utils.validation import check_count, require
+
+_NUMBERS = 2**25  # that go into a model at a time, or little more
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out, over `images` pictures."""
+
+    images: int
+    loss: float
+    """Mean cross-entropy, in nats."""
+    top1_percent: float
+    top5_percent: float
+    broken: int = 0
+    """Files that could not be read; they are not among `images`."""
+
+
+def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> Evaluation:
+    """Classifies every picture of `data` and returns loss and accuracy.
+
+    The model is put in evaluation mode for this and left in the mode it came in. Files that cannot
+    be read are left out and counted. Where a clip is given in several views, their logits are
+    averaged.
+
+    Args:
+        model: Pictures `b c h w` to logits `b classes`, on any device.
+        data: Labelled pictures.
+        batch_size: Pictures at a time; changes the speed only.
+
+    Raises:
+        ValueError: The model has fewer classes than the data, or no picture can be read.
+    """
+    check_count("batch_size", batch_size)
+    return mean_metrics(sum_metrics(model, data, batch_size), data)
+
+
+def eval_batch_size(shape: Sequence[int], squares: int = 1) -> int:
+    """How many pictures or clips of a shape, in so many views and crops, to judge at a time."""
+    return max(1, min(500, _NUMBERS // math.prod(shape)) // squares)
+
+
+@torch.inference_mode()
+def sum_metrics(
+    model: nn.Module,
+    data: LabeledDataset,
+    batch_size: int,
+    process: int = 0,
+    num_processes: int = 1,
+) -> Tensor:
+    """Counts the part of one of several processes: pictures, broken ones, loss, top-1, top-5.
+
+    Every process runs the model as often as the others, which models that are shared out among
+    processes need; one that has no picture left runs it on a blank.
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(5, dtype=torch.float64)
+    with training_mode(model, training=False):
+        for batch in _batches(data, batch_size, process, num_processes):
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            sums[1] += len(batch.broken)
+            if not len(images):
+                model(torch.zeros(1, *data.shape, device=device))
+                continue
+            logits = _logits(model, images, data)
+            _check_classes(logits.shape[1], data)
+            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.tensor([len(images), 0, loss, best[:, 0].sum(), best.sum()])
+    return sums
+
+
+def mean_metrics(sums: Tensor, data: LabeledDataset) -> Evaluation:
+    """What `tally` counted, over all processes, becomes means.
+
+    Raises:
+        ValueError: No picture could be read.
+    """
+    n, broken, loss, top1, top5 = sums.tolist()
+    require(n > 0, f"none of the {int(broken)} files of {data.name} can be read; mend them")
+    return Evaluation(int(n), loss / n, 100 * top1 / n, 100 * top5 / n, int(broken))
+
+
+def _batches(
+    data: LabeledDataset, batch_size: int, process: int, num_processes: int
+) -> Iterator[Batch]:
+    """This process's part, as many batches as any other's."""
+    if stream := getattr(data, "plain_stream", None):  # it has no order to be split by
+        return stream(batch_size)
+    own = range(process, len(data), num_processes)
+    most = -(-len(data) // num_processes)
+    keys = [
+        [SampleKey(index) for index in own[first : first + batch_size]]
+        for first in range(0, most, batch_size)
+    ]
+    return load_batches(data, keys, workers=getattr(data, "workers", 0))
+
+
+def _logits(model: nn.Module, images: Tensor, data: LabeledDataset) -> Tensor:
+    """Of pictures and clips, `b classes`; the mean over views, if there are several."""
+    if images.ndim == len(data.shape) + 1:
+        return model(images).float()
+    return model(images.flatten(0, 1)).float().unflatten(0, images.shape[:2]).mean(1)
+
+
+def _check_classes(num_classes: int, data: LabeledDataset) -> None:
+    if num_classes < len(data.classes):
+        raise ValueError(
+            f"the model has {num_classes} classes, {data.name} has {len(data.classes)}; build it "
+            f"with num_classes={len(data.classes)}"
+        )

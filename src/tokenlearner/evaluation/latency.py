@@ -1,0 +1,211 @@
+"""What models cost, measured side by side: `benchmark({"a": model_a, "b": model_b}, images)`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median, quantiles
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.modules import clone_structure as clone_structure
+from ..utils.modules import training_mode
+from ..utils.validation import check_count
+from .flops import count_macs as count_macs
+from .flops import live_peak_mib
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of several runs, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Summarises at least two values."""
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return cls(median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs; speeds are taken in turn with the other models of the same call.
+
+    `speedup` and `training_speedup` compare with the first model, round by round.
+    """
+
+    parameters: int
+    gmacs: float
+    """Multiply-adds of one picture, counted as 1, in 1e9; GFLOPs are twice that."""
+    images_per_second: Spread
+    speedup: Spread
+    training_images_per_second: Spread
+    training_speedup: Spread
+    peak_memory_mib: float
+    """Tensors alive at once beyond model and input, at inference on the whole batch."""
+    training_peak_memory_mib: float
+
+
+def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, Cost]:
+    """Measures models on the same pictures, in turn, so that a busy machine slows all alike.
+
+    A training step is forward and backward of the mean output; there is no optimiser in it. The
+    models' modes and gradients are left as they were.
+
+    Args:
+        models: Names and models, all on the device of `images`.
+        images: One batch, `b c h w`.
+        rounds: Timed runs of each model, after two that are not counted.
+
+    Raises:
+        ValueError: There is no model or no picture, or fewer than 2 rounds.
+    """
+    inference = time_models(models, images, rounds)
+    training = time_models(models, images, rounds, training=True)
+    first = next(iter(models))
+    return {
+        name: Cost(
+            parameters=sum(p.numel() for p in model.parameters()),
+            gmacs=count_macs(model, images[:1]) / 1e9,
+            images_per_second=Spread.of([len(images) / s for s in inference[name]]),
+            speedup=speedup_spread(inference[first], inference[name]),
+            training_images_per_second=Spread.of([len(images) / s for s in training[name]]),
+            training_speedup=speedup_spread(training[first], training[name]),
+            peak_memory_mib=peak_memory_mib(model, images),
+            training_peak_memory_mib=peak_memory_mib(model, images, training=True),
+        )
+        for name, model in models.items()
+    }
+
+
+def time_models(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    rounds: int = 15,
+    *,
+    training: bool = False,
+    compiled: bool = False,
+) -> dict[str, list[float]]:
+    """Measures a forward pass, or a training step, of models in turn on the same pictures.
+
+    Args:
+        models: As in `benchmark`.
+        images: As in `benchmark`.
+        rounds: As in `benchmark`.
+        training: Measure forward and backward of the mean output, in training mode.
+        compiled: Run what `torch.compile` makes of the models, each as one graph of fixed shapes;
+            compiling happens in the runs that are not counted.
+
+    Returns:
+        The seconds of each run, one number a round.
+
+    Raises:
+        ValueError: As in `benchmark`.
+    """
+    check_count("rounds", rounds, least=2)
+    if not models or not len(images):
+        raise ValueError(f"{len(models)} models and {len(images)} pictures, expected 1 or more")
+    with ExitStack() as stack:
+        runs: dict[str, Callable[[], object]] = {}
+        for name, model in models.items():
+            stack.enter_context(_ready(model, training))
+            forward = _compiled(model) if compiled else model
+            runs[name] = partial(_step if training else _pass, model, forward, images)
+        return time_interleaved(runs, rounds)
+
+
+def peak_memory_mib(model: nn.Module, images: Tensor, *, training: bool = False) -> float:
+    """Measures the tensors that are alive at once beyond model and input, in MiB.
+
+    Args:
+        model: As in `benchmark`; it is not compiled for this.
+        images: As in `benchmark`.
+        training: As in `seconds_in_turn`.
+    """
+    with _ready(model, training):
+        return live_peak_mib(partial(_step if training else _pass, model, model, images))
+
+
+@contextmanager
+def _ready(model: nn.Module, training: bool) -> Any:
+    """In its mode, and at inference without gradients; outside of what is timed."""
+    with training_mode(model, training), torch.inference_mode(not training):
+        yield
+
+
+def _pass(model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    forward(images)
+
+
+def _step(model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(forward(images).mean(), parameters, allow_unused=True)
+
+
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Compiles a model apart from all others.
+
+    torch keeps what it compiled by code object, tries one after the other, and gives up at the
+    ninth; models of one class would wait for each other's guards.
+    """
+
+    def forward(images: Tensor) -> Tensor:
+        return model(images)
+
+    forward.__code__ = forward.__code__.replace()
+    return torch.compile(forward, fullgraph=True, dynamic=False)
+
+
+def time_interleaved(
+    runs: Mapping[Key, Callable[[], object]], rounds: int
+) -> dict[Key, list[float]]:
+    """Measures runs one after the other, round by round, so that a busy machine slows all alike.
+
+    Every other round goes backwards, so that none always runs behind the same one. Each run is
+    waited for, on an accelerator too.
+
+    Args:
+        runs: What to run, by name.
+        rounds: Timed runs of each, after two that are not counted.
+
+    Returns:
+        The seconds of each run, one number a round.
+    """
+    seconds: dict[Key, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 2):
+        for name in runs if i % 2 else reversed([*runs]):
+            _synchronize()
+            start = time.perf_counter()
+            runs[name]()
+            _synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[2:] for name, values in seconds.items()}
+
+
+def speedup_spread(first: list[float], other: list[float]) -> Spread:
+    """How many times as fast the other one is, from the seconds of the same rounds."""
+    return Spread.of([a / b for a, b in zip(first, other, strict=True)])
+
+
+def _synchronize() -> None:
+    """Waits for the accelerator, of whatever kind; torch before 2.6 has no word for all of them."""
+    accelerator: Any = getattr(torch, "accelerator", None)
+    if accelerator is not None:
+        if accelerator.is_available():
+            accelerator.synchronize()
+        return
+    for kind in (torch.cuda, torch.xpu):
+        if kind.is_available():
+            kind.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()

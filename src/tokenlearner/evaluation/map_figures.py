@@ -1,0 +1,248 @@
+"""Maps as a person sees them: sheets as PNG, and animations as GIF or MP4.
+
+One square is one position of the model's grid; nothing is smoothed. The colours are cividis, which
+rises evenly in lightness, so that it reads alike with colour blindness and in grey print. They lie
+over the picture, greyed and pale, and the bar beside a sheet shows them over middle grey.
+Axes: `k` tokens, `h w` grid or pixels, `c` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..utils.io import atomic_write
+from ..utils.validation import require
+
+_COLOURS = "cividis"
+_OPAQUE = 0.65  # share of the map's colour; the rest is the picture
+_CONTRAST = 0.6  # of the picture beneath, so that it shifts a colour by a tenth of white at most
+_GATES_TOP, _LEAST_TOP = 1.0, 2.0  # the latter keeps even maps, all near 1, from looking like peaks
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """A picture and the maps that belong on it.
+
+    Args:
+        label: What to write beside it.
+        picture: `c h w` in [0, 1], grey or colour.
+        maps: `k h w` on the grid of positions, as `attention_maps` gives them.
+    """
+
+    label: str
+    picture: Tensor
+    maps: Tensor
+
+
+@dataclass(frozen=True)
+class MapScale:
+    """What colours mean, from 0 up to `top`.
+
+    Args:
+        top: What the brightest colour stands for; more than that looks the same.
+        gates: V1's gates, shown as they are; otherwise weights, as multiples of the even share.
+    """
+
+    top: float
+    gates: bool
+
+    @property
+    def label(self) -> str:
+        """The unit in words."""
+        return "gate, from 0 to 1" if self.gates else "weight, in multiples\nof the even share 1/n"
+
+    def shown(self, maps: Tensor) -> Tensor:
+        """Maps in the scale's unit, and behind them their sum divided by their count."""
+        values = maps.float().cpu()
+        values = values if self.gates else values * values.shape[-2:].numel()
+        return torch.cat([values, values.mean(0, keepdim=True)])
+
+
+def map_scale(rows: Sequence[FigureRow], gates: bool) -> MapScale:
+    """Finds one scale for all rows: 0 to 1 for gates, otherwise up to nearly the largest weight."""
+    if gates:
+        return MapScale(_GATES_TOP, True)
+    shown = torch.cat([MapScale(1, False).shown(row.maps).flatten() for row in rows])
+    return MapScale(max(_LEAST_TOP, float(np.quantile(shown.numpy(), 0.995))), False)
+
+
+def write_figure(path: str | Path, rows: Sequence[FigureRow], scale: MapScale, title: str) -> Path:
+    """Writes a PNG with a line for each row: the picture, its maps over it, and their sum.
+
+    Raises:
+        ValueError: matplotlib is missing, or there is no row.
+    """
+    figure, _ = _figure(rows, scale, title)
+    with atomic_write(path) as temporary:
+        figure.canvas.print_png(str(temporary))
+    return Path(path)
+
+
+def write_animation(
+    paths: Sequence[str | Path],
+    moments: Sequence[Sequence[FigureRow]],
+    scale: MapScale,
+    title: str,
+    frames_per_second: int = 4,
+) -> list[Path]:
+    """Writes what the sheets of several moments would show, one after the other.
+
+    Args:
+        paths: Files that end in .gif (which goes round and round) or .mp4.
+        moments: For each of them rows of the same shapes.
+        scale: As of a sheet.
+        title: As of a sheet.
+        frames_per_second: How fast they follow each other.
+
+    Raises:
+        ValueError: A package is missing, or a name ends in something else.
+    """
+    writers = {".gif": _write_gif, ".mp4": _write_mp4}
+    odd = [str(path) for path in paths if Path(path).suffix not in writers]
+    require(not odd, f"{odd} cannot be written, expected names that end in .gif or .mp4")
+    frames = _pixels(moments, scale, title)
+    for path in paths:
+        with atomic_write(path) as temporary:
+            writers[Path(path).suffix](temporary, frames, frames_per_second)
+    return [Path(path) for path in paths]
+
+
+def check_matplotlib() -> None:
+    """Refuses to draw without matplotlib.
+
+    Raises:
+        ValueError: It is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        message = "drawing maps needs matplotlib; run pip install 'tokenlearner[train]'"
+        raise ValueError(message) from error
+
+
+def overlay(picture: Tensor, shown: Tensor, scale: MapScale) -> np.ndarray:
+    """Colours a map and lays it over a picture: `c h w`, `h w` of the grid -> `h w 3` in [0, 1].
+
+    Where patches do not fill a picture, what is left at its right and lower edge stays uncoloured.
+    """
+    grey = picture.float().mean(0).cpu().numpy()
+    seen = 0.5 + _CONTRAST * (grey - 0.5)
+    cell = [max(1, pixels // squares) for pixels, squares in zip(grey.shape, shown.shape)]  # noqa: B905
+    squares = np.kron(shown.numpy(), np.ones(cell))[: grey.shape[0], : grey.shape[1]]
+    pixels = np.repeat(seen[..., None], 3, axis=-1)
+    covered = pixels[: squares.shape[0], : squares.shape[1]]
+    covered[:] = _blended(squares / scale.top, covered)
+    return pixels
+
+
+def _blended(shares: np.ndarray, beneath: np.ndarray) -> np.ndarray:
+    from matplotlib import colormaps
+
+    colours = colormaps[_COLOURS](np.clip(shares, 0, 1))[..., :3]
+    return _OPAQUE * colours + (1 - _OPAQUE) * beneath
+
+
+def _panels(row: FigureRow, scale: MapScale) -> list[np.ndarray]:
+    """What stands in a line of a sheet, from left to right."""
+    colour = row.picture.float().cpu().expand(3, -1, -1).permute(1, 2, 0).clip(0, 1).numpy()
+    return [colour, *(overlay(row.picture, one, scale) for one in scale.shown(row.maps))]
+
+
+def _figure(rows: Sequence[FigureRow], scale: MapScale, title: str) -> tuple[Any, list[list[Any]]]:
+    """A sheet that is ready to be drawn, and its images, row by row."""
+    check_matplotlib()
+    require(len(rows) > 0, "there is no picture to draw; pass one or more")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    most = max(len(row.maps) for row in rows)
+    height, width = rows[0].picture.shape[-2:]
+    tall = 1.22 * max(0.4, min(2.5, height / width))
+    size = (1.25 * (most + 2) + 1.2, max(tall * len(rows) + 1.0, 2.2))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), most + 2, squeeze=False)
+    images = []
+    for number, (line, row) in enumerate(zip(axes, rows, strict=True)):
+        line[0].set_ylabel(row.label, fontsize=8)
+        k, panels = len(row.maps), _panels(row, scale)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+        for axis in line[k + 2 :]:
+            axis.set_visible(False)
+        images.append([axis.imshow(panel) for axis, panel in zip(line, panels, strict=False)])
+        if number == 0 or k != len(rows[number - 1].maps):
+            for axis, name in zip(line, _titles(k), strict=False):
+                axis.set_title(name, fontsize=8)
+    _add_bar(figure, axes, scale)
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel("one square is one position of the grid, nothing is smoothed", fontsize=7)
+    return figure, images
+
+
+def _titles(k: int) -> list[str]:
+    return ["picture", *map(str, range(1, k + 1)), f"sum / {k}"]
+
+
+def _add_bar(figure: Any, axes: Any, scale: MapScale) -> None:
+    """The colours as they look over middle grey, and the numbers they stand for."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colours = ListedColormap(_blended(np.linspace(0, 1, 256), np.full((256, 3), 0.5)))
+    mappable = ScalarMappable(Normalize(0, scale.top), colours)
+    more = "neither" if scale.gates else "max"
+    bar = figure.colorbar(mappable, ax=axes, shrink=0.9, extend=more, aspect=15 * len(axes))
+    bar.set_label(scale.label, fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _pixels(moments: Sequence[Sequence[FigureRow]], scale: MapScale, title: str) -> np.ndarray:
+    """Draws every moment at the same places, `t h w 3`; height and width are even, as MP4 needs."""
+    require(len(moments) > 0, "there is no moment to draw; pass one or more")
+    figure, images = _figure(moments[0], scale, title)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # the places are found
+    frames = []
+    for rows in moments:
+        for line, row in zip(images, rows, strict=True):
+            line[0].axes.set_ylabel(row.label, fontsize=8)
+            for image, panel in zip(line, _panels(row, scale), strict=True):
+                image.set_data(panel)
+        figure.canvas.draw()
+        drawn = np.asarray(figure.canvas.buffer_rgba())
+        frames.append(drawn[: len(drawn) // 2 * 2, : drawn.shape[1] // 2 * 2, :3].copy())
+    return np.stack(frames)
+
+
+def _write_gif(path: Path, frames: np.ndarray, frames_per_second: int) -> None:
+    from PIL import Image
+
+    t, height, width, _ = frames.shape
+    strip = Image.fromarray(frames.reshape(t * height, width, 3))
+    strip = strip.quantize(256, dither=Image.Dither.NONE)  # one palette for all
+    first, *others = [strip.crop((0, i * height, width, (i + 1) * height)) for i in range(t)]
+    wait_ms = round(1000 / frames_per_second)
+    first.save(path, save_all=True, append_images=others, duration=wait_ms, loop=0)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, frames_per_second: int) -> None:
+    try:
+        import av
+    except ImportError as error:
+        message = "writing MP4 needs PyAV; run pip install 'tokenlearner[video]'"
+        raise ValueError(message) from error
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=frames_per_second)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,207 @@
+"""Where to learn tokens and how many: pairs that meet a budget, measured before any training.
+
+The host is never touched: what is counted and timed are twins of it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.hosts import find_host
+from ..models.insertion import insert
+from ..utils.modules import clone_structure
+from ..utils.validation import check_choice, check_count
+from .flops import count_macs
+from .latency import Spread, speedup_spread, time_interleaved
+
+DEFAULT_TOKENS = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What `insert(model, option.num_tokens, option.at)` costs; timed in turn with the host."""
+
+    at: int | None
+    """The block in front of which tokens are learned; None is the host as it is."""
+    num_tokens: int | None
+    gmacs: float
+    """Multiply-adds of one picture, counted as 1, in 1e9; GFLOPs are twice that."""
+    macs_share: float
+    """Multiply-adds as a share of the host's, which is 1."""
+    latency_ms: Spread
+    """Of the whole batch."""
+    images_per_second: Spread
+    speedup: Spread
+    """How many times as fast as the host, round by round."""
+
+    @property
+    def latency_share(self) -> float:
+        """Latency as a share of the host's, which is 1."""
+        return 1 / self.speedup.median
+
+    @property
+    def of_macs_ratio(self) -> float:
+        """How much of what the multiply-adds promise becomes speed; 1 is all of it."""
+        return self.speedup.median * self.macs_share
+
+
+def plan(
+    model: nn.Module,
+    images: Tensor,
+    budget: float = 0.5,
+    *,
+    measure: str = "macs",
+    num_tokens: Sequence[int] = DEFAULT_TOKENS,
+    learner: str = "v11",
+    fuse: bool = False,
+    rounds: int = 15,
+) -> list[Option]:
+    """Finds for each number of tokens the deepest block that meets a budget, and what it costs.
+
+    Deeper is more accurate as a rule (the paper's figure 4); which pair is best, training tells.
+    The model is left as it is, and so is torch's random state.
+
+    Args:
+        model: One that `insert` takes, without learned tokens.
+        images: One batch as the model takes it, on its device.
+        budget: Share of what the host costs, above 0 and up to 1.
+        measure: What the budget is a share of: `"macs"` (multiply-adds, alike on all machines) or
+            `"latency"` (of this batch on this machine; noisy where other programs run).
+        num_tokens: Numbers of tokens to try; of the default those that a picture has.
+        learner: As in `insert`.
+        fuse: As in `insert`.
+        rounds: Timed runs of each model, after two that are not counted.
+
+    Returns:
+        The host, then an option for each number of tokens that meets the budget, fewest first.
+
+    Raises:
+        ValueError: Nothing meets the budget, the model is unknown or has learned tokens already,
+            or an argument is out of range.
+
+    >>> import torch, tokenlearner
+    >>> vit = tokenlearner.create_model("vit_mini_patch4_28")
+    >>> host, *options = tokenlearner.plan(vit, torch.ones(1, 1, 28, 28), 0.6, rounds=2)
+    >>> [(option.num_tokens, option.at) for option in options]
+    [(4, 3), (8, 3), (16, 2)]
+    """
+    sizes = check_plan(budget, measure, num_tokens, rounds)
+    check_count("the count of images", len(images))
+    if tuple(sizes) == DEFAULT_TOKENS:
+        n = math.prod(find_host(model).grid.grid_size)
+        sizes = [k for k in sizes if k <= n]
+    trials = _Trials(model, images, rounds, learner=learner, fuse=fuse)
+    return (_within_macs if measure == "macs" else _within_latency)(trials, budget, sizes)
+
+
+Pair = tuple[int | None, int | None]
+_HOST: Pair = (None, None)
+
+
+def check_plan(budget: float, measure: str, num_tokens: Sequence[int], rounds: int) -> list[int]:
+    """Refuses what cannot be planned, and returns the numbers of tokens in order, each once."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget!r}, expected a share above 0 and up to 1, such as 0.5")
+    check_choice("measure", measure, ("macs", "latency"))
+    check_count("rounds", rounds, least=2)
+    check_count("the count of num_tokens", len(num_tokens))
+    return sorted({check_count("num_tokens", k) for k in num_tokens})
+
+
+class _Trials:
+    """Counts and times a host with tokens learned at pairs of a block and a number."""
+
+    def __init__(self, model: nn.Module, images: Tensor, rounds: int, **told: Any):
+        self.model, self.images, self.rounds, self.told = model, images, rounds, told
+        self.last = len(find_host(model).blocks) - 1
+        self.macs = cache(self._macs)
+
+    def _macs(self, at: int | None, k: int | None) -> int:
+        """The multiply-adds of one picture; on the meta device nothing is computed."""
+        picture = torch.empty_like(self.images[:1], device="meta")
+        return count_macs(self._with_tokens(at, k, device="meta"), picture)
+
+    def share(self, at: int | None, k: int | None) -> float:
+        """The multiply-adds as a share of the host's."""
+        return self.macs(at, k) / self.macs(*_HOST)
+
+    def seconds(self, pairs: Sequence[Pair]) -> dict[Pair, list[float]]:
+        """Times the host and all pairs in turn."""
+        models = {pair: self._with_tokens(*pair) for pair in (_HOST, *pairs)}
+        with torch.inference_mode():
+            runs = {pair: partial(model, self.images) for pair, model in models.items()}
+            return time_interleaved(runs, self.rounds)
+
+    def options(self, seconds: dict[Pair, list[float]]) -> list[Option]:
+        """What the host and the pairs cost that were timed."""
+        return [
+            Option(
+                at=at,
+                num_tokens=k,
+                gmacs=self.macs(at, k) / 1e9,
+                macs_share=self.share(at, k),
+                latency_ms=Spread.of([1000 * s for s in own]),
+                images_per_second=Spread.of([len(self.images) / s for s in own]),
+                speedup=speedup_spread(seconds[_HOST], own),
+            )
+            for (at, k), own in seconds.items()
+        ]
+
+    def _with_tokens(self, at: int | None, k: int | None, device: str | None = None) -> nn.Module:
+        model = clone_structure(self.model, device).eval()
+        if at is not None and k is not None:
+            with torch.random.fork_rng(devices=[]):  # new learners draw their weights
+                insert(model, k, at, **self.told)
+        return model
+
+
+def _within_macs(trials: _Trials, budget: float, sizes: Sequence[int]) -> list[Option]:
+    """Counts say which blocks are the deepest; only these are timed."""
+    blocks = range(trials.last + 1)
+    deepest = {k: bisect_right(blocks, budget, key=partial(trials.share, k=k)) - 1 for k in sizes}
+    if pairs := [(at, k) for k, at in deepest.items() if at >= 0]:
+        return trials.options(trials.seconds(pairs))
+    raise _nothing_fits(budget, "multiply-adds", {(0, k): trials.share(0, k) for k in sizes})
+
+
+def _within_latency(trials: _Trials, budget: float, sizes: Sequence[int]) -> list[Option]:
+    """Starts one block behind the estimate and goes back until all fit in one and the same run."""
+    seen = _shares(trials.seconds([(at, k) for at in (0, trials.last) for k in sizes]))
+    deepest = {k: _estimate(budget, trials.last, seen[0, k], seen[trials.last, k]) for k in sizes}
+    while pairs := [(at, k) for k, at in deepest.items() if at >= 0]:
+        seconds = trials.seconds(pairs)
+        shares = _shares(seconds)
+        if all(share <= budget for share in shares.values()):
+            return trials.options(seconds)
+        seen |= shares
+        deepest = {k: at - (shares[at, k] > budget) for at, k in pairs}
+    raise _nothing_fits(budget, "latency", seen)
+
+
+def _shares(seconds: dict[Pair, list[float]]) -> dict[Pair, float]:
+    """What each pair takes of the host's time."""
+    host, *pairs = seconds
+    return {pair: 1 / speedup_spread(seconds[host], seconds[pair]).median for pair in pairs}
+
+
+def _estimate(budget: float, last: int, low: float, high: float) -> int:
+    """One block behind the deepest within the budget, from the shares at first and last block."""
+    saved = max(high - low, 1e-9)  # noise may leave nothing
+    return min(last, 1 + math.floor(last * (budget - low) / saved))
+
+
+def _nothing_fits(budget: float, measure: str, shares: dict[Any, float]) -> ValueError:
+    share, (at, k) = min((share, pair) for pair, share in shares.items())
+    way = "pass that or more" if share <= 1 else "tokens save nothing here, larger batches may"
+    return ValueError(
+        f"nothing meets a budget of {budget} of the host's {measure}; the smallest share is "
+        f"{math.ceil(1000 * share) / 1000}, with num_tokens={k} at block {at}: {way}"
+    )

@@ -1,0 +1,119 @@
+"""The pieces that the modules are made of: frames folded, maps applied, small networks.
+
+Axes as in `modules.py`: `b` batch, `t` frames, `h w` grid, `n` positions, `k` tokens, `c` channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..utils.validation import Grid, check_choice, check_count, check_rate
+
+_CACHED = 4 * 2**20  # bytes
+
+
+def leading_dims(x: Tensor) -> tuple[int, ...]:
+    """The axes that count frames: `(b,)`, and `(b, t)` for `b t h w c`."""
+    return tuple(x.shape[: 2 if x.ndim == 5 else 1])
+
+
+def flatten(x: Tensor) -> Tensor:
+    """`b n c`, `b h w c` or `b t h w c` to one frame after the other: `(b t) n c`."""
+    lead = leading_dims(x)
+    return x.reshape(math.prod(lead), math.prod(x.shape[len(lead) : -1]), x.shape[-1])
+
+
+def chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """The frames of `b n c`, a few at a time where all of them would leave a CPU's cache.
+
+    That pays for many frames of few channels (benchmarks/modules_speed.py), and saves memory in the
+    backward pass; wide ones gain nothing, and a compiler wants one piece.
+    """
+    b, n, c = x.shape
+    if not _is_eager_on_cpu(x):
+        return (x,)
+    at_once = max(1, _CACHED // max(1, n * c * x.element_size()))
+    return x.split(at_once) if c <= 256 and b > at_once else (x,)
+
+
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    """Where the shortcuts of this file were measured; a compiler finds its own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def square_grid(n: int) -> Grid:
+    """The grid of `n` positions if it is a square."""
+    side = round(n**0.5)
+    if side * side != n:
+        raise ValueError(f"{n} positions are no square; pass grid=(height, width)")
+    return side, side
+
+
+def upcast(x: Tensor) -> Tensor:
+    """To float32 at least, for sigmoid and softmax."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """`b n k -> b k n`, every map a distribution over the positions."""
+    return upcast(logits).transpose(1, 2).softmax(-1)
+
+
+def pool(maps: Tensor, x: Tensor) -> Tensor:
+    """`b k n, b n c -> b k c` as one batched product, which sums in float32 for narrow dtypes too.
+
+    Nothing of shape `b k n c` is made.
+    """
+    return torch.bmm(maps.to(x.dtype), x)
+
+
+def check_gelu(approximate: str) -> str:
+    """Returns the name of a GELU if torch knows it."""
+    return check_choice("approximate", approximate, ("none", "tanh"))
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3 x 3 convolution that keeps the grid, without bias."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+
+
+def wide_conv3x3(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
+    """Applies a `conv3x3` to few channels: `b n c -> b k h w`.
+
+    Where `c` is large, one matrix product to the 9 taps of each channel and a sum of what overlaps
+    are up to 4 times as fast on a CPU as oneDNN's convolution (benchmarks/modules_speed.py); their
+    backward pays from 1024 channels on. A compiler gets the convolution, which it knows better.
+    """
+    b, _, c = x.shape
+    wide = c >= (1024 if torch.is_grad_enabled() else 256)
+    narrow = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
+    if not wide or narrow or not _is_eager_on_cpu(x):
+        return conv(rearrange(x, "b (h w) c -> b c h w", h=grid[0]))
+    taps = rearrange(conv.weight.flip(2, 3), "k c i j -> (k i j) c")  # a sum turns them around
+    spread = torch.bmm(taps.expand(b, *taps.shape), x.transpose(1, 2))
+    return F.fold(spread, output_size=(grid[0], grid[1]), kernel_size=3, padding=1)
+
+
+def mlp(
+    in_channels: int, hidden: int | None, out_channels: int, dropout_rate: float, approximate: str
+) -> nn.Module:
+    """Two linear layers with GELU and dropout, initialised as scenic's MlpBlock; or just one."""
+    check_rate(dropout_rate)
+    gelu = nn.GELU(check_gelu(approximate))
+    if hidden is None:
+        return _xavier(nn.Linear(in_channels, out_channels, bias=False))
+    first = _xavier(nn.Linear(in_channels, check_count("bottleneck_dim", hidden)))
+    second = _xavier(nn.Linear(hidden, out_channels))
+    return nn.Sequential(first, gelu, nn.Dropout(dropout_rate), second, nn.Dropout(dropout_rate))
+
+
+def _xavier(linear: nn.Linear) -> nn.Linear:
+    nn.init.xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.normal_(linear.bias, std=1e-6)
+    return linear

@@ -1,0 +1,49 @@
+"""The paper's models by name, learned tokens in models of others, and both as files."""
+
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .factory import create_model as create_model
+    from .factory import list_models as list_models
+    from .factory import load_model as load_model
+    from .factory import push_to_hub as push_to_hub
+    from .factory import save_model as save_model
+    from .framevit import FrameViT as FrameViT
+    from .hosts import HOSTS as HOSTS
+    from .hosts import Host as Host
+    from .hosts import find_host as find_host
+    from .insertion import insert as insert
+    from .insertion import remove as remove
+    from .mixer import TokenLearnerMixer as TokenLearnerMixer
+    from .streaming import TokenStream as TokenStream
+    from .vit import TokenLearnerViT as TokenLearnerViT
+    from .vivit import ViViT as ViViT
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "factory": (
+            "create_model",
+            "list_models",
+            "load_model",
+            "push_to_hub",
+            "save_model",
+        ),
+        "framevit": ("FrameViT",),
+        "hosts": (
+            "HOSTS",
+            "Host",
+            "find_host",
+        ),
+        "insertion": (
+            "insert",
+            "remove",
+        ),
+        "mixer": ("TokenLearnerMixer",),
+        "streaming": ("TokenStream",),
+        "vit": ("TokenLearnerViT",),
+        "vivit": ("ViViT",),
+    },
+)

@@ -1,0 +1,300 @@
+"""New learners fitted to an old host, without labels: `calibrate(insert(model), images)`.
+
+A learner starts as noise, so a host on its tokens is much worse than it need be. Here the learners,
+and only they, are fitted so that later blocks compute from their tokens what they computed from all
+positions. A few hundred pictures and seconds to minutes are enough; the host's weights stay.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.blocks import FusedBlock
+from ..models.hosts import find_host
+from ..models.insertion import remove, wrapped_blocks
+from ..models.outputs import first_tensor, summarize_tokens
+from ..utils.modules import clone_structure, training_mode
+from ..utils.validation import check_above_zero, check_count
+from .distillation import BlockOutputs, feature_loss, forward_with_features, output_loss
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrating did.
+
+    Args:
+        images: Pictures it looked at.
+        steps: Updates of the learners.
+        error_before: Share of the variance of later blocks' features that the model did not
+            reproduce, as `feature_loss` counts it; noise may score above 1.
+        error_after: The same afterwards, on the same pictures.
+        seconds: Time that all of it took.
+    """
+
+    images: int
+    steps: int
+    error_before: float
+    error_after: float
+    seconds: float
+
+
+def calibrate(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    tail: bool = False,
+    steps: int = 300,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> Calibration:
+    """Fits the learners of `model` to its host on pictures without labels; changes it in place.
+
+    The teacher is the model without its learners, so this comes before any other training. Blocks
+    in front of the first learner run once; only their output is kept, `n c` floats a picture.
+
+    Args:
+        model: A host with learned tokens. What runs before them stays bit for bit; without `tail`
+            so do all of the host's parameters.
+        images: A few hundred normalised pictures as the model takes them, `b c h w`, or clips.
+        tail: Fit all that runs behind the first learner too, which takes more pictures, a lower
+            `lr` and a call without it before: the cheapest way to distil on a CPU.
+        steps: Updates.
+        batch_size: Pictures an update.
+        lr: Highest learning rate of Adam, which falls to 0 as a cosine.
+        seed: Of the pictures' order.
+        report: Called after every step with `step`, `steps`, `loss` and `images_per_second`.
+
+    Raises:
+        ValueError: The model has no learned tokens, or a number does not fit.
+        RuntimeError: The loss is no longer finite.
+
+    >>> import timm
+    >>> from tokenlearner import insert
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    >>> done = calibrate(insert(model, 2), torch.randn(8, 3, 32, 32), steps=5)
+    >>> done.error_after < done.error_before
+    True
+    """
+    found = wrapped_blocks(model)
+    if not found:
+        raise ValueError("this model has no learned tokens to calibrate; insert(model) adds them")
+    _check_numbers(steps, lr)
+    start, first = time.perf_counter(), min(found)
+    host = remove(clone_structure(model))
+    whole = all(isinstance(block, FusedBlock) for block in found.values())
+    lesson = TeacherCache(host, images, first, whole=whole, batch_size=batch_size)
+    before = lesson.error(model)
+    parameters = tail_parameters(model, first) if tail else new_parameters(model)
+    lesson.teach(model, parameters, steps=steps, lr=lr, seed=seed, report=report)
+    after = lesson.error(model)
+    return Calibration(len(images), steps, before, after, time.perf_counter() - start)
+
+
+def new_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that `insert` added: those of learners and fusers."""
+    parts = [[b.learner, getattr(b, "fuser", None)] for b in wrapped_blocks(model).values()]
+    return [p for pair in parts for part in pair if part is not None for p in part.parameters()]
+
+
+def tail_parameters(model: nn.Module, first: int) -> list[nn.Parameter]:
+    """The parameters of all blocks from `first` on and of all that is registered behind them.
+
+    That is the order in which hosts, and classifiers on top of them, run.
+    """
+    entered = next(find_host(model).blocks[first].parameters())
+    parameters = list(model.parameters())
+    start = next(i for i, parameter in enumerate(parameters) if parameter is entered)
+    return [p for p in parameters[start:] if p.requires_grad]
+
+
+class TeacherCache:
+    """What a host made of pictures from block `first` on, to be learnt by a model of its blocks.
+
+    The student's blocks in front of `first` have to be the host's: they are not run again.
+
+    Args:
+        host: The teacher.
+        images: As in `calibrate`.
+        first: Block at whose input the two part.
+        whole: Teach all tokens behind the last block too; for students that keep all positions.
+        batch_size: Pictures at a time.
+
+    Raises:
+        ValueError: There are fewer than 2 pictures.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        images: Tensor,
+        first: int,
+        *,
+        whole: bool = False,
+        batch_size: int = 64,
+    ):
+        check_count("batch_size", batch_size, least=2)  # one picture has no variance
+        if not isinstance(images, Tensor) or len(images) < 2:
+            what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images is {what}, expected a tensor of 2 pictures or more, b c h w")
+        self.images, self.first, self.whole = images, first, whole
+        self.batch_size, self.parts = batch_size, torch.arange(len(images)).split(batch_size)
+        place = find_host(host)
+        self._compared = place.num_prefix_tokens, place.pools_positions
+        self._front: tuple[Tensor, bool] | None = None
+        self.features, self.output = self._see(host)
+
+    def run(self, student: nn.Module, index: Tensor) -> BlockOutputs:
+        """What a student makes of some of the pictures, beginning at block `first`."""
+        images = self.images[index]
+        if self._front is None:
+            return forward_with_features(student, images)
+        tokens, in_tuple = self._front
+        with _known_front(student, self.first, _Known(tokens[index], in_tuple)):
+            return forward_with_features(student, images, self.first)
+
+    def losses(self, student: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+        """How far a student's features and output are off on some of the pictures."""
+        features, output = self._kept(self.run(student, index))
+        return (
+            feature_loss(features, [layer[index] for layer in self.features]),
+            output_loss(output, self.output[index], student),
+        )
+
+    @torch.no_grad()
+    def error(self, student: nn.Module) -> float:
+        """How far the features are off on all pictures together."""
+        with training_mode(student, training=False):
+            features, _ = _joined([self._kept(self.run(student, part)) for part in self.parts])
+        return feature_loss(features, self.features).item()
+
+    def teach(
+        self,
+        student: nn.Module,
+        parameters: list[nn.Parameter],
+        *,
+        steps: int,
+        lr: float,
+        seed: int = 0,
+        report: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Fits parameters of a student, in evaluation mode; arguments as in `calibrate`.
+
+        Raises:
+            ValueError: A number does not fit.
+        """
+        _check_numbers(steps, lr)
+        optimizer = torch.optim.Adam(parameters, lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        order, start = torch.Generator().manual_seed(seed), time.perf_counter()
+        with training_mode(student, training=False), _only(student, parameters):
+            for step in range(1, steps + 1):
+                index = torch.randperm(len(self.images), generator=order)[: self.batch_size]
+                loss = torch.stack(self.losses(student, index)).sum()
+                _check_finite(value := loss.item(), step, steps)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                speed = step * len(index) / (time.perf_counter() - start)
+                if report:
+                    row = {"step": step, "steps": steps, "loss": value}
+                    report(row | {"images_per_second": speed})
+
+    @torch.no_grad()
+    def _see(self, host: nn.Module) -> tuple[list[Tensor], Tensor]:
+        """What the host makes of all pictures; what enters the first block is kept."""
+        raw: list[Any] = []
+        last = list(find_host(host).blocks)[: self.first][-1:]  # in front of the first, if any is
+        hooks = [b.register_forward_hook(lambda _, __, out: raw.append(out)) for b in last]
+        try:
+            with training_mode(host, training=False):
+                parts = (
+                    forward_with_features(host, self.images[part], self.first)
+                    for part in self.parts
+                )
+                seen = [self._kept(part) for part in parts]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if raw:
+            self._front = torch.cat([first_tensor(out) for out in raw]), isinstance(raw[0], tuple)
+        return _joined(seen)
+
+    def _kept(self, seen: BlockOutputs) -> tuple[list[Tensor], Tensor]:
+        """Of every block the summary; of the last one all tokens where positions are kept."""
+        kept = [summarize_tokens(tokens, *self._compared) for tokens in seen.features]
+        return [*kept, seen.features[-1]] if self.whole else kept, seen.output
+
+
+def _joined(seen: list[tuple[list[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Puts what was seen of several batches together."""
+    features, outputs = zip(*seen, strict=True)
+    return [torch.cat(layer) for layer in zip(*features, strict=True)], torch.cat(outputs)
+
+
+def _check_finite(loss: float, step: int, steps: int) -> None:
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"the loss is {loss} at step {step} of {steps} of calibrating; insert anew, and try a "
+            "lower lr"
+        )
+
+
+def _check_numbers(steps: int, lr: float) -> None:
+    check_count("steps", steps)
+    check_above_zero("lr", lr)
+
+
+@contextmanager
+def _only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Lets gradients go to some of the parameters only; what gradients there were come back."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, required, grad in before:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+
+
+class _Known(nn.Module):
+    """Stands for blocks that have run already: gives what the last of them returned.
+
+    A module, not a hook, so that a host that runs blocks again in the backward pass (gradient
+    checkpointing) finds it too. Older transformers return tokens in a tuple.
+    """
+
+    def __init__(self, tokens: Tensor, in_tuple: bool):
+        super().__init__()
+        self.tokens, self.in_tuple = tokens, in_tuple
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (self.tokens,) if self.in_tuple else self.tokens
+
+
+@contextmanager
+def _known_front(model: nn.Module, first: int, known: _Known) -> Iterator[None]:
+    """Lets a model's own forward begin at a block, on what is known to enter it."""
+    blocks = find_host(model).blocks
+    front = list(blocks)[:first]
+    try:
+        for i in range(first):
+            blocks[i] = known
+        yield
+    finally:
+        for i, block in enumerate(front):
+            blocks[i] = block

@@ -1,0 +1,79 @@
+"""What to train and how: `TrainConfig`, which is also the options of `tokenlearner train`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.config import AugmentOptions, DataOptions
+from ..utils.validation import require
+from .options import DistillOptions, ModelOptions, OptimOptions, RunOptions
+
+_OF_DATA = (
+    *("img_size", "in_chans", "crop_pct", "frames", "stride", "views", "crops"),
+    *("num_samples", "num_classes", "download"),
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    AugmentOptions, DistillOptions, OptimOptions, DataOptions, ModelOptions, RunOptions
+):
+    """What to train, on what, and how.
+
+    Its options are those of `tokenlearner.options` and `tokenlearner.data_options`, all of them
+    optional: `TrainConfig(model=..., data=..., epochs=90)`.
+
+    Raises:
+        ValueError: A number is out of range, or options exclude each other.
+    """
+
+    def __post_init__(self) -> None:
+        self.check_run()
+        self.check_model()
+        self.check_data()
+        self.check_optim()
+        self.check_augment()
+        self.check_teaching()
+        require(
+            self.teacher != "host" or bool(self.insert),
+            "teacher is 'host', but nothing is inserted in one; pass insert too",
+        )
+        mixed = [name for name in ("mixup", "cutmix") if getattr(self, name)]
+        require(
+            not mixed or bool(self.label_weight),
+            f"{' and '.join(mixed)} change labels, and labels count for 0; pass task_loss_weight",
+        )
+        require(
+            self.ratio is None or self.scale is not None,
+            "ratio is the shape of what is cut out at random, and nothing is; pass scale too",
+        )
+        require(
+            not (self.compile and self.teacher and "feature" in self.kd_distill_type),
+            "features are seen by hooks, which a compiled model does not call; pass "
+            "kd_distill_type='logit', or compile=False",
+        )
+        require(
+            not (self.fsdp and self.ema_decay),
+            "a moving average of weights that are shared out (fsdp) is not supported; pass either",
+        )
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """What `load_data` is told, besides name and split."""
+        told = {name: getattr(self, name) for name in _OF_DATA}
+        return {
+            "root": self.root,
+            "download": self.download,
+            "workers": self.reading_workers,
+            **told,
+        }
+
+    @property
+    def reading_workers(self) -> int:
+        """Processes that read files, in each process that trains."""
+        if self.workers is not None:
+            return self.workers
+        share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return max(1, (os.cpu_count() or 1) // share)

@@ -1,0 +1,25 @@
+"""Optional packages, imported where they are used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+def require_package(name: str, extra: str, purpose: str = "this") -> Any:
+    """Imports an optional package and returns it.
+
+    Args:
+        name: The module, such as `"torchao.quantization"`.
+        extra: The extra of `tokenlearner` that brings it.
+        purpose: What needs it, for the message.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        message = f"{purpose} needs {package}; run pip install 'tokenlearner[{extra}]'"
+        raise ValueError(message) from error

@@ -1,0 +1,126 @@
+"""What every module and command refuses: each check says what came, what fits, and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+POSITIONS = {3: "[b, n, c]", 4: "[b, h, w, c]", 5: "[b, t, h, w, c]"}
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Refuses what does not hold, with the sentence that says so."""
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Returns `value` if it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected an integer of {least} or more")
+    return value
+
+
+def check_eps(value: float) -> float:
+    """Returns `value` if it can be a LayerNorm's epsilon."""
+    if not _is_number(value) or value <= 0:
+        raise ValueError(f"norm_eps is {value!r}, expected a number above 0, such as 1e-6")
+    return value
+
+
+def check_rate(value: float, name: str = "dropout_rate") -> float:
+    """Returns `value` if it is a share from 0 up to, but without, 1."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a share from 0 to below 1, such as 0.1")
+    return value
+
+
+def check_above_zero(name: str, value: float) -> float:
+    """Returns `value` if it is a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a number above 0")
+    return value
+
+
+def check_from_zero(options: object, *names: str) -> None:
+    """Refuses options that are negative or not finite; None is left alone."""
+    for name in names:
+        value = getattr(options, name) or 0
+        require(0 <= value < math.inf, f"{name} is {value}, expected a number from 0 on")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Returns `value` if it is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def check_pair(grid: Grid) -> Grid:
+    """Returns `grid` if it is a height and a width."""
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        raise ValueError(f"grid is {grid!r}, expected (height, width)")
+    h, w = (check_count(f"the grid's {axis}", v) for axis, v in zip("hw", grid, strict=True))
+    return h, w
+
+
+def check_grid(grid: Grid, n: int) -> Grid:
+    """Returns `grid` as two integers if its positions are `n`."""
+    h, w = check_pair(grid)
+    if h * w != n:
+        raise ValueError(
+            f"{n} positions do not fit a {h} x {w} grid of {h * w}; pass the grid they come from"
+        )
+    return h, w
+
+
+def check_input(
+    name: str, x: Tensor, axes: Mapping[int, str], channels: int, dtype: torch.dtype
+) -> None:
+    """Refuses a tensor that a module with `channels` and parameters of `dtype` cannot take."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}, expected a torch.Tensor")
+    shape = list(x.shape)
+    if x.ndim not in axes:
+        fitting = " or ".join(axes.values())
+        raise ValueError(f"{name} has {x.ndim} axes, {shape}; expected {fitting}")
+    if shape[-1] != channels:
+        hint = "; channels come last, permute them there" if channels in shape[1:-1] else ""
+        raise ValueError(
+            f"{name} is {shape} with {shape[-1]} channels, expected {channels} in the last axis"
+            + hint
+        )
+    if 0 in shape[1:]:
+        raise ValueError(f"{name} is {shape}: only the batch may be empty")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name} is {x.dtype}, expected a floating point dtype; call .float()")
+    if x.dtype != dtype and not _autocast_mixes(x, dtype):
+        raise ValueError(
+            f"{name} is {x.dtype}, the module's parameters are {dtype}; call .to() on either one "
+            "(torch.autocast mixes float32 parameters with float32 and narrower input)"
+        )
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
+
+
+def _autocast_mixes(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast is on and takes them: float32 parameters and anything but float64."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return False
+    return dtype == torch.float32 and x.dtype != torch.float64
+
+
+def shortened(names: Collection[str], most: int = 5) -> str:
+    """Returns the first names for a message, and how many there are if that is not all."""
+    shown = ", ".join(list(names)[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown

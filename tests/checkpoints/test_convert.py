@@ -1,0 +1,138 @@
+"""Whole checkpoints from scenic and back: the same numbers, and what has to be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tokenlearner import load_model, save_model
+from tokenlearner.checkpoints.convert import ConvertConfig, convert_checkpoint
+from tokenlearner.checkpoints.readers import read_weights, write_flax
+from tokenlearner.checkpoints.scenic import nest, to_scenic
+from tokenlearner.models.factory import create_model
+from tokenlearner_command import main
+
+Golden = Callable[[str], dict[str, np.ndarray]]
+
+CASES: dict[str, dict[str, Any]] = {
+    "vit_v11": {"at": 2},
+    "vit_v1_fuser_prelogits": {},
+    "vit_patch_baseline": {"global_pool": "max", "height": 32, "width": 24},
+    "video_3dconv_v11": {"at": 2, "num_frames": 6},
+    "video_3dconv_fuser": {"num_frames": 6},
+    "video_sampling": {"at": 2, "num_frames": 4},
+    "representation_video": {"at": 2, "num_frames": 3},
+}
+
+
+def checkpoint(arrays: dict[str, np.ndarray], path: Path) -> Path:
+    """A train state as scenic writes it, with the step and an optimizer's state."""
+    params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
+    state = {"0": {"mu": nest(params)}}
+    write_flax(path, {"global_step": np.int32(7), "params": nest(params), "opt_state": state})
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_converted_checkpoint_has_scenics_numbers(
+    name: str, golden: Golden, tmp_path: Path
+) -> None:
+    arrays = golden(name)
+    source, out = checkpoint(arrays, tmp_path / "checkpoint_7"), tmp_path / "model.safetensors"
+    convert_checkpoint(ConvertConfig(str(source), str(out), **CASES[name]))
+    x = torch.from_numpy(arrays["input0"]).movedim(-1, 1)  # channels first
+    result = load_model(out)(x).numpy()
+    np.testing.assert_allclose(result, arrays["output"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_way_back_gives_scenics_parameters_bit_for_bit(
+    name: str, golden: Golden, tmp_path: Path
+) -> None:
+    arrays = golden(name)
+    source, out = checkpoint(arrays, tmp_path / "checkpoint_7"), tmp_path / "model.safetensors"
+    convert_checkpoint(ConvertConfig(str(source), str(out), **CASES[name]))
+    back = convert_checkpoint(ConvertConfig(str(out), str(tmp_path / "checkpoint_8")))
+    params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
+    found = read_weights(back)
+    assert found.keys() == params.keys()
+    assert all(np.array_equal(found[key].numpy(), value) for key, value in params.items())
+
+
+@pytest.mark.parametrize("learner", ["v1", "v1-mean"])
+@torch.no_grad()
+def test_how_v1_pools_is_told(learner: str, tmp_path: Path) -> None:
+    model = create_model("vit_mini_patch4_28", num_tokens=4, at=1, learner=learner).eval()
+    np.savez(tmp_path / "params.npz", **to_scenic(model))
+    out = str(tmp_path / "model.safetensors")
+    source = str(tmp_path / "params.npz")
+    told = None if learner == "v1" else learner  # the sum is scenic's default
+    convert_checkpoint(ConvertConfig(source, out, at=1, learner=told))
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(load_model(out)(x), model(x))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> dict[str, str]:
+    """A checkpoint with tokens, and where to write."""
+    model = create_model("vit_mini_patch4_tl8at3_28")
+    write_flax(tmp_path / "checkpoint", {"params": nest(to_scenic(model))})
+    return {"checkpoint": str(tmp_path / "checkpoint"), "out": str(tmp_path / "out.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "does not tell in front of which block .* pass --at"),
+        ({"at": 6}, "at is 6, expected a block from 0 to 5"),
+        ({"at": 3, "num_frames": 5}, "49 positions do not make 5 frames"),
+        ({"at": 3, "height": 28, "width": 32}, "49 positions do not make 1 frames of 28 x 32"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(
+    more: dict[str, Any], message: str, plain: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(ConvertConfig(**plain, **more))
+    assert not Path(plain["out"]).exists()
+
+
+def test_a_video_model_needs_its_frames(golden: Golden, tmp_path: Path) -> None:
+    source = checkpoint(golden("video_3dconv_v11"), tmp_path / "checkpoint_7")
+    with pytest.raises(ValueError, match="video model with tubelets of 2; pass --num_frames"):
+        convert_checkpoint(ConvertConfig(str(source), str(tmp_path / "x.safetensors"), at=2))
+
+
+def test_another_place_than_the_fusers_is_refused(golden: Golden, tmp_path: Path) -> None:
+    source = checkpoint(golden("vit_v1_fuser_prelogits"), tmp_path / "checkpoint_7")
+    with pytest.raises(ValueError, match="at is 1, but the fusers start at block 2"):
+        convert_checkpoint(ConvertConfig(str(source), str(tmp_path / "x.safetensors"), at=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_frames": 0}, "num_frames is 0"),
+        ({"global_pool": "gap"}, "global_pool is 'gap', expected one of 'avg', 'max', 'sum'"),
+        ({"learner": "v2"}, "learner is 'v2', expected one of 'v11'"),
+        ({"height": 28}, "height and width go together"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvertConfig("a", "b", **arguments)
+
+
+def test_the_command_converts(plain: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", plain["checkpoint"], plain["out"], "--at", "3"])
+    assert capsys.readouterr().out == f"The checkpoint is {plain['out']}\n"
+    model = load_model(plain["out"])
+    assert isinstance(model, nn.Module)
+    assert save_model(model, plain["out"])

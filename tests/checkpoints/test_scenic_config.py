@@ -1,0 +1,204 @@
+"""What a scenic model's parameters tell: enough to build the model that they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tokenlearner import TokenFuser, TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
+from tokenlearner.checkpoints.scenic import load_scenic, nest, to_scenic
+from tokenlearner.checkpoints.scenic_config import describe, learner_form
+from tokenlearner.models.vit import TokenLearnerViT
+from tokenlearner.models.vivit import ViViT
+
+Golden = Callable[[str], dict[str, np.ndarray]]
+
+SHAPE = {"embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2, "patch_size": 8}
+COMMON = SHAPE | {"in_chans": 3, "num_classes": 10, "num_tokens": 4}
+V11 = {"learner": "v11", "num_learners": 1, "fuse": False}
+FUSED = {"num_learners": 2, "fuse": True, "at": 2, "fuser_bottleneck_dim": 64}
+TOLD: dict[str, dict[str, Any]] = {
+    "vit_v11": COMMON | V11 | {"num_positions": 16},
+    "vit_v1_fuser_prelogits": COMMON
+    | {"learner": "v1", **FUSED, "num_positions": 16, "representation_size": 20},
+    "vit_patch_baseline": COMMON | {"num_tokens": 0, "num_positions": 12},
+    "video_3dconv_v11": COMMON | V11 | {"num_positions": 27, "tubelet_size": 2},
+    "video_3dconv_fuser": COMMON
+    | {"learner": "v11", **FUSED, "num_positions": 27, "tubelet_size": 2},
+    "video_sampling": COMMON | V11 | {"num_positions": 36},
+    "representation_video": COMMON | V11 | {"num_positions": 48, "num_classes": 0},
+}
+small = partial(TokenLearnerViT, img_size=32, **SHAPE, num_classes=10)
+NOT_ARGUMENTS = ("num_learners", "num_positions")
+
+
+def params_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value for name, value in arrays.items() if name.startswith("params/")}
+
+
+def rebuilt(told: dict[str, Any], **more: Any) -> nn.Module:
+    arguments = {k: v for k, v in told.items() if k not in (*NOT_ARGUMENTS, "fuse")}
+    if "fuse" in told:
+        arguments["fuse"] = told["fuse"]
+    return TokenLearnerViT(**(more | arguments))
+
+
+@pytest.mark.parametrize("file", TOLD)
+def test_what_is_told_of_scenics_models_is_how_they_were_built(file: str, golden: Golden) -> None:
+    assert describe(params_of(golden(file))) == TOLD[file]
+
+
+@pytest.mark.parametrize("file", ["vit_v11", "vit_v1_fuser_prelogits"])
+def test_the_model_that_is_told_takes_the_parameters(file: str, golden: Golden) -> None:
+    params = params_of(golden(file))
+    load_scenic(rebuilt(describe(params), img_size=32, at=2), params)
+
+
+def test_the_video_model_that_is_told_takes_the_parameters(golden: Golden) -> None:
+    params = params_of(golden("video_3dconv_fuser"))
+    told = {k: v for k, v in describe(params).items() if k not in NOT_ARGUMENTS}
+    load_scenic(ViViT(img_size=24, num_frames=6, **told), params)
+
+
+@pytest.mark.parametrize("learner", ["v1", "v11", "grouped", "grouped-linear"])
+def test_linear_gates_and_every_learner_are_told(learner: str) -> None:
+    model = small(num_tokens=4, at=1, fuse=True, learner=learner, fuser_bottleneck_dim=None)
+    told = describe(nest(to_scenic(model)))
+    assert told["learner"] == learner
+    assert told["fuser_bottleneck_dim"] is None
+    assert told["at"] == 1
+    load_scenic(rebuilt(told, img_size=32), to_scenic(model))
+
+
+def test_patches_that_are_no_squares_are_told() -> None:
+    model = TokenLearnerViT(img_size=32, **(SHAPE | {"patch_size": (8, 16)}))
+    assert describe(to_scenic(model))["patch_size"] == (8, 16)
+
+
+def test_groups_that_tell_no_form_are_refused_with_the_way_out() -> None:
+    wide = {"embed_dim": 1024, "depth": 1, "num_heads": 2, "mlp_ratio": 0.1, "patch_size": 16}
+    model = TokenLearnerViT(img_size=32, **wide, num_tokens=2, at=0, learner="grouped")
+    params = to_scenic(model)
+    with pytest.raises(ValueError, match="pass gelu=False"):
+        describe(params)
+    assert describe(params, gelu=True)["learner"] == "grouped"
+    assert describe(params, gelu=False)["learner"] == "grouped-linear"
+
+
+NEEDED = [
+    "embedding/kernel",
+    "Transformer/posembed_input/pos_embedding",
+    "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel",
+    "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel",
+]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_missing_parameter_is_named(name: str) -> None:
+    params = to_scenic(small())
+    del params[name]
+    with pytest.raises(ValueError, match=f"the parameters lack '.*{name.rpartition('_0/')[2]}'"):
+        describe(params)
+
+
+def test_parameters_of_a_learner_alone_are_no_model() -> None:
+    with pytest.raises(ValueError, match="lack 'embedding/kernel'; expected those of a whole"):
+        describe(to_scenic(TokenLearnerV11(24, 4)))
+
+
+def test_a_gap_in_the_blocks_is_told() -> None:
+    params = {k: v for k, v in to_scenic(small()).items() if "encoderblock_1" not in k}
+    with pytest.raises(ValueError, match="encoderblock comes with the numbers 0, 2, 3, expected"):
+        describe(params)
+
+
+def test_learners_that_differ_are_refused() -> None:
+    params = to_scenic(small(num_tokens=4, at=2, fuse=True))
+    other = to_scenic(small(num_tokens=5, at=2, fuse=True))
+    params |= {k: v for k, v in other.items() if "TokenLearnerModuleV11_1" in k}
+    with pytest.raises(ValueError, match="the learners differ"):
+        describe(params)
+
+
+def test_fusers_without_learners_are_refused() -> None:
+    params = to_scenic(small(num_tokens=4, at=2, fuse=True))
+    params = {k: v for k, v in params.items() if "TokenLearnerModuleV11_1" not in k}
+    with pytest.raises(ValueError, match="1 learners and 2 fusers"):
+        describe(params)
+
+
+def test_fusers_that_differ_are_refused() -> None:
+    params = to_scenic(small(num_tokens=4, at=2, fuse=True))
+    other = to_scenic(small(num_tokens=4, at=2, fuse=True, fuser_bottleneck_dim=8))
+    params |= {k: v for k, v in other.items() if "TokenFuser_1" in k}
+    with pytest.raises(ValueError, match="gates of width"):
+        describe(params)
+
+
+# --- which learner it is -----------------------------------------------------------------------
+
+_TOLD = {"norm_eps": 1e-6, "approximate": "tanh"}
+grouped = TokenLearnerModuleV11
+FORMS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+    "v1": (TokenLearner(24, 5), {"learner": "v1", "num_tokens": 5}),
+    "v11": (TokenLearnerV11(24, 5, 7), {"learner": "v11", "num_tokens": 5, "bottleneck_dim": 7}),
+    "2021": (
+        grouped(768, 5, 8),
+        {"learner": "grouped-linear", "num_tokens": 5, "num_groups": 8, "approximate": None},
+    ),
+    "2021, narrow": (
+        grouped(24, 5, 8),
+        {"learner": "grouped-linear", "num_tokens": 5, "num_groups": 8, "approximate": None},
+    ),
+    "2022": (grouped(768, 5, 6), {"learner": "grouped", "num_tokens": 5, "num_groups": 6}),
+    "2022, narrow": (grouped(24, 5, 1), {"learner": "grouped", "num_tokens": 5, "num_groups": 1}),
+}
+
+
+@pytest.mark.parametrize(("module", "told"), FORMS.values(), ids=FORMS)
+def test_the_form_of_a_learner_is_told_by_its_parameters(
+    module: nn.Module, told: dict[str, Any]
+) -> None:
+    width = module.in_channels
+    assert learner_form(to_scenic(module)) == _TOLD | {"in_channels": width} | told
+    assert learner_form(nest(to_scenic(module))) == _TOLD | {"in_channels": width} | told
+
+
+@pytest.mark.parametrize("module", [m for m, _ in FORMS.values()], ids=FORMS)
+def test_the_class_takes_its_form_as_arguments(module: nn.Module) -> None:
+    form = learner_form(to_scenic(module))
+    del form["learner"]
+    state = load_scenic(type(module)(**form), to_scenic(module)).state_dict()
+    assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(("width", "groups"), [(1024, 8), (1144, 8), (24, 4), (768, 12)])
+def test_a_form_that_groups_do_not_tell_is_refused_with_the_way_out(
+    width: int, groups: int
+) -> None:
+    params = to_scenic(grouped(width, 4, groups))
+    with pytest.raises(ValueError, match=rf"{groups} groups of {width} .* pass gelu=False for"):
+        learner_form(params)
+    assert learner_form(params, gelu=True)["approximate"] == "tanh"
+    assert learner_form(params, gelu=True)["learner"] == "grouped"
+    assert learner_form(params, gelu=False)["approximate"] is None
+    assert learner_form(params, gelu=False)["learner"] == "grouped-linear"
+
+
+@pytest.mark.parametrize("module", [TokenFuser(24, 4), nn.Module()], ids=["fuser", "nothing"])
+def test_parameters_of_no_learner_have_no_form(module: nn.Module) -> None:
+    params = to_scenic(module) if isinstance(module, TokenFuser) else {}
+    with pytest.raises(ValueError, match="no learner of scenic has the parameters"):
+        learner_form(params)
+
+
+def test_a_learner_with_a_name_in_front_has_no_form() -> None:
+    params = {"TokenLearnerModuleV11_0": nest(to_scenic(TokenLearnerV11(9, 4)))}
+    with pytest.raises(ValueError, match="without the learner's own name in front"):
+        learner_form(params)

@@ -1,0 +1,243 @@
+"""Two models side by side: the table, the notes and the files say what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from tokenlearner import TrainConfig, create_model, evaluate, insert
+from tokenlearner.commands._comparison import (
+    Candidate,
+    ModelComparison,
+    compare_with_host,
+    held_out_images,
+    one_of_each,
+    write_comparison,
+)
+from tokenlearner.data.factory import ImageDataset
+from tokenlearner.evaluation.latency import Cost, Spread
+from tokenlearner.training.calibration import Calibration
+from tokenlearner.training.run import TrainResult
+
+TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
+
+
+def cost(scale: float) -> Cost:
+    spread = Spread(10 * scale, 9 * scale, 11 * scale)
+    return Cost(1000, 2 / scale, spread, spread, spread, spread, 5.0, 6.0)
+
+
+def contender(name: str, top1: float, scale: float = 1.0, epochs: int = 0) -> Candidate:
+    history = [{"train_seconds": 1.5, "test_top1_percent": top1} for _ in range(epochs)]
+    return Candidate(name, top1, cost(scale), history)
+
+
+def contest(first: float = 90.0, second: float = 88.0, images: int = 10_000) -> ModelComparison:
+    pair = (contender("host", first), contender("8 tokens", second, 2.0, epochs=2))
+    return ModelComparison(pair, images, ["Training: short."])
+
+
+def pictures(c: int = 1, classes: int = 4, n: int = 40) -> ImageDataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, c, 28, 28), generator=generator).byte()
+    names = tuple(f"class {i}" for i in range(classes))
+    labels = torch.arange(n - 1, -1, -1) % classes
+    return ImageDataset("noise", "test", images, labels, names, (0.3,) * c, (0.2,) * c)
+
+
+# --- the notes ----------------------------------------------------------------------------------
+
+
+def test_notes_are_the_accuracy_the_remarks_the_speed_and_the_memory() -> None:
+    accuracy, remark, speed, memory = contest().notes
+    assert accuracy.startswith("Accuracy: -2.0 points, which is more than chance")
+    assert remark == "Training: short."
+    assert speed.startswith("Speed: 2.00 times fewer multiply-adds; inference 20.00 (18.00 to 22.0")
+    assert memory.startswith("Memory at inference")
+
+
+@pytest.mark.parametrize(
+    ("images", "margin", "verdict"),
+    [(10_000, "±0.9", "which is more than chance"), (400, "±4.3", "which chance could explain")],
+)
+def test_a_gap_is_weighed_against_chance(images: int, margin: str, verdict: str) -> None:
+    note = contest(images=images).notes[0]  # 1.96 sqrt((0.9 * 0.1 + 0.88 * 0.12) / images)
+    assert verdict in note
+    assert f"{margin} for {images} pictures" in note
+
+
+# --- the table and the files --------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    write_comparison(tmp_path, contest(), {"seed": 3})
+    return (tmp_path / "table.txt").read_text()
+
+
+def row(table: str, label: str) -> list[str]:
+    line = next(line for line in table.splitlines() if label in line)
+    return [cell.strip() for cell in line.split("│")[2:5]]
+
+
+def test_the_table_has_both_and_their_ratio(table: str) -> None:
+    assert row(table, "GMACs a picture") == ["2.0000", "1.0000", "0.50"]
+
+
+def test_accuracies_have_no_ratio(table: str) -> None:
+    assert row(table, "top-1") == ["90.0", "88.0", ""]
+
+
+def test_what_was_not_trained_here_has_no_time_of_training(table: str) -> None:
+    assert row(table, "seconds of training") == ["-", "3.0000", ""]
+
+
+def test_an_accuracy_of_nothing_is_a_number(tmp_path: Path) -> None:
+    write_comparison(tmp_path, contest(second=0.0), {})
+    assert row((tmp_path / "table.txt").read_text(), "top-1") == ["90.0", "0.0000", ""]
+
+
+def test_the_table_is_printed_as_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_comparison(tmp_path, contest(), {})
+    printed = capsys.readouterr().out
+    assert row(printed, "GMACs") == row((tmp_path / "table.txt").read_text(), "GMACs")
+
+
+def test_the_metrics_hold_all_numbers(tmp_path: Path) -> None:
+    write_comparison(tmp_path, contest(), {"seed": 3})
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["config"] == {"seed": 3}
+    assert written["notes"] == contest().notes
+    assert written["environment"]["threads"] == torch.get_num_threads()
+    first, second = written["models"]
+    assert (first["name"], first["top1_percent"], first["cost"]["gmacs"]) == ("host", 90.0, 2.0)
+    assert [epoch["train_seconds"] for epoch in second["epochs"]] == [1.5, 1.5]
+
+
+# --- the pictures -------------------------------------------------------------------------------
+
+
+def test_one_picture_of_each_class_is_shown() -> None:
+    data = pictures(classes=4)
+    assert data.labels[one_of_each(data)].tolist() == [0, 1, 2, 3]
+
+
+def test_no_more_than_six_are_shown_spread_over_the_classes() -> None:
+    data = pictures(classes=20)
+    assert data.labels[one_of_each(data)].tolist() == [0, 4, 8, 11, 15, 19]
+
+
+def test_classes_without_a_picture_are_passed_over() -> None:
+    data = pictures(classes=4)
+    kept = data.labels != 2
+    part = replace(data, images=data.images[kept], labels=data.labels[kept])
+    assert part.labels[one_of_each(part)].tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("learner", ["v11", "v1"])
+def test_maps_are_drawn_of_grey_and_coloured_pictures(
+    c: int, learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = insert(create_model("vit_mini_patch4_28", **TINY, in_chans=c), 3, learner=learner)
+    seen = spy_on_drawing(monkeypatch)
+    data = pictures(c)
+    path = held_out_images(tmp_path / "maps.png", model, data, [5, 2], "title")
+    images, maps, names = seen
+    assert torch.allclose(images, data.images[[5, 2]].float() / 255, atol=1e-6)
+    torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 3))  # V1's too
+    assert names == [data.classes[label] for label in data.labels[[5, 2]]]
+    assert imread(path).shape[0] > 100
+
+
+def test_the_model_is_shown_normalised_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[torch.Tensor] = []
+    model = insert(create_model("vit_mini_patch4_28", **TINY), 3)
+    model.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+    spy_on_drawing(monkeypatch, draw=False)
+    held_out_images(tmp_path / "maps.png", model, data := pictures(), [5, 2], "title")
+    torch.testing.assert_close(shown[0], (data.images[[5, 2]].float() / 255 - 0.3) / 0.2)
+
+
+def spy_on_drawing(monkeypatch: pytest.MonkeyPatch, draw: bool = True) -> list[Any]:
+    """What `draw_maps` was given: pictures, maps, names."""
+    seen: list[Any] = []
+    module = import_module("tokenlearner.commands._comparison")
+    draw_maps = module.draw_maps
+
+    def spy(path: Path, *given: Any) -> Path:
+        seen.extend(given[:3])
+        return draw_maps(path, *given) if draw else path
+
+    monkeypatch.setattr(module, "draw_maps", spy)
+    return seen
+
+
+# --- a host against what was made of it ---------------------------------------------------------
+
+
+def trained(config: TrainConfig) -> TrainResult:
+    """What `train` leaves, without the training."""
+    host = create_model("vit_mini_patch4_28", **TINY, num_classes=4).eval()
+    model = insert(create_model("vit_mini_patch4_28", **TINY, num_classes=4).eval(), config.insert)
+    history = [{"step": 2, "train_seconds": 3.0, "test_top1_percent": 12.5}]
+    done = Calibration(16, 300, 1.25, 0.5, 7.0)
+    return TrainResult(model, Path(config.out) / "model.safetensors", history, 32, host, done)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    module = import_module("tokenlearner.commands._comparison")
+    monkeypatch.setattr(module, "load_data", lambda *args, **options: pictures())
+    monkeypatch.setattr(module, "benchmark", lambda models, images: dict.fromkeys(models, cost(1)))
+    return TrainConfig(out=str(tmp_path), model="host", insert=3, teacher="host", epochs=4)
+
+
+def test_a_host_and_its_reduction_are_named_and_evaluated(config: TrainConfig) -> None:
+    result = trained(config)
+    host, reduced = compare_with_host(config, result).pair
+    assert (host.name, reduced.name) == ("host", "3 learned tokens")
+    assert host.top1_percent == evaluate(result.host, pictures()).top1_percent
+    assert reduced.top1_percent == 12.5
+    assert not host.history
+
+
+def test_table_metrics_and_maps_are_written(config: TrainConfig) -> None:
+    compare_with_host(config, trained(config))
+    assert {p.name for p in Path(config.out).iterdir()} == {"table.txt", "metrics.json", "maps.png"}
+    written = json.loads((Path(config.out) / "metrics.json").read_text())
+    assert written["config"]["insert"] == 3
+
+
+def test_the_notes_say_what_was_calibrated_and_trained(config: TrainConfig) -> None:
+    _, calibrating, training, *_ = compare_with_host(config, trained(config)).notes
+    assert calibrating == (
+        "Calibrating: 16 pictures without labels, 7 s; what is missed of the variance of the "
+        "host's features went from 125% to 50%."
+    )
+    assert training == (
+        "Training: 4 epochs of 32 pictures, taught by host; their labels were not used."
+    )
+
+
+def test_the_notes_say_when_labels_were_used(config: TrainConfig) -> None:
+    config = replace(config, teacher=None)
+    result = replace(trained(config), calibration=None)
+    _, training, *_ = compare_with_host(config, result).notes
+    assert training == "Training: 4 epochs of 32 pictures, with their labels."
+
+
+def test_a_model_that_was_built_new_has_no_host_to_compare_with(config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="there is no host to compare with; train with insert"):
+        compare_with_host(config, replace(trained(config), host=None))

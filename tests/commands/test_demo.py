@@ -1,0 +1,117 @@
+"""`tokenlearner demo`: it makes what it says, and says what it measured."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenlearner import data, load_model
+from tokenlearner.commands.demo import DemoConfig, demo, load_photographs
+from tokenlearner.commands.report.render import write_report
+
+PICTURES = {"curves.png", "maps-clothes.png", "maps-photographs.png"}
+MADE = PICTURES | {"metrics.json", "report.html", "table.txt"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a demo with few pictures leaves behind."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("tokenlearner.training.run"), "load_data", few)
+        brief = partial(write_report, pictures=64)
+        patch.setattr(import_module("tokenlearner.commands.demo"), "write_report", brief)
+        demo(DemoConfig(out=str(out), epochs=2, tokens=4))
+    return out
+
+
+def few(name: str, split: str = "train", **wanted: Any) -> data.ImageDataset:
+    whole = data.load_data(name, split, **wanted)
+    part = {"images": whole.images[:256], "labels": whole.labels[:256]}
+    return data.ImageDataset(**{**vars(whole), **part})
+
+
+def test_everything_is_in_the_folder(made: Path) -> None:
+    assert {path.name for path in made.iterdir()} == MADE | {"vit", "vit-tl4"}
+
+
+def test_the_pictures_are_png_files_of_readable_size(made: Path) -> None:
+    for path in made.glob("*.png"):
+        head = path.read_bytes()[:24]
+        assert head.startswith(b"\x89PNG")
+        assert min(struct.unpack(">II", head[16:24])) >= 300
+
+
+def test_both_checkpoints_load_and_differ_in_the_learned_tokens(made: Path) -> None:
+    images = torch.zeros(1, 1, 28, 28)
+    plain, learned = load_model(made / "vit"), load_model(made / "vit-tl4")
+    assert plain(images).shape == learned(images).shape == (1, 10)
+    assert learned.blocks[3].learner.num_tokens == 4
+
+
+def test_the_table_shows_what_the_metrics_hold(made: Path) -> None:
+    metrics = json.loads((made / "metrics.json").read_text())
+    table = (made / "table.txt").read_text()
+    for model in metrics["models"]:
+        assert model["name"] in table
+        assert f"{model['epochs'][-1]['test_top1_percent']:.1f}" in table
+        assert f"{model['cost']['gmacs']:.4f}" in table
+    assert all(note[:40] in table for note in metrics["notes"])
+    assert [note.split()[0] for note in metrics["notes"]] == [
+        "Accuracy:",
+        "Training:",
+        "Speed:",
+        "Memory",
+    ]
+
+
+def test_the_report_has_both_models_maps_and_confusions(made: Path) -> None:
+    report = (made / "report.html").read_text()
+    assert "<h1>tokenlearner demo</h1>" in report
+    assert report.count("<img ") == 2
+    assert [f"<h3>{name}</h3>" in report for name in ("ViT", "ViT, 4 learned tokens")] == [True] * 2
+    assert 'class="problems"' not in report
+
+
+@pytest.mark.slow
+def test_a_second_run_takes_another_folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", few)
+    before = (made / "metrics.json").read_bytes()
+    assert demo(DemoConfig(out=str(made), epochs=2)) == made.with_name("out-2")
+    assert (made / "metrics.json").read_bytes() == before
+
+
+def test_the_photographs_are_squares_in_colour() -> None:
+    for photograph in load_photographs().values():
+        assert photograph.shape == (3, 112, 112)
+        assert 0 <= photograph.min() < 0.2
+        assert 0.8 < photograph.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("skimage.data", "demo"), ("matplotlib", "train")], ids=str
+)
+def test_a_missing_package_is_named_before_any_work(
+    package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"run pip install 'tokenlearner\[{extra}\]'"):
+        demo(DemoConfig(out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"tokens": 0}, "tokens is 0"), ({"epochs": 1}, "epochs is 1, expected an integer of 2")],
+)
+def test_nonsense_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DemoConfig(**options)

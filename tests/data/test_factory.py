@@ -1,0 +1,627 @@
+"""Data sets: what the bundled one holds, what batches give, what damaged or missing files say."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import make_fashion_mnist_small
+import tokenlearner.data.fashion_mnist
+from tokenlearner.data.factory import ImageDataset, list_data, load_data
+from tokenlearner.data.fashion_mnist import IDX_FILES
+
+ASSETS = Path(tokenlearner.__file__).parent / "assets" / "fashion_mnist_small"
+SIZES = {"train": 8000, "test": 2000}
+CHECKSUM = re.compile(r"^ {4}([0-9a-f]{64})  (\S+)$", re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes what this machine has in the places that are looked at."""
+    monkeypatch.delenv("TOKENLEARNER_DATA", raising=False)
+    monkeypatch.setattr(tokenlearner.fashion, "_DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(tokenlearner.fashion, "_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def bundled() -> dict[str, ImageDataset]:
+    """Both splits of the set that comes with the package."""
+    return {split: load_data("fashion-mnist-small", split) for split in SIZES}
+
+
+def pictures(n: int = 10, c: int = 1) -> ImageDataset:
+    """Numbered pictures: every byte of picture i is i, and so is its label."""
+    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, c, 2, 3).clone()
+    classes = tuple(map(str, range(n)))
+    return ImageDataset(
+        "made-up", "train", images, torch.arange(n), classes, (0.0,) * c, (1.0,) * c
+    )
+
+
+def idx(values: np.ndarray) -> bytes:
+    """An idx file, written here a second time, apart from the code that is tested."""
+    return struct.pack(f">I{values.ndim}I", 0x800 + values.ndim, *values.shape) + values.tobytes()
+
+
+def write_idx(
+    folder: Path,
+    *,
+    suffix: str = "",
+    pack: Callable[[bytes], bytes] = bytes,
+    seeds: tuple[int, int] = (1, 2),
+    per_class: int = 3,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Four idx files of noise, 4 high and 5 wide; returns what is in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for (split, names), seed in zip(IDX_FILES.items(), seeds, strict=True):
+        rng = np.random.default_rng(seed)
+        labels = rng.permutation(np.repeat(np.arange(10, dtype=np.uint8), per_class))
+        images = rng.integers(0, 256, (len(labels), 4, 5), dtype=np.uint8)
+        for name, values in zip(names, (images, labels), strict=True):
+            (folder / (name + suffix)).write_bytes(pack(idx(values)))
+        written[split] = (images, labels)
+    return written
+
+
+def labels_of(batches: object) -> list[int]:
+    return [int(label) for _, labels in batches for label in labels]  # type: ignore[attr-defined]
+
+
+# The bundled set
+
+
+def test_the_known_names_are_listed() -> None:
+    assert set(list_data()) == {
+        *("fashion-mnist-small", "fashion-mnist", "moving-photographs", "folder", "film"),
+        *("torch/", "hfds/", "hfids/", "wds/"),
+    }
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_the_bundled_set_has_the_sizes_it_promises(
+    bundled: dict[str, ImageDataset], split: str
+) -> None:
+    assert bundled[split].images.shape == (SIZES[split], 1, 28, 28)
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_the_bundled_set_is_balanced(bundled: dict[str, ImageDataset], split: str) -> None:
+    assert bundled[split].labels.bincount().tolist() == [SIZES[split] // 10] * 10
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_the_first_pictures_of_the_bundled_set_are_balanced_too(
+    bundled: dict[str, ImageDataset], split: str
+) -> None:
+    assert all(len(ten.unique()) == 10 for ten in bundled[split].labels.split(10))
+
+
+def test_the_split_is_train_unless_told_otherwise() -> None:
+    assert load_data("fashion-mnist-small").split == "train"
+
+
+def test_the_class_names_are_those_of_torchvision(bundled: dict[str, ImageDataset]) -> None:
+    assert list(bundled["train"].classes) == torchvision.datasets.FashionMNIST.classes
+
+
+def test_no_bundled_test_picture_is_a_training_picture(bundled: dict[str, ImageDataset]) -> None:
+    train, test = ({p.tobytes() for p in bundled[s].images.numpy()} for s in ("train", "test"))
+    assert len(test) == SIZES["test"]
+    assert not train & test
+
+
+def test_bundled_pictures_use_the_whole_range_from_0_to_255(
+    bundled: dict[str, ImageDataset],
+) -> None:
+    images = bundled["train"].images
+    assert images.dtype == torch.uint8
+    assert [int(v) for v in images.aminmax()] == [0, 255]
+
+
+def test_labels_belong_to_their_pictures(bundled: dict[str, ImageDataset]) -> None:
+    """The nearest class mean names far more than one test picture in ten."""
+    train, test = bundled["train"], bundled["test"]
+    means = torch.stack([train.images[train.labels == k].float().mean(0) for k in range(10)])
+    nearest = torch.cdist(test.images.float().flatten(1), means.flatten(1)).argmin(1)
+    assert (nearest == test.labels).float().mean() > 0.6
+
+
+def test_the_bundled_mean_and_std_are_those_the_script_computed(
+    bundled: dict[str, ImageDataset],
+) -> None:
+    readme = (ASSETS / "README.md").read_text(encoding="utf-8")
+    computed = re.search(r"mean (\d\.\d+) and standard deviation\s+(\d\.\d+)", readme)
+    assert computed is not None
+    data = bundled["train"]
+    assert (data.mean, data.std) == ((float(computed[1]),), (float(computed[2]),))
+
+
+def test_normalised_bundled_pictures_have_mean_0_and_std_1(
+    bundled: dict[str, ImageDataset],
+) -> None:
+    std, mean = torch.std_mean(next(bundled["train"].batches(8000))[0])
+    assert mean.item() == pytest.approx(0, abs=0.01)
+    assert std.item() == pytest.approx(1, abs=0.01)
+
+
+def test_the_readme_names_the_sha256_of_every_bundled_file() -> None:
+    readme = (ASSETS / "README.md").read_text(encoding="utf-8")
+    named = {name: digest for digest, name in CHECKSUM.findall(readme) if name.endswith(".xz")}
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in ASSETS.glob("*.xz")}
+    assert len(files) == 4
+    assert named == files
+
+
+def test_the_readme_names_the_sha256_of_the_unpacked_files() -> None:
+    readme = (ASSETS / "README.md").read_text(encoding="utf-8")
+    named = {name: digest for digest, name in CHECKSUM.findall(readme) if "." not in name}
+    unpacked = {p.stem: lzma.decompress(p.read_bytes()) for p in ASSETS.glob("*.xz")}
+    assert named == {name: hashlib.sha256(raw).hexdigest() for name, raw in unpacked.items()}
+
+
+def test_the_bundled_set_comes_with_its_licence() -> None:
+    text = (ASSETS / "LICENSE").read_text(encoding="utf-8")
+    assert "MIT License" in text
+    assert "Copyright (c) 2017 Zalando SE" in text
+
+
+# One picture, and batches
+
+
+def test_one_picture_is_float32_from_0_to_1_with_an_int_label(
+    bundled: dict[str, ImageDataset],
+) -> None:
+    data = bundled["test"]
+    image, label = data[3]
+    torch.testing.assert_close(image * 255, data.images[3].float())
+    assert image.dtype == torch.float32
+    assert image.max() <= 1
+    assert type(label) is int
+    assert label == data.labels[3]
+
+
+def test_a_data_loader_with_workers_reads_the_data_set() -> None:
+    loader = DataLoader(pictures(), batch_size=4, num_workers=1)
+    assert labels_of(loader) == list(range(10))
+
+
+def test_a_for_loop_ends_after_the_last_picture() -> None:
+    assert [label for _, label in pictures()] == list(range(10))  # type: ignore[attr-defined]
+
+
+def test_a_pickled_data_set_comes_back_whole() -> None:
+    data = pictures()
+    assert torch.equal(pickle.loads(pickle.dumps(data)).images, data.images)
+
+
+def test_printing_a_data_set_does_not_print_its_pictures() -> None:
+    assert "tensor" not in repr(pictures())
+    assert "made-up" in repr(pictures())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 64])
+def test_batches_hold_every_picture_once_and_in_order(batch_size: int) -> None:
+    assert labels_of(pictures().batches(batch_size)) == list(range(10))
+
+
+def test_only_the_last_batch_is_smaller() -> None:
+    assert [len(images) for images, _ in pictures().batches(4)] == [4, 4, 2]
+
+
+def test_drop_last_leaves_out_the_batch_that_is_not_full() -> None:
+    assert [len(images) for images, _ in pictures().batches(4, drop_last=True)] == [4, 4]
+
+
+def test_drop_last_keeps_a_last_batch_that_is_full() -> None:
+    assert labels_of(pictures().batches(5, drop_last=True)) == list(range(10))
+
+
+def test_shuffled_batches_hold_every_picture_once_and_in_another_order() -> None:
+    labels = labels_of(pictures(100).batches(7, shuffle=True))
+    assert sorted(labels) == list(range(100))
+    assert labels != list(range(100))
+
+
+def test_shuffled_labels_stay_with_their_pictures() -> None:
+    for images, labels in pictures().batches(3, shuffle=True):
+        assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+
+
+def test_the_same_generator_seed_gives_the_same_order() -> None:
+    def order(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return labels_of(pictures(100).batches(7, shuffle=True, generator=generator))
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+
+
+def test_one_generator_gives_another_order_each_epoch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    epochs = [labels_of(pictures(100).batches(7, shuffle=True, generator=generator)) for _ in "ab"]
+    assert epochs[0] != epochs[1]
+
+
+def test_a_given_generator_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    labels_of(pictures().batches(3, shuffle=True, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batches_are_normalised_channel_by_channel() -> None:
+    data = replace(pictures(c=3), mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0))
+    images, _ = next(data.batches(10))
+    mean, std = np.array(data.mean), np.array(data.std)
+    expected = (data.images.numpy() / 255.0 - mean[:, None, None]) / std[:, None, None]
+    assert images.dtype == torch.float32
+    np.testing.assert_allclose(images.numpy(), expected, atol=1e-6)
+
+
+def test_changing_a_batch_does_not_change_the_data_set() -> None:
+    data = pictures()
+    images, labels = next(data.batches(10))
+    images.zero_()
+    labels.zero_()
+    assert labels_of(data.batches(10)) == list(range(10))
+    assert data.images[9, 0, 0, 0] == 9
+
+
+def test_a_batch_size_below_1_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="batch_size is 0, expected 1 or more"):
+        pictures().batches(0)
+
+
+def test_drop_last_that_would_leave_no_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="10 images make no batch of 11; pass batch_size=10"):
+        pictures().batches(11, drop_last=True)
+
+
+# A part of it
+
+
+def test_a_sample_has_as_many_pictures_each_once() -> None:
+    labels = labels_of(pictures(100).sample(30).batches(30))
+    assert len(set(labels)) == 30
+
+
+def test_sampled_labels_stay_with_their_pictures() -> None:
+    part = pictures(100).sample(30)
+    assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
+
+
+def test_a_sample_is_drawn_by_its_seed() -> None:
+    def drawn(seed: int) -> list[int]:
+        return pictures(100).sample(30, seed).labels.tolist()
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+
+
+def test_a_smaller_sample_is_the_first_of_a_larger_one() -> None:
+    data = pictures(100)
+    assert torch.equal(data.sample(10).labels, data.sample(30).labels[:10])
+
+
+def test_all_of_the_pictures_can_be_sampled() -> None:
+    assert sorted(labels_of(pictures(10).sample(10).batches(10))) == list(range(10))
+
+
+def test_a_sample_leaves_the_data_set_and_the_global_random_state_alone() -> None:
+    data, state = pictures(), torch.get_rng_state()
+    data.sample(3).images.zero_()
+    assert data.labels.tolist() == list(range(10))
+    assert data.images[9, 0, 0, 0] == 9
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("n", [0, 11])
+def test_a_sample_of_no_or_too_many_pictures_is_refused(n: int) -> None:
+    with pytest.raises(ValueError, match=f"made-up has 10 images, {n} are asked for"):
+        pictures().sample(n)
+
+
+# What a data set refuses
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(10, 2, 3, dtype=torch.uint8)}, r"uint8 \[10, 2, 3\], expected"),
+        ({"images": torch.zeros(10, 1, 2, 3)}, r"float32 .* expected torch.uint8 \[n, c, h, w\]"),
+        ({"images": torch.zeros(0, 1, 2, 3, dtype=torch.uint8)}, r"\[0, 1, 2, 3\], expected"),
+        ({"labels": torch.arange(9)}, r"int64 \[9\], expected torch.int64 \[10\]"),
+        ({"labels": torch.arange(10).int()}, r"int32 \[10\], expected torch.int64 \[10\]"),
+        ({"labels": torch.arange(10) + 1}, "labels run from 1 to 10, expected 0 to 9"),
+        ({"labels": torch.arange(10) - 1}, "labels run from -1 to 8, expected 0 to 9"),
+        ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\), std \(1.0,\), expected 1 each"),
+        ({"std": ()}, r"std \(\), expected 1 each"),
+        ({"std": (0.0,)}, r"std \(0.0,\), expected 1 each, every std above 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_data_set_that_does_not_fit_together_is_refused(
+    change: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"made-up train: .*{message}"):
+        replace(pictures(), **change)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-small"])
+def test_an_unknown_split_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} has no split 'val', expected .*: train, test"):
+        load_data(name, "val")
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'mnist', expected .*: fashion-mnist-small, fashion-mn"):
+        load_data("mnist")
+
+
+# The full set, from files
+
+
+@pytest.mark.parametrize("below", ["", "fashion-mnist", "FashionMNIST/raw"])
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
+)
+def test_the_full_set_is_read_from_plain_and_packed_files(
+    tmp_path: Path, below: str, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    written = write_idx(tmp_path / below, suffix=suffix, pack=pack)
+    for split, (images, labels) in written.items():
+        data = load_data("fashion-mnist", split, root=str(tmp_path))
+        np.testing.assert_array_equal(data.images.numpy()[:, 0], images)
+        np.testing.assert_array_equal(data.labels.numpy(), labels)
+
+
+def test_the_full_set_is_found_through_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write_idx(tmp_path)
+    monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path))
+    np.testing.assert_array_equal(load_data("fashion-mnist").labels.numpy(), written["train"][1])
+
+
+@pytest.mark.parametrize("place", ["debian/fashion-mnist", "cache/FashionMNIST/raw"])
+def test_the_full_set_is_found_where_debian_and_torchvision_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    written = write_idx(tmp_path / place)
+    monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path / "has no such set"))
+    np.testing.assert_array_equal(load_data("fashion-mnist").labels.numpy(), written["train"][1])
+
+
+def test_an_explicit_root_goes_before_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write_idx(tmp_path / "root")
+    write_idx(tmp_path / "environment", seeds=(3, 4))
+    monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path / "environment"))
+    data = load_data("fashion-mnist", root=tmp_path / "root")
+    np.testing.assert_array_equal(data.labels.numpy(), written["train"][1])
+
+
+def test_a_root_without_the_set_does_not_fall_back_to_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_idx(tmp_path / "environment")
+    monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path / "environment"))
+    with pytest.raises(ValueError, match="fashion-mnist was not found"):
+        load_data("fashion-mnist", root=tmp_path / "root")
+
+
+def test_a_missing_set_names_every_place_and_the_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [tmp_path / name for name in ("environment", "debian", "cache")]
+    monkeypatch.setenv("TOKENLEARNER_DATA", str(places[0]))
+    with pytest.raises(ValueError, match="fashion-mnist was not found") as caught:
+        load_data("fashion-mnist", "test")
+    ways = ["apt-get install dataset-fashion-mnist", "download=True", "root"]
+    for expected in [*map(str, places), *IDX_FILES["test"], *ways]:
+        assert expected in str(caught.value)
+
+
+def test_pictures_without_labels_count_as_missing(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(ValueError, match=r"expected .*train-labels-idx1-ubyte"):
+        load_data("fashion-mnist", root=tmp_path)
+
+
+def test_the_small_set_missing_in_a_given_root_says_to_pass_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fashion-mnist-small was not found.*; pass no root"):
+        load_data("fashion-mnist-small", root=tmp_path)
+
+
+# Downloading, with a stand-in for the network
+
+
+def test_download_fetches_a_missing_set_into_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(root: str, download: bool) -> None:
+        assert download
+        write_idx(Path(root) / "FashionMNIST" / "raw")
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch)
+    assert len(load_data("fashion-mnist", "test", root=tmp_path, download=True)) == 30
+
+
+def test_download_fetches_into_the_cache_when_no_root_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(root: str, download: bool) -> None:
+        write_idx(Path(root) / "FashionMNIST" / "raw")
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch)
+    load_data("fashion-mnist", download=True)
+    assert (tmp_path / "cache" / "FashionMNIST" / "raw").is_dir()
+
+
+def test_download_fetches_nothing_when_the_set_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_idx(tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", None)
+    assert len(load_data("fashion-mnist", root=tmp_path, download=True)) == 30
+
+
+def test_a_failed_download_says_why_and_names_the_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(root: str, download: bool) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch)
+    with pytest.raises(ValueError, match=r"could not be fetched .*no route to host.*apt-get"):
+        load_data("fashion-mnist", root=tmp_path, download=True)
+
+
+def test_importing_the_module_loads_neither_torchvision_nor_timm() -> None:
+    code = "import sys, tokenlearner.data; sys.exit(bool({'torchvision', 'timm'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:-1], r"has 615 bytes, expected 616 for the sizes \[30, 4, 5\]"),
+        (lambda raw: raw + b"x", "has 617 bytes, expected 616"),
+        (lambda raw: raw[:7], "has 7 bytes and starts with"),
+        (lambda raw: b"", "has 0 bytes and starts with"),
+        (lambda raw: b"\0\0\x08\x01" + raw[4:], r".*x08.x01', expected .*x08.x03'"),
+        (lambda raw: b"<htm" + raw[4:], "has 616 bytes and starts with b'<htm'"),
+    ],
+    ids=["cut", "too long", "no header", "empty", "labels for pictures", "a web page"],
+)
+def test_a_damaged_idx_file_is_named_with_what_was_expected(
+    tmp_path: Path, damage: Callable[[bytes], bytes], message: str
+) -> None:
+    write_idx(tmp_path)
+    path = tmp_path / IDX_FILES["train"][0]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} {message}.*replace it"):
+        load_data("fashion-mnist", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)], ids=["gz", "xz"]
+)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda packed: packed[: len(packed) // 2],
+        lambda packed: b"no archive",
+        lambda packed: packed[:10] + b"\xff" * 4 + packed[14:],
+        lambda packed: packed[:60] + bytes(b ^ 255 for b in packed[60:80]) + packed[80:],
+    ],
+    ids=["cut", "no archive", "changed early", "changed inside"],
+)
+def test_a_damaged_archive_is_named(
+    tmp_path: Path,
+    suffix: str,
+    pack: Callable[[bytes], bytes],
+    damage: Callable[[bytes], bytes],
+) -> None:
+    write_idx(tmp_path, suffix=suffix, pack=pack)
+    path = tmp_path / (IDX_FILES["train"][0] + suffix)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} cannot be unpacked"):
+        load_data("fashion-mnist", root=tmp_path)
+
+
+def test_a_file_without_pictures_is_refused(tmp_path: Path) -> None:
+    write_idx(tmp_path, per_class=0)
+    with pytest.raises(ValueError, match=r"images are torch.uint8 \[0, 1, 4, 5\]"):
+        load_data("fashion-mnist", root=tmp_path)
+
+
+# The script that made the bundled set
+
+
+def run_script(source: Path, out: Path, train: int = 2, test: int = 1) -> None:
+    make_fashion_mnist_small.main(
+        [str(source), str(out), "--train", str(train), "--test", str(test)]
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_script_gives_the_same_bytes_each_time_and_leaves_nothing_else(tmp_path: Path) -> None:
+    write_idx(tmp_path / "full", suffix=".gz", pack=gzip.compress)
+    run_script(tmp_path / "full", tmp_path / "one")
+    run_script(tmp_path / "full", tmp_path / "two")
+    run_script(tmp_path / "full", tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    names = {f"{name}.xz" for pair in IDX_FILES.values() for name in pair}
+    assert set(contents(tmp_path / "two")) == names | {"LICENSE", "README.md"}
+
+
+def test_the_script_takes_the_first_pictures_of_each_class_in_turn(tmp_path: Path) -> None:
+    images, labels = write_idx(tmp_path / "full")["train"]
+    run_script(tmp_path / "full", tmp_path / "small")
+    data = load_data("fashion-mnist-small", root=tmp_path / "small")
+    kept = [np.flatnonzero(labels == label)[turn] for turn in range(2) for label in range(10)]
+    np.testing.assert_array_equal(data.images.numpy()[:, 0], images[kept])
+    np.testing.assert_array_equal(data.labels.numpy(), labels[kept])
+
+
+def test_the_script_computes_mean_and_std_from_the_full_training_set(tmp_path: Path) -> None:
+    images, _ = write_idx(tmp_path / "full")["train"]
+    run_script(tmp_path / "full", tmp_path / "small")
+    readme = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    mean, std = (images / 255).mean(), (images / 255).std()
+    assert f"mean {mean:.6f} and standard deviation\n  {std:.6f}." in readme
+
+
+def test_the_bundled_readme_and_licence_are_those_the_script_writes(tmp_path: Path) -> None:
+    write_idx(tmp_path / "full")
+    run_script(tmp_path / "full", tmp_path / "small")
+    written, shipped = contents(tmp_path / "small"), contents(ASSETS)
+    words = [re.sub(rb"[\da-f.,]+", b"0", c["README.md"]) for c in (written, shipped)]
+    assert words[0] == words[1]
+    assert written["LICENSE"] == shipped["LICENSE"]
+
+
+@pytest.mark.parametrize(("train", "test"), [(4, 1), (2, 4), (0, 1)])
+def test_the_script_writes_nothing_when_a_class_has_too_few_pictures(
+    tmp_path: Path, train: int, test: int
+) -> None:
+    write_idx(tmp_path / "full")
+    with pytest.raises(SystemExit, match="pictures a class were asked for, expected 1 to 3"):
+        run_script(tmp_path / "full", tmp_path / "small", train, test)
+    assert not (tmp_path / "small").exists()
+
+
+def test_the_script_refuses_test_pictures_that_are_training_pictures(tmp_path: Path) -> None:
+    write_idx(tmp_path / "full", seeds=(1, 1))
+    with pytest.raises(SystemExit, match="10 test pictures are also training pictures"):
+        run_script(tmp_path / "full", tmp_path / "small")
+
+
+def test_the_script_names_a_source_that_lacks_the_files(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"not found: .* in {re.escape(str(tmp_path))}"):
+        run_script(tmp_path, tmp_path / "small")

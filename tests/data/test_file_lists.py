@@ -1,0 +1,198 @@
+"""Listing files: folders a class and lists, the order of both, and everything that is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from torchvision.datasets import ImageFolder
+
+from tokenlearner.data.file_lists import list_labeled_files
+
+ENDS = (".png", ".jpg")
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def make_folders(root: Path, train: str = "train", test: str = "val") -> Path:
+    """Classes cat and dog with a file each in both splits."""
+    touch(*(root / split / name / "0.png" for split in (train, test) for name in ("dog", "cat")))
+    return root
+
+
+def make_lists(root: Path, text: str, name: str = "train.csv") -> Path:
+    touch(*(root / f"{letter}.png" for letter in "abc"))
+    (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def refused(root: Path, message: str, split: str = "train") -> None:
+    with pytest.raises(ValueError, match=message):
+        list_labeled_files(root, split, ENDS)
+
+
+# Folders
+
+
+def test_files_and_classes_are_those_of_torchvision_in_its_order(tmp_path: Path) -> None:
+    names = ["b/1.png", "b/10.png", "b/2.JPG", "B/0.jpg", "a b/x.y/0.png"]
+    names += ["b/sub/0.png", "b/sub/z/0.png", "b/sub-x/0.png"]
+    touch(*(tmp_path / "train" / name for name in names))
+    theirs = ImageFolder(str(tmp_path / "train"))
+    paths, labels, classes = list_labeled_files(tmp_path, "train", ENDS)
+    assert list(zip(paths, labels, strict=True)) == theirs.samples
+    assert list(classes) == theirs.classes
+
+
+def test_only_the_extensions_asked_for_count_in_either_case(tmp_path: Path) -> None:
+    touch(*(tmp_path / "train" / "a" / name for name in ("0.PNG", "1.txt", "2.png.bak", "png")))
+    assert [Path(path).name for path in list_labeled_files(tmp_path, "train", ENDS)[0]] == ["0.PNG"]
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
+    names = ("a/0.png", "a/._0.png", "a/.cache/0.png", ".ipynb_checkpoints/0.png")
+    touch(*(tmp_path / "train" / name for name in names))
+    paths, _, classes = list_labeled_files(tmp_path, "train", ENDS)
+    assert (len(paths), classes) == (1, ("a",))
+
+
+def test_files_beside_the_class_folders_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path / "train" / "0.png", tmp_path / "train" / "a" / "0.png")
+    assert len(list_labeled_files(tmp_path, "train", ENDS)[0]) == 1
+
+
+def test_a_link_that_leads_back_does_not_hang_or_repeat(tmp_path: Path) -> None:
+    touch(tmp_path / "train" / "a" / "0.png")
+    os.symlink(tmp_path / "train" / "a", tmp_path / "train" / "a" / "again")
+    assert len(list_labeled_files(tmp_path, "train", ENDS)[0]) == 1
+
+
+def test_a_class_folder_may_be_a_link(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "train").mkdir()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "train" / "a")
+    assert len(list_labeled_files(tmp_path, "train", ENDS)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_the_held_out_split_may_have_any_usual_name(tmp_path: Path, name: str) -> None:
+    make_folders(tmp_path, test=name)
+    assert f"/{name}/" in list_labeled_files(tmp_path, "test", ENDS)[0][0]
+
+
+def test_val_goes_before_test(tmp_path: Path) -> None:
+    make_folders(make_folders(tmp_path), test="test")
+    assert "/val/" in list_labeled_files(tmp_path, "test", ENDS)[0][0]
+
+
+# Lists
+
+
+def test_a_list_gives_paths_from_the_root_in_its_order_and_sorted_classes(tmp_path: Path) -> None:
+    make_lists(tmp_path, "path,label\nb.png,zebra\na.png,ape\nc.png,zebra\n")
+    paths, labels, classes = list_labeled_files(tmp_path, "train", ENDS)
+    assert paths == [str(tmp_path / f"{letter}.png") for letter in "bac"]
+    assert (labels, classes) == ([1, 0, 1], ("ape", "zebra"))
+
+
+def test_a_list_may_hold_quotes_spaces_empty_lines_a_mark_and_whole_paths(tmp_path: Path) -> None:
+    whole = tmp_path / "else, where" / "0.gif"
+    touch(whole)
+    make_lists(tmp_path, f'\ufeffpath, label\n\n"{whole}", big cat\r\na.png,dog\n')
+    paths, labels, classes = list_labeled_files(tmp_path, "train", ENDS)
+    assert paths == [str(whole), str(tmp_path / "a.png")]
+    assert (labels, classes) == ([0, 1], ("big cat", "dog"))
+
+
+def test_a_list_goes_before_a_folder_of_its_name(tmp_path: Path) -> None:
+    make_lists(make_folders(tmp_path), "path,label\ntrain/cat/0.png,dog\na.png,cat\n")
+    assert list_labeled_files(tmp_path, "train", ENDS)[1] == [1, 0]
+
+
+def test_a_list_and_a_folder_can_be_the_two_splits(tmp_path: Path) -> None:
+    touch(tmp_path / "val" / "cat" / "0.png")
+    make_lists(tmp_path, "path,label\na.png,cat\n")
+    assert list_labeled_files(tmp_path, "test", ENDS)[2] == ("cat",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "does not start with the line path,label"),
+        ("a.png,cat\n", "does not start with the line path,label"),
+        ("path,label\n", "lists no file"),
+        ("path,label\na.png\nb.png,cat\n", "has line 2 without a path and a label"),
+        ("path,label\nb.png,cat\n\na.png,\n", "has line 4 without a path and a label"),
+        ("path,label\na.png,cat,1\n", "has line 2 without"),
+        ("path,label\na.png,cat\nz.png,dog\n", r"not there: \S+z.png \(line 3\); correct"),
+        ("path,label\n" + "z.png,cat\n" * 8, r"\(line 6\) and 3 more; correct"),
+        ('path,label\n"a.png,' + "x" * 140_000, "cannot be read as a list .*field larger"),
+    ],
+    ids=["empty", "no header", "no row", "one cell", "no label", "3 cells", "gone", "many", "csv"],
+)
+def test_a_list_that_is_not_one_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    refused(make_lists(tmp_path, text), re.escape(str(tmp_path / "train.csv")) + f" .*{message}")
+
+
+def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes(b"path,label\n\xff\xfe,cat\n")
+    refused(tmp_path, r"train\.csv cannot be read as a list .*UTF-8")
+
+
+# Refusals
+
+
+def test_a_root_that_is_missing_or_a_file_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path / "file")
+    refused(tmp_path / "none", "none is not there, expected a folder; make train/ and val/")
+    refused(tmp_path / "file", "file is a file, expected a folder")
+
+
+def test_a_missing_split_names_what_was_looked_for(tmp_path: Path) -> None:
+    touch(tmp_path / "train" / "cat" / "0.png")
+    looked = (
+        "val/ or val.csv, valid/ or valid.csv, validation/ or validation.csv, test/ or test.csv"
+    )
+    refused(tmp_path, f"nothing for split 'test', expected {looked}; make train/", split="test")
+
+
+def test_a_folder_of_classes_without_splits_says_how_to_split_it(tmp_path: Path) -> None:
+    touch(*(tmp_path / name / "0.png" for name in ("cat", "dog")))
+    refused(tmp_path, "it holds cat, dog: if these are classes, make train/ and val/")
+
+
+def test_a_split_without_class_folders_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path / "train" / "0.png")
+    refused(tmp_path, "train holds no folder; make one for each class")
+
+
+def test_a_class_folder_without_files_is_named(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    touch(tmp_path / "train" / "bird" / "0.txt")
+    refused(tmp_path, r"train/bird holds no file that ends in \.png, \.jpg")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_splits_with_different_classes_are_refused_from_either_side(
+    tmp_path: Path, split: str
+) -> None:
+    make_folders(tmp_path)
+    touch(tmp_path / "train" / "bird" / "0.png", tmp_path / "val" / "emu" / "0.png")
+    refused(tmp_path, "different classes: ", split)
+    refused(tmp_path, "/val lacks bird[;]", split)
+    refused(tmp_path, "/train lacks emu[;]", split)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_lists_with_different_classes_are_refused_from_either_side(
+    tmp_path: Path, split: str
+) -> None:
+    make_lists(tmp_path, "path,label\na.png,cat\nb.png,dog\n")
+    make_lists(tmp_path, "path,label\na.png,cat\n", "val.csv")
+    refused(tmp_path, r"different classes: \S+/val\.csv lacks dog; both", split)

@@ -1,0 +1,420 @@
+"""Sets of torchvision and of Hugging Face datasets, made small on this disk."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import timm.data
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from tokenlearner.data.dataset import UnreadableFile
+from tokenlearner.data.factory import load_data
+from tokenlearner.data.hub_datasets import TORCH_SETS
+from tokenlearner.data.image_folder import ImageFileDataset
+from tokenlearner.data.iterable import StreamDataset
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test asks the Hub; datasets draws no progress bars.
+
+    HF_HUB_OFFLINE would come too late where another test has loaded huggingface_hub.
+    """
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def grey(value: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (value,) * 3)
+
+
+def load(name: str, split: str = "train", **wanted: object) -> ImageFileDataset:
+    return load_data(name, split, **{"img_size": 8, **wanted})
+
+
+def stream(name: str, split: str = "train", **wanted: object) -> StreamDataset:
+    return load_data(name, split, **{"img_size": 8, **wanted})
+
+
+def values(data: ImageFileDataset) -> list[int]:
+    return [data.read(i).getpixel((0, 0))[0] for i in range(len(data))]  # type: ignore[index]
+
+
+# torchvision
+
+
+@pytest.fixture
+def fashion(tmp_path: Path) -> Path:
+    """Fashion-MNIST of 4 and 2 pictures, in torchvision's folder; picture i is of the grey i."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem, labels in (("train", [3, 0, 9, 3]), ("t10k", [7, 0])):
+        images = np.arange(len(labels), dtype=np.uint8)[:, None, None] + np.zeros((28, 28), "u1")
+        for kind, array in (("images-idx3", images), ("labels-idx1", np.array(labels, "u1"))):
+            head = struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape)
+            (raw / f"{stem}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    return tmp_path
+
+
+def test_a_torchvision_set_has_its_pictures_labels_and_classes(fashion: Path) -> None:
+    data = load("torch/fashion_mnist", root=fashion)
+    assert (values(data), data.labels.tolist()) == ([0, 1, 2, 3], [3, 0, 9, 3])
+    assert list(data.classes) == torchvision.datasets.FashionMNIST.classes
+    assert (data.name, data.split, len(data)) == ("torch/fashion_mnist", "train", 4)
+
+
+def test_the_held_out_split_of_torchvision_is_its_test_part(fashion: Path) -> None:
+    assert load("torch/fashion_mnist", "test", root=fashion).labels.tolist() == [7, 0]
+
+
+def test_a_torchvision_set_gives_batches_in_the_wanted_shape(fashion: Path) -> None:
+    ((images, labels),) = load("torch/fashion_mnist", root=fashion, in_chans=1).batches(9)
+    assert images.shape == (4, 1, 8, 8)
+    assert labels.tolist() == [3, 0, 9, 3]
+
+
+def test_cifar_is_read_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [f"data_batch_{i}" for i in range(1, 6)]
+    for number, name in enumerate([*names, "test_batch"]):
+        pixels = np.repeat(np.array([[number, 50, 99]], "u1"), 1024, 1)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [number]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [*"abcdefghij"]}))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    data = load("torch/cifar10", root=tmp_path)
+    assert data.read(3).getpixel((0, 0)) == (3, 50, 99)
+    assert (data.labels.tolist(), data.classes) == ([0, 1, 2, 3, 4], tuple("abcdefghij"))
+
+
+def made_up(monkeypatch: pytest.MonkeyPatch, n: int = 3, **attributes: object) -> None:
+    """timm gives a set of pictures i with the labels 2 - i."""
+
+    class MadeUp(SimpleNamespace):
+        reads = 0
+
+        def __len__(self) -> int:
+            return n
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return grey(index), 2 - index
+
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *args, **kw: MadeUp(**attributes))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "labels", "classes"),
+    [
+        ({"targets": [1, 0, 1]}, [1, 0, 1], "01"),
+        ({"targets": torch.tensor([[1, 9], [0, 8], [1, 7]])}, [1, 0, 1], "01"),
+        ({"index": [(1, "a.jpg"), (0, "b.jpg"), (2, "c.jpg")]}, [1, 0, 2], "012"),
+        ({}, [2, 1, 0], "012"),
+        ({"targets": [1, 0, 1], "classes": ["x", "y", "z"]}, [1, 0, 1], "xyz"),
+    ],
+    ids=["targets", "qmnist", "inaturalist", "read once", "classes"],
+)
+def test_labels_and_classes_are_found_where_torchvision_keeps_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attributes: dict[str, object],
+    labels: list[int],
+    classes: str,
+) -> None:
+    made_up(monkeypatch, **attributes)
+    data = load("torch/mnist", root=tmp_path)
+    assert (data.labels.tolist(), "".join(data.classes)) == (labels, classes)
+
+
+def test_classes_of_several_names_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(monkeypatch, targets=[0, 1, 0], classes=[("tench", "Tinca tinca"), ("goldfish",)])
+    assert load("torch/imagenet", root=tmp_path).classes == ("tench, Tinca tinca", "goldfish")
+
+
+def test_numbered_classes_are_as_many_as_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(monkeypatch, targets=[0, 1, 0])
+    assert load("torch/mnist", root=tmp_path, num_classes=4).classes == tuple("0123")
+
+
+def test_timm_gets_the_download_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def create(*args: object, download: bool) -> object:
+        asked.append((*args, download))
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(timm.data, "create_dataset", create)
+    for split, download in (("train", True), ("test", False)):
+        with pytest.raises(ValueError, match="no route to host"):
+            load("torch/mnist", split, root=tmp_path, download=download)
+    place = str(tmp_path)
+    assert asked == [
+        ("torch/mnist", place, "train", True),
+        ("torch/mnist", place, "validation", False),
+    ]
+
+
+def test_a_broken_torchvision_picture_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(monkeypatch, targets=[0, 1, 0])
+    data = load("torch/mnist", root=tmp_path)
+    monkeypatch.setattr(type(data.source.dataset), "__getitem__", lambda self, i: 1 / 0)  # type: ignore[attr-defined]
+    with pytest.raises(
+        UnreadableFile, match=r"picture 1 of torch/mnist train cannot be read .*Zero"
+    ):
+        data.read(1)
+
+
+def test_a_torchvision_set_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read cifar10 in \S+ \(.*\); pass download=True"):
+        load("torch/cifar10", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nothing", "image_folder"])
+def test_an_unknown_torchvision_set_lists_the_known_ones(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"torchvision set '{name}', expected .*cifar10, cifar"):
+        load(f"torch/{name}", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", TORCH_SETS)
+def test_timm_knows_every_name_that_is_listed(tmp_path: Path, name: str) -> None:
+    """It then misses the files, which is what torchvision says."""
+    with pytest.raises(ValueError, match="cannot read") as caught:
+        load(f"torch/{name}", root=tmp_path)
+    assert "Unknown" not in str(caught.value)
+
+
+def test_torchvision_needs_a_root() -> None:
+    with pytest.raises(ValueError, match="needs torchvision's folder of data; pass root"):
+        load("torch/cifar10")
+
+
+@pytest.mark.parametrize("name", ["torch/", "hfds/", "hfids"])
+def test_a_library_without_a_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name!r} names no data set; write one behind"):
+        load(name)
+
+
+# Hugging Face datasets
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    grey(value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of cats and dogs, as datasets reads them: 6 to train, 4 to validate, 2 to test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "birds"
+    for split, n in (("train", 6), ("validation", 4), ("test", 2)):
+        for number in range(n):
+            place = root / split / ("cat", "dog")[2 * number // n]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number}.png").write_bytes(png(10 * number))
+    return root
+
+
+def write_parquet(root: Path, features: datasets.Features | None = None, files: int = 4) -> Path:
+    """Files of 5 rows each: picture i is grey of the value i, and its label is i."""
+    root.mkdir()
+    if features is None:
+        names = [str(i) for i in range(5 * files)]
+        features = datasets.Features(img=datasets.Image(), kind=datasets.ClassLabel(names=names))
+    image, label = features
+    for file in range(files):
+        numbers = range(5 * file, 5 * file + 5)
+        rows = {image: [{"bytes": png(i), "path": None} for i in numbers]}
+        rows[label] = [*(map(str, numbers) if "string" in str(features[label]) else numbers)]
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(str(root / f"train-{file:05}-of-{files:05}.parquet"))
+    return root
+
+
+@pytest.fixture
+def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return write_parquet(tmp_path / "numbers")
+
+
+def test_a_local_folder_is_read_by_datasets(folder: Path) -> None:
+    data = load(f"hfds/{folder}")
+    assert sorted(values(data)) == [0, 10, 20, 30, 40, 50]
+    assert data.labels.tolist() == [value // 30 for value in values(data)]
+    assert (data.classes, data.name) == (("cat", "dog"), f"hfds/{folder}")
+
+
+def test_the_held_out_split_of_datasets_is_validation_before_test(folder: Path) -> None:
+    assert len(load(f"hfds/{folder}", "test")) == 4
+
+
+def test_columns_are_found_by_their_kind(parquet: Path) -> None:
+    data = load(f"hfds/{parquet}")
+    assert values(data) == data.labels.tolist() == list(range(20))
+    assert data.classes == tuple(map(str, range(20)))
+
+
+def test_words_as_labels_become_sorted_classes(tmp_path: Path, parquet: Path) -> None:
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
+    data = load(f"hfds/{write_parquet(tmp_path / 'words', features, files=3)}")
+    assert data.classes == tuple(sorted(map(str, range(15))))
+    assert [data.classes[label] for label in data.labels] == list(map(str, values(data)))
+
+
+def test_numbers_as_labels_become_numbered_classes(tmp_path: Path, parquet: Path) -> None:
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    data = load(f"hfds/{write_parquet(tmp_path / 'numbered', features, files=1)}")
+    assert data.classes == tuple("01234")
+
+
+def test_root_is_where_datasets_keeps_what_it_makes(folder: Path, tmp_path: Path) -> None:
+    load(f"hfds/{folder}", root=tmp_path / "kept")
+    assert list((tmp_path / "kept").rglob("*.arrow"))
+
+
+def test_a_broken_picture_of_datasets_is_named(folder: Path) -> None:
+    (folder / "train" / "dog" / "4.png").write_bytes(b"no picture")
+    data = load(f"hfds/{folder}")
+    with pytest.raises(UnreadableFile, match=r"picture \d of hfds/\S+ train cannot be read"):
+        values(data)
+    assert sum(len(labels) for _, labels in data.batches(4)) == 5
+
+
+def test_a_set_without_the_split_names_those_it_has(parquet: Path) -> None:
+    with pytest.raises(ValueError, match=r"no split 'test', expected validation .*its train"):
+        load(f"hfds/{parquet}", "test")
+
+
+def test_labels_below_0_are_refused(tmp_path: Path, parquet: Path) -> None:
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    root = tmp_path / "hidden"
+    root.mkdir()
+    rows = {"image": [{"bytes": png(1), "path": None}], "label": [-1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(root / "train.parquet"))
+    with pytest.raises(ValueError, match="a label is -1, expected 0 or more"):
+        load(f"hfds/{root}")
+
+
+def test_a_set_without_pictures_names_its_columns(tmp_path: Path, parquet: Path) -> None:
+    root = tmp_path / "text"
+    root.mkdir()
+    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(str(root / "t.parquet"))
+    with pytest.raises(ValueError, match="has the columns text, label, expected one of pictures"):
+        load(f"hfds/{root}")
+
+
+@pytest.mark.parametrize("kind", ["hfds", "hfids"])
+def test_a_set_that_cannot_be_had_gives_the_librarys_reason(parquet: Path, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot load {kind}/no/such .*Offline.*; pass the name"):
+        load(f"{kind}/no/such")
+
+
+def test_without_datasets_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"needs datasets; run pip install 'tokenlearner\[data\]"):
+        load("hfds/any")
+
+
+# Streams of Hugging Face datasets
+
+
+def value(image: Image.Image) -> Tensor:
+    return torch.full((3, 8, 8), float(image.getpixel((0, 0))[0]))  # type: ignore[index]
+
+
+def seen(data: StreamDataset, size: int = 4, **options: object) -> list[int]:
+    """The labels of an epoch, which are those of their pictures."""
+    found = []
+    usual = {"epoch": 0, "seed": 0, "workers": 0}
+    for batch in data.stream(value, size, **{**usual, **options}):  # type: ignore[arg-type]
+        assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels)
+        found += batch.labels.tolist()
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_of_a_stream_has_every_picture_once(parquet: Path, workers: int) -> None:
+    data = stream(f"hfids/{parquet}", num_samples=20)
+    order = seen(data, workers=workers)
+    assert sorted(order) == list(range(20))
+    assert order == seen(data, workers=workers)
+
+
+def test_every_epoch_and_seed_of_a_stream_has_an_order_of_its_own(parquet: Path) -> None:
+    data = stream(f"hfids/{parquet}", num_samples=20)
+    orders = [seen(data), seen(data, epoch=1), seen(data, seed=1), list(range(20))]
+    assert len(set(map(tuple, orders))) == 4
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_a_stream_without_overlap(
+    parquet: Path, workers: int, num_processes: int
+) -> None:
+    """3 processes share 4 files picture by picture."""
+    data = stream(f"hfids/{parquet}", num_samples=20)
+    parts = [
+        seen(data, size=6, workers=workers, process=i, num_processes=num_processes)
+        for i in range(num_processes)
+    ]
+    together = [label for part in parts for label in part]
+    assert len(together) == len(set(together)) == 6 * num_processes * (20 // (6 * num_processes))
+
+
+def test_a_stream_has_classes_and_is_judged_in_order(parquet: Path) -> None:
+    data = stream(f"hfids/{parquet}")
+    assert data.classes == tuple(map(str, range(20)))
+    assert [labels.tolist() for _, labels in data.batches(15)] == [[*range(15)], [*range(15, 20)]]
+
+
+def test_a_broken_picture_of_a_stream_is_reported(folder: Path) -> None:
+    (folder / "train" / "cat" / "1.png").write_bytes(b"no picture")
+    (batch,) = stream(f"hfids/{folder}").plain_stream(9)
+    assert len(batch.labels) == 5
+    assert re.match(r"picture \d of hfids/\S+ train cannot be read", batch.broken[0])
+
+
+def test_the_length_of_a_stream_is_asked_for(parquet: Path) -> None:
+    with pytest.raises(ValueError, match="does not tell how long it is; pass num_samples"):
+        len(stream(f"hfids/{parquet}"))
+
+
+def test_the_classes_of_a_stream_are_asked_for(tmp_path: Path, parquet: Path) -> None:
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    root = write_parquet(tmp_path / "numbered", features, files=1)
+    with pytest.raises(ValueError, match="does not tell how many classes it has; pass num_cl"):
+        stream(f"hfids/{root}")
+    assert stream(f"hfids/{root}", num_classes=5).classes == tuple("01234")
+
+
+def test_words_as_labels_of_a_stream_are_refused(tmp_path: Path, parquet: Path) -> None:
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
+    root = write_parquet(tmp_path / "words", features, files=1)
+    with pytest.raises(ValueError, match="has label '0', expected a number"):
+        stream(f"hfids/{root}", num_classes=5)

@@ -1,0 +1,270 @@
+"""Pictures in files: how they are decoded, made plain, batched, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from tokenlearner.data.dataset import UnreadableFile
+from tokenlearner.data.factory import load_data
+from tokenlearner.data.image_folder import ImageFileDataset, decoded
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def grey(value: int, h: int = 40, w: int = 48) -> Image.Image:
+    return Image.new("RGB", (w, h), (value,) * 3)
+
+
+def save(image: Image.Image, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Splits train and val of classes cat and dog, whose pictures are grey: 0, 10, 20 and so on."""
+    for split in ("train", "val"):
+        for number in range(6):
+            name = ("cat", "dog")[number // 3]
+            save(grey(10 * number), tmp_path / split / name / f"{number}.png")
+    return tmp_path
+
+
+def load(root: Path, split: str = "train", **wanted: object) -> ImageFileDataset:
+    return load_data("folder", split, root=root, **{"img_size": 16, **wanted})
+
+
+def values(data: ImageFileDataset) -> list[int]:
+    """The grey values of the pictures, which tell which they are."""
+    return [data.read(i).getpixel((0, 0))[0] for i in range(len(data))]  # type: ignore[index]
+
+
+def as_file(image: Image.Image, kind: str, **options: object) -> Callable[[], Image.Image]:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return lambda: Image.open(io.BytesIO(buffer.getvalue()))
+
+
+def pixel(image: Image.Image, kind: str = "PNG", in_chans: int = 3, **options: object) -> object:
+    return decoded(as_file(image, kind, **options), "it", in_chans).getpixel((0, 0))
+
+
+# What a folder gives
+
+
+def test_a_folder_has_pictures_labels_and_classes(root: Path) -> None:
+    data = load(root)
+    assert values(data) == [0, 10, 20, 30, 40, 50]
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (data.name, data.split, data.classes) == ("folder", "train", ("cat", "dog"))
+
+
+def test_a_list_has_pictures_and_labels(root: Path) -> None:
+    (root / "train.csv").write_text("path,label\nval/dog/5.png,cat\ntrain/cat/1.png,dog\n")
+    data = load(root)
+    assert (values(data), data.labels.tolist()) == ([50, 10], [0, 1])
+
+
+def test_pictures_are_colour_at_224_unless_told_otherwise(root: Path) -> None:
+    data = load_data("folder", root=root)
+    assert data.shape == data.plain(data.read(0)).shape == (3, 224, 224)
+
+
+def test_mean_and_std_are_those_of_imagenet(root: Path) -> None:
+    assert (load(root).mean, load(root).std) == (MEAN, STD)
+
+
+def test_grey_takes_the_mean_of_imagenets_numbers(root: Path) -> None:
+    data = load(root, in_chans=1)
+    assert data.mean == pytest.approx([np.mean(MEAN)])
+    assert data.std == pytest.approx([np.mean(STD)])
+    expected = (20 / 255 - np.mean(MEAN)) / np.mean(STD)
+    assert data.plain(data.read(2)).numpy() == pytest.approx(np.full((1, 16, 16), expected))
+
+
+def test_plain_is_timms_transform_for_evaluation(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    save(Image.fromarray(noise), tmp_path / "train" / "a" / "0.png")
+    data = load(tmp_path, img_size=32, crop_pct=0.8)
+    theirs = create_transform(
+        32, interpolation="bicubic", crop_pct=0.8, mean=data.mean, std=data.std
+    )
+    torch.testing.assert_close(data.plain(data.read(0)), theirs(Image.fromarray(noise)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_in_order_and_whole(root: Path, workers: int) -> None:
+    batches = list(load(root, workers=workers).batches(4))
+    assert [labels.tolist() for _, labels in batches] == [[0, 0, 0, 1], [1, 1]]
+    firsts = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
+    expected = (torch.arange(6) * 10 / 255 - MEAN[0]) / STD[0]
+    torch.testing.assert_close(firsts, expected)
+
+
+def test_batches_leave_out_what_cannot_be_read(root: Path) -> None:
+    (root / "train" / "cat" / "1.png").write_bytes(b"")
+    batches = list(load(root).batches(3))
+    assert [labels.tolist() for _, labels in batches] == [[0, 0], [1, 1, 1]]
+
+
+def test_a_batch_size_below_1_is_refused_at_once(root: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size is 0, expected 1 or more"):
+        load(root).batches(0)
+
+
+# Samples
+
+
+def test_a_smaller_sample_is_the_first_of_a_larger_one_and_keeps_labels(root: Path) -> None:
+    three, five = load(root).sample(3, seed=1), load(root).sample(5, seed=1)
+    assert values(three) == values(five)[:3]
+    assert five.labels.tolist() == [value // 30 for value in values(five)]
+
+
+def test_a_sample_is_drawn_by_its_seed_each_picture_once(root: Path) -> None:
+    one, two = (values(load(root).sample(6, seed)) for seed in (0, 1))
+    assert sorted(one) == sorted(two) == values(load(root))
+    assert one != two
+
+
+def test_a_sample_of_a_sample_stays_in_it(root: Path) -> None:
+    part = load(root).sample(3)
+    assert set(values(part.sample(2, seed=5))) < set(values(part))
+
+
+@pytest.mark.parametrize("n", [0, 7])
+def test_a_sample_of_no_or_too_many_pictures_is_refused(root: Path, n: int) -> None:
+    with pytest.raises(ValueError, match=f"folder has 6 pictures, {n} are asked for"):
+        load(root).sample(n)
+
+
+# Kinds of pictures
+
+
+def test_grey_of_16_bits_keeps_its_upper_8(tmp_path: Path) -> None:
+    image = Image.fromarray(np.full((2, 2), 0x80FF, np.uint16))
+    assert pixel(image) == (128,) * 3
+    assert pixel(image, in_chans=1) == 128
+    assert pixel(image, kind="TIFF") == (128,) * 3
+
+
+def test_transparent_pictures_are_laid_on_white() -> None:
+    assert pixel(Image.new("RGBA", (2, 2), (0, 0, 0, 0))) == (255,) * 3
+    assert pixel(Image.new("LA", (2, 2), (0, 0)), in_chans=1) == 255
+    assert pixel(Image.new("RGBA", (2, 2), (9, 8, 7, 255))) == (9, 8, 7)
+
+
+def test_a_transparent_colour_of_a_palette_is_laid_on_white() -> None:
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([200, 0, 0, 0, 90, 0])
+    assert pixel(image) == (0, 90, 0)
+    assert pixel(image, transparency=1) == (255,) * 3
+    assert pixel(image, transparency=bytes([255, 0])) == (255,) * 3
+
+
+def test_cmyk_becomes_colour() -> None:
+    red, green, blue = pixel(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind="JPEG")  # type: ignore[misc]
+    assert red > 230
+    assert max(green, blue) < 50
+
+
+def test_black_and_white_becomes_grey() -> None:
+    assert pixel(Image.new("1", (2, 2), 1), in_chans=1) == 255
+
+
+def test_a_rotation_in_exif_is_not_made() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    assert decoded(as_file(grey(0, h=4, w=8), "JPEG", exif=exif), "it", 3).size == (8, 4)
+
+
+# Broken files
+
+HUGE = b"IHDR" + struct.pack(">2I5B", 65536, 65536, 8, 2, 0, 0, 0)
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def damaged(kind: str, damage: Callable[[bytes], bytes]) -> bytes:
+    buffer = io.BytesIO()
+    NOISE.save(buffer, kind)
+    return damage(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no picture",
+        damaged("PNG", lambda raw: raw[: len(raw) // 2]),
+        damaged("JPEG", lambda raw: raw[: len(raw) // 2]),
+        damaged("PNG", lambda raw: raw[:60] + b"\0" * 40 + raw[100:]),
+        damaged(
+            "PNG", lambda raw: raw[:12] + HUGE + struct.pack(">I", zlib.crc32(HUGE)) + raw[33:]
+        ),
+        damaged("TIFF", lambda raw: raw[:4] + b"\xff" * 200 + raw[204:]),
+    ],
+    ids=["empty", "text", "cut png", "cut jpeg", "changed png", "bomb", "tiff"],
+)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+def test_a_broken_picture_is_named_with_the_reason(root: Path, content: bytes) -> None:
+    path = root / "train" / "dog" / "4.png"
+    path.write_bytes(content)
+    with pytest.raises(
+        UnreadableFile, match=re.escape(str(path)) + r" cannot be read .*\(\w+: .+\)"
+    ):
+        load(root).read(4)
+
+
+def test_a_picture_that_is_gone_is_broken(root: Path) -> None:
+    data = load(root)
+    (root / "train" / "dog" / "4.png").unlink()
+    with pytest.raises(UnreadableFile, match=r"4\.png cannot be read .*FileNotFoundError"):
+        data.read(4)
+
+
+def test_a_set_is_loaded_when_one_of_the_first_ten_can_be_read(root: Path) -> None:
+    for number in range(5):
+        (root / "train" / ("cat", "dog")[number // 3] / f"{number}.png").write_bytes(b"")
+    assert len(load(root)) == 6
+
+
+def test_a_set_of_which_none_of_the_first_ten_can_be_read_is_refused(root: Path) -> None:
+    for number in range(12):
+        path = root / "train" / "ant" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        save(grey(0), root / "val" / "ant" / f"{number}.png")
+    with pytest.raises(ValueError, match=r"folder train: none of the first 10 .*ant/0\.png"):
+        load(root)
+
+
+def test_only_one_picture_is_opened_when_a_set_is_loaded(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: (opened.append(path), real(path))[1])
+    load(root)
+    assert len(opened) == 1
+
+
+def test_a_folder_without_a_root_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"folder needs the folder that holds .*; pass root"):
+        load_data("folder")
+
+
+def test_a_folder_that_does_not_fit_is_refused_through_load_data(root: Path) -> None:
+    (root / "val" / "emu").mkdir()
+    with pytest.raises(ValueError, match="train lacks emu"):
+        load(root)

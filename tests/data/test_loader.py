@@ -1,0 +1,293 @@
+"""Batches: every picture once an epoch, the same whoever reads them, whatever cannot be read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tokenlearner import TrainConfig
+from tokenlearner.data.dataset import UnreadableFile
+from tokenlearner.data.factory import ImageDataset
+from tokenlearner.data.loader import (
+    MAX_TRIES,
+    Batch,
+    SampleKey,
+    epoch_keys,
+    epoch_order,
+    eval_batches,
+    load_batches,
+)
+from tokenlearner.data.transforms import train_transform
+from tokenlearner.utils.random import derive_seed, fixed_seed
+
+
+def pictures(n: int = 12) -> ImageDataset:
+    """Noise of 8 x 8 pixels; the label of picture i is i."""
+    images = torch.randint(0, 256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    classes = tuple(map(str, range(n)))
+    return ImageDataset("noise", "train", images, torch.arange(n), classes, (0.5,) * 3, (0.2,) * 3)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Pictures as if in files, some of which are broken."""
+
+    data: ImageDataset
+    bad: frozenset[int] = frozenset()
+
+    name, split = "files", "train"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("take", "data", "__setstate__"):  # no set in memory
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, index: int) -> Any:
+        if index in self.bad:
+            raise UnreadableFile(f"{index}.jpg is empty")
+        return self.data.read(index)
+
+
+def files(n: int = 12, bad: Iterable[int] = ()) -> Any:
+    return Files(pictures(n), frozenset(bad))
+
+
+def indices(keys: Iterable[list[SampleKey]]) -> list[list[int]]:
+    return [[key.index for key in batch] for batch in keys]
+
+
+def states() -> list[Any]:
+    kind, keys, *rest = np.random.get_state()
+    return [random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()]  # type: ignore[attr-defined]
+
+
+# --- which pictures -----------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_picture_once() -> None:
+    batches = indices(epoch_keys(12, 4, seed=0, epoch=0))
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert sorted(chain.from_iterable(batches)) == list(range(12))
+
+
+def test_what_is_left_of_an_epoch_makes_no_batch() -> None:
+    batches = indices(epoch_keys(14, 4, seed=0, epoch=0))
+    assert len(batches) == 3
+    assert len({*chain.from_iterable(batches)}) == 12
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
+    orders = {tuple(epoch_order(50, s, e).tolist()) for s in range(3) for e in range(3)}
+    assert len(orders) == 9
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_an_order_does_not_depend_on_torchs_random_state() -> None:
+    first = epoch_order(50, 0, 1)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert torch.equal(epoch_order(50, 0, 1), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_the_parts_of_processes_make_up_the_batches(num_processes: int) -> None:
+    whole = list(epoch_keys(26, 6, seed=3, epoch=2))
+    parts = [
+        epoch_keys(26, 6, seed=3, epoch=2, process=i, num_processes=num_processes)
+        for i in range(num_processes)
+    ]
+    assert [[*chain.from_iterable(batch)] for batch in zip(*parts, strict=True)] == whole
+
+
+def test_what_was_trained_on_is_left_out_and_nothing_else() -> None:
+    whole = list(epoch_keys(26, 6, seed=3, epoch=2))
+    for start in range(5):
+        assert list(epoch_keys(26, 6, seed=3, epoch=2, start=start)) == whole[start:]
+
+
+def test_every_picture_of_every_epoch_has_a_seed_of_its_own() -> None:
+    keys = [key for e in range(3) for batch in epoch_keys(20, 5, seed=0, epoch=e) for key in batch]
+    assert len({key.seed for key in keys}) == 60
+
+
+def test_a_seed_depends_on_all_its_numbers_and_their_order() -> None:
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
+    assert (
+        len(
+            {derive_seed(1, 2, 3), derive_seed(3, 2, 1), derive_seed(2, 2, 3), derive_seed(1, 2, 4)}
+        )
+        == 4
+    )
+
+
+# --- drawing from a seed ------------------------------------------------------------------------
+
+
+def drawn() -> tuple[float, float, float]:
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    values = []
+    for seed in (5, 5, 6):
+        with fixed_seed(seed):
+            values.append(drawn())
+    assert values[0] == values[1]
+    assert all(a != b for a, b in zip(values[0], values[2], strict=True))
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_random_states_come_back_as_they_were(error: bool) -> None:
+    drawn()
+    before = states()
+    try:
+        with fixed_seed(2**40):
+            drawn()
+            if error:
+                raise KeyError
+    except KeyError:
+        pass
+    assert states() == before
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read(data: Any, *, workers: int = 0, processes: int = 1, **options: Any) -> Batch:
+    """All batches of an epoch on one pile, with random changes."""
+    asked = TrainConfig(scale=[0.3, 1.0], hflip=0.5, aa="rand-m9-mstd0.5", reprob=0.5)
+    change = train_transform(asked, data)
+    parts = [
+        list(
+            load_batches(
+                data,
+                epoch_keys(12, 4, seed=1, epoch=1, process=i, num_processes=processes),
+                change,
+                workers=workers,
+                **options,
+            )
+        )
+        for i in range(processes)
+    ]
+    batches = [batch for step in zip(*parts, strict=True) for batch in step]
+    images, labels = (torch.cat([getattr(b, k) for b in batches]) for k in ("images", "labels"))
+    return Batch(images, labels, sum((batch.broken for batch in batches), ()))
+
+
+def test_random_changes_are_the_same_whoever_reads() -> None:
+    alone = read(files())
+    torch.manual_seed(99)
+    for several in (read(files(), workers=2), read(files(), processes=2)):
+        assert torch.equal(several.labels, alone.labels)
+        assert torch.equal(several.images, alone.images)
+
+
+def test_the_changes_are_random_ones() -> None:
+    batch = read(files())
+    plain = torch.stack([pictures().take(label[None])[0][0] for label in batch.labels])
+    assert not (batch.images == plain).flatten(1).all(1).any()
+
+
+def test_reading_leaves_the_random_states_alone() -> None:
+    before = states()
+    read(files(), workers=1)
+    read(files())
+    assert states() == before
+
+
+class Drawing(Files):
+    """Files of which a random part is read, as of films."""
+
+    def read(self, index: int) -> Any:
+        return super().read(int(torch.randint(12, ())))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_read_at_random_is_drawn_from_the_pictures_seed(workers: int) -> None:
+    data: Any = Drawing(pictures())
+    first, again, other = (
+        next(load_batches(data, [[SampleKey(0, seed), SampleKey(1, 9)]], workers=workers)).images
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], other[0])
+    assert torch.equal(first[1], other[1])
+
+
+def test_a_set_in_memory_gives_the_same_as_one_in_files() -> None:
+    keys = [[SampleKey(3), SampleKey(1)], [SampleKey(0)]]
+    for a, b in zip(load_batches(pictures(), keys), load_batches(files(), keys), strict=True):
+        torch.testing.assert_close(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_plain_batches_are_all_pictures_in_order() -> None:
+    batches = list(eval_batches(files(bad=[0, 1, 4]), 2, workers=1))
+    assert [labels.tolist() for _, labels in batches] == [[2, 3], [5], [6, 7], [8, 9], [10, 11]]
+
+
+# --- broken files -------------------------------------------------------------------------------
+
+
+def test_in_training_the_next_picture_takes_the_place_of_a_broken_one() -> None:
+    keys = [[SampleKey(3), SampleKey(11), SampleKey(5)]]
+    batch = next(load_batches(files(bad=[3, 4, 11]), keys, refill=True))
+    assert batch.labels.tolist() == [5, 0, 5]
+    assert batch.broken == ("3.jpg is empty", "4.jpg is empty", "11.jpg is empty")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_in_judging_a_broken_one_is_left_out(workers: int) -> None:
+    keys = [[SampleKey(3), SampleKey(4)], [SampleKey(2), SampleKey(3)], [SampleKey(3)]]
+    batches = list(load_batches(files(bad=[3]), keys, workers=workers))
+    assert [batch.labels.tolist() for batch in batches] == [[4], [2], []]
+    assert [len(batch.images) for batch in batches] == [1, 1, 0]
+    assert all(batch.broken == ("3.jpg is empty",) for batch in batches)
+
+
+def test_as_many_broken_in_a_row_as_are_tried_are_refused() -> None:
+    n = MAX_TRIES + 5
+    data = files(n, bad=range(MAX_TRIES))
+    message = (
+        f"{MAX_TRIES} pictures of files in a row cannot be read, the first: 0.jpg is empty; mend"
+    )
+    with pytest.raises(ValueError, match=message):
+        next(load_batches(data, [[SampleKey(0)]], refill=True))
+    assert next(load_batches(data, [[SampleKey(1)]], refill=True)).labels.tolist() == [MAX_TRIES]
+
+
+def test_a_set_without_a_readable_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match="12 pictures of files in a row cannot be read"):
+        next(load_batches(files(bad=range(12)), [[SampleKey(0)]], refill=True))
+
+
+def test_a_picture_that_takes_a_place_is_changed_by_that_places_seed() -> None:
+    asked = TrainConfig(reprob=1.0)
+    change = train_transform(asked, files())
+    filled = next(load_batches(files(bad=[3]), [[SampleKey(3, 7)]], change, refill=True))
+    own = next(load_batches(files(), [[SampleKey(4, 7)]], change))
+    assert torch.equal(filled.images, own.images)
+
+
+def test_a_batch_of_clips_is_a_stack_of_clips() -> None:
+    images = torch.randint(0, 256, (4, 3, 2, 8, 8)).byte()
+    data: Any = Files(replace(pictures(4), images=images))
+    (batch,) = load_batches(data, [[SampleKey(1), SampleKey(2)]])
+    expected: Tensor = pictures_of(images[1:3])
+    torch.testing.assert_close(batch.images, expected)
+
+
+def pictures_of(images: Tensor) -> Tensor:
+    return (images.float() / 255 - 0.5) / 0.2

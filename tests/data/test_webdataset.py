@@ -1,0 +1,411 @@
+"""Streams of tar files: what training and judging see, in which order, and what is broken."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenlearner import streamed
+from tokenlearner.data.dataset import UnreadableFile
+from tokenlearner.data.factory import load_data
+from tokenlearner.data.iterable import StreamDataset
+from tokenlearner.data.loader import Batch
+
+PER_SHARD = 5
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def write_shards(root: Path, shards: int = 4, split: str = "train") -> Path:
+    """Picture i is grey of the value i, and so is its label."""
+    for shard in range(shards):
+        numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        pairs = [((f"{i:03}.png", png(i)), (f"{i:03}.cls", b"%d" % i)) for i in numbers]
+        write_tar(root / f"{split}-{shard:03}.tar", [file for pair in pairs for file in pair])
+    return root
+
+
+def write_info(root: Path, split: str = "train", **changed: object) -> None:
+    told = {
+        "name": split,
+        "num_samples": 20,
+        "filenames": [f"train-{shard:03}.tar" for shard in range(4)],
+        "shard_lengths": [PER_SHARD] * 4,
+    }
+    (root / "_info.json").write_text(json.dumps({"splits": {split: {**told, **changed}}}))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Four shards of five pictures each."""
+    return write_shards(tmp_path)
+
+
+def load(root: Path, split: str = "train", **wanted: object) -> StreamDataset:
+    usual = {"img_size": 8, "num_samples": 20, "num_classes": 20}
+    return load_data("wds/", split, root=root, **{**usual, **wanted})
+
+
+def value(image: Image.Image) -> Tensor:
+    """A change that keeps the grey value."""
+    return torch.full((3, 8, 8), float(image.getpixel((0, 0))[0]))  # type: ignore[index]
+
+
+def noise(image: Image.Image) -> Tensor:
+    return torch.rand(3, 8, 8)
+
+
+def batches(data: StreamDataset, size: int = 4, **options: object) -> list[Batch]:
+    usual = {"change": value, "epoch": 0, "seed": 0, "workers": 0}
+    return list(data.stream(batch_size=size, **{**usual, **options}))  # type: ignore[arg-type]
+
+
+def seen(data: StreamDataset, size: int = 4, **options: object) -> list[int]:
+    return [int(label) for batch in batches(data, size, **options) for label in batch.labels]
+
+
+# Training
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_has_every_picture_once_in_full_batches(root: Path, workers: int) -> None:
+    found = batches(load(root), workers=workers)
+    assert [len(batch.labels) for batch in found] == [4] * 5
+    assert sorted(int(label) for batch in found for label in batch.labels) == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_stay_with_their_pictures(root: Path, workers: int) -> None:
+    for batch in batches(load(root), workers=workers):
+        assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels)
+
+
+def test_no_more_workers_are_started_than_there_are_shards(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, real = [], streamed.DataLoader
+
+    def start(*args: object, num_workers: int, **options: object) -> object:
+        started.append(num_workers)
+        return real(*args, num_workers=0, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(streamed, "DataLoader", start)
+    batches(load(root), workers=9)
+    batches(load(root), workers=9, process=1, num_processes=3, size=1)
+    assert (started[0], started[1]) == (4, 1)
+
+
+def test_what_does_not_fill_a_batch_is_left_for_another_epoch(root: Path) -> None:
+    found = batches(load(root), size=6)
+    assert [len(batch.labels) for batch in found] == [6] * 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_arguments_give_the_same_order_and_changes(root: Path, workers: int) -> None:
+    one, two = (batches(load(root), change=noise, workers=workers) for _ in range(2))
+    for first, second in zip(one, two, strict=True):
+        assert torch.equal(first.labels, second.labels)
+        assert torch.equal(first.images, second.images)
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(root: Path) -> None:
+    data = load(root)
+    orders = [seen(data), seen(data, epoch=1), seen(data, seed=1), list(range(20))]
+    assert len(set(map(tuple, orders))) == 4
+
+
+def test_pictures_are_mixed_across_shards(root: Path) -> None:
+    order = seen(load(root))
+    assert len({label // PER_SHARD for label in order[:PER_SHARD]}) > 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_picture_and_epoch_has_changes_of_its_own(root: Path, workers: int) -> None:
+    found = batches(load(root), change=noise, workers=workers)
+    found += batches(load(root), change=noise, workers=workers, epoch=1)
+    firsts = torch.cat([batch.images[:, 0, 0, 0] for batch in found])
+    assert len(firsts.unique()) == 40
+
+
+def test_torchs_random_numbers_are_left_as_they_are(root: Path) -> None:
+    data, before = load(root), torch.get_rng_state()
+    batches(data, change=noise, workers=2)
+    batches(data, change=noise)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_change_pictures_are_plain(root: Path) -> None:
+    data = load(root)
+    batch = batches(data, change=None)[0]
+    first = data.plain(Image.new("RGB", (8, 8), (int(batch.labels[0]),) * 3))
+    torch.testing.assert_close(batch.images[0], first)
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_the_shards_without_overlap(root: Path, workers: int) -> None:
+    data = load(root)
+    parts = [
+        seen(data, size=5, workers=workers, process=i, num_processes=2, epoch=3) for i in (0, 1)
+    ]
+    assert [len(part) for part in parts] == [10, 10]
+    assert sorted(parts[0] + parts[1]) == list(range(20))
+
+
+def test_processes_get_other_shards_in_another_epoch(root: Path) -> None:
+    parts = {
+        frozenset(seen(load(root), size=5, process=0, num_processes=2, epoch=epoch))
+        for epoch in range(6)
+    }
+    assert len(parts) > 1
+
+
+@pytest.mark.parametrize("process", range(3))
+def test_processes_yield_as_many_batches_when_shards_do_not_divide(
+    root: Path, process: int
+) -> None:
+    """20 pictures make 3 batches of 2 for each of 3 processes, two of which have 5 pictures."""
+    assert len(batches(load(root), size=2, process=process, num_processes=3)) == 3
+
+
+def test_fewer_shards_than_processes_are_refused_by_every_process(root: Path) -> None:
+    with pytest.raises(ValueError, match="wds/ has too few shards for 5 processes; write more"):
+        load(root).stream(None, 2, epoch=0, seed=0, workers=0, process=0, num_processes=5)
+
+
+def test_a_part_that_is_too_small_is_begun_again_in_another_order(root: Path) -> None:
+    order = seen(load(root, num_samples=40))
+    assert sorted(order[:20]) == sorted(order[20:]) == list(range(20))
+    assert order[:20] != order[20:]
+
+
+# What is broken
+
+
+def break_one(root: Path, content: bytes = b"no picture") -> None:
+    """The third picture of a shard is broken."""
+    numbers = range(5)
+    pictures = [content if i == 2 else png(i) for i in numbers]
+    pairs = [((f"{i}.png", pictures[i]), (f"{i}.cls", b"%d" % i)) for i in numbers]
+    write_tar(root / "train-000.tar", [file for pair in pairs for file in pair])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_left_out_and_reported(root: Path, workers: int) -> None:
+    break_one(root)
+    found = batches(load(root, num_samples=19), size=19, workers=workers)
+    assert sorted(found[0].labels.tolist()) == [i for i in range(20) if i != 2]
+    (broken,) = found[0].broken
+    assert broken.startswith(f"{root}/train-000.tar: 2 cannot be read as a picture")
+
+
+def test_a_tar_file_that_is_cut_gives_what_it_has_and_is_reported(root: Path) -> None:
+    path = root / "train-001.tar"
+    path.write_bytes(path.read_bytes()[: 512 * 9 + 100])  # 2 of 5 whole pairs, 4 blocks each
+    found = list(load(root).plain_stream(30))
+    assert found[0].labels.tolist() == [*range(5), 5, 6, *range(10, 20)]
+    assert f"{path} cannot be read to its end" in " ".join(found[0].broken)
+
+
+def test_a_file_that_is_no_tar_file_is_reported(root: Path) -> None:
+    (root / "train-001.tar").write_bytes(b"no tar file" * 100)
+    found = list(load(root).plain_stream(30))
+    assert len(found[0].labels) == 15
+    assert "train-001.tar cannot be read to its end" in found[0].broken[0]
+
+
+def test_a_tar_file_that_vanishes_is_reported(root: Path) -> None:
+    data = load(root)
+    (root / "train-001.tar").unlink()
+    (batch,) = data.plain_stream(30)
+    assert "train-001.tar cannot be opened" in batch.broken[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([("0.txt", b"1"), ("0.cls", b"1")], "0 has no picture, expected a file such as .jpg"),
+        ([("0.png", png(1))], "0 has no label .*expected a .cls file with a number"),
+        ([("0.png", png(1)), ("0.cls", b"cat")], "0 has no label .*expected a .cls file"),
+        ([("0.png", png(1)), ("0.cls", b"20")], "0 has label 20, expected 0 to 19; pass num_cl"),
+        ([("0.png", png(1)), ("0.cls", b"-1")], "0 has label -1, expected 0 to 19"),
+    ],
+    ids=["no picture", "no label", "no number", "too large", "below 0"],
+)
+def test_what_does_not_make_a_pair_is_reported(
+    root: Path, files: list[tuple[str, bytes]], message: str
+) -> None:
+    write_tar(root / "train-000.tar", files)
+    (batch,) = load(root).plain_stream(30)
+    assert len(batch.labels) == 15
+    with pytest.raises(AssertionError, match=f"train-000.tar: {message}"):
+        raise AssertionError(batch.broken[0])
+
+
+def test_a_stream_of_which_nothing_can_be_read_is_refused(root: Path) -> None:
+    for shard in range(4):
+        write_tar(root / f"train-{shard:03}.tar", [("0.png", b"x"), ("0.cls", b"1")])
+    with pytest.raises(ValueError, match="wds/ train: none of the first 4 pictures can be read"):
+        load(root)
+
+
+def test_a_stream_that_breaks_later_ends_with_the_reason(root: Path) -> None:
+    data = load(root)
+    for shard in range(4):
+        write_tar(root / f"train-{shard:03}.tar", [("0.png", b"x"), ("0.cls", b"1")])
+    with pytest.raises(ValueError, match="nothing in wds/ train can be read; mend the files"):
+        batches(data)
+
+
+# Judging
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_judging_sees_every_picture_once(root: Path, workers: int) -> None:
+    found = list(load(root, workers=workers).batches(6))
+    assert [len(labels) for _, labels in found] == [6, 6, 6, 2]
+    assert sorted(int(label) for _, labels in found for label in labels) == list(range(20))
+
+
+def test_judging_goes_in_order_plain_and_without_what_is_broken(root: Path) -> None:
+    break_one(root)
+    data = load(root)
+    ((images, labels),) = data.batches(30)
+    assert labels.tolist() == [0, 1, *range(3, 20)]
+    plain = [data.plain(Image.new("RGB", (8, 8), (int(i),) * 3)) for i in labels]
+    torch.testing.assert_close(images, torch.stack(plain))
+
+
+def test_a_last_batch_of_none_but_broken_pictures_is_not_judged_but_reported(root: Path) -> None:
+    write_tar(root / "train-003.tar", [("0.png", b"x"), ("0.cls", b"1")])
+    data = load(root)
+    assert [len(labels) for _, labels in data.batches(15)] == [15]
+    assert [len(batch.broken) for batch in data.plain_stream(15)] == [0, 1]
+
+
+def test_grey_streams_have_one_channel(root: Path) -> None:
+    images, _ = next(load(root, in_chans=1).batches(3))
+    assert images.shape == (3, 1, 8, 8)
+
+
+# What a stream tells
+
+
+def test_a_stream_tells_what_it_is(root: Path) -> None:
+    data = load(root)
+    assert (data.name, data.split, data.shape, data.streams) == ("wds/", "train", (3, 8, 8), True)
+    assert data.classes == tuple(map(str, range(20)))
+    assert len(data) == 20
+
+
+def test_info_tells_the_length_and_the_files(root: Path) -> None:
+    write_info(root, num_samples=7, filenames=["train-002.tar"])
+    data = load(root, num_samples=None)
+    assert len(data) == 7
+    assert torch.cat([labels for _, labels in data.batches(30)]).tolist() == list(range(10, 15))
+
+
+def test_info_tells_which_field_of_a_json_file_is_the_label(root: Path) -> None:
+    write_info(root, filenames=["json.tar"], alt_label="kind")
+    label = json.dumps({"kind": 3, "other": 4}).encode()
+    write_tar(root / "json.tar", [("0.png", png(0)), ("0.json", label), ("0.cls", b"9")])
+    assert next(load(root).batches(1))[1].tolist() == [3]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_the_held_out_shards_may_have_any_usual_name(root: Path, name: str) -> None:
+    write_shards(root, 1, name)
+    assert len(next(load(root, "test").batches(30))[1]) == PER_SHARD
+    (root / f"{name}-000.tar").rename(root / "odd.tar")
+    write_info(root, name, filenames=["odd.tar"])
+    assert len(next(load(root, "test").batches(30))[1]) == PER_SHARD
+
+
+def test_a_length_that_is_not_known_is_asked_for(root: Path) -> None:
+    data = load(root, num_samples=None)
+    with pytest.raises(ValueError, match="wds/ does not tell how long it is; pass num_samples"):
+        len(data)
+    with pytest.raises(ValueError, match="pass num_samples"):
+        data.stream(None, 2, epoch=0, seed=0, workers=0)
+
+
+def test_the_number_of_classes_is_asked_for(root: Path) -> None:
+    with pytest.raises(ValueError, match="does not tell how many classes it has; pass num_cl"):
+        load(root, num_classes=None)
+
+
+@pytest.mark.parametrize("what", ["read(3)", "sample(3)", "labels"])
+def test_what_needs_an_order_is_refused_with_the_way_out(root: Path, what: str) -> None:
+    data = load(root)
+    with pytest.raises(ValueError, match=r"wds/ is a stream without an order.*'folder'.* hfds/"):
+        eval(f"data.{what}", {"data": data})
+
+
+def test_a_batch_size_below_1_is_refused_at_once(root: Path) -> None:
+    data = load(root)
+    for read in (data.batches, data.plain_stream):
+        with pytest.raises(ValueError, match="batch_size is 0, expected an integer of 1"):
+            read(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no json", "is not as timm writes it .*JSONDecodeError"),
+        ("[]", "is not as timm writes it"),
+        ('{"splits": {"train": {"filenames": ["train-000.tar"]}}}', "as timm .*num_samples"),
+        ('{"splits": {"train": {"filenames": ["x"], "num_samples": 1}}}', r"lacks .* \S+/x"),
+    ],
+    ids=["text", "list", "no length", "no file"],
+)
+def test_an_info_file_that_does_not_fit_is_refused(root: Path, text: str, message: str) -> None:
+    (root / "_info.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{root}.* {message}"):
+        load(root)
+
+
+def test_missing_shards_name_what_was_looked_for(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"split 'test', expected val-\*\.tar, .*or an _info"):
+        load(root, "test")
+    with pytest.raises(ValueError, match="none is not a folder; pass the one"):
+        load(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"wds/ needs the folder .*; pass root"):
+        load_data("wds/")
+
+
+def test_without_webdataset_the_way_out_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    with pytest.raises(ValueError, match=r"needs webdataset; run pip install 'tokenlearner\[data"):
+        load(root)
+
+
+def test_a_record_that_is_broken_is_raised(root: Path) -> None:
+    with pytest.raises(UnreadableFile, match="why"):
+        load(root).picture(UnreadableFile("why"))

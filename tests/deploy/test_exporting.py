@@ -1,0 +1,568 @@
+"""`export`: files that give the model's numbers at any batch size, and none that do not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from tiny import HF, TIMM
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+from tokenlearner import create_model, evaluate, insert, load_data, load_model, save_model
+from tokenlearner import formats as formats_module
+from tokenlearner.commands._models import load_sized
+from tokenlearner.commands.export import (
+    COLUMNS_OF_BATCHES,
+    COLUMNS_OF_PRECISIONS,
+    ExportConfig,
+    export_table,
+)
+from tokenlearner.deploy.exporting import BatchCheck, Exported, export
+from tokenlearner.deploy.formats import load_exported, write_program
+from tokenlearner.deploy.quantization import PrecisionRow
+from tokenlearner.evaluation.latency import Spread
+
+slow = pytest.mark.slow
+MINI = "vit_mini_patch4_28"
+SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 7}
+
+
+def lively(model: nn.Module) -> Any:
+    """Every weight at random, so that no head of zeros makes all outputs alike."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def small_vit(**kwargs: Any) -> Any:
+    return lively(create_model(MINI, **SMALL | kwargs))
+
+
+def torchvision_vit() -> nn.Module:
+    shape = {"image_size": 16, "patch_size": 4, "num_layers": 3, "num_heads": 2}
+    return VisionTransformer(**shape, hidden_dim=16, mlp_dim=32, num_classes=5)
+
+
+def transformers_vit() -> nn.Module:
+    config = transformers.ViTConfig(**HF, num_labels=5)
+    return transformers.ViTForImageClassification(config)
+
+
+def clip_tower() -> nn.Module:
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF))
+
+
+Built = tuple[Callable[[], nn.Module], tuple[int, ...]]
+FAMILIES: dict[str, Built] = {
+    "vit": (lambda: create_model(MINI, **SMALL, num_tokens=2), (1, 28, 28)),
+    "v1": (lambda: create_model(MINI, **SMALL, num_tokens=2, learner="v1"), (1, 28, 28)),
+    "not-square": (
+        lambda: create_model(MINI, **SMALL, num_tokens=2, img_size=(28, 42)),
+        (1, 28, 42),
+    ),
+    "fused": (lambda: create_model(MINI, **SMALL, num_tokens=2, fuse=True), (1, 28, 28)),
+    "two-places": (
+        lambda: insert(create_model(MINI, **SMALL), (4, 2), at=(0, 1)),
+        (1, 28, 28),
+    ),
+    "mixer": (lambda: create_model("mixer_mini_patch4_tl8at3_28"), (1, 28, 28)),
+    "vivit": (lambda: create_model("vivit_mini_patch8x2_32", num_tokens=2), (3, 8, 32, 32)),
+    "framevit": (lambda: create_model("framevit_mini_patch8_f6_tl4at3_32"), (3, 6, 32, 32)),
+    "timm": (lambda: insert(timm.models.VisionTransformer(**TIMM), 2), (3, 16, 16)),
+    "timm-fused": (
+        lambda: insert(timm.models.VisionTransformer(**TIMM), 2, fuse=True),
+        (3, 16, 16),
+    ),
+    "timm-eva": (
+        lambda: insert(timm.models.Eva(**TIMM, use_rot_pos_emb=True), 2),
+        (3, 16, 16),
+    ),
+    "torchvision": (lambda: insert(torchvision_vit(), 2), (3, 16, 16)),
+    "transformers": (lambda: insert(transformers_vit(), 2), (3, 16, 16)),
+    "clip": (lambda: insert(clip_tower(), 2), (3, 16, 16)),
+}
+QUICK = ["not-square", "transformers"]
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = model.eval()(images)
+    if isinstance(out, Tensor):
+        return out
+    return out.logits if "logits" in out else out.pooler_output
+
+
+def agree(name: str, suffix: str, folder: Path) -> None:
+    build, shape = FAMILIES[name]
+    model, images = lively(build()), torch.randn(4, *shape)
+    made = export(model, folder / f"model{suffix}", images, rounds=2)
+    assert [check.batch_size for check in made.checks] == [4, 1]
+    file = load_exported(made.path)
+    assert file.inputs == {"images": ("batch", *shape)}
+    for n in (1, 7):  # tracing saw neither
+        images = torch.randn(n, *shape)
+        expected = logits(model, images)
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(file(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_onnx_gives_the_models_numbers_at_other_batch_sizes(name: str, tmp_path: Path) -> None:
+    agree(name, ".onnx", tmp_path)
+
+
+@slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in QUICK])
+def test_onnx_gives_the_numbers_of_every_family(name: str, tmp_path: Path) -> None:
+    agree(name, ".onnx", tmp_path)
+
+
+@slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_program_gives_the_numbers_of_every_family(name: str, tmp_path: Path) -> None:
+    agree(name, ".pt2", tmp_path)
+
+
+# --- what comes back, and what is left ----------------------------------------------------------
+
+
+class Affine(nn.Module):
+    """A model that is exported at once: `b 1 h w -> b 2`."""
+
+    def __init__(self, size: float = 1.0):
+        super().__init__()
+        self.linear = nn.Linear(16, 2)
+        nn.init.constant_(self.linear.weight, size / 16)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1))
+
+
+ONES = torch.ones(5, 1, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def vit() -> Any:
+    torch.manual_seed(0)
+    model = small_vit(num_tokens=2).train()
+    model.blocks[0].eval()
+    model.blocks[1].requires_grad_(False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(vit: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    path = tmp_path_factory.mktemp("made") / "vit.pt2"
+    return export(vit, str(path), torch.randn(2, 1, 28, 28), rounds=2)
+
+
+def test_the_result_tells_the_file_and_both_ends(made: Exported) -> None:
+    assert made.path.name == "vit.pt2"
+    assert made.precision == "float32"
+    assert made.size_mib == made.path.stat().st_size / 2**20
+    assert (made.inputs, made.outputs) == (
+        {"images": ("batch", 1, 28, 28)},
+        {"logits": ("batch", 10)},
+    )
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_a_program_gives_the_models_numbers_at_other_batch_sizes(
+    vit: Any, made: Exported, n: int
+) -> None:
+    images = torch.randn(n, 1, 28, 28)
+    expected = logits(copy.deepcopy(vit), images)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(load_exported(made.path)(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_but_the_file_is_left_in_the_folder(made: Exported) -> None:
+    assert [path.name for path in made.path.parent.iterdir()] == ["vit.pt2"]
+
+
+def test_the_pictures_are_not_in_the_file(made: Exported) -> None:
+    assert torch.export.load(made.path).example_inputs is None
+
+
+def test_one_picture_is_checked_beside_two(tmp_path: Path) -> None:
+    made = export(Affine(), tmp_path / "a.pt2", ONES[:1], rounds=2)
+    assert [check.batch_size for check in made.checks] == [1, 2]
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    """Whatever a change would change: parts, their modes, parameters and what is in them."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+    kept = [(name, id(t), t.requires_grad, t.grad, t.dtype, t.tolist()) for name, t in tensors]
+    return modules, kept, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=slow)])
+def test_the_model_is_left_as_it_was(vit: Any, precision: str, tmp_path: Path) -> None:
+    before = snapshot(vit)
+    export(vit, tmp_path / "vit.pt2", torch.zeros(2, 1, 28, 28), precision=precision, rounds=2)
+    assert snapshot(vit) == before
+
+
+def test_the_model_runs_in_evaluation_mode(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Dropout(0.9), Affine()).train()
+    made = export(model, tmp_path / "a.pt2", ONES, rounds=2)
+    assert torch.equal(load_exported(made.path)(ONES), logits(model, ONES))
+
+
+def test_a_file_is_evaluated_like_its_model(vit: Any, made: Exported) -> None:
+    data = load_data("fashion-mnist-small", "test").sample(50)
+    assert evaluate(load_exported(made.path), data) == evaluate(vit, data)
+
+
+def test_a_file_gives_no_gradient(made: Exported) -> None:
+    images = torch.zeros(2, 1, 28, 28, requires_grad=True)
+    assert not load_exported(made.path)(images).requires_grad
+
+
+# --- files that would be wrong ------------------------------------------------------------------
+
+
+def off_by(difference: float) -> Callable[..., None]:
+    """Writes a file of another model than is asked for."""
+
+    def write(model: Any, *rest: Any) -> None:
+        with torch.no_grad():
+            model.model.linear.bias += difference
+            write_program(model, *rest)
+            model.model.linear.bias -= difference
+
+    return write
+
+
+@pytest.mark.parametrize(("size", "difference"), [(1, 9e-5), (0.01, 9e-5), (100, 9e-3)])
+def test_a_difference_within_the_tolerance_passes(
+    size: float, difference: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(export.__globals__, "write_program", off_by(difference))
+    made = export(Affine(size), tmp_path / "a.pt2", ONES, rounds=2)
+    assert made.largest_difference == pytest.approx(difference, rel=0.01)
+    assert made.checks[0].largest_output == pytest.approx(size)
+
+
+@pytest.mark.parametrize(("size", "difference"), [(1, 1.2e-4), (0.01, 1.2e-4), (100, 1.2e-2)])
+def test_a_difference_that_is_too_large_leaves_what_was_there(
+    size: float, difference: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.pt2").write_text("before")
+    monkeypatch.setitem(export.__globals__, "write_program", off_by(difference))
+    message = f"at batch size 5 the file differs from the model by {difference:.2g}, expected"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        export(Affine(size), tmp_path / "a.pt2", ONES, rounds=2)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_a_tolerance_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(export.__globals__, "write_program", off_by(0.1))
+    made = export(Affine(), tmp_path / "a.pt2", ONES, tolerance=0.2, rounds=2)
+    assert made.path.exists()
+
+
+def test_outputs_that_are_no_numbers_leave_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="differs from the model by nan"):
+        export(Affine(float("nan")), tmp_path / "a.pt2", ONES, rounds=2)
+    assert not list(tmp_path.iterdir())
+
+
+class Branching(Affine):
+    """What it does depends on the numbers, which no graph tells."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images if images.sum() > 0 else -images)
+
+
+def test_a_model_that_cannot_be_exported_is_told_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be exported to \.pt2 \(.+\); \.onnx") as info:
+        export(Branching(), tmp_path / "a.pt2", ONES)
+    assert "\n" not in str(info.value)
+    assert not list(tmp_path.iterdir())
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "told", "message"),
+    [
+        ("a.pth", {}, "a.pth ends in '.pth', expected .onnx for onnxruntime or .pt2 for torch"),
+        ("a", {}, "a ends in '', expected .onnx"),
+        ("none/a.onnx", {}, "none for a.onnx; make it"),
+        ("a.pt2", {"precision": "int4"}, "precision is 'int4', expected one of 'float32', "),
+        ("a.onnx", {"precision": "bfloat16"}, "no bfloat16 convolution for a CPU; export to .pt2"),
+        ("a.pt2", {"rounds": 1}, "rounds is 1, expected an integer of 2 or more"),
+        ("a.pt2", {"tolerance": 0}, "tolerance is 0, expected a number above 0"),
+        ("a.pt2", {"images": ONES[0]}, "images are [1, 4, 4], expected a batch of pictures"),
+        ("a.pt2", {"images": ONES[:0]}, "images are [0, 1, 4, 4], expected a batch of pictures"),
+        ("a.pt2", {"images": "cat.png"}, "images are [], expected a batch of pictures"),
+        ("a.pt2", {"images": ONES.byte()}, "images are torch.uint8, expected torch.float32"),
+        ("a.pt2", {"images": ONES[..., :3]}, "does not run on images of [5, 1, 4, 3] ("),
+        ("a.onnx", {"model": Affine().double()}, "weights of torch.float64, expected float32"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    path: str, told: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    arguments = {"model": Affine(), "images": ONES} | told
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export(path=tmp_path / path, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "precision", "message"),
+    [
+        ("onnx", "a.onnx", "float32", "export to .onnx needs onnx; run pip install"),
+        ("onnxscript", "a.onnx", "float32", "needs onnxscript; run"),
+        ("onnxruntime", "a.onnx", "int8", "needs onnxruntime; run"),
+        ("torchao.quantization", "a.pt2", "int8", "int8 in .pt2 needs torchao; run"),
+    ],
+)
+def test_a_missing_package_is_told_before_any_work(
+    module: str,
+    path: str,
+    precision: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=re.escape(message) + r".*'tokenlearner\[export\]'"):
+        export(nn.Identity(), tmp_path / path, ONES, precision=precision)
+
+
+def test_a_model_too_large_for_one_onnx_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats_module, "_ONNX_BYTES", 4 * (2 * 16 + 2))
+    with pytest.raises(ValueError, match=r"GiB of weights, and one ONNX file holds .*\.pt2"):
+        export(Affine(), tmp_path / "a.onnx", ONES)
+
+
+def test_a_picture_of_another_size_is_refused_by_its_model(tmp_path: Path) -> None:
+    message = r"does not run on images of \[2, 1, 28, 35\] \(.*set_input_size"
+    with pytest.raises(ValueError, match=message):
+        export(small_vit(), tmp_path / "a.onnx", torch.zeros(2, 1, 28, 35))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.pth", "a.pth ends in '.pth'"),
+        ("none.onnx", "there is no file"),
+        ("damaged.onnx", "damaged.onnx cannot be read ("),
+        ("damaged.pt2", "an int8 one needs torchao where it is read"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # torch says first which files it looked for
+def test_a_file_that_cannot_be_read_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    for suffix in (".onnx", ".pt2"):
+        (tmp_path / f"damaged{suffix}").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_exported(tmp_path / name)
+
+
+# --- other precisions ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("int8") / "vit.onnx"
+    images = torch.randn(4, 1, 28, 28)
+    return export(small_vit(num_tokens=2), path, images, precision="int8", rounds=2)
+
+
+def test_int8_in_onnx_rounds_products_with_weights_and_nothing_else(int8: Exported) -> None:
+    import onnx
+
+    count = [node.op_type for node in onnx.load(int8.path).graph.node].count
+    blocks, learner, attention = 2, 2, 2
+    assert count("MatMulInteger") == 4 * blocks + learner + 1  # and the head
+    assert count("MatMul") >= attention * blocks
+    assert count("Conv") == 1
+
+
+def test_int8_in_onnx_is_near_the_model_and_not_equal_to_it(int8: Exported) -> None:
+    assert 1e-4 < int8.largest_difference < 0.2 * int8.checks[0].largest_output
+
+
+def test_int8_in_onnx_takes_any_batch_and_leaves_one_file(int8: Exported) -> None:
+    assert load_exported(int8.path)(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+    assert [path.name for path in int8.path.parent.iterdir()] == ["vit.onnx"]
+
+
+@slow
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_a_narrow_program_is_near_the_model_and_not_equal_to_it(
+    precision: str, tmp_path: Path
+) -> None:
+    images = torch.randn(4, 1, 28, 28)
+    path = tmp_path / "vit.pt2"
+    made = export(small_vit(num_tokens=2), path, images, precision=precision, rounds=2)
+    assert made.precision == precision
+    assert 1e-4 < made.largest_difference < 0.2 * made.checks[0].largest_output
+    out = load_exported(path)(images[:3])
+    assert (out.shape, out.dtype) == ((3, 10), torch.float32)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def printed(**told: Any) -> str:
+    """What the command prints on a narrow terminal."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    config = ExportConfig(**{"rounds": 2, "device": "cpu"} | told)
+    Console(file=out, width=80).print(*export_table(config), sep="\n")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    model = lively(create_model(MINI, **SMALL | {"depth": 1}, num_tokens=2))
+    return str(save_model(model, tmp_path_factory.mktemp("saved") / "model.safetensors"))
+
+
+def few(*name: str, **wanted: Any) -> Any:
+    return load_data(*name, **wanted).sample(64)
+
+
+@pytest.fixture(scope="module")
+def shown(saved: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A file that the command wrote, and what it printed."""
+    path = tmp_path_factory.mktemp("shown") / "a.pt2"
+    told: dict[str, Any] = {"batch_size": 3, "img_size": 35, "data": "fashion-mnist-small"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(export_table.__globals__, "load_data", few)
+        return path, printed(model=saved, out=str(path), **told)
+
+
+def test_the_command_judges_model_and_file_on_data(saved: str, shown: tuple[Path, str]) -> None:
+    model = load_model(saved)
+    model.set_input_size((35, 35))
+    top1 = evaluate(model, few("fashion-mnist-small", "test", img_size=35)).top1_percent
+    rows = {line.split()[0]: line.split() for line in shown[1].splitlines() if line.strip()}
+    assert rows["model"][1] == rows["file"][1] == f"{top1:.2f}"
+    assert max(float(rows[batch][1]) for batch in ("3", "1")) < 1e-4
+    assert "Top-1 of the 64 held-out pictures of fashion-mnist-small." in shown[1]
+
+
+def test_the_command_names_file_size_and_both_ends(shown: tuple[Path, str]) -> None:
+    path, text = shown[0], " ".join(shown[1].split())
+    size = f"{path.stat().st_size / 2**20:.1f} MiB"
+    ends = "takes images (batch x 1 x 35 x 35), gives logits (batch x 10)"
+    assert f"a.pt2: float32, {size}, {ends}" in text
+    assert "on pictures of fashion-mnist-small, 1 x 35 x 35, cpu, " in text
+    assert "nothing was compared" not in text
+
+
+def test_the_command_says_where_a_zero_head_leaves_nothing_to_compare(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, ms = tmp_path / "a.pt2", Spread(1, 1, 1)
+
+    def exported(model: nn.Module, path: Path, images: Tensor, **_: Any) -> Exported:
+        assert images.shape == (8, 1, 28, 28)
+        return Exported(path, "float32", 1, {}, {}, (BatchCheck(8, 0, 0, ms, ms, ms),))
+
+    monkeypatch.setitem(export_table.__globals__, "export", exported)
+    assert "All outputs are 0" in printed(model=saved, out=str(path))
+
+
+@slow
+def test_clips_are_exported_on_noise(tmp_path: Path) -> None:
+    out = printed(model="vivit_mini_patch8x2_32", out=str(tmp_path / "a.pt2"), batch_size=2)
+    assert "noise, 3 x 8 x 32 x 32" in " ".join(out.split())
+
+
+def test_a_row_has_the_numbers_of_its_batch() -> None:
+    model, file = Spread(12.34, 12, 13), Spread(3.21, 3, 4)
+    check = BatchCheck(8, 1.23e-6, 4.56, model, file, Spread(3.84, 3, 4))
+    assert [cell(check) for cell in COLUMNS_OF_BATCHES.values()] == [
+        *("8", "1.2e-06", "4.6", "12.3 (12.0–13.0)", "3.2 (3.0–4.0)", "3.84"),
+    ]
+
+
+def test_a_row_has_the_numbers_of_its_precision() -> None:
+    row = PrecisionRow("int8", None, 0.5, Spread(3.21, 3, 4), Spread(2, 1, 3), 1.26)
+    assert [cell(row) for cell in COLUMNS_OF_PRECISIONS.values()] == [
+        *("int8", "–", "5.0e-01", "3.2 (3.0–4.0)", "2.00", "1.3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("out", "form", "name"),
+    [("a.pt2", "auto", "a.pt2"), ("a.pt2", "pt2", "a.pt2"), ("v1.0", "onnx", "v1.0.onnx")],
+)
+def test_a_format_gives_the_file_its_ending(out: str, form: str, name: str, tmp_path: Path) -> None:
+    assert ExportConfig("m", str(tmp_path / out), format=form).path == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"format": "tflite"}, "format is 'tflite', expected one of 'auto', 'onnx', 'pt2'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"img_size": -1}, "img_size is -1"),
+        ({"rounds": 1}, "rounds is 1"),
+        ({"out": "a.bin"}, "a.bin ends in '.bin'"),
+        ({"precision": "int2"}, "precision is 'int2'"),
+    ],
+)
+def test_options_out_of_range_are_refused(told: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ExportConfig(**{"model": MINI, "out": "a.pt2"} | told)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("mixer_mini_patch4_tl8at3_28", [1, 28, 28]),
+        ("framevit_mini_patch8_f6_tl4at3_32", [3, 6, 32, 32]),
+        ("vivit_mini_patch8x2_32", [3, 8, 32, 32]),
+        ("resnet10t", [3, 176, 176]),
+    ],
+)
+def test_a_loaded_model_takes_the_size_it_is_said_to_take(name: str, size: list[int]) -> None:
+    model, told = load_sized(name, 0, "cpu")
+    assert told == size
+    assert logits(model, torch.zeros(1, *told)).ndim == 2
+
+
+def test_a_size_that_a_model_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="mixer_mini_patch4_tl8at3_28 cannot be set to 56 pixels"):
+        load_sized("mixer_mini_patch4_tl8at3_28", 56, "cpu")
+
+
+def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
+    told = {"model": "vivit_mini_patch8x2_32", "out": str(tmp_path / "a.pt2")}
+    message = r"fashion-mnist-small gives .* and vivit_mini_patch8x2_32 takes 3 x 8 x 32 x 32"
+    with pytest.raises(ValueError, match=message):
+        export_table(ExportConfig(**told, data="fashion-mnist-small"))
+
+
+def test_data_are_refused_by_a_model_of_pictures_that_are_not_square(tmp_path: Path) -> None:
+    model = create_model(MINI, **SMALL, img_size=(28, 35))
+    file = save_model(model, tmp_path / "model.safetensors")
+    config = ExportConfig(str(file), str(tmp_path / "a.pt2"), data="fashion-mnist-small")
+    with pytest.raises(ValueError, match="takes 1 x 28 x 35, and data are squares of 1 or 3"):
+        export_table(config)

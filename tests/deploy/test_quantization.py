@@ -1,0 +1,171 @@
+"""Fewer bits: which layers change, that the model does not, and what the comparison tells."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+from tokenlearner import create_model, evaluate, insert, load_data
+from tokenlearner.deploy.quantization import (
+    PRECISIONS,
+    compare_precisions,
+    largest_difference,
+    quantize,
+)
+
+IMAGES = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def vit() -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 7}
+    model = create_model("vit_mini_patch4_28", **shape, num_tokens=2, fuse=True, num_classes=32)
+    nn.init.normal_(model.head.weight)
+    return model.train()
+
+
+def rounded(model: nn.Module) -> set[str]:
+    """The linear layers whose weights are not torch's own."""
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {name for name, m in linear.items() if type(m.weight) is not nn.Parameter}
+
+
+def test_int8_rounds_wide_linear_layers_but_no_learner_and_no_fuser(vit: Any) -> None:
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    expected = {f"blocks.{i}.{'block.' if i else ''}{name}" for i in range(2) for name in layers}
+    assert rounded(quantize(vit, "int8").model) == {*expected, "head"}
+
+
+def test_int8_leaves_narrow_layers(vit: Any) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 31), nn.Linear(31, 32), nn.Linear(32, 32))
+    assert rounded(quantize(model, "int8").model) == {"3"}
+
+
+def test_int8_leaves_the_attention_of_torchvision_and_runs() -> None:
+    shape = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 2}
+    model = insert(VisionTransformer(**shape, hidden_dim=32, mlp_dim=64, num_classes=5), 2)
+    copy = quantize(model, "int8")
+    assert {name.rpartition("mlp.")[1] for name in rounded(copy.model)} == {"mlp."}
+    assert copy(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@torch.no_grad()
+def test_a_copy_takes_and_gives_float32_near_the_model(vit: Any, precision: str) -> None:
+    copy = quantize(vit, precision)
+    came, expected = copy(IMAGES), vit.eval()(IMAGES)
+    vit.train()
+    assert came.dtype == torch.float32
+    difference = largest_difference(expected, came) / expected.abs().max().item()
+    assert (difference == 0) == (precision == "float32")
+    assert difference < 0.05
+
+
+def test_bfloat16_is_what_the_weights_are(vit: Any) -> None:
+    assert {p.dtype for p in quantize(vit, "bfloat16").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_model_keeps_its_weights_and_mode(vit: Any, precision: str) -> None:
+    before = {name: (id(p), type(p), p.dtype, p.tolist()) for name, p in vit.named_parameters()}
+    copy = quantize(vit, precision)
+    after = {name: (id(p), type(p), p.dtype, p.tolist()) for name, p in vit.named_parameters()}
+    assert after == before
+    assert vit.training
+    assert not any(module.training for module in copy.modules())
+    assert not {id(p) for p in vit.parameters()} & {id(p) for p in copy.parameters()}
+
+
+def test_a_difference_is_the_largest_and_absolute() -> None:
+    assert largest_difference(torch.tensor([1.0, 5.0]), torch.tensor([1.5, 2.0])) == 3
+
+
+def test_a_difference_with_a_nan_is_one() -> None:
+    came = largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")]))
+    assert came != came
+
+
+def test_outputs_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the outputs are \[2, 1\] and \[2, 2\]"):
+        largest_difference(torch.ones(2, 1), torch.ones(2, 2))
+
+
+# --- the comparison -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows(vit: Any) -> list[Any]:
+    data = load_data("fashion-mnist-small", "test").sample(64)
+    return compare_precisions(vit, data, IMAGES, rounds=2)
+
+
+def test_there_is_a_row_for_each_precision(rows: list[Any]) -> None:
+    assert [row.precision for row in rows] == ["float32", "bfloat16", "int8"]
+
+
+def test_the_first_row_is_what_others_are_compared_with(rows: list[Any]) -> None:
+    assert (rows[0].largest_difference, rows[0].speedup.median) == (0, 1)
+    assert min(row.largest_difference for row in rows[1:]) > 0
+
+
+def test_weights_take_fewer_bytes_with_fewer_bits(rows: list[Any]) -> None:
+    assert rows[0].size_mib > 1.5 * rows[1].size_mib
+    assert rows[0].size_mib > 1.5 * rows[2].size_mib
+
+
+def test_accuracy_is_that_of_evaluate(vit: Any, rows: list[Any]) -> None:
+    data = load_data("fashion-mnist-small", "test").sample(64)
+    assert rows[0].top1_percent == evaluate(vit, data).top1_percent
+    assert rows[1].top1_percent == evaluate(quantize(vit, "bfloat16"), data).top1_percent
+
+
+def test_without_data_there_is_no_accuracy() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
+    [row] = compare_precisions(model, None, IMAGES, ["bfloat16"], rounds=2)
+    assert row.top1_percent is None
+
+
+class Named(nn.Module):
+    """Returns what transformers does: names, of which one is the logits."""
+
+    def forward(self, images: Tensor) -> Any:
+        from transformers.modeling_outputs import ImageClassifierOutput
+
+        return ImageClassifierOutput(logits=images.mean((1, 2, 3))[:, None])
+
+
+def test_of_transformers_the_logits_are_taken() -> None:
+    assert quantize(Named(), "float32")(IMAGES).shape == (4, 1)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"precisions": ["float16"]}, "precision is 'float16', expected one of 'float32', "),
+        ({"precisions": []}, "precisions is empty, expected one or more"),
+        ({"rounds": 1}, "rounds is 1, expected an integer of 2 or more"),
+        ({"images": IMAGES[:0]}, "the count of images is 0"),
+        ({"model": nn.Conv2d(1, 1, 1)}, "Conv2d has no linear layer of 32 channels or more"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(vit: Any, told: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare_precisions(**{"model": vit, "data": None, "images": IMAGES} | told)
+
+
+def test_int8_without_torchao_names_the_extra(monkeypatch: pytest.MonkeyPatch, vit: Any) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(
+        ValueError, match=r"needs torchao; run pip install 'tokenlearner\[export\]'"
+    ):
+        quantize(vit, "int8")

@@ -1,0 +1,217 @@
+"""`benchmark`: multiply-adds, memory, the ratios of speeds, and how they are timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenlearner import benchmark, create_model
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.evaluation.latency import Spread, peak_memory_mib, time_interleaved, time_models
+
+
+class Repeated(nn.Module):
+    """The same product over and over: its cost is known."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self.times = times
+        self.linear = nn.Linear(256, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = self.linear(x)
+        return x
+
+
+def test_macs_of_a_product_are_its_three_sizes() -> None:
+    assert count_macs(Repeated(3), torch.ones(2, 256)) == 3 * 2 * 256 * 256
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_macs_count_attention_whether_it_is_fused_or_not(fused: bool) -> None:
+    model = create_model("vit_mini_patch4_28", depth=1)
+    model.blocks[0].attn.fused_attn = fused
+    n, c = 49, 64
+    block = 12 * n * c * c + 2 * n * n * c
+    assert count_macs(model, torch.ones(1, 1, 28, 28)) == 16 * n * c + block + 10 * c
+
+
+def test_a_model_that_does_more_is_found_slower_and_the_first_is_1() -> None:
+    costs = benchmark({"one": Repeated(4), "ten": Repeated(40)}, torch.ones(512, 256), rounds=5)
+    assert costs["one"].speedup == costs["one"].training_speedup == Spread(1, 1, 1)
+    assert costs["ten"].speedup.high < 1
+    assert costs["ten"].gmacs == pytest.approx(10 * costs["one"].gmacs)
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    size = 512 * 256 * 4 / 2**20
+    cost = benchmark({"four": Repeated(4)}, torch.ones(512, 256), rounds=2)["four"]
+    assert cost.peak_memory_mib == pytest.approx(2 * size)  # a product's input and output
+    assert cost.training_peak_memory_mib > 4 * size  # all of them wait for the backward pass
+
+
+def test_mode_and_gradients_are_left_as_they_were() -> None:
+    model = Repeated(1).eval()
+    benchmark({"one": model}, torch.ones(4, 256), rounds=2)
+    assert not model.training
+    assert model.linear.weight.grad is None
+
+
+def test_a_spread_is_the_median_between_quartiles() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Spread(3, 2, 4)
+
+
+def test_learned_tokens_cut_macs_and_training_memory() -> None:
+    models = {str(k): create_model("vit_mini_patch4_28", num_tokens=k) for k in (0, 8)}
+    plain, learned = benchmark(models, torch.ones(8, 1, 28, 28), rounds=2).values()
+    assert learned.gmacs < 0.6 * plain.gmacs
+    assert learned.training_peak_memory_mib < 0.7 * plain.training_peak_memory_mib
+
+
+def test_too_few_rounds_and_nothing_to_measure_are_refused() -> None:
+    with pytest.raises(ValueError, match="rounds is 1, expected an integer of 2 or more"):
+        benchmark({"one": Repeated(1)}, torch.ones(4, 256), rounds=1)
+    with pytest.raises(ValueError, match="0 models and 4 pictures"):
+        benchmark({}, torch.ones(4, 256))
+
+
+# --- seconds in turn ----------------------------------------------------------------------------
+
+
+class Watched(nn.Module):
+    """Notes how it was run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.seen: list[tuple[int, bool, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        self.seen.append((len(x), self.training, out.requires_grad))
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_models_run_in_the_mode_that_is_measured_and_get_their_own_back(training: bool) -> None:
+    model = Watched().train(not training)
+    seconds = time_models({"one": model}, torch.ones(3, 4), 2, training=training)
+    assert model.seen == [(3, training, training)] * 4  # two warm up
+    assert len(seconds["one"]) == 2
+    assert model.training is not training
+
+
+def test_a_training_step_goes_backward_and_leaves_no_gradients() -> None:
+    model, calls = Watched(), []
+    model.linear.weight.register_hook(calls.append)
+    time_models({"one": model}, torch.ones(3, 4), 2, training=True)
+    assert len(calls) == 4
+    assert model.linear.weight.grad is None
+
+
+def test_the_same_module_under_two_names_gets_its_mode_back() -> None:
+    model = Watched().train()
+    time_models({"one": model, "two": model}, torch.ones(3, 4), 2)
+    assert model.training
+
+
+def test_memory_is_of_inference_or_of_a_training_step() -> None:
+    model, images = Repeated(4), torch.ones(512, 256)
+    cost = benchmark({"four": model}, images, rounds=2)["four"]
+    assert peak_memory_mib(model, images) == cost.peak_memory_mib
+    assert peak_memory_mib(model, images, training=True) == cost.training_peak_memory_mib
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """How `torch.compile` is called; the graphs are run as they are, which takes no time."""
+    calls: list[dict[str, Any]] = []
+    compile_it = torch.compile
+
+    def compiles(run: Any, **told: Any) -> Any:
+        calls.append(told)
+        return compile_it(run, backend="eager", **told)
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    return calls
+
+
+def test_more_models_are_compiled_than_torch_compiles_of_one_function(
+    compilations: list[dict[str, Any]],
+) -> None:
+    models = {str(n): nn.Sequential(*(nn.Linear(4, 4) for _ in range(n))) for n in range(1, 12)}
+    seconds = time_models(models, torch.ones(2, 4), 2, compiled=True)
+    assert [*seconds] == [*models]
+    assert compilations == [{"fullgraph": True, "dynamic": False}] * 11
+
+
+def test_a_model_is_compiled_once_before_anything_is_counted() -> None:
+    made: list[int] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        made.append(len(example))
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        compile_it = torch.compile
+        patch.setattr(torch, "compile", lambda run, **told: compile_it(run, backend=backend))
+        time_models({"one": nn.Linear(4, 4)}, torch.ones(2, 4), 3, compiled=True)
+    assert len(made) == 1
+
+
+def test_what_is_not_asked_for_is_not_compiled(compilations: list[dict[str, Any]]) -> None:
+    time_models({"one": Watched()}, torch.ones(3, 4), 2)
+    assert not compilations
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the compiler
+@pytest.mark.parametrize("training", [False, True])
+def test_a_vit_with_learned_tokens_is_compiled_as_one_graph(training: bool) -> None:
+    model = create_model("vit_mini_patch4_28", depth=2, num_tokens=4, at=1)
+    seconds = time_models(
+        {"one": model}, torch.ones(2, 1, 28, 28), 2, training=training, compiled=True
+    )
+    assert len(seconds["one"]) == 2
+
+
+class Accelerator:
+    """One that notes when it is waited for."""
+
+    def __init__(self, there: bool, done: list[str]):
+        self.there, self.done = there, done
+
+    def is_available(self) -> bool:
+        return self.there
+
+    def synchronize(self) -> None:
+        self.done.append("wait")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_accelerator_is_waited_for_before_and_after_each_run(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch, "accelerator", Accelerator(there, done), raising=False)
+    time_interleaved({"a": lambda: done.append("run")}, rounds=1)
+    assert done == (["wait", "run", "wait"] if there else ["run"]) * 3
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_torch_without_a_word_for_all_accelerators_waits_for_each_kind(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.delattr(torch, "accelerator", raising=False)
+    for name in ("cuda", "xpu", "mps"):
+        accelerator = Accelerator(name == kind, done)
+        monkeypatch.setattr(torch, name, accelerator)
+        if name == "mps":
+            monkeypatch.setattr(torch.backends, "mps", accelerator)
+    time_interleaved({"a": lambda: done.append("run")}, rounds=1)
+    assert done == ["wait", "run", "wait"] * 3

@@ -1,0 +1,497 @@
+"""The wrapped blocks: equal to scenic's encoders first, then what passes and what does not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block
+from tiny import drawn
+from torch import Tensor, nn
+
+from tokenlearner import TokenFuser, TokenLearner, TokenLearnerV11
+from tokenlearner.layers.blocks import (
+    FusedBlock,
+    PatchGrid,
+    PositionArgs,
+    PositionFreeBlock,
+    ReducedBlock,
+)
+
+Golden = Callable[[str], dict[str, np.ndarray]]
+
+C, K, N = 24, 4, 16
+v1 = partial(TokenLearner, use_sum_pooling=True, norm_eps=1e-6, approximate="tanh")
+LEARNERS: dict[str, Callable[[int, int], nn.Module]] = {"v1": v1, "v11": TokenLearnerV11}
+each_learner = pytest.mark.parametrize("learner", LEARNERS)
+each_wrapper = pytest.mark.parametrize("fuse", [False, True], ids=["reduced", "fused"])
+
+
+def timm_block() -> Block:
+    gelu = partial(nn.GELU, approximate="tanh")
+    norm = partial(LayerNorm, eps=1e-6)
+    return Block(C, num_heads=3, mlp_ratio=2, qkv_bias=True, norm_layer=norm, act_layer=gelu)
+
+
+def wrap(block: nn.Module, learner: str = "v11", fuse: bool = False, **place: Any) -> ReducedBlock:
+    new = LEARNERS[learner](C, K)
+    if fuse:
+        return FusedBlock(block, new, TokenFuser(C, K), **place)
+    return ReducedBlock(block, new, **place)
+
+
+randomized = partial(drawn, std=0.3)
+
+
+class Recorder(nn.Module):
+    """A block that changes nothing and tells what it was called with."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = (x, args, kwargs)
+        return x
+
+
+# --- equal to scenic's encoders ----------------------------------------------------------------
+
+NAMES = [
+    f"encoder_{kind}{learner}"
+    for kind in ("", "fuser_", "video_", "fuser_video_")
+    for learner in LEARNERS
+]
+each_encoder = pytest.mark.parametrize("name", NAMES)
+
+_ATTENTION = "MultiHeadDotProductAttention_0"
+BLOCK = {
+    "LayerNorm_0": "norm1",
+    "LayerNorm_1": "norm2",
+    f"{_ATTENTION}/query": "attn.qkv",  # three flax layers in this order are one of timm's
+    f"{_ATTENTION}/key": "attn.qkv",
+    f"{_ATTENTION}/value": "attn.qkv",
+    f"{_ATTENTION}/out": "attn.proj",
+    "MlpBlock_0/Dense_0": "mlp.fc1",
+    "MlpBlock_0/Dense_1": "mlp.fc2",
+}
+V1 = {"LayerNorm_0": "norm"} | {f"Conv_{i}": f"attention_maps.{2 * i}" for i in range(4)}
+V11 = {
+    "LayerNorm_0": "norm",
+    "token_masking/Dense_0": "attention_maps.0",
+    "token_masking/Dense_1": "attention_maps.3",
+}
+FUSER = {
+    "LayerNorm_0": "norm",
+    "fuser_mix_norm1": "mix_norm1",
+    "fuser_mix_norm2": "mix_norm2",
+    "Dense_0": "mix",
+    "token_masking/Dense_0": "gates.0",
+    "token_masking/Dense_1": "gates.3",
+}
+
+
+class Encoder(nn.Module):
+    """scenic's encoder of 4 layers: timm's blocks, wrapped at block 2, or from there on."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        frames = 3 if "video" in name else 1
+        place = {"frames": frames, "grid": (4, 4), "learner": name.rpartition("_")[2]}
+        self.wrapped = (2, 3) if "fuser" in name else (2,)
+        self.pos_embed = nn.Parameter(torch.empty(1, frames * N, C))
+        blocks: list[nn.Module] = [timm_block() for _ in range(4)]
+        for i in self.wrapped:
+            blocks[i] = wrap(blocks[i], fuse="fuser" in name, **place)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(C, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(x + self.pos_embed))
+
+
+def layers(name: str, wrapped: tuple[int, ...]) -> dict[str, str]:
+    """Which flax layer is which of ours."""
+    learner, parts = ("V11", V11) if name.endswith("v11") else ("", V1)
+    table = {"encoder_norm": "norm"}
+    for i in range(4):
+        ours = f"blocks.{i}.block" if i in wrapped else f"blocks.{i}"
+        table |= {f"encoderblock_{i}/{key}": f"{ours}.{value}" for key, value in BLOCK.items()}
+    for count, i in enumerate(wrapped):
+        flax = f"TokenLearnerModule{learner}_{count}"
+        table |= {f"{flax}/{key}": f"blocks.{i}.learner.{value}" for key, value in parts.items()}
+        if "fuser" in name:
+            flax = f"TokenFuser_{count}"
+            table |= {f"{flax}/{key}": f"blocks.{i}.fuser.{value}" for key, value in FUSER.items()}
+    return table
+
+
+def to_torch(layer: str, kernel: np.ndarray) -> Tensor:
+    """A flax kernel, `in out` with heads apart or `h w in out`, as torch keeps it."""
+    if "Conv" in layer:
+        return torch.from_numpy(kernel.transpose(3, 2, 0, 1))
+    width = kernel.shape[-1] if layer.endswith("/out") else kernel[0].size
+    return torch.from_numpy(kernel.reshape(-1, width).T)
+
+
+def convert(
+    name: str, wrapped: tuple[int, ...], params: dict[str, np.ndarray]
+) -> dict[str, Tensor]:
+    """The state dict; takes what it uses out of `params`."""
+    parts = {"pos_embed": [torch.from_numpy(params.pop("posembed_input/pos_embedding"))]}
+    for flax, ours in layers(name, wrapped).items():
+        for kind, key in (("kernel", "weight"), ("scale", "weight"), ("bias", "bias")):
+            if (value := params.pop(f"{flax}/{kind}", None)) is not None:
+                value = (
+                    to_torch(flax, value) if kind == "kernel" else torch.from_numpy(value.ravel())
+                )
+                parts.setdefault(f"{ours}.{key}", []).append(value)
+    return {key: torch.cat(values) for key, values in parts.items()}
+
+
+def split_params(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
+
+
+def run(name: str, arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The output for the golden input, and the gradient of that input."""
+    encoder = Encoder(name)
+    encoder.load_state_dict(convert(name, encoder.wrapped, split_params(arrays)))
+    x = torch.from_numpy(arrays["input0"]).requires_grad_()
+    out = encoder(x)
+    (out * torch.from_numpy(arrays["cotangent"])).sum().backward()
+    return out.detach(), x.grad
+
+
+@each_encoder
+def test_every_scenic_parameter_has_one_place_and_no_place_stays_empty(
+    name: str, golden: Golden
+) -> None:
+    params, encoder = split_params(golden(name)), Encoder(name)
+    state = convert(name, encoder.wrapped, params)
+    assert not params
+    assert {k: v.shape for k, v in state.items()} == {
+        k: v.shape for k, v in encoder.state_dict().items()
+    }
+
+
+@each_encoder
+def test_outputs_are_those_of_scenics_encoder(name: str, golden: Golden) -> None:
+    arrays = golden(name)
+    np.testing.assert_allclose(run(name, arrays)[0], arrays["output"], rtol=1e-5, atol=1e-5)
+
+
+@each_encoder
+def test_input_gradients_are_those_of_scenics_encoder(name: str, golden: Golden) -> None:
+    arrays = golden(name)
+    np.testing.assert_allclose(run(name, arrays)[1], arrays["grad_input"], rtol=1e-5, atol=1e-5)
+
+
+# --- prefix tokens -----------------------------------------------------------------------------
+
+
+@each_wrapper
+@each_learner
+@torch.no_grad()
+def test_the_block_sees_prefix_tokens_unchanged_in_front_of_learned_ones(
+    learner: str, fuse: bool
+) -> None:
+    wrapped = wrap(Recorder(), learner, fuse, num_prefix_tokens=2, grid=(3, 5))
+    x = torch.randn(2, 2 + 15, C)
+    wrapped(x)
+    seen = wrapped.block.seen[0]
+    assert torch.equal(seen[:, :2], x[:, :2])
+    assert torch.equal(seen[:, 2:], wrapped.learner(x[:, 2:], (3, 5)))
+
+
+@each_wrapper
+@torch.no_grad()
+def test_the_learner_does_not_see_prefix_tokens(fuse: bool) -> None:
+    wrapped = randomized(wrap(Recorder(), fuse=fuse, num_prefix_tokens=2))
+    x = torch.randn(2, 2 + N, C)
+    other = torch.cat([torch.randn(2, 2, C), x[:, 2:]], dim=1)
+    assert torch.equal(wrapped(x)[:, 2:], wrapped(other)[:, 2:])
+
+
+@torch.no_grad()
+def test_a_fused_block_takes_prefix_tokens_from_the_block() -> None:
+    block = timm_block().eval()
+    wrapped = wrap(block, fuse=True, num_prefix_tokens=2)
+    x = torch.randn(2, 2 + N, C)
+    seen = torch.cat([x[:, :2], wrapped.learner(x[:, 2:])], dim=1)
+    assert torch.equal(wrapped(x)[:, :2], block(seen)[:, :2])
+
+
+# --- the fuser ---------------------------------------------------------------------------------
+
+
+@each_learner
+@torch.no_grad()
+def test_a_fused_block_gives_positions_plus_what_the_fuser_makes_of_the_blocks_tokens(
+    learner: str,
+) -> None:
+    wrapped = randomized(wrap(timm_block(), learner, fuse=True, grid=(4, 4)))
+    x = torch.randn(2, N, C)
+    spread = wrapped.fuser(wrapped.block(wrapped.learner(x, (4, 4))), x)
+    assert spread.abs().max() > 0.1
+    torch.testing.assert_close(wrapped(x), x + spread)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@torch.no_grad()
+def test_a_new_fused_block_leaves_positions_exactly_as_they_are(frames: int) -> None:
+    wrapped = wrap(timm_block(), fuse=True, num_prefix_tokens=1, frames=frames)
+    x = torch.randn(2, 1 + frames * N, C)
+    out = wrapped(x)
+    assert torch.equal(out[:, 1:], x[:, 1:])
+    assert not torch.equal(out[:, :1], x[:, :1])
+
+
+# --- frames ------------------------------------------------------------------------------------
+
+
+@each_wrapper
+@each_learner
+@torch.no_grad()
+def test_frames_in_one_sequence_give_what_a_loop_over_frames_gives(
+    learner: str, fuse: bool
+) -> None:
+    place: dict[str, Any] = {"num_prefix_tokens": 1, "grid": (3, 5)}
+    folded = randomized(wrap(Recorder(), learner, fuse, frames=3, **place))
+    single = copy.deepcopy(folded)
+    single.frames = 1
+    prefix, clip = torch.randn(2, 1, C), torch.randn(2, 3, 15, C)
+    looped = [single(torch.cat([prefix, frame], dim=1))[:, 1:] for frame in clip.unbind(1)]
+    out = folded(torch.cat([prefix, clip.flatten(1, 2)], dim=1))
+    torch.testing.assert_close(out, torch.cat([prefix, *looped], dim=1), rtol=1e-5, atol=1e-5)
+
+
+@each_wrapper
+def test_frames_that_do_not_divide_the_sequence_are_refused(fuse: bool) -> None:
+    wrapped = wrap(Recorder(), fuse=fuse, num_prefix_tokens=1, frames=3)
+    with pytest.raises(ValueError, match=r"16 tokens \(behind 1 prefix.*do not divide into 3"):
+        wrapped(torch.randn(2, 1 + 16, C))
+
+
+@each_wrapper
+@each_learner
+@pytest.mark.parametrize("frames", [1, 3])
+def test_an_empty_batch_comes_back_empty(frames: int, learner: str, fuse: bool) -> None:
+    place: dict[str, Any] = {"num_prefix_tokens": 1, "frames": frames, "grid": (4, 4)}
+    out = wrap(timm_block(), learner, fuse, **place)(torch.randn(0, 1 + frames * N, C))
+    assert out.shape == (0, 1 + frames * (N if fuse else K), C)
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+@each_wrapper
+def test_further_arguments_reach_the_block(fuse: bool) -> None:
+    wrapped = wrap(Recorder(), fuse=fuse)
+    wrapped(torch.randn(1, N, C), "rope", attn_mask=None, is_causal=False, scale=2)
+    assert wrapped.block.seen[1:] == (
+        ("rope",),
+        {"attn_mask": None, "is_causal": False, "scale": 2},
+    )
+
+
+@each_wrapper
+@pytest.mark.parametrize(
+    "mask", [{"attn_mask": torch.ones(N, N)}, {"is_causal": True}], ids=["mask", "causal"]
+)
+def test_an_attention_mask_is_refused(mask: dict[str, Any], fuse: bool) -> None:
+    with pytest.raises(ValueError, match="attention mask over positions does not fit"):
+        wrap(timm_block(), fuse=fuse)(torch.randn(1, N, C), **mask)
+
+
+class Told(nn.Module):
+    """A block that is told positions and masks, and gives its tokens in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Module()
+        self.attn.table = nn.Parameter(torch.ones(3))
+        self.attn.missing = None
+
+    def forward(
+        self, x: Tensor, rope: Any = None, mask: Any = None, head_mask: Any = None
+    ) -> tuple[Tensor, str]:
+        self.seen = {"rope": rope, "mask": mask, "head_mask": head_mask, "table": self.attn.table}
+        return x, "weights"
+
+
+OF_POSITIONS = PositionArgs(arguments=("rope",), parameters=("attn.table",))
+WRAPPERS: dict[str, Callable[[nn.Module], PositionFreeBlock]] = {
+    "unplaced": lambda block: PositionFreeBlock(block, OF_POSITIONS),
+    "reduced": lambda block: wrap(block, of_positions=OF_POSITIONS),
+    "fused": lambda block: wrap(block, fuse=True, of_positions=OF_POSITIONS),
+}
+every_wrapper = pytest.mark.parametrize("kind", WRAPPERS)
+
+
+@every_wrapper
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_belongs_to_positions_is_left_out_and_the_rest_passes(
+    by_name: bool, kind: str
+) -> None:
+    wrapped, rope, heads = WRAPPERS[kind](Told()), torch.ones(1), torch.ones(2)
+    x = torch.randn(1, N, C)
+    wrapped(x, rope=rope, mask=None, head_mask=heads) if by_name else wrapped(x, rope, None, heads)
+    assert wrapped.block.seen == {"rope": None, "mask": None, "head_mask": heads, "table": None}
+
+
+@every_wrapper
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_mask_is_refused_by_its_name_and_in_its_place(by_name: bool, kind: str) -> None:
+    wrapped, x, mask = WRAPPERS[kind](Told()), torch.randn(1, N, C), torch.ones(N, N)
+    with pytest.raises(
+        ValueError, match=r"does not fit learned tokens; .* without mask, or remove"
+    ):
+        wrapped(x, mask=mask) if by_name else wrapped(x, None, mask)
+
+
+@every_wrapper
+def test_unwrap_puts_the_same_parameter_back(kind: str) -> None:
+    block = Told()
+    table = block.attn.table
+    wrapped = WRAPPERS[kind](block)
+    assert wrapped.state_dict()["table"].data_ptr() == table.data_ptr()
+    assert wrapped.unwrap() is block
+    assert block.attn.table is table
+    assert list(block.state_dict()) == ["attn.table"]
+    assert "table" not in wrapped.state_dict()
+
+
+def test_a_parameter_that_a_block_does_not_have_is_no_matter() -> None:
+    block = Told()
+    wrapped = PositionFreeBlock(block, PositionArgs(parameters=("attn.missing",)))
+    assert list(wrapped.state_dict()) == ["block.attn.table"]
+    assert wrapped.unwrap().attn.missing is None
+
+
+def test_the_rest_of_what_a_block_returns_is_passed_on() -> None:
+    x = torch.randn(1, N, C)
+    tokens, weights = wrap(Told())(x)
+    assert (tokens.shape, weights) == ((1, K, C), "weights")
+    fused = randomized(wrap(Told(), fuse=True))
+    positions, weights = fused(x)
+    torch.testing.assert_close(positions, x + fused.fuser(fused.learner(x), x))
+    assert weights == "weights"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_while_it_is_exported_a_mask_that_the_host_made_is_left_out(strict: bool) -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            of_positions = PositionArgs(exported=("mask",))
+            self.block = wrap(timm_like(), of_positions=of_positions)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(x.shape[1], x.shape[1]) if torch.compiler.is_exporting() else None
+            return self.block(x, mask)
+
+    def timm_like() -> nn.Module:
+        class Masked(nn.Module):
+            def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+                return x if mask is None else mask @ x
+
+        return Masked()
+
+    host, x = Host(), torch.randn(2, N, C)
+    program = torch.export.export(host, (x,), strict=strict).module()
+    torch.testing.assert_close(program(x), host(x))
+    with pytest.raises(ValueError, match="without mask"):
+        host.block(x, torch.ones(N, N))
+
+
+def test_learners_come_before_the_block_when_parameters_are_counted() -> None:
+    names = [name.partition(".")[0] for name, _ in wrap(timm_block()).named_parameters()]
+    assert names == sorted(names, key=["learner", "block"].index)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"num_prefix_tokens": -1}, "num_prefix_tokens is -1"),
+        ({"num_prefix_tokens": True}, "num_prefix_tokens is True"),
+        ({"frames": 0}, "frames is 0"),
+        ({"frames": 1.0}, "frames is 1.0"),
+    ],
+)
+def test_counts_out_of_range_are_refused(place: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrap(Recorder(), **place)
+
+
+# --- the grid ----------------------------------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """Stands for a host's patch embedding: has a parameter, and knows the grid."""
+
+    def __init__(self, grid_size: tuple[int, int]):
+        super().__init__()
+        self.grid_size = grid_size
+        self.weight = nn.Parameter(torch.ones(3))
+
+
+class Host(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = Patches((2, 8))
+        self.block = wrap(timm_block(), "v1", grid=self.patches)
+
+
+@torch.no_grad()
+def test_the_grid_is_asked_of_its_module_at_every_call() -> None:
+    patches, x = Patches((2, 8)), torch.randn(2, N, C)
+    wrapped = wrap(Recorder(), "v1", grid=patches)
+    for grid in [(2, 8), (4, 4)]:
+        patches.grid_size = grid
+        assert torch.equal(wrapped(x), wrapped.learner(x, grid))
+
+
+def test_a_grid_that_does_not_fit_is_refused_by_v1_alone() -> None:
+    x = torch.randn(1, N, C)
+    assert wrap(Recorder(), "v11", grid=(3, 3))(x).shape == (1, K, C)
+    with pytest.raises(ValueError, match="16 positions do not fit a 3 x 3 grid"):
+        wrap(Recorder(), "v1", grid=(3, 3))(x)
+
+
+def test_a_patch_grid_knows_the_grid_of_every_picture() -> None:
+    wrapped = wrap(Recorder(), "v1", grid=PatchGrid((32, 48), (8, 16)))
+    assert (wrapped.grid, wrapped.fixed_grid, wrapped.grid_of((16, 64))) == ((4, 3), None, (2, 4))
+
+
+def test_the_module_that_knows_the_grid_is_registered_once() -> None:
+    host = Host()
+    assert [key for key in host.state_dict() if "patches" in key] == ["patches.weight"]
+    assert [module for module in host.block.modules() if isinstance(module, Patches)] == []
+
+
+COPIES: dict[str, Callable[[Host], Host]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda host: pickle.loads(pickle.dumps(host)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_asks_the_copied_module_for_the_grid(copied: Callable[[Host], Host]) -> None:
+    host = Host()
+    other = copied(host)
+    other.patches.grid_size = (4, 4)
+    assert (host.block.grid, other.block.grid) == ((2, 8), (4, 4))
+
+
+@each_wrapper
+@torch.no_grad()
+def test_a_wrapped_block_on_the_chosen_device_gives_what_it_gives_on_the_cpu(
+    fuse: bool, device: torch.device
+) -> None:
+    block, x = randomized(wrap(timm_block(), fuse=fuse)).double(), torch.randn(2, N, C).double()
+    expected = block(x)
+    torch.testing.assert_close(block.to(device)(x.to(device)).cpu(), expected)

@@ -1,0 +1,763 @@
+"""The TokenLearners: equal numbers first, then what the maps promise, then how they are used."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import reference
+import torch
+from tiny import drawn
+from torch import Tensor, nn
+
+from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
+from tokenlearner.layers.functional import chunks
+
+Golden = Callable[[str], dict[str, np.ndarray]]
+Make = Callable[..., nn.Module]
+
+LEARNERS: dict[str, Make] = {
+    "v1_sum": partial(TokenLearner, use_sum_pooling=True, norm_eps=1e-6, approximate="tanh"),
+    "v1_mean": TokenLearner,
+    "v11_grouped": partial(TokenLearnerModuleV11, num_groups=3),
+    "v11_grouped_gelu": partial(TokenLearnerModuleV11, num_groups=3, approximate="tanh"),
+    "v11": partial(TokenLearnerV11, bottleneck_dim=10),
+}
+SOFTMAX = {name: make for name, make in LEARNERS.items() if name.startswith("v11")}
+SIGMOID = {name: make for name, make in LEARNERS.items() if name.startswith("v1_")}
+
+each_learner = pytest.mark.parametrize("make", LEARNERS.values(), ids=LEARNERS)
+each_softmax_learner = pytest.mark.parametrize("make", SOFTMAX.values(), ids=SOFTMAX)
+each_sigmoid_learner = pytest.mark.parametrize("make", SIGMOID.values(), ids=SIGMOID)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+narrow_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+
+
+randomized = partial(drawn, std=0.5)
+
+
+def uneven(*shape: int) -> Tensor:
+    """Random float64 values, the channels of which differ in offset and by 10^4 in scale."""
+    scale = 10 ** torch.linspace(-2, 2, shape[-1], dtype=torch.float64)
+    offset = 30 * torch.randn(shape[-1], dtype=torch.float64)
+    return offset + scale * torch.randn(shape, dtype=torch.float64)
+
+
+def last_layer(learner: nn.Module) -> Tensor:
+    """The weight that makes the logits, one row a map."""
+    return [p for p in learner.attention_maps.parameters() if p.ndim > 1][-1]
+
+
+# --- equal to scenic ---------------------------------------------------------------------------
+
+SCENIC_V1 = {
+    "params/LayerNorm_0/scale": "norm.weight",
+    "params/LayerNorm_0/bias": "norm.bias",
+    "params/Conv_0/kernel": "attention_maps.0.weight",
+    "params/Conv_1/kernel": "attention_maps.2.weight",
+    "params/Conv_2/kernel": "attention_maps.4.weight",
+    "params/Conv_3/kernel": "attention_maps.6.weight",
+}
+SCENIC_V11 = {
+    "params/LayerNorm_0/scale": "norm.weight",
+    "params/LayerNorm_0/bias": "norm.bias",
+    "params/token_masking/Dense_0/kernel": "attention_maps.0.weight",
+    "params/token_masking/Dense_0/bias": "attention_maps.0.bias",
+    "params/token_masking/Dense_1/kernel": "attention_maps.3.weight",
+    "params/token_masking/Dense_1/bias": "attention_maps.3.bias",
+}
+OFFICIAL = {"norm_eps": 1e-6, "approximate": "tanh"}
+SCENIC = {
+    "token_learner_v1_sum": (partial(TokenLearner, 24, 8, True, **OFFICIAL), SCENIC_V1),
+    "token_learner_v1_mean": (partial(TokenLearner, 24, 5, False, **OFFICIAL), SCENIC_V1),
+    "token_learner_v1_rect": (partial(TokenLearner, 16, 4, True, **OFFICIAL), SCENIC_V1),
+    "token_learner_v11": (partial(TokenLearnerV11, 24, 8), SCENIC_V11),
+    "token_learner_v11_seq": (partial(TokenLearnerV11, 24, 3, 16), SCENIC_V11),
+}
+SEED = {
+    "seed_token_learner_mean": partial(TokenLearner, 24, 8),
+    "seed_token_learner_sum": partial(TokenLearner, 24, 5, use_sum_pooling=True),
+    "seed_module_v11": partial(TokenLearnerModuleV11, 24, 8, 4),
+}
+
+
+def to_torch(kernel: np.ndarray) -> Tensor:
+    """Flax's `h w in out` or `in out` to torch's `out in h w` or `out in`."""
+    order = (3, 2, 0, 1) if kernel.ndim == 4 else tuple(range(kernel.ndim))[::-1]
+    return torch.from_numpy(kernel).permute(order)
+
+
+def scenic(file: str, arrays: dict[str, np.ndarray]) -> nn.Module:
+    make, table = SCENIC[file]
+    learner = make()
+    learner.load_state_dict({key: to_torch(arrays[name]) for name, key in table.items()})
+    return learner
+
+
+def seed(file: str, arrays: dict[str, np.ndarray]) -> nn.Module:
+    prefix = "state_dict/"
+    learner = SEED[file]()
+    state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    learner.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
+    return learner
+
+
+def run(learner: nn.Module, arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The output for the golden input, and the gradient of the input."""
+    x = torch.from_numpy(arrays["input0"]).requires_grad_()
+    out = learner(x)
+    (out * torch.from_numpy(arrays["cotangent"])).sum().backward()
+    return out.detach(), x.grad
+
+
+@pytest.mark.parametrize("file", SCENIC)
+def test_every_scenic_parameter_has_one_place_and_no_place_stays_empty(
+    file: str, golden: Golden
+) -> None:
+    make, table = SCENIC[file]
+    assert set(table) == {name for name in golden(file) if name.startswith("params/")}
+    assert sorted(table.values()) == sorted(make().state_dict())
+
+
+@pytest.mark.parametrize("file", SCENIC)
+def test_outputs_are_those_of_scenic(file: str, golden: Golden) -> None:
+    arrays = golden(file)
+    learner = scenic(file, arrays)
+    out, _ = run(learner, arrays)
+    np.testing.assert_allclose(out, arrays["output"], rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        out = learner(torch.from_numpy(arrays["input0"]))
+    np.testing.assert_allclose(out, arrays["output"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("file", SCENIC)
+def test_input_gradients_are_those_of_scenic(file: str, golden: Golden) -> None:
+    arrays = golden(file)
+    _, grad = run(scenic(file, arrays), arrays)
+    np.testing.assert_allclose(grad, arrays["grad_input"], rtol=1e-5, atol=1e-5)
+
+
+# --- equal to the small PyTorch port that many started from ------------------------------------
+
+
+@pytest.mark.parametrize("file", SEED)
+def test_outputs_of_the_ports_checkpoints_stay_as_they_were(file: str, golden: Golden) -> None:
+    arrays = golden(file)
+    out, _ = run(seed(file, arrays), arrays)
+    np.testing.assert_allclose(out, arrays["output"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("file", SEED)
+def test_input_gradients_of_the_ports_checkpoints_stay_as_they_were(
+    file: str, golden: Golden
+) -> None:
+    arrays = golden(file)
+    _, grad = run(seed(file, arrays), arrays)
+    np.testing.assert_allclose(grad, arrays["grad_input"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("file", SEED)
+def test_parameter_gradients_of_the_ports_checkpoints_stay_as_they_were(
+    file: str, golden: Golden
+) -> None:
+    arrays = golden(file)
+    learner = seed(file, arrays)
+    run(learner, arrays)
+    for name, parameter in learner.named_parameters():
+        np.testing.assert_allclose(parameter.grad, arrays[f"grad/{name}"], rtol=1e-5, atol=1e-5)
+
+
+# --- equal to the equations --------------------------------------------------------------------
+
+EQUATIONS = {
+    "v1_sum": partial(reference.v1, use_sum_pooling=True, norm_eps=1e-6, approximate="tanh"),
+    "v1_mean": partial(reference.v1, use_sum_pooling=False, norm_eps=1e-5, approximate="none"),
+    "v11_grouped": partial(reference.v11_grouped, norm_eps=1e-5, approximate=None),
+    "v11_grouped_gelu": partial(reference.v11_grouped, norm_eps=1e-5, approximate="tanh"),
+    "v11": partial(reference.v11, norm_eps=1e-6, approximate="tanh"),
+}
+
+
+def equations(name: str, learner: nn.Module, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    params = {key: value.numpy() for key, value in learner.state_dict().items()}
+    return EQUATIONS[name](x.numpy(), params)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 7, 9), (1, 1, 1, 3), (3, 5, 2, 15)])
+@pytest.mark.parametrize("name", LEARNERS)
+@torch.no_grad()
+def test_tokens_follow_the_equations(name: str, shape: tuple[int, ...]) -> None:
+    learner = randomized(LEARNERS[name](shape[-1], 5).double())
+    x = uneven(*shape)
+    tokens, _ = equations(name, learner, x)
+    np.testing.assert_allclose(learner(x), tokens, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+@torch.no_grad()
+def test_maps_follow_the_equations(name: str) -> None:
+    learner = randomized(LEARNERS[name](9, 5).double())
+    x = uneven(2, 4, 7, 9)
+    _, maps = equations(name, learner, x)
+    np.testing.assert_allclose(learner.attention(x).flatten(2), maps, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_exact_gelu_of_v11_follows_the_equations() -> None:
+    learner = randomized(TokenLearnerV11(9, 5, 10, approximate="none", norm_eps=1e-3).double())
+    x = uneven(2, 4, 7, 9)
+    params = {key: value.numpy() for key, value in learner.state_dict().items()}
+    tokens, _ = reference.v11(x.numpy(), params, norm_eps=1e-3, approximate="none")
+    np.testing.assert_allclose(learner(x), tokens, rtol=1e-10, atol=1e-10)
+
+
+@each_learner
+def test_gradients_are_the_derivatives_of_the_output(make: Make) -> None:
+    learner = randomized(make(3, 2).double())
+    names, parameters = zip(*learner.named_parameters(), strict=True)
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(learner, dict(zip(names, values, strict=True)), (x,))
+
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (x, *parameters), fast_mode=True)
+
+
+# --- what the maps promise ---------------------------------------------------------------------
+
+
+@each_softmax_learner
+@torch.no_grad()
+def test_v11_ignores_the_order_of_positions(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = uneven(2, 30, 9)
+    torch.testing.assert_close(learner(x[:, torch.randperm(30)]), learner(x))
+
+
+@each_sigmoid_learner
+@torch.no_grad()
+def test_v1_does_not_ignore_the_order_of_positions(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = uneven(2, 36, 9)
+    assert not torch.allclose(learner(x.flip(1)), learner(x), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 4e-3)],
+    ids=str,
+)
+@each_softmax_learner
+@torch.no_grad()
+def test_every_map_of_v11_sums_to_1(make: Make, dtype: torch.dtype, tolerance: float) -> None:
+    maps = randomized(make(9, 4)).to(dtype).attention(torch.randn(2, 7, 5, 9).to(dtype))
+    sums = maps.double().sum((-2, -1))
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=tolerance)
+
+
+@each_sigmoid_learner
+@torch.no_grad()
+def test_maps_of_v1_are_gates_between_0_and_1(make: Make) -> None:
+    learner = make(9, 4)
+    last_layer(learner).mul_(30)
+    maps = learner.attention(torch.randn(2, 7, 5, 9))
+    assert 0 < maps.min() < 0.3
+    assert 0.7 < maps.max() < 1
+
+
+@torch.no_grad()
+def test_sum_pooling_is_mean_pooling_times_the_positions() -> None:
+    mean, total = TokenLearner(9, 4).double(), TokenLearner(9, 4, use_sum_pooling=True).double()
+    total.load_state_dict(mean.state_dict())
+    x = uneven(2, 5, 7, 9)
+    torch.testing.assert_close(total(x), 35 * mean(x))
+
+
+@pytest.mark.parametrize("j", [0, 2, 4])
+@each_learner
+@torch.no_grad()
+def test_map_j_depends_on_column_j_of_the_logits_alone(make: Make, j: int) -> None:
+    learner = randomized(make(9, 5).double())
+    x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
+    maps, tokens = learner.attention(x), learner(x)
+    last_layer(learner)[j] += 0.5 * torch.randn_like(last_layer(learner)[j])
+    for before, after in ((maps, learner.attention(x)), (tokens, learner(x))):
+        change = (after - before).abs().transpose(0, 1).flatten(1).amax(1)
+        assert change[j] > 1e-3
+        change[j] = 0
+        assert change.max() < 1e-12
+
+
+@each_learner
+@torch.no_grad()
+def test_tokens_are_sums_of_the_values_weighted_by_the_maps(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = torch.randn(2, 5, 7, 9, dtype=torch.float64)
+    values = x
+    if isinstance(learner, TokenLearnerModuleV11):
+        values = learner.feat_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    tokens = torch.einsum("bkhw,bhwc->bkc", learner.attention(x), values)
+    if isinstance(learner, TokenLearner) and not learner.use_sum_pooling:
+        tokens /= 35
+    torch.testing.assert_close(learner(x), tokens)
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+@each_learner
+@torch.no_grad()
+def test_frames_of_a_clip_are_pooled_one_by_one(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = uneven(2, 3, 5, 7, 9)
+    torch.testing.assert_close(learner(x), torch.stack([learner(x[:, t]) for t in range(3)], 1))
+
+
+@each_learner
+@torch.no_grad()
+def test_maps_of_a_clip_are_those_of_its_frames(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = uneven(2, 3, 5, 7, 9)
+    frames = [learner.attention(x[:, t]) for t in range(3)]
+    torch.testing.assert_close(learner.attention(x), torch.stack(frames, 1))
+
+
+@each_learner
+@torch.no_grad()
+def test_flat_positions_with_their_grid_give_the_tokens_of_the_grid(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = uneven(2, 5, 7, 9)
+    assert torch.equal(learner(x.flatten(1, 2), grid=(5, 7)), learner(x))
+
+
+@each_sigmoid_learner
+@torch.no_grad()
+def test_v1_takes_flat_positions_of_a_square_without_a_grid(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = uneven(2, 6, 6, 9)
+    assert torch.equal(learner(x.flatten(1, 2)), learner(x))
+
+
+@pytest.mark.parametrize(("channels", "with_gradients"), [(256, False), (1024, True)])
+def test_v1_of_wide_inputs_gives_what_its_convolutions_give(
+    channels: int, with_gradients: bool
+) -> None:
+    learner = TokenLearner(channels, 3)
+    x = torch.randn(2, 4, 6, channels, requires_grad=with_gradients)
+    with torch.set_grad_enabled(with_gradients):
+        tokens = learner(x)
+        logits = learner.attention_maps(learner.norm(x).movedim(-1, 1))
+        expected = torch.einsum("bkhw,bhwc->bkc", logits.sigmoid(), x) / 24
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    if with_gradients:
+        inputs = [x, *learner.parameters()]
+        for found, right in zip(
+            *(torch.autograd.grad(y.square().mean(), inputs) for y in (tokens, expected)),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+@each_learner
+def test_many_frames_give_what_they_give_one_by_one(make: Make) -> None:
+    learner = make(24, 4).double().eval()
+    x = torch.randn(3, 128, 128, 24, dtype=torch.float64, requires_grad=True)  # 3 MiB a frame
+    assert len(chunks(x.flatten(1, 2))) > 1
+    tokens, expected = learner(x), torch.cat([learner(frame) for frame in x.split(1)])
+    torch.testing.assert_close(tokens, expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(learner(x), expected)
+    inputs = [x, *learner.parameters()]
+    for found, right in zip(
+        *(torch.autograd.grad(y.square().sum(), inputs) for y in (tokens, expected)), strict=True
+    ):
+        torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_v1_of_wide_inputs_takes_no_frames(with_gradients: bool) -> None:
+    with torch.set_grad_enabled(with_gradients):
+        assert TokenLearner(1024, 3)(torch.ones(0, 4, 4, 1024)).shape == (0, 3, 1024)
+
+
+@each_sigmoid_learner
+@torch.no_grad()
+def test_v1_tells_height_from_width(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = uneven(2, 36, 9)
+    assert not torch.allclose(learner(x, grid=(4, 9)), learner(x, grid=(9, 4)), rtol=1e-3)
+
+
+@each_learner
+@torch.no_grad()
+def test_a_view_with_other_strides_gives_the_same_tokens(make: Make) -> None:
+    learner = randomized(make(9, 4).double())
+    x = uneven(2, 5, 7, 9).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not x.is_contiguous()
+    torch.testing.assert_close(learner(x), learner(x.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "maps"),
+    [
+        ((2, 25, 9), (2, 4, 25)),
+        ((2, 5, 7, 9), (2, 4, 5, 7)),
+        ((2, 3, 5, 7, 9), (2, 3, 4, 5, 7)),
+    ],
+    ids=["flat", "grid", "clip"],
+)
+@each_learner
+def test_maps_have_the_arrangement_of_the_input(
+    make: Make, shape: tuple[int, ...], maps: tuple[int, ...]
+) -> None:
+    assert make(9, 4).attention(torch.randn(shape)).shape == maps
+
+
+@pytest.mark.parametrize("num_tokens", [1, 81, 100])
+@each_learner
+def test_any_number_of_tokens_can_be_learned_from_81_positions(make: Make, num_tokens: int) -> None:
+    tokens = make(9, num_tokens)(torch.randn(2, 9, 9, 9))
+    assert tokens.shape == (2, num_tokens, 9)
+    assert tokens.isfinite().all()
+
+
+@each_learner
+def test_an_empty_batch_gives_an_empty_batch_of_tokens(make: Make) -> None:
+    learner = make(9, 4)
+    assert learner(torch.ones(0, 5, 7, 9)).shape == (0, 4, 9)
+    assert learner.attention(torch.ones(0, 5, 7, 9)).shape == (0, 4, 5, 7)
+
+
+@each_learner
+def test_an_empty_batch_has_a_backward_pass(make: Make) -> None:
+    learner = make(9, 4)
+    learner(torch.ones(0, 5, 7, 9)).sum().backward()
+    assert all((p.grad == 0).all() for p in learner.parameters())
+
+
+@each_learner
+def test_shapes_are_known_on_the_meta_device(make: Make) -> None:
+    learner = make(9, 4).to("meta")
+    assert learner(torch.empty(10_000, 512, 512, 9, device="meta")).shape == (10_000, 4, 9)
+
+
+# --- dtypes ------------------------------------------------------------------------------------
+
+
+@each_dtype
+@each_learner
+def test_tokens_and_maps_have_the_dtype_of_the_input(make: Make, dtype: torch.dtype) -> None:
+    learner, x = make(9, 4).to(dtype), torch.randn(2, 5, 7, 9, dtype=dtype)
+    assert learner(x).dtype == dtype
+    assert learner.attention(x).dtype == dtype
+
+
+@narrow_dtypes
+@torch.no_grad()
+def test_sum_pooling_counts_thousands_of_positions_exactly(dtype: torch.dtype) -> None:
+    learner = TokenLearner(9, 4, use_sum_pooling=True).to(dtype)
+    last_layer(learner).zero_()  # every gate is 1/2
+    tokens = learner(torch.ones(2, 64, 128, 9, dtype=dtype))
+    assert (tokens == 4096).all()  # a sum in bfloat16 stops at 128, in float16 at 1024
+
+
+@narrow_dtypes
+@torch.no_grad()
+def test_mean_pooling_of_thousands_of_positions_is_exact(dtype: torch.dtype) -> None:
+    learner = TokenLearner(9, 4).to(dtype)
+    last_layer(learner).zero_()
+    assert (learner(torch.ones(2, 64, 128, 9, dtype=dtype)) == 0.5).all()
+
+
+@narrow_dtypes
+@torch.no_grad()
+def test_softmax_over_thousands_of_positions_is_exact(dtype: torch.dtype) -> None:
+    learner = TokenLearnerV11(9, 4).to(dtype)
+    for parameter in learner.attention_maps.parameters():
+        parameter.zero_()
+    assert (learner(torch.ones(2, 64, 128, 9, dtype=dtype)) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str
+)
+@each_learner
+@torch.no_grad()
+def test_narrow_tokens_are_close_to_the_float32_ones(
+    make: Make, dtype: torch.dtype, tolerance: float
+) -> None:
+    learner, x = make(24, 4), torch.randn(2, 14, 14, 24)
+    exact = learner(x)
+    error = (learner.to(dtype)(x.to(dtype)).float() - exact).abs().max() / exact.abs().max()
+    assert error < tolerance
+
+
+@each_learner
+@torch.no_grad()
+def test_autocast_gives_float32_tokens_for_a_float32_input(make: Make) -> None:
+    learner, x = make(24, 4), torch.randn(2, 14, 14, 24)
+    exact = learner(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = learner(x)
+    assert tokens.dtype == torch.float32
+    assert 0 < (tokens - exact).abs().max() / exact.abs().max() < 3e-2
+
+
+@narrow_dtypes
+@each_learner
+@torch.no_grad()
+def test_autocast_takes_narrow_inputs_of_float32_modules(make: Make, dtype: torch.dtype) -> None:
+    learner, x = make(24, 4), torch.randn(2, 5, 7, 24)
+    exact = learner(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = learner(x.to(dtype))
+    assert tokens.dtype == dtype
+    assert (tokens.float() - exact).abs().max() / exact.abs().max() < 4e-2
+
+
+# --- dropout -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_maps_of_v11_sum_to_1_with_dropout() -> None:
+    learner = randomized(TokenLearnerV11(9, 4, dropout_rate=0.5)).train()
+    x = torch.randn(2, 5, 7, 9)
+    maps = learner.attention(x)
+    assert not torch.allclose(maps, learner.eval().attention(x))
+    torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 4))
+
+
+@torch.no_grad()
+def test_dropout_of_v11_sets_logits_to_0_before_the_softmax() -> None:
+    learner = TokenLearnerV11(9, 4, dropout_rate=0.5).train()
+    _, _, _, logits, _ = learner.attention_maps
+    logits.weight.zero_()
+    logits.bias.fill_(1)  # logits of 0 or 2, whatever the hidden layer does
+    maps = learner.attention(torch.randn(1, 100, 9))[0]
+    low, high = maps.amin(1), maps.amax(1)
+    torch.testing.assert_close(high / low, torch.full((4,), math.exp(2)))
+    assert all(len(row.unique()) == 2 for row in maps)
+
+
+@torch.no_grad()
+def test_dropout_of_v11_acts_on_the_hidden_layer_too() -> None:
+    learner = TokenLearnerV11(9, 1, dropout_rate=0.5).train()
+    hidden, _, _, logits, _ = learner.attention_maps
+    hidden.weight.zero_()
+    hidden.bias.fill_(1)
+    logits.weight.fill_(0.1)  # equal positions, so dropout alone can tell them apart
+    assert len(learner.attention(torch.randn(1, 100, 9)).unique()) > 5
+
+
+@torch.no_grad()
+def test_dropout_of_the_grouped_learner_acts_on_the_tokens() -> None:
+    learner = randomized(TokenLearnerModuleV11(24, 50, 3, dropout_rate=0.25))
+    x = torch.randn(2, 5, 7, 24)
+    kept, tokens = learner.eval()(x), learner.train()(x)
+    dropped = tokens == 0
+    assert 0.2 < dropped.float().mean() < 0.3
+    torch.testing.assert_close(tokens[~dropped], kept[~dropped] / 0.75)
+
+
+@torch.no_grad()
+def test_dropout_of_the_grouped_learner_leaves_the_maps_alone() -> None:
+    learner = randomized(TokenLearnerModuleV11(9, 4, 3, dropout_rate=0.5))
+    x = torch.randn(2, 5, 7, 9)
+    assert torch.equal(learner.train().attention(x), learner.eval().attention(x))
+
+
+@pytest.mark.parametrize("name", ["v11_grouped", "v11_grouped_gelu", "v11"])
+@torch.no_grad()
+def test_there_is_no_dropout_in_eval_mode(name: str) -> None:
+    dropping = LEARNERS[name](9, 4, dropout_rate=0.5).eval()
+    plain = LEARNERS[name](9, 4)
+    plain.load_state_dict(dropping.state_dict())
+    x = torch.randn(2, 5, 7, 9)
+    assert torch.equal(dropping(x), plain(x))
+
+
+# --- parameters --------------------------------------------------------------------------------
+
+
+def conv(i: int, o: int, size: int, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(i, o, size, groups=groups, bias=False)
+
+
+def test_v1_starts_from_torchs_own_convolutions() -> None:
+    torch.manual_seed(0)
+    learner = TokenLearner(9, 4)
+    torch.manual_seed(0)
+    convs = {layer: conv(9 if layer == 0 else 4, 4, 3) for layer in (0, 2, 4, 6)}
+    expected = {"norm.weight": torch.ones(9), "norm.bias": torch.zeros(9)}
+    expected |= {f"attention_maps.{i}.weight": layer.weight for i, layer in convs.items()}
+    torch.testing.assert_close(dict(learner.state_dict()), expected, rtol=0, atol=0)
+
+
+def test_the_grouped_learner_starts_from_torchs_own_convolutions() -> None:
+    torch.manual_seed(0)
+    learner = TokenLearnerModuleV11(9, 4, 3)
+    torch.manual_seed(0)
+    expected = {
+        "norm.weight": torch.ones(9),
+        "norm.bias": torch.zeros(9),
+        "attention_maps.0.weight": conv(9, 9, 1, groups=3).weight,
+        "attention_maps.1.weight": conv(9, 4, 1).weight,
+        "feat_conv.weight": conv(9, 9, 1, groups=3).weight,
+    }
+    torch.testing.assert_close(dict(learner.state_dict()), expected, rtol=0, atol=0)
+
+
+def test_kernels_of_v11_start_xavier_uniform() -> None:
+    learner = TokenLearnerV11(96, 8, 32)
+    for layer in (0, 3):
+        weight = learner.attention_maps[layer].weight.detach()
+        bound = math.sqrt(6 / sum(weight.shape))
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_biases_of_v11_start_tiny_but_not_0() -> None:
+    learner = TokenLearnerV11(96, 64, 64)
+    for layer in (0, 3):
+        bias = learner.attention_maps[layer].bias.detach()
+        assert bias.std().item() == pytest.approx(1e-6, rel=0.5)
+
+
+PARAMETERS = {
+    (768, 8): {"v1": 58_560, "v11": 51_272, "dec_2021": 155_136, "jan_2022": 204_288},
+    (768, 16): {"v1": 119_040, "v11": 51_792, "dec_2021": 161_280, "jan_2022": 210_432},
+    (1024, 16): {"v1": 156_416, "v11": 68_688, "dec_2021": 280_576, "jan_2022": 280_576},
+    (512, 8): {"v1": 39_616, "v11": 34_376, "dec_2021": 70_656, "jan_2022": 136_192},
+}
+
+
+@pytest.mark.parametrize(("size", "counts"), PARAMETERS.items(), ids=str)
+def test_parameters_are_as_many_as_in_the_official_modules(
+    size: tuple[int, int], counts: dict[str, int]
+) -> None:
+    learners = {
+        "v1": TokenLearner(*size),
+        "v11": TokenLearnerV11(*size),
+        "dec_2021": TokenLearnerModuleV11(*size, num_groups=8),
+        "jan_2022": TokenLearnerModuleV11(*size, num_groups=size[0] // 128, approximate="tanh"),
+    }
+    found = {k: sum(p.numel() for p in m.parameters()) for k, m in learners.items()}
+    assert found == counts
+
+
+@each_learner
+@torch.no_grad()
+def test_a_state_dict_makes_a_second_module_equal(make: Make) -> None:
+    first, second = randomized(make(9, 4)), randomized(make(9, 4))
+    second.load_state_dict(first.state_dict(), strict=True)
+    x = torch.randn(2, 5, 7, 9)
+    assert torch.equal(second(x), first(x))
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "pickle"],
+)
+@each_learner
+@torch.no_grad()
+def test_a_used_module_can_be_copied(make: Make, duplicate: Callable) -> None:
+    learner, x = randomized(make(9, 4)), torch.randn(2, 5, 7, 9)
+    expected = learner(x)
+    twin = duplicate(learner)
+    learner.apply(lambda m: [nn.init.zeros_(p) for p in m.parameters()])
+    assert torch.equal(twin(x), expected)
+
+
+@each_learner
+def test_a_call_leaves_nothing_behind_in_the_module(make: Make) -> None:
+    learner = make(9, 4)
+    before = {name: set(vars(module)) for name, module in learner.named_modules()}
+    learner.attention(torch.randn(2, 5, 7, 9))
+    learner(torch.randn(2, 5, 7, 9)).sum().backward()
+    assert {name: set(vars(module)) for name, module in learner.named_modules()} == before
+    assert not list(learner.buffers())
+
+
+# --- machines ----------------------------------------------------------------------------------
+
+
+@each_learner
+@torch.no_grad()
+def test_tokens_on_the_chosen_device_are_those_on_the_cpu(make: Make, device: torch.device) -> None:
+    learner, x = make(9, 4).double(), uneven(2, 5, 7, 9)
+    expected = learner(x)
+    torch.testing.assert_close(learner.to(device)(x.to(device)).cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("v1_mean", "aot_eager"),
+        pytest.param("v11", "inductor", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, "aot_eager", marks=pytest.mark.slow)
+            for name in LEARNERS
+            if name not in ("v11", "v1_mean")
+        ),
+    ],
+)
+def test_compiled_as_one_graph_for_several_grids(name: str, backend: str) -> None:
+    torch.compiler.reset()
+    learner = LEARNERS[name](9, 4)
+    compiled = torch.compile(learner, fullgraph=True, backend=backend)
+    for h, w in ((4, 4), (6, 6), (5, 7)):
+        x = torch.randn(2, h, w, 9)
+        torch.testing.assert_close(compiled(x), learner(x), rtol=1e-4, atol=1e-5)
+
+
+PEAK_MEMORY = """
+import gc, re, sys, torch
+from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
+
+def kib(field):
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+
+torch.set_num_threads(2)
+learner = {learner}
+x = torch.randn(256, 32, 32, 128)
+learner(x[:1]).sum().backward()
+gc.collect()
+before = kib("VmRSS")
+with torch.set_grad_enabled({backward}):
+    out = learner(x)
+    if {backward}:
+        out.sum().backward()
+assert out.shape == (256, 8, 128)
+print((kib("VmHWM") - before) / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("backward", "limit_gib"), [(False, 0.25), (True, 0.5)])
+@pytest.mark.parametrize(
+    "learner",
+    [
+        "TokenLearner(in_channels=128, num_tokens=8, use_sum_pooling=False)",
+        "TokenLearnerModuleV11(in_channels=128, num_tokens=8, num_groups=4)",
+        "TokenLearnerV11(in_channels=128, num_tokens=8)",
+    ],
+)
+def test_256_frames_of_32_x_32_need_little_memory(
+    learner: str, backward: bool, limit_gib: float
+) -> None:
+    code = PEAK_MEMORY.format(learner=learner, backward=backward)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    peak_gib = float(result.stdout)
+    print(f"{learner} backward={backward}: {peak_gib:.2f} GiB beyond the input")
+    assert peak_gib < limit_gib

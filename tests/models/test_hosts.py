@@ -1,0 +1,889 @@
+"""Learned tokens in every family of models that `hosts.py` knows, and a reason for the others.
+
+A family is a row in `FAMILIES`; all tests marked `each_family` then run on it. In this table every
+plain host compiles as one graph and exports, strict and not; `test_the_plain_host_...` holds that.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.vision_transformer import VisionTransformer
+from tiny import check_compiled, drawn
+from torch import Tensor, nn
+
+from tokenlearner import attention_maps, insert, remove
+from tokenlearner.layers.blocks import PositionFreeBlock, ReducedBlock
+from tokenlearner.models.framevit import FrameViT
+from tokenlearner.models.hosts import HOSTS, find_host
+from tokenlearner.models.insertion import get_insertion, wrapped_blocks
+from tokenlearner.models.mixer import TokenLearnerMixer
+from tokenlearner.models.vivit import ViViT
+
+K, AT = 3, 1
+TIMM: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "mlp_ratio": 2,
+    "num_classes": 5,
+}
+ROTARY: dict[str, Any] = TIMM | {"use_rot_pos_emb": True}
+DINOV3: dict[str, Any] = ROTARY | {
+    "attn_type": "rope",
+    "rope_type": "dinov3",
+    "num_reg_tokens": 4,
+    "use_abs_pos_emb": False,
+}
+HF: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+WIDE = HF | {"intermediate_size": 48}
+TEXT = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 20,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "projection_dim": 8,
+}
+
+
+class Net(nn.Module):
+    """Somebody's own model around a host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(**TIMM | {"num_classes": 0})
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def images(h: int = 32, w: int = 32) -> Tensor:
+    return torch.randn(2, 3, h, w)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A small host, and what is known of it.
+
+    `sizes` is what a call needs for pictures of other sizes, None where the host takes none.
+    `is_bare` means that the output is the tokens themselves.
+    """
+
+    build: Callable[[], nn.Module]
+    prefix: int
+    host: str = ""
+    frames: int = 1
+    sizes: dict[str, Any] | None = None
+    is_bare: bool = False
+    quick: bool = False  # compiled and exported in the default run too
+
+    def model(self) -> nn.Module:
+        """In evaluation mode, every parameter drawn at random, so that nothing is hidden by a 0."""
+        return randomized(self.build().eval())
+
+    def inputs(self, model: nn.Module) -> dict[str, Any]:
+        if self.frames > 1 and isinstance(model, ViViT):
+            return {"x": torch.randn(2, 3, 4, 32, 32)}
+        if self.frames > 1:
+            return {"pixel_values": torch.randn(2, 4, 3, 32, 32)}
+        if isinstance(model, transformers.CLIPModel | transformers.SiglipModel):
+            return {"pixel_values": images(), "input_ids": torch.tensor([[0, 5, 1], [0, 7, 1]])}
+        is_hf = isinstance(model, transformers.PreTrainedModel)
+        return {"pixel_values" if is_hf else "x": images()}
+
+
+def hf(model: str, config: str, values: dict[str, Any] = WIDE, **more: Any) -> Any:
+    def build() -> nn.Module:
+        made = getattr(transformers, config)(**values, **more)
+        return getattr(transformers, model)(made)
+
+    return build
+
+
+ANY: dict[str, Any] = {}
+INTERPOLATE = {"interpolate_pos_encoding": True}
+MLP = HF | {"mlp_ratio": 2}
+FAMILIES: dict[str, Family] = {
+    "timm_vit": Family(lambda: VisionTransformer(**TIMM, init_values=1e-5), 1),
+    "timm_vit_any_size": Family(
+        lambda: VisionTransformer(**TIMM, dynamic_img_size=True), 1, sizes=ANY
+    ),
+    "timm_deit": Family(lambda: VisionTransformerDistilled(**TIMM), 2),
+    "timm_deit3": Family(
+        lambda: VisionTransformer(**TIMM, no_embed_class=True, init_values=1e-5), 1
+    ),
+    "timm_dinov2": Family(
+        lambda: VisionTransformer(**TIMM, init_values=1e-5, reg_tokens=4, no_embed_class=True), 5
+    ),
+    "timm_siglip": Family(
+        lambda: VisionTransformer(**TIMM, class_token=False, global_pool="map"), 0
+    ),
+    "timm_average": Family(
+        lambda: VisionTransformer(**TIMM, class_token=False, global_pool="avg"), 0
+    ),
+    "eva": Family(lambda: Eva(**TIMM, qkv_fused=False), 1),
+    "eva02": Family(lambda: Eva(**ROTARY, swiglu_mlp=True, scale_mlp=True), 1),
+    "eva_any_size": Family(lambda: Eva(**ROTARY, dynamic_img_size=True), 1, sizes=ANY),
+    "dinov3": Family(lambda: Eva(**DINOV3, init_values=1e-5), 5, quick=True),
+    "dinov3_any_size": Family(lambda: Eva(**DINOV3, dynamic_img_size=True), 5, sizes=ANY),
+    "rope_mixed": Family(lambda: Eva(**ROTARY, attn_type="rope", rope_type="mixed"), 1),
+    "beit": Family(
+        lambda: Beit(**TIMM, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1),
+        1,
+        quick=True,
+    ),
+    "beit_shared": Family(lambda: Beit(**TIMM, use_shared_rel_pos_bias=True), 1),
+    "beit_both": Family(
+        lambda: Beit(**TIMM, use_shared_rel_pos_bias=True, use_rel_pos_bias=True), 1
+    ),
+    "torchvision": Family(
+        lambda: torchvision.models.VisionTransformer(32, 8, 3, 2, 24, 48, num_classes=5),
+        1,
+    ),
+    "hf_vit": Family(hf("ViTModel", "ViTConfig"), 1, sizes=INTERPOLATE, quick=True),
+    "hf_vit_eager": Family(
+        hf("ViTModel", "ViTConfig", attn_implementation="eager"), 1, sizes=INTERPOLATE
+    ),
+    "hf_vit_classes": Family(
+        hf("ViTForImageClassification", "ViTConfig", num_labels=5), 1, "vit", sizes=INTERPOLATE
+    ),
+    "hf_deit": Family(hf("DeiTModel", "DeiTConfig"), 2, sizes=INTERPOLATE),
+    "hf_deit_classes": Family(
+        hf("DeiTForImageClassification", "DeiTConfig", num_labels=5), 2, "deit", sizes=INTERPOLATE
+    ),
+    "hf_deit_teacher": Family(
+        hf("DeiTForImageClassificationWithTeacher", "DeiTConfig", num_labels=5), 2, "deit"
+    ),
+    "hf_dinov2": Family(hf("Dinov2Model", "Dinov2Config", MLP), 1, sizes=ANY),
+    "hf_dinov2_classes": Family(
+        hf("Dinov2ForImageClassification", "Dinov2Config", MLP, num_labels=5),
+        1,
+        "dinov2",
+        sizes=ANY,
+    ),
+    "hf_dinov2_registers": Family(
+        hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", MLP, num_register_tokens=3),
+        4,
+        sizes=ANY,
+    ),
+    "hf_dinov2_registers_classes": Family(
+        hf("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", MLP),
+        5,
+        "dinov2_with_registers",
+        sizes=ANY,
+    ),
+    "hf_siglip": Family(hf("SiglipVisionModel", "SiglipVisionConfig"), 0, sizes=INTERPOLATE),
+    "hf_siglip_classes": Family(
+        hf(
+            "SiglipForImageClassification",
+            "SiglipConfig",
+            {},
+            vision_config=WIDE,
+            text_config=TEXT,
+            num_labels=5,
+        ),
+        0,
+        "vision_model",
+        sizes=INTERPOLATE,
+    ),
+    "hf_siglip_text": Family(
+        hf("SiglipModel", "SiglipConfig", {}, vision_config=WIDE, text_config=TEXT),
+        0,
+        "vision_model",
+        sizes=INTERPOLATE,
+    ),
+    "hf_clip": Family(hf("CLIPVisionModel", "CLIPVisionConfig"), 1, sizes=INTERPOLATE),
+    "hf_clip_projection": Family(
+        hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=8),
+        1,
+        "vision_model",
+        sizes=INTERPOLATE,
+    ),
+    "hf_clip_classes": Family(
+        hf(
+            "CLIPForImageClassification",
+            "CLIPConfig",
+            {},
+            vision_config=WIDE,
+            text_config=TEXT,
+            num_labels=5,
+        ),
+        1,
+        "vision_model",
+    ),
+    "hf_clip_text": Family(
+        hf(
+            "CLIPModel",
+            "CLIPConfig",
+            {},
+            vision_config=WIDE | {"projection_dim": 8},
+            text_config=TEXT,
+            projection_dim=8,
+        ),
+        1,
+        "vision_model",
+        sizes=INTERPOLATE,
+    ),
+    "hf_videomae": Family(
+        hf("VideoMAEModel", "VideoMAEConfig", num_frames=4), 0, frames=2, is_bare=True
+    ),
+    "hf_videomae_classes": Family(
+        hf("VideoMAEForVideoClassification", "VideoMAEConfig", num_frames=4, num_labels=5),
+        0,
+        "videomae",
+        frames=2,
+    ),
+    "our_video": Family(lambda: ViViT(**TIMM, num_frames=4, tubelet_size=2), 0, frames=2),
+    "nested": Family(Net, 1, "backbone"),
+}
+TIMMS = [name for name in FAMILIES if not name.startswith(("hf_", "torchvision", "nested"))]
+each_family = pytest.mark.parametrize("name", FAMILIES)
+both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduce", "fuse"])
+one_of_each_kind = pytest.mark.parametrize(  # strict tracing takes seconds a family
+    "name",
+    [
+        *("timm_vit", "timm_dinov2", "dinov3", "beit", "torchvision", "our_video"),
+        *("hf_vit", "hf_dinov2_registers", "hf_siglip", "hf_clip", "hf_videomae"),
+    ],
+)
+graphs = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if f.quick else [pytest.mark.slow]) for n, f in FAMILIES.items()],
+)
+
+
+randomized = partial(drawn, std=0.2)
+
+
+def inserted(name: str, fuse: bool = False, **more: Any) -> nn.Module:
+    """A family's model with learned tokens; learners and fusers are drawn at random too."""
+    return randomized(insert(FAMILIES[name].model(), K, AT, fuse=fuse, **more))
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    out = model(**inputs)
+    if isinstance(out, Tensor):
+        return out
+    parts = ("logits", "logits_per_image", "image_embeds", "pooler_output", "last_hidden_state")
+    return next(out[part] for part in parts if out.get(part) is not None)
+
+
+def inputs_of(module: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """What `module` is given when the model runs."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    call()
+    hook.remove()
+    (x,) = seen
+    return x
+
+
+def bare(block: nn.Module) -> nn.Module:
+    return block.block if isinstance(block, PositionFreeBlock) else block
+
+
+# --- every family ------------------------------------------------------------------------------
+
+
+@each_family
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_a_host_is_found_with_what_insertion_needs(with_tokens: bool, name: str) -> None:
+    family = FAMILIES[name]
+    model = family.model()
+    place = find_host(insert(model, K, AT) if with_tokens else model)
+    assert place.name in (family.host, f"{family.host}.vision_model".strip("."))  # transformers 4
+    assert (place.width, place.num_prefix_tokens, place.frames) == (
+        24,
+        family.prefix,
+        family.frames,
+    )
+    assert tuple(place.grid.grid_size) == (4, 4)
+    assert len(place.blocks) == 3
+
+
+def test_every_row_has_a_family() -> None:
+    hosts = {cls for f in FAMILIES.values() for cls in type(find_host(f.model()).host).__mro__}
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in hosts}
+    other_version = {name for name in HOSTS if name.endswith(("VisionModel", "VisionTransformer"))}
+    assert set(HOSTS) - names <= {name for name in other_version if "transformers." in name}
+
+
+@each_family
+@both_ways
+@torch.no_grad()
+def test_the_output_has_the_hosts_shape_but_other_numbers(fuse: bool, name: str) -> None:
+    family, model = FAMILIES[name], FAMILIES[name].model()
+    inputs = family.inputs(model)
+    before = run(model, inputs)
+    after = run(randomized_parts(insert(model, K, AT, fuse=fuse)), inputs)
+    n = 2 * K if family.is_bare and not fuse else before.shape[1]
+    assert after.shape == (before.shape[0], n, *before.shape[2:])
+    assert after.isfinite().all()
+    assert after.shape != before.shape or not torch.allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def randomized_parts(model: nn.Module) -> nn.Module:
+    """The model with learners and fusers drawn at random, the host's parameters as they were."""
+    for block in wrapped_blocks(model).values():
+        for key, parameter in block.named_parameters():
+            if key.startswith(("learner.", "fuser.")):
+                nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@each_family
+@torch.no_grad()
+def test_later_blocks_see_the_prefix_and_the_learned_tokens(name: str) -> None:
+    family, model = FAMILIES[name], inserted(name)
+    inputs = family.inputs(model)
+    blocks = [bare(block) for block in find_host(model).blocks]
+    seen = [inputs_of(block, lambda: run(model, inputs)).shape[1] for block in blocks]
+    tokens = family.prefix + family.frames * K
+    assert seen == [family.prefix + family.frames * 16, tokens, tokens]
+
+
+@each_family
+@both_ways
+@torch.no_grad()
+def test_what_runs_before_the_learner_is_the_hosts_own(fuse: bool, name: str) -> None:
+    model = FAMILIES[name].model()
+    inputs = FAMILIES[name].inputs(model)
+    before = inputs_of(find_host(model).blocks[AT], lambda: run(model, inputs))
+    insert(model, K, AT, fuse=fuse)
+    assert torch.equal(inputs_of(find_host(model).blocks[AT], lambda: run(model, inputs)), before)
+
+
+@each_family
+@both_ways
+@torch.no_grad()
+def test_remove_gives_the_host_back_bit_for_bit(fuse: bool, name: str) -> None:
+    model = FAMILIES[name].model()
+    inputs = FAMILIES[name].inputs(model)
+    before, out = copy.deepcopy(model.state_dict()), run(model, inputs)
+    parameters, names = dict(model.named_parameters()), [n for n, _ in model.named_modules()]
+    remove(insert(model, K, AT, fuse=fuse))
+    after = model.state_dict()
+    assert [n for n, _ in model.named_modules()] == names
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(parameters[key] is value for key, value in model.named_parameters())
+    assert torch.equal(run(model, inputs), out)
+
+
+@each_family
+@both_ways
+def test_the_hosts_parameters_stay_the_same_objects_in_the_state_dict(
+    fuse: bool, name: str
+) -> None:
+    model = FAMILIES[name].model()
+    parameters = {id(p) for p in model.parameters()}
+    insert(model, K, AT, fuse=fuse)
+    assert parameters <= {id(p) for p in model.parameters()}
+    assert {p.data_ptr() for p in model.parameters()} <= {
+        value.data_ptr() for value in model.state_dict().values()
+    }
+
+
+@each_family
+@both_ways
+@torch.no_grad()
+def test_a_state_dict_fits_a_model_built_alike_from_what_insertion_tells(
+    fuse: bool, name: str
+) -> None:
+    model = inserted(name, fuse)
+    inputs = FAMILIES[name].inputs(model)
+    other = insert(FAMILIES[name].model(), **(get_insertion(model) or {}))
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(run(other, inputs), run(model, inputs))
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@each_family
+@pytest.mark.parametrize(
+    ("copied", "fuse"), [(copy.deepcopy, False), (through_torch_save, True)], ids=["deep", "saved"]
+)
+@torch.no_grad()
+def test_a_copy_gives_the_same_and_shares_nothing(
+    copied: Callable[[nn.Module], nn.Module], fuse: bool, name: str
+) -> None:
+    model = inserted(name, fuse)
+    inputs = FAMILIES[name].inputs(model)
+    other = copied(model)
+    assert torch.equal(run(other, inputs), run(model, inputs))
+    assert not {p.data_ptr() for p in model.parameters()} & {
+        p.data_ptr() for p in other.parameters()
+    }
+    assert get_insertion(remove(other)) is None
+
+
+@each_family
+@both_ways
+def test_a_training_step_reaches_the_learners(fuse: bool, name: str) -> None:
+    model = inserted(name, fuse).train()
+    run(model, FAMILIES[name].inputs(model)).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        if ".learner." in key or ".fuser." in key:
+            assert parameter.grad is not None, key
+            assert parameter.grad.isfinite().all(), key
+    first = wrapped_blocks(model)[AT].learner
+    assert max(p.grad.abs().max() for p in first.parameters() if p.grad is not None) > 1e-8
+
+
+def switch_checkpointing_on(model: nn.Module) -> bool:
+    """As each family does it; False for a family that cannot."""
+    if isinstance(model, transformers.PreTrainedModel):
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+        return True
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is not None:
+        switch()
+    return switch is not None
+
+
+@each_family
+@both_ways
+def test_gradient_checkpointing_changes_neither_outputs_nor_gradients(
+    fuse: bool, name: str
+) -> None:
+    model = inserted(name, fuse).train()
+    inputs = FAMILIES[name].inputs(model)
+    switched = copy.deepcopy(model)
+    if not switch_checkpointing_on(switched):
+        assert name in ("torchvision", "nested")
+        return
+    for module in (model, switched):
+        run(module, inputs).square().sum().backward()
+    torch.testing.assert_close(run(switched, inputs), run(model, inputs))
+    for one, other in zip(switched.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.sizes is not None])
+@both_ways
+@torch.no_grad()
+def test_pictures_of_any_size_run_where_the_host_takes_them(fuse: bool, name: str) -> None:
+    model = inserted(name, fuse)
+    inputs = FAMILIES[name].inputs(model)
+    key = "x" if "x" in inputs else "pixel_values"
+    shape = run(model, inputs).shape
+    for h, w in [(48, 24), (16, 64)]:
+        asked = inputs | {key: images(h, w)} | (FAMILIES[name].sizes or {})
+        assert run(model, asked).shape == shape
+
+
+@pytest.mark.parametrize("name", TIMMS)
+@torch.no_grad()
+def test_forward_features_gives_prefix_and_learned_tokens(name: str) -> None:
+    family, model = FAMILIES[name], inserted(name)
+    features = model.forward_features(*family.inputs(model).values())  # type: ignore[operator]
+    assert features.shape == (2, family.prefix + family.frames * K, 24)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "beit_both", "torchvision", "hf_vit", "hf_videomae"])
+def test_maps_have_the_grid_of_the_picture(name: str) -> None:
+    family, model = FAMILIES[name], inserted(name)
+    (x,) = family.inputs(model).values()
+    frames = (family.frames,) if family.frames > 1 else ()
+    assert attention_maps(model, x)[AT].shape == (2, *frames, K, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["eva_any_size", "hf_dinov2"])
+def test_maps_have_the_grid_of_a_picture_of_another_size(name: str) -> None:
+    assert attention_maps(inserted(name), images(48, 24))[AT].shape == (2, K, 6, 3)
+
+
+@each_family
+@torch.no_grad()
+def test_tokens_are_learned_at_several_places(name: str) -> None:
+    family, model = FAMILIES[name], FAMILIES[name].model()
+    inputs = family.inputs(model)
+    insert(model, (5, 2), at=(0, 2))
+    blocks = [bare(block) for block in find_host(model).blocks]
+    seen = [inputs_of(block, lambda: run(model, inputs)).shape[1] for block in blocks]
+    assert seen == [family.prefix + family.frames * k for k in (5, 5, 2)]
+    assert get_insertion(model) == {
+        "num_tokens": [5, 2],
+        "at": [0, 2],
+        "learner": "v11",
+        "fuse": False,
+    }
+
+
+# --- graphs ------------------------------------------------------------------------------------
+
+
+def compiled(model: nn.Module, backend: str = "eager") -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def exported(model: nn.Module, inputs: dict[str, Any], strict: bool) -> Any:
+    return torch.export.export(model, (), inputs, strict=strict).module()
+
+
+# transformers sets a variable of its own while dynamo traces it, and dynamo says so.
+of_transformers = pytest.mark.filterwarnings(
+    "ignore:While compiling, we found certain side effects"
+)
+
+
+@graphs
+def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
+    model = inserted(name)
+    check_compiled(model, FAMILIES[name].inputs(model))
+
+
+@pytest.mark.slow
+@one_of_each_kind
+@torch.no_grad()
+def test_torch_compile_takes_the_whole_graph_of_a_fused_model_and_lowers_it(name: str) -> None:
+    model = inserted(name, fuse=True)
+    inputs = FAMILIES[name].inputs(model)
+    out = run(compiled(model, "aot_eager"), inputs)
+    torch.testing.assert_close(out, run(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+@graphs
+@torch.no_grad()
+def test_torch_export_gives_the_same(name: str) -> None:
+    model = inserted(name)
+    inputs = FAMILIES[name].inputs(model)
+    program = exported(model, inputs, strict=False)
+    torch.testing.assert_close(run(program, inputs), run(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+@of_transformers
+@pytest.mark.slow
+@one_of_each_kind
+@both_ways
+@torch.no_grad()
+def test_strict_torch_export_gives_the_same(fuse: bool, name: str) -> None:
+    model = inserted(name, fuse)
+    inputs = FAMILIES[name].inputs(model)
+    program = exported(model, inputs, strict=True)
+    torch.testing.assert_close(run(program, inputs), run(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+@of_transformers
+@pytest.mark.slow
+@one_of_each_kind
+@torch.no_grad()
+def test_the_plain_host_compiles_and_exports(name: str) -> None:
+    model = FAMILIES[name].model()
+    inputs = FAMILIES[name].inputs(model)
+    for strict in (False, True):
+        assert run(exported(model, inputs, strict), inputs).isfinite().all()
+    assert run(compiled(model), inputs).isfinite().all()
+
+
+# --- positions of later blocks -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["reduce", "fuse"])
+@pytest.mark.parametrize("name", ["eva02", "dinov3", "rope_mixed"])
+@torch.no_grad()
+def test_blocks_on_tokens_are_not_rotated_and_those_before_are(name: str, fuse: bool) -> None:
+    model = inserted(name, fuse)
+    given: list[bool] = []
+    for block in model.blocks:
+        bare(block).attn.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append(kwargs.get("rope") is not None), with_kwargs=True
+        )
+    model(images())
+    assert given == [True, False, False]
+
+
+@pytest.mark.parametrize("name", ["beit", "beit_shared", "beit_both"])
+@torch.no_grad()
+def test_beits_blocks_on_tokens_have_no_bias(name: str) -> None:
+    model = inserted(name)
+    x, bias = torch.randn(2, 1 + K, 24), torch.randn(1, 2, 17, 17)
+    later = model.blocks[2]
+    attention = later.block.attn
+    assert attention.relative_position_bias_table is None
+    plain = Beit(**TIMM, init_values=0.1 if name == "beit" else None).eval().blocks[2]
+    plain.load_state_dict(later.block.state_dict())
+    assert torch.equal(later(x, shared_rel_pos_bias=bias), plain(x))
+    assert torch.equal(later(x, bias), plain(x))
+
+
+def test_beits_table_has_a_name_of_its_own_while_tokens_are_learned() -> None:
+    model = FAMILIES["beit"].model()
+    tables = [block.attn.relative_position_bias_table for block in model.blocks]
+    insert(model, K, AT)
+    state = model.state_dict()
+    for name, table in zip(["blocks.0.attn", "blocks.1", "blocks.2"], tables, strict=True):
+        key = f"{name}.relative_position_bias_table"
+        assert state[key].data_ptr() == table.data_ptr()
+    assert [n for n in model.no_weight_decay() if "table" in n] != []
+    remove(model)
+    assert all(
+        block.attn.relative_position_bias_table is table
+        for block, table in zip(model.blocks, tables, strict=True)
+    )
+
+
+def test_only_hosts_whose_blocks_are_told_positions_have_later_blocks_wrapped() -> None:
+    kinds = {
+        n: type(find_host(inserted(n)).blocks[2])
+        for n in ("timm_vit", "torchvision", "beit", "eva")
+    }
+    wrapped = {name for name, kind in kinds.items() if kind is PositionFreeBlock}
+    assert wrapped == {"beit", "eva"}
+
+
+# --- larger models -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hf_clip_text", "hf_siglip_text"])
+@torch.no_grad()
+def test_a_text_tower_is_left_alone(name: str) -> None:
+    model = FAMILIES[name].model()
+    text = {"input_ids": torch.tensor([[0, 5, 1]])}
+    before = model.text_model(**text).last_hidden_state
+    keys = set(model.text_model.state_dict())
+    insert(model, K, AT)
+    assert torch.equal(model.text_model(**text).last_hidden_state, before)
+    assert set(model.text_model.state_dict()) == keys
+
+
+def two_towers() -> nn.ModuleDict:
+    return nn.ModuleDict({"left": FAMILIES["timm_vit"].model(), "right": FAMILIES["beit"].model()})
+
+
+@pytest.mark.parametrize(
+    "call", [find_host, insert, remove, lambda model: insert(model, fuse=True)]
+)
+def test_of_several_hosts_none_is_guessed(call: Callable[[nn.Module], Any]) -> None:
+    message = r"several models .*: left \(VisionTransformer\), right \(Beit\); pass .*model\.left"
+    with pytest.raises(ValueError, match=message):
+        call(two_towers())
+
+
+def test_one_of_several_hosts_can_be_passed() -> None:
+    towers = two_towers()
+    insert(towers["right"], K, AT)
+    assert wrapped_blocks(towers["left"]) == {}
+    assert list(wrapped_blocks(towers["right"])) == [AT]
+
+
+def test_a_host_that_is_used_twice_is_one() -> None:
+    host = FAMILIES["timm_vit"].model()
+    assert find_host(nn.Sequential(nn.Sequential(host), nn.Sequential(host))).host is host
+
+
+def test_keys_of_torchvisions_blocks_survive() -> None:
+    model = inserted("torchvision")
+    assert list(dict(find_host(model).blocks.named_children())) == [
+        f"encoder_layer_{i}" for i in range(3)
+    ]
+
+
+# --- masks -------------------------------------------------------------------------------------
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["eva02", "rope_mixed"])
+def test_a_mask_over_positions_is_refused_by_timms_hosts(name: str, fuse: bool) -> None:
+    with pytest.raises(ValueError, match="without attn_mask"):
+        inserted(name, fuse).forward_features(images(), attn_mask=torch.zeros(17, 17))  # type: ignore[operator]
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["hf_vit", "hf_clip", "hf_siglip", "hf_videomae"])
+def test_a_mask_over_positions_is_refused_by_transformers_hosts(name: str, fuse: bool) -> None:
+    blocks = find_host(inserted(name, fuse)).blocks
+    with pytest.raises(
+        ValueError, match=r"mask over positions does not fit .*without attention_mask"
+    ):
+        blocks[AT](torch.randn(2, 33, 24), attention_mask=torch.zeros(2, 1, 33, 33))
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["hf_clip", "hf_siglip"])
+def test_a_mask_is_refused_in_its_place_behind_the_tokens_too(name: str, fuse: bool) -> None:
+    blocks = find_host(inserted(name, fuse)).blocks
+    with pytest.raises(
+        ValueError, match=r"mask over positions does not fit .*without attention_mask"
+    ):
+        blocks[AT](torch.randn(2, 17, 24), torch.zeros(2, 1, 17, 17))
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def hf_swin() -> nn.Module:
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4
+    )
+    return transformers.SwinModel(config)
+
+
+def timm_named(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return timm.create_model(name, **kwargs)
+
+    return build
+
+
+WINDOWS = "attends in windows of the grid"
+MIXES = "mixes tokens with weights whose size depends on the count of tokens"
+REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "timm_swin": (timm_named("swin_tiny_patch4_window7_224"), rf"SwinTransformer is .*{WINDOWS}"),
+    "timm_swin2": (timm_named("swinv2_tiny_window8_256"), rf"SwinTransformerV2 is .*{WINDOWS}"),
+    "timm_maxvit": (
+        timm_named("maxvit_rmlp_pico_rw_256", depths=(1, 1, 1, 1)),
+        rf"MaxxVit is .*{WINDOWS}",
+    ),
+    "timm_hiera": (timm_named("hiera_tiny_224"), rf"Hiera is .*{WINDOWS}"),
+    "timm_sam": (timm_named("samvit_base_patch16"), rf"VisionTransformerSAM is .*{WINDOWS}"),
+    "timm_pvt": (timm_named("pvt_v2_b0"), r"PyramidVisionTransformerV2 is .*pools or convolves"),
+    "torchvision_swin": (
+        lambda: torchvision.models.swin_transformer.SwinTransformer(
+            [4, 4], 8, [1, 1], [2, 2], [4, 4]
+        ),
+        rf"torchvision.*SwinTransformer is .*{WINDOWS}",
+    ),
+    "transformers_swin": (hf_swin, rf"transformers.*SwinModel is .*{WINDOWS}"),
+    "timm_mixer": (
+        lambda: MlpMixer(img_size=32, patch_size=8, embed_dim=24, num_blocks=1),
+        rf"MlpMixer is .*{MIXES}; .*TokenLearnerMixer",
+    ),
+    "our_mixer": (
+        lambda: TokenLearnerMixer(num_tokens=2, img_size=32, embed_dim=24, num_blocks=2),
+        rf"TokenLearnerMixer is .*{MIXES}; build it anew with num_tokens",
+    ),
+    "our_frames": (
+        lambda: FrameViT(img_size=32, embed_dim=24, num_heads=2, depth=2),
+        "FrameViT is .*learns tokens by itself; build it anew",
+    ),
+    "backbone": (hf("Dinov2Backbone", "Dinov2Config", MLP), "Dinov2Backbone is .*feature maps"),
+    "backbone_registers": (
+        hf("Dinov2WithRegistersBackbone", "Dinov2WithRegistersConfig", MLP),
+        "Dinov2WithRegistersBackbone is .*feature maps",
+    ),
+    "compiled": (lambda: torch.compile(Net()), "OptimizedModule is .*insert into that model first"),
+    "parallel": (lambda: nn.DataParallel(Net()), "DataParallel is .*insert into that model first"),
+    "within": (lambda: nn.Sequential(hf_swin(), nn.Linear(3, 3)), rf"SwinModel is .*{WINDOWS}"),
+    "unknown": (
+        lambda: nn.Linear(3, 3),
+        r"Linear is no model .*; known: VisionTransformer, Eva, Beit of timm; VisionTransformer of "
+        r"torchvision; ViTModel, .*wrappers\.ReducedBlock, or add a row to tokenlearner\.hosts",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REASONS.values(), ids=REASONS)
+def test_a_model_whose_blocks_cannot_run_on_tokens_is_refused_with_the_reason(
+    make: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        insert(make())
+
+
+@pytest.mark.parametrize("call", [find_host, remove, lambda model: insert(model, fuse=True)])
+@pytest.mark.parametrize("kind", ["transformers_swin", "our_mixer", "our_frames", "unknown"])
+def test_it_is_refused_whatever_is_called(kind: str, call: Callable[[nn.Module], Any]) -> None:
+    make, message = REASONS[kind]
+    with pytest.raises(ValueError, match=message):
+        call(make())
+
+
+NEEDING: dict[str, Callable[[], nn.Module]] = {
+    "FeatureGetterNet": lambda: timm.create_model(
+        "vit_tiny_patch16_224", features_only=True, img_size=32, embed_dim=24, depth=4, num_heads=2
+    ),
+    "ViTForMaskedImageModeling": hf("ViTForMaskedImageModeling", "ViTConfig", encoder_stride=8),
+    "DeiTForMaskedImageModeling": hf("DeiTForMaskedImageModeling", "DeiTConfig", encoder_stride=8),
+    "VideoMAEForPreTraining": hf("VideoMAEForPreTraining", "VideoMAEConfig", num_frames=4),
+}
+
+
+@pytest.mark.parametrize(("kind", "make"), NEEDING.items(), ids=NEEDING)
+def test_a_model_that_reads_positions_takes_fused_tokens_only(
+    make: Callable[[], nn.Module], kind: str
+) -> None:
+    model = make()
+    with pytest.raises(ValueError, match=f"{kind} reads positions .*insert with fuse=True"):
+        insert(model, K)
+    assert get_insertion(model) is None
+    assert get_insertion(insert(model, K, fuse=True)) is not None
+
+
+@pytest.mark.parametrize("name", ["hf_vit_classes", "hf_videomae_classes", "beit", "torchvision"])
+def test_more_tokens_than_a_picture_has_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="num_tokens is 17, but a picture has 16"):
+        insert(FAMILIES[name].model(), 17)
+
+
+@each_family
+def test_tokens_cannot_be_inserted_twice(name: str) -> None:
+    with pytest.raises(ValueError, match=r"learned tokens already; call remove\(model\)"):
+        insert(inserted(name), K)
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "hf_clip_text", "hf_dinov2", "eva_any_size"])
+def test_v1_needs_a_grid_that_is_told_where_pictures_have_any_size(name: str) -> None:
+    model = FAMILIES[name].model()
+    with pytest.raises(
+        ValueError, match=r"take.* pictures of any size.*pass grid=\(height, width\)"
+    ):
+        insert(model, K, learner="v1")
+    insert(model, K, AT, learner="v1", grid=(4, 4))
+    assert run(model, FAMILIES[name].inputs(model)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["torchvision", "beit", "hf_videomae", "dinov3"])
+def test_v1_learns_on_the_grid_of_hosts_with_one_size(name: str) -> None:
+    model = inserted(name, learner="v1")
+    block = find_host(model).blocks[AT]
+    assert isinstance(block, ReducedBlock)
+    assert block.learner_grid == (4, 4)
+    assert run(model, FAMILIES[name].inputs(model)).isfinite().all()
+
+
+def test_v1_is_refused_where_positions_are_dropped() -> None:
+    with pytest.raises(ValueError, match="patch_drop_rate leaves some out"):
+        insert(Eva(**ROTARY, patch_drop_rate=0.5), K, learner="v1")
+
+
+def test_dropped_positions_do_not_matter_to_v11() -> None:
+    model = insert(Eva(**ROTARY, patch_drop_rate=0.5), K, AT).train()
+    assert model(images()).shape == (2, 5)

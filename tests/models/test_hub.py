@@ -1,0 +1,621 @@
+"""A folder that timm and the Hub read, and the model that comes back from there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tiny import randomized
+from torch import Tensor, nn
+
+from tokenlearner import benchmark, create_model, load_model, save_model
+from tokenlearner.models.card import model_card
+from tokenlearner.models.factory import push_to_hub
+from tokenlearner.models.hub import HubModel
+from tokenlearner.models.insertion import get_insertion, insert, remove
+from tokenlearner.models.mixer import TokenLearnerMixer
+from tokenlearner.models.serialization import build_named
+from tokenlearner.models.vit import TokenLearnerViT
+from tokenlearner.models.vivit import ViViT
+
+PLAIN, LEARNED, TIMM = "vit_mini_patch4_28", "vit_mini_patch4_tl8at3_28", "vit_tiny_patch16_224"
+FUSED, REDUCED = "vit_base_patch16_tl8at6_fuser_384", "vit_base_patch16_tl8at6_224"
+MIXER, CLIPS = "mixer_mini_patch4_tl8at3_28", "vivit_mini_patch8x2_tl4at3_32"
+FRAMES = "framevit_mini_patch8_f6_tl4at3_32"
+SHAPE: dict[str, Any] = {"embed_dim": 24, "depth": 3, "num_heads": 3}
+FOREIGN: dict[str, Any] = SHAPE | {"img_size": 32, "patch_size": 8, "num_classes": 5}
+FILES = {"model.safetensors", "config.json", "README.md"}
+
+
+def small(**kwargs: Any) -> Any:
+    return randomized(create_model(PLAIN, **({"num_tokens": 3} | SHAPE | kwargs)))
+
+
+def host(**kwargs: Any) -> Any:
+    """A model of timm's own, with tokens."""
+    return randomized(create_model(TIMM, **({"num_tokens": 3} | FOREIGN | kwargs)))
+
+
+def changed(model: Any, classes: int, size: Any = None, pool: str | None = None) -> Any:
+    model.reset_classifier(classes, pool)
+    if size:
+        model.set_input_size(size)
+    return randomized(model)
+
+
+def images(model: Any) -> Tensor:
+    """Pictures or clips of the model's size."""
+    own = getattr(model, "encoder", model)
+    embed = own.stem if hasattr(own, "stem") else own.patch_embed
+    frames = (model.num_frames,) if hasattr(model, "num_frames") else ()
+    return torch.randn(2, embed.proj.in_channels, *frames, *embed.img_size)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models give the same numbers, to the bit."""
+    x = images(a)
+    with torch.no_grad():
+        return torch.equal(a(x), b(x))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+# --- timm --------------------------------------------------------------------------------------
+
+OURS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: small(num_tokens=0),
+    "named": lambda: create_model(LEARNED),
+    "classes": lambda: small(num_classes=3),
+    "size": lambda: small(img_size=(20, 28), in_chans=3),
+    "v1": lambda: timm.create_model(REDUCED, **FOREIGN, at=1),
+    "fused": lambda: timm.create_model(FUSED, **FOREIGN, at=1),
+    "tokens_inserted": lambda: small(learner="v1", fuse=True, fuser_bottleneck_dim=None),
+    "tokens_taken_out": lambda: remove(create_model(LEARNED)),
+    "tokens_exchanged": lambda: insert(
+        remove(timm.create_model(FUSED, **FOREIGN, at=1)), 3, fuse=True
+    ),
+    "pre_logits": lambda: small(representation_size=16),
+    "changed": lambda: changed(small(), 3, (20, 28), "max"),
+    "sum": lambda: changed(small(), 3, None, "sum"),
+    "mixer": lambda: create_model(MIXER, embed_dim=24),
+    "mixer_fused": lambda: create_model(MIXER, num_tokens=4, fuse=True, embed_dim=24),
+    "clips": lambda: create_model(CLIPS),
+    "clips_changed": lambda: changed(create_model(CLIPS), 3, 48),
+    "frames": lambda: create_model(FRAMES, img_size=48),
+}
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_timm_loads_a_folder_of_ours(kind: str, tmp_path: Path) -> None:
+    model = randomized(OURS[kind]())
+    save_model(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert same(model, loaded)
+    assert get_insertion(loaded) == get_insertion(model)
+    save_model(loaded, tmp_path / "again")
+    assert same(model, load_model(tmp_path / "again"))
+
+
+def test_timm_loads_a_folder_of_ours_for_other_classes(tmp_path: Path) -> None:
+    model = small()
+    save_model(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
+    x = images(model)
+    assert loaded(x).shape == (2, 3)
+    assert torch.equal(loaded.forward_features(x), model.forward_features(x))
+
+
+def test_timm_loads_its_own_models_from_our_folder(tmp_path: Path) -> None:
+    model = changed(host(num_tokens=0), 7, 48, "avg")
+    save_model(model, tmp_path)
+    assert same(model, timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval())
+
+
+HALF: dict[str, Callable[[], nn.Module]] = {
+    "host": host,
+    "grid": lambda: insert(small(num_tokens=0, img_size=32, patch_size=8), 3, grid=(2, 8)),
+}
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"pretrained": True}, {"pretrained": True, "num_classes": 3}]
+)
+@pytest.mark.parametrize("kind", HALF)
+def test_timm_refuses_what_it_would_load_in_part(kind: str, kwargs: Any, tmp_path: Path) -> None:
+    save_model(HALF[kind](), tmp_path)
+    with pytest.raises(RuntimeError, match=r"Unknown model \(.* for tokenlearner.load_model\)"):
+        timm.create_model(f"local-dir:{tmp_path}", **kwargs)
+
+
+def test_the_config_is_in_timms_form(tmp_path: Path) -> None:
+    save_model(changed(small(), 3, (20, 28)), tmp_path)
+    config = config_of(tmp_path)
+    assert (config["architecture"], config["num_classes"], config["num_features"]) == (PLAIN, 3, 24)
+    assert config["global_pool"] == "avg"
+    kwargs = SHAPE | {"num_classes": 3, "img_size": [20, 28], "num_tokens": 3}
+    assert config["model_args"] == kwargs
+    cfg = config["pretrained_cfg"]
+    assert (cfg["input_size"], cfg["num_classes"], cfg["mean"]) == ([1, 20, 28], 3, [0.5])
+    tokens = {"num_tokens": 3, "at": 1, "learner": "v11", "fuse": False}
+    assert config["tokenlearner"] == {"name": PLAIN, "kwargs": kwargs, "insert": tokens}
+
+
+def test_the_config_names_no_source_of_other_weights(tmp_path: Path) -> None:
+    model = host()
+    model.pretrained_cfg |= {"hf_hub_id": "timm/", "url": "https://x.y", "label_names": ["a"] * 5}
+    model.pretrained_cfg["num_classes"] = 5
+    save_model(model, tmp_path)
+    cfg = config_of(tmp_path)["pretrained_cfg"]
+    assert not {"hf_hub_id", "url", "file", "source", "architecture"} & cfg.keys()
+    assert cfg["label_names"] == ["a"] * 5
+    save_model(changed(model, 4), tmp_path)
+    assert "label_names" not in config_of(tmp_path)["pretrained_cfg"]
+
+
+def test_a_folder_brings_back_how_pictures_were_prepared(tmp_path: Path) -> None:
+    model = small()
+    model.pretrained_cfg |= {"mean": (0.25,), "std": (0.5,), "crop_pct": 1.0}
+    save_model(model, tmp_path)
+    loaded: Any = load_model(tmp_path)
+    assert (loaded.pretrained_cfg["mean"], loaded.default_cfg["crop_pct"]) == ([0.25], 1.0)
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def test_a_file_has_no_folder_around_it(tmp_path: Path) -> None:
+    save_model(small(), tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_folder_has_three_files(tmp_path: Path) -> None:
+    assert save_model(small(), tmp_path) == tmp_path / "model.safetensors"
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_a_folder_of_weights_alone_is_loaded(tmp_path: Path) -> None:
+    model = small()
+    save_model(model, tmp_path / "model.safetensors")
+    assert same(model, load_model(tmp_path))
+
+
+def test_a_readme_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    model = small()
+    save_model(model, tmp_path, measured={"a": {"b": 1}})
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_config_that_is_not_a_models_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"lr": 1}')
+    model = small()
+    save_model(model, tmp_path)
+    assert config_of(tmp_path) == {"lr": 1}
+    assert same(model, load_model(tmp_path))
+
+
+def test_a_half_written_folder_is_refused(tmp_path: Path) -> None:
+    save_model(small(), tmp_path)
+    save_model(small(num_classes=3), tmp_path / "model.safetensors")  # without the config
+    with pytest.raises(ValueError, match=r"config\.json and model\.safetensors are of two models"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="a save was cut off; save the model again"):
+        TokenLearnerViT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_an_error_in_the_middle_leaves_the_old_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small()
+    save_model(model, tmp_path)
+    if name == "README.md":
+        (tmp_path / name).unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = Path.write_text
+
+    def full_disk(path: Path, *args: Any, **kwargs: Any) -> int:
+        if path.suffix == Path(name).suffix:
+            raise OSError("no space left on device")
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_model(small(num_classes=3), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert same(model, load_model(tmp_path))
+
+
+def test_weights_take_their_place_first_and_the_config_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, replace = [], Path.replace
+
+    def told(path: Path, target: Path) -> Path:
+        order.append(Path(target).name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", told)
+    save_model(small(), tmp_path)
+    assert order == ["model.safetensors", "README.md", "config.json"]
+
+
+# --- classes -----------------------------------------------------------------------------------
+
+CLASSES: dict[str, tuple[type[HubModel], Callable[[], Any]]] = {
+    "vit": (TokenLearnerViT, small),
+    "mixer": (TokenLearnerMixer, lambda: randomized(create_model(MIXER, embed_dim=24))),
+    "vivit": (ViViT, lambda: randomized(create_model(CLIPS))),
+    "vivit_as_a_vit": (TokenLearnerViT, lambda: randomized(create_model(CLIPS))),
+}
+each_class = pytest.mark.parametrize(("cls", "make"), CLASSES.values(), ids=CLASSES)
+
+
+@each_class
+def test_a_class_saves_and_loads(cls: type[HubModel], make: Any, tmp_path: Path) -> None:
+    model = make()
+    assert model.save_pretrained(tmp_path) is None
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    for source in (tmp_path, str(tmp_path), tmp_path / "model.safetensors"):
+        loaded = cls.from_pretrained(source)
+        assert type(loaded) is type(model)
+        assert same(model, loaded)
+        assert not loaded.training
+    assert same(model, load_model(tmp_path))
+
+
+@each_class
+def test_copies_and_pickles_are_the_same_models(cls: Any, make: Any, tmp_path: Path) -> None:
+    model = make()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(copied, cls)
+        assert same(model, copied)
+        save_model(copied, tmp_path)
+        assert same(model, load_model(tmp_path))
+
+
+def test_a_compiled_model_gives_the_same_numbers() -> None:
+    model: Any = small()
+    compiled, x = torch.compile(model, backend="eager", fullgraph=True), images(model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_compiled_model_is_saved_as_the_model_that_it_is(tmp_path: Path) -> None:
+    model = small()
+    compiled: Any = torch.compile(model, backend="eager")
+    save_model(compiled, tmp_path / "a")
+    compiled.save_pretrained(tmp_path / "b")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert same(model, TokenLearnerViT.from_pretrained(folder))
+        assert "A TokenLearnerViT with" in (folder / "README.md").read_text()
+
+
+def test_arguments_are_not_recorded_a_second_time() -> None:
+    assert small()._hub_mixin_config is None
+
+
+def test_a_model_of_another_class_is_refused(tmp_path: Path) -> None:
+    save_model(small(), tmp_path)
+    with pytest.raises(ValueError, match="has a TokenLearnerViT, expected a ViViT; call tokenle"):
+        ViViT.from_pretrained(tmp_path)
+
+
+def test_a_model_that_was_made_by_its_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="TokenLearnerViT does not know how it was built"):
+        TokenLearnerViT(**SHAPE).save_pretrained(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_that_would_change_the_model_are_refused(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"takes no num_classes: .* call reset_classifier"):
+        TokenLearnerViT.from_pretrained(tmp_path, num_classes=3)
+    with pytest.raises(ValueError, match="takes config, private with push_to_hub=True only"):
+        small().save_pretrained(tmp_path, config={}, private=True)
+
+
+def test_the_mixins_information_reaches_the_classes() -> None:
+    info = TokenLearnerMixer._hub_mixin_info
+    assert info.model_card_data.library_name == "tokenlearner"
+    assert info.paper_url == "https://arxiv.org/abs/2106.11297"
+
+
+def test_none_is_an_argument_for_the_fusers_and_otherwise_left_out() -> None:
+    kwargs = {"num_tokens": 3, "fuse": True, "fuser_bottleneck_dim": None, "num_classes": None}
+    model = build_named(PLAIN, SHAPE | kwargs)
+    assert (get_insertion(model) or {})["fuser_bottleneck_dim"] == 0
+    assert model.num_classes == 10
+
+
+class Deaf(nn.Module):
+    """A model that takes a pooling and does not heed it."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__()
+        self.global_pool, self.head = "avg", nn.Linear(2, 2)
+
+
+def test_what_building_does_not_bring_back_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "is_model", lambda name: True)
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: Deaf(**kwargs))
+    model = build_named("deaf", {})
+    save_model(model, tmp_path / "a.safetensors")
+    model.global_pool = "max"
+    with pytest.raises(ValueError, match="global_pool was changed from 'avg' to 'max' since"):
+        save_model(model, tmp_path / "b.safetensors")
+
+
+# --- the Hub -----------------------------------------------------------------------------------
+
+
+class Hub:
+    """Repositories in a folder, in place of the Hub's."""
+
+    def __init__(self, root: Path):
+        self.root, self.calls, self.reachable = root, [], True
+        self.uploads: list[dict[str, Any]] = []
+        self.readme = False
+
+    def download(self, repo_id: str, filename: str, **options: Any) -> str:
+        self.calls.append((repo_id, filename, options))
+        file = self.root / repo_id / filename
+        if not self.reachable or not file.is_file():
+            raise LocalEntryNotFoundError("cannot find the file on the Hub or in the cache")
+        return str(file)
+
+    def create_repo(self, api: Any, repo_id: str, **options: Any) -> Any:
+        self.calls.append((repo_id, "create_repo", options))
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+
+    def upload_folder(self, api: Any, *, folder_path: Any, repo_id: str, **options: Any) -> str:
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        self.uploads.append({"files": files, "repo_id": repo_id, "token": api.token, **options})
+        (self.root / repo_id).mkdir(parents=True)
+        for name, content in files.items():
+            (self.root / repo_id / name).write_bytes(content)
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path / "hub")
+    api = "huggingface_hub.HfApi"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tokenlearner.models.hub.hf_hub_download", hub.download)
+    monkeypatch.setattr(f"{api}.create_repo", lambda *a, **k: hub.create_repo(*a, **k))
+    monkeypatch.setattr(f"{api}.upload_folder", lambda *a, **k: hub.upload_folder(*a, **k))
+    monkeypatch.setattr(f"{api}.file_exists", lambda *a, **k: hub.readme)
+    return hub
+
+
+MODELS: dict[str, Callable[[], Any]] = {"ours": small, "timm": host}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_goes_to_the_hub_and_comes_back(kind: str, hub: Hub) -> None:
+    model = MODELS[kind]()
+    url = push_to_hub(model, "me/mini", {"ours": {"top-1": 0.5}}, private=True, token="hf_x")
+    assert url == "https://huggingface.co/me/mini/commit/1"
+    (upload,) = hub.uploads
+    assert upload["files"].keys() == FILES
+    assert (upload["repo_id"], upload["token"]) == ("me/mini", "hf_x")
+    assert hub.calls == [("me/mini", "create_repo", {"private": True, "exist_ok": True})]
+    card = upload["files"]["README.md"].decode()
+    assert 'load_model("me/mini")' in card
+    assert "| top-1 | 0.5 |" in card
+    for name in ("me/mini", "hf-hub:me/mini", "me/mini@main"):
+        assert same(model, load_model(name))
+
+
+def test_timm_loads_our_names_from_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    push_to_hub(model, "me/mini")
+
+    def download(repo_id: str, filename: str, **options: Any) -> str:
+        return str(hub.download(repo_id, filename, **options))
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    assert same(model, timm.create_model("hf-hub:me/mini", pretrained=True).eval())
+
+
+def test_a_class_goes_to_the_hub_and_comes_back(hub: Hub) -> None:
+    model = small()
+    model.push_to_hub("me/mini", branch="dev", create_pr=True, commit_message="One")
+    told = {key: hub.uploads[0][key] for key in ("revision", "create_pr", "commit_message")}
+    assert told == {"revision": "dev", "create_pr": True, "commit_message": "One"}
+    assert same(model, TokenLearnerViT.from_pretrained("me/mini"))
+
+
+def test_saving_can_push_under_the_folders_name(hub: Hub, tmp_path: Path) -> None:
+    url = small().save_pretrained(tmp_path / "tiny", push_to_hub=True, measured={"a": {"b": 2}})
+    assert url == "https://huggingface.co/me/tiny/commit/1"
+    assert b"| b | 2 |" in hub.uploads[0]["files"]["README.md"]
+    assert (tmp_path / "tiny" / "config.json").is_file()
+
+
+def test_a_readme_on_the_hub_is_kept(hub: Hub) -> None:
+    hub.readme = True
+    push_to_hub(small(), "me/mini")
+    assert hub.uploads[0]["files"].keys() == FILES - {"README.md"}
+
+
+def test_nothing_is_made_on_the_hub_for_a_model_that_cannot_be_saved(hub: Hub) -> None:
+    model = small()
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"extra\.weight"):
+        push_to_hub(model, "me/mini")
+    with pytest.raises(ValueError, match="Repo id"):
+        push_to_hub(small(), "a/b/c")
+    assert hub.calls == []
+
+
+def test_options_reach_the_hub(hub: Hub, tmp_path: Path) -> None:
+    push_to_hub(small(), "me/mini")
+    hub.calls.clear()
+    options = {"revision": "v1", "cache_dir": tmp_path, "token": "hf_x"}
+    load_model("me/mini", **options)
+    name = {"library_name": "tokenlearner"}
+    assert hub.calls == [
+        ("me/mini", f, options | name) for f in ("config.json", "model.safetensors")
+    ]
+    hub.calls.clear()
+    more = {"force_download": True, "local_files_only": True}
+    TokenLearnerViT.from_pretrained("me/mini@v1", cache_dir=tmp_path, token="hf_x", **more)
+    assert [call[2] for call in hub.calls] == [options | name | more] * 2
+
+
+def test_two_revisions_are_refused(hub: Hub) -> None:
+    with pytest.raises(ValueError, match="asked for at v1 and at v2; name one"):
+        load_model("me/mini@v1", revision="v2")
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize("load", [load_model, TokenLearnerViT.from_pretrained])
+def test_what_is_neither_here_nor_on_the_hub_is_refused(
+    load: Callable[[str], Any], reachable: bool, hub: Hub
+) -> None:
+    hub.reachable = reachable
+    match = "me/mini is no file or folder here, and the Hub does not give config.json .* at v1 .Loc"
+    with pytest.raises(ValueError, match=match):
+        load("me/mini@v1")
+
+
+def test_a_folder_that_exists_goes_before_the_hub(hub: Hub, tmp_path: Path) -> None:
+    model = small()
+    save_model(model, tmp_path / "me" / "mini")
+    assert same(model, load_model("me/mini"))
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    "path", ["mini", "./mini", "../mini", "a/b/c", "me/mini.safetensors", "/mini", Path("me/mini")]
+)
+def test_other_paths_are_never_asked_of_the_hub(path: str | Path, hub: Hub) -> None:
+    with pytest.raises(ValueError, match=r"there is no .*mini|there is no a/b/c"):
+        load_model(path)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("config", ['{"architecture": "resnet18"}', "[]", "{"])
+def test_a_model_of_others_is_refused_before_its_weights_are_fetched(config: str, hub: Hub) -> None:
+    (hub.root / "timm/net").mkdir(parents=True)
+    (hub.root / "timm/net/config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"not one of .*save_model's; .*create_model\(name, pretr"):
+        load_model("timm/net")
+    assert [call[1] for call in hub.calls] == ["config.json"]
+
+
+def test_a_repository_without_weights_is_refused(hub: Hub) -> None:
+    push_to_hub(small(), "me/mini")
+    (hub.root / "me/mini/model.safetensors").rename(hub.root / "me/mini/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"the Hub does not give model\.safetensors"):
+        load_model("me/mini")
+
+
+# --- the card ----------------------------------------------------------------------------------
+
+
+def test_a_card_says_what_the_model_is() -> None:
+    model = small()
+    card = ModelCard(model_card(model))
+    assert card.data.to_dict() == {
+        "library_name": "tokenlearner",
+        "license": "apache-2.0",
+        "pipeline_tag": "image-classification",
+        "tags": ["timm", "token-reduction", "tokenlearner"],
+    }
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"# {PLAIN}\n\nA TokenLearnerViT with {count:,} parameters. It learns 3" in card.text
+    assert "3 tokens in front of block 1, counted from 0 (learner `v11`), and the bl" in card.text
+    assert "Nothing was measured when this model was saved." in card.text
+    assert model.generate_model_card().content == card.content
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: small(num_tokens=0), "It has no learned tokens."),
+        (lambda: small(fuse=True), "and each block from there on puts them back on all positions."),
+    ],
+)
+def test_a_card_says_where_tokens_are_learned(make: Callable[[], Any], sentence: str) -> None:
+    assert sentence in model_card(make())
+
+
+def test_the_code_on_a_card_runs(tmp_path: Path) -> None:
+    model = small()
+    save_model(model, tmp_path)
+    code = model_card(model, place=str(tmp_path)).split("```python\n")[1].split("```")[0]
+    for part in code.split("# or\n"):
+        names: dict[str, Any] = {}
+        exec(part, names)
+        assert same(model, names["model"])
+
+
+def test_a_card_of_a_host_does_not_name_a_class_without_from_pretrained() -> None:
+    assert "from_pretrained" not in model_card(host())
+
+
+@pytest.mark.parametrize("name", [CLIPS, FRAMES])
+def test_a_card_of_a_video_model_says_so(name: str) -> None:
+    assert ModelCard(model_card(create_model(name))).data.pipeline_tag == "video-classification"
+
+
+def test_a_card_has_the_license_of_the_hosts_weights() -> None:
+    model = host()
+    model.pretrained_cfg["license"] = "cc-by-nc-4.0"
+    assert ModelCard(model_card(model)).data.license == "cc-by-nc-4.0"
+
+
+def test_a_table_has_a_column_for_each_model() -> None:
+    spread = {"median": 1234.5, "low": 0.25, "high": 12345.6}
+    measured = {"a|b": {"x": 1.23456, "y": spread}, "c": {"y": 12345, "z": {"k": True}}}
+    lines = model_card(small(), measured).splitlines()
+    assert lines[-5:] == [
+        "|  | a\\|b | c |",
+        "| --- | --: | --: |",
+        "| x | 1.235 |  |",
+        "| y | 1234 (0.25 to 12,346) | 12,345 |",
+        "| z |  | k True |",
+    ]
+
+
+def test_a_benchmark_goes_into_the_card(tmp_path: Path) -> None:
+    model = small()
+    cost = benchmark({"ours": model}, images(model), rounds=2)["ours"]
+    save_model(model, tmp_path, measured={"ours": asdict(cost)})
+    card = (tmp_path / "README.md").read_text()
+    assert f"| parameters | {cost.parameters:,} |" in card
+    assert "| images_per_second | " in card
+
+
+@pytest.mark.parametrize("measured", [{"a": 1}, {"a": [1]}, [1]])
+def test_what_is_no_table_is_refused_before_anything_is_written(
+    measured: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="expected columns of rows"):
+        save_model(small(), tmp_path / "run", measured)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_measurements_have_no_place_in_a_single_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no model card; pass measured with a folder"):
+        save_model(small(), tmp_path / "a.safetensors", {"a": {"b": 1}})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,624 @@
+"""Learned tokens in timm's ViTs: the host as it was, every kind of host, every way to use it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11, insert, remove
+from tokenlearner.layers.blocks import FusedBlock, ReducedBlock
+from tokenlearner.layers.token_learner import LEARNERS
+from tokenlearner.models.insertion import get_insertion, wrapped_blocks
+
+TINY: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 4,
+    "num_heads": 3,
+    "num_classes": 5,
+}
+HOSTS: dict[str, dict[str, Any]] = {
+    "class_token": {},
+    "registers": {"reg_tokens": 4},
+    "no_class_token": {"class_token": False, "global_pool": "avg"},
+    "distilled": {"cls": VisionTransformerDistilled},
+    "map_pooling": {"class_token": False, "global_pool": "map"},
+    "layer_scale_and_qk_norm": {"init_values": 1e-5, "qk_norm": True},
+}
+each_host = pytest.mark.parametrize("kind", HOSTS)
+each_learner = pytest.mark.parametrize("learner", LEARNERS)
+both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduce", "fuse"])
+
+
+def vit(**kwargs: Any) -> VisionTransformer:
+    """A small host with every parameter drawn at random, so that nothing is hidden by a 0."""
+    kwargs = TINY | kwargs
+    host = kwargs.pop("cls", VisionTransformer)(**kwargs).eval()
+    for parameter in host.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return host
+
+
+def randomized(model: VisionTransformer) -> VisionTransformer:
+    """The model with learners and fusers drawn at random: a fuser then adds something."""
+    for block in wrapped_blocks(model).values():
+        for name, parameter in block.named_parameters():
+            if not name.startswith("block."):
+                nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def images(h: int = 32, w: int = 32, b: int = 2) -> Tensor:
+    return torch.randn(b, 3, h, w)
+
+
+def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {k: p for k, p in model.named_parameters() if ".learner." in k or ".fuser." in k}
+
+
+def inputs_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What `module` is given when the model runs."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    run()
+    hook.remove()
+    (x,) = seen
+    return x
+
+
+def outputs_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    out = model(x)
+    return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
+
+
+# --- every kind of host ------------------------------------------------------------------------
+
+
+@each_host
+@both_ways
+@torch.no_grad()
+def test_the_output_has_the_hosts_shape_but_other_numbers(fuse: bool, kind: str) -> None:
+    host, x = vit(**HOSTS[kind]), images()
+    before = host(x)
+    after = randomized(insert(host, 3, fuse=fuse))(x)
+    assert after.shape == before.shape
+    assert after.isfinite().all()
+    assert not torch.allclose(after, before, rtol=1e-6, atol=1e-6)
+
+
+@each_host
+@torch.no_grad()
+def test_later_blocks_see_the_prefix_and_the_learned_tokens(kind: str) -> None:
+    host = insert(vit(**HOSTS[kind]), 3, at=1)
+    seen = [inputs_of(host.blocks[i], lambda: host(images())).shape[1] for i in range(4)]
+    prefix = host.num_prefix_tokens
+    assert seen == [prefix + 16, prefix + 16, prefix + 3, prefix + 3]
+
+
+@each_host
+@both_ways
+@torch.no_grad()
+def test_what_runs_before_the_learner_is_the_hosts_own(fuse: bool, kind: str) -> None:
+    host, x = vit(**HOSTS[kind]), images()
+    before = inputs_of(host.blocks[2], lambda: host(x))
+    insert(host, 3, at=2, fuse=fuse)
+    assert torch.equal(inputs_of(host.blocks[2], lambda: host(x)), before)
+
+
+@each_host
+@both_ways
+@torch.no_grad()
+def test_remove_gives_the_host_back_bit_for_bit(fuse: bool, kind: str) -> None:
+    host, x = vit(**HOSTS[kind]), images()
+    before, out = copy.deepcopy(host.state_dict()), host(x)
+    remove(insert(host, 3, fuse=fuse))
+    after = host.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(host(x), out)
+
+
+@each_host
+@both_ways
+def test_blocks_and_parameters_of_the_host_stay_the_same_objects(fuse: bool, kind: str) -> None:
+    host = vit(**HOSTS[kind])
+    blocks, parameters = list(host.blocks), {id(p) for p in host.parameters()}
+    insert(host, 3, at=1, fuse=fuse)
+    unwrapped = [b.block if isinstance(b, ReducedBlock) else b for b in host.blocks]
+    assert all(a is b for a, b in zip(unwrapped, blocks, strict=True))
+    kept = {id(p) for p in host.parameters()} - {id(p) for p in new_parameters(host).values()}
+    assert kept == parameters
+
+
+@torch.no_grad()
+def test_layer_scale_and_qk_norm_take_part_in_the_wrapped_block() -> None:
+    host = vit(init_values=1e-5, qk_norm=True)
+    block = host.blocks[2]
+    wrapped, x = insert(host, 3, at=2).blocks[2], torch.randn(2, 17, 24)
+    tokens = torch.cat([x[:, :1], wrapped.learner(x[:, 1:])], dim=1)
+    normed = block.ls1(block.attn(block.norm1(tokens))) + tokens
+    expected = normed + block.ls2(block.mlp(block.norm2(normed)))
+    torch.testing.assert_close(wrapped(x), expected)
+    assert isinstance(block.attn.q_norm, nn.LayerNorm)
+
+
+@both_ways
+def test_insert_and_remove_return_the_model_itself(fuse: bool) -> None:
+    host = vit()
+    assert insert(host, 3, fuse=fuse) is host
+    assert remove(host) is host
+
+
+# --- where -------------------------------------------------------------------------------------
+
+PLACES = [
+    (0, 4, 0),
+    (3, 4, 3),
+    (0.0, 4, 0),
+    (0.25, 4, 1),
+    (0.5, 4, 2),
+    (0.99, 4, 3),
+    (0.5, 3, 1),
+    (0.75, 3, 2),
+]
+
+
+@pytest.mark.parametrize(("at", "depth", "index"), PLACES)
+def test_the_learner_stands_at_a_block_or_at_a_share_of_the_depth(
+    at: int | float, depth: int, index: int
+) -> None:
+    assert list(wrapped_blocks(insert(vit(depth=depth), 3, at))) == [index]
+
+
+def test_the_default_is_8_tokens_half_way() -> None:
+    ((index, block),) = wrapped_blocks(insert(vit())).items()
+    assert (index, block.learner.num_tokens) == (2, 8)
+
+
+def test_fuse_wraps_every_block_from_there_on() -> None:
+    host = insert(vit(), 3, at=1, fuse=True)
+    assert [isinstance(block, FusedBlock) for block in host.blocks] == [False, True, True, True]
+
+
+@each_learner
+@torch.no_grad()
+def test_fuse_keeps_the_positions(learner: str) -> None:
+    host, x = vit(reg_tokens=4), images()
+    before = host.forward_features(x).shape
+    assert insert(host, 3, at=1, fuse=True, learner=learner).forward_features(x).shape == before
+
+
+@torch.no_grad()
+def test_forward_features_gives_prefix_and_learned_tokens() -> None:
+    host = insert(vit(reg_tokens=4), 3)
+    assert host.forward_features(images()).shape == (2, 5 + 3, 24)
+
+
+@torch.no_grad()
+def test_forward_intermediates_of_a_fused_model_keep_the_grid() -> None:
+    host, x = randomized(insert(vit(img_size=(32, 48)), 3, fuse=True)), images(32, 48)
+    final, maps = host.forward_intermediates(x)
+    assert [one.shape for one in maps] == [(2, 24, 4, 6)] * 4
+    torch.testing.assert_close(final, host.forward_features(x))
+
+
+# --- several places ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_at_a_second_place_tokens_are_learned_from_the_first_ones() -> None:
+    host, x = randomized(insert(vit(reg_tokens=4), (6, 2), at=(0.25, 0.75))), images()
+    first, second = wrapped_blocks(host).values()
+    into = inputs_of(second, lambda: host(x))
+    assert into.shape == (2, 5 + 6, 24)
+    expected = torch.cat([into[:, :5], second.learner(into[:, 5:])], dim=1)
+    assert torch.equal(inputs_of(second.block, lambda: host(x)), expected)
+    assert first.learner.num_tokens == 6
+
+
+def test_fused_blocks_between_two_places_have_the_tokens_of_the_first() -> None:
+    host = insert(vit(), (6, 2), at=(1, 3), fuse=True)
+    assert {i: b.learner.num_tokens for i, b in wrapped_blocks(host).items()} == {1: 6, 2: 6, 3: 2}
+
+
+@torch.no_grad()
+def test_fused_blocks_learn_from_all_positions_at_every_place() -> None:
+    host = insert(vit(), (6, 2), at=(1, 3), fuse=True)
+    seen = [inputs_of(host.blocks[i], lambda: host(images())).shape[1] for i in range(4)]
+    assert seen == [17] * 4
+
+
+def test_one_place_in_a_list_is_one_place() -> None:
+    told = {"num_tokens": 3, "at": 2, "learner": "v11", "fuse": False}
+    assert get_insertion(insert(vit(), [3], at=[2])) == told
+
+
+def test_remove_takes_the_tokens_out_of_every_place() -> None:
+    host = vit()
+    keys = list(host.state_dict())
+    assert list(remove(insert(host, (6, 2), at=(0, 3))).state_dict()) == keys
+
+
+def test_v1_learns_at_several_places_where_there_are_positions() -> None:
+    host = insert(vit(), (6, 2), at=(1, 3), fuse=True, learner="v1")
+    assert host(images()).shape == (2, 5)
+
+
+# --- the new parameters ------------------------------------------------------------------------
+
+KINDS = {
+    "v11": TokenLearnerV11,
+    "v1": TokenLearner,
+    "v1-mean": TokenLearner,
+    "grouped": TokenLearnerModuleV11,
+    "grouped-linear": TokenLearnerModuleV11,
+}
+
+
+@each_learner
+def test_learners_have_the_official_numbers(learner: str) -> None:
+    (block,) = wrapped_blocks(insert(vit(), 3, learner=learner)).values()
+    gelus = [m.approximate for m in block.learner.modules() if isinstance(m, nn.GELU)]
+    assert type(block.learner) is KINDS[learner]
+    assert block.learner.norm.eps == 1e-6
+    official = None if learner == "grouped-linear" else "tanh"  # no GELU in December 2021
+    assert set(gelus or [block.learner.approximate]) == {official}
+
+
+@each_learner
+def test_learners_run_on_the_grid_of_a_picture_that_is_not_square(learner: str) -> None:
+    host = insert(vit(img_size=(16, 48)), 3, learner=learner)
+    (block,) = wrapped_blocks(host).values()
+    x = torch.randn(2, 1 + 12, 24)
+    tokens = inputs_of(block.block, lambda: block(x))[:, 1:]
+    expected = block.learner(x[:, 1:].unflatten(1, (2, 6)))
+    torch.testing.assert_close(tokens, expected)
+    assert host(images(16, 48)).shape == (2, 5)
+
+
+@both_ways
+@each_learner
+@torch.no_grad()
+def test_new_parameters_take_the_dtype_of_the_block(learner: str, fuse: bool) -> None:
+    host = insert(vit().bfloat16(), 3, learner=learner, fuse=fuse)
+    assert {p.dtype for p in host.parameters()} == {torch.bfloat16}
+    assert host(images().bfloat16()).dtype == torch.bfloat16
+
+
+@both_ways
+@each_learner
+def test_new_parameters_take_the_device_of_the_block(learner: str, fuse: bool) -> None:
+    with torch.device("meta"):
+        host = VisionTransformer(**TINY)
+    insert(host, 3, learner=learner, fuse=fuse)
+    assert {p.device.type for p in host.parameters()} == {"meta"}
+    assert host(images().to("meta")).shape == (2, 5)
+
+
+@both_ways
+@pytest.mark.parametrize("training", [False, True])
+def test_new_modules_take_the_mode_of_the_block(training: bool, fuse: bool) -> None:
+    host = insert(vit().train(training), 3, fuse=fuse)
+    assert {module.training for module in host.modules()} == {training}
+
+
+def without_gradient(model: VisionTransformer) -> list[str]:
+    """New parameters that a loss of all tokens does not move.
+
+    Two biases are left out, as nothing depends on them: a softmax over positions takes no notice
+    of that of V1.1's logits, and a LayerNorm over channels none of that of the fuser's mix.
+    """
+    nothing = ("learner.attention_maps.3.bias", "fuser.mix.bias")
+    model.zero_grad()
+    model.forward_features(images()).square().sum().backward()
+    sizes = {
+        name: 0.0 if parameter.grad is None else parameter.grad.abs().max().item()
+        for name, parameter in new_parameters(model).items()
+        if not name.endswith(nothing)
+    }
+    return [name for name, size in sizes.items() if size <= 1e-6 * max(sizes.values())]
+
+
+def without_effect(model: VisionTransformer, learner: str) -> list[str]:
+    """Without a GELU a shift in front of the maps is one of the logits, which softmax ignores."""
+    ends = "learner.norm.bias"
+    return [n for n in new_parameters(model) if n.endswith(ends) and learner == "grouped-linear"]
+
+
+@each_learner
+def test_every_new_parameter_is_trained(learner: str) -> None:
+    host = insert(vit(), 3, learner=learner)
+    assert without_gradient(host) == without_effect(host, learner)
+
+
+@each_learner
+def test_every_new_parameter_is_trained_once_a_fused_model_has_made_a_step(learner: str) -> None:
+    host = insert(vit(), 3, learner=learner, fuse=True)
+    assert len(without_gradient(host)) > len(without_effect(host, learner))
+    torch.optim.SGD(new_parameters(host).values(), lr=1e-3).step()
+    assert without_gradient(host) == without_effect(host, learner)
+
+
+# --- what a model goes through -----------------------------------------------------------------
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_torch_save,
+}
+
+
+@both_ways
+@each_learner
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@torch.no_grad()
+def test_a_copy_gives_the_same_and_shares_nothing(
+    copied: Callable[[Any], Any], learner: str, fuse: bool
+) -> None:
+    host, x = randomized(insert(vit(), 3, learner=learner, fuse=fuse)), images()
+    other = copied(host)
+    assert torch.equal(other(x), host(x))
+    assert not {p.data_ptr() for p in host.parameters()} & {
+        p.data_ptr() for p in other.parameters()
+    }
+    assert all(
+        block.grid is other.patch_embed.grid_size for block in wrapped_blocks(other).values()
+    )
+
+
+@both_ways
+@each_learner
+@torch.no_grad()
+def test_a_state_dict_fits_a_model_built_alike(learner: str, fuse: bool) -> None:
+    host, x = randomized(insert(vit(), 3, learner=learner, fuse=fuse)), images()
+    other = insert(vit(), 3, learner=learner, fuse=fuse)
+    other.load_state_dict(host.state_dict(), strict=True)
+    assert torch.equal(other(x), host(x))
+
+
+@both_ways
+def test_parameters_are_counted_once(fuse: bool) -> None:
+    host = insert(vit(), 3, fuse=fuse)
+    named = [name for name, _ in host.named_parameters(remove_duplicate=False)]
+    assert len(named) == len(list(host.parameters()))
+
+
+@both_ways
+@pytest.mark.parametrize("learner", ["v11", pytest.param("v1", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_torch_compile_takes_the_whole_graph(learner: str, fuse: bool) -> None:
+    host, x = randomized(insert(vit(depth=2), 3, learner=learner, fuse=fuse)), images()
+    torch.compiler.reset()
+    compiled = torch.compile(host, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), host(x), rtol=1e-5, atol=1e-5)
+
+
+@both_ways
+@pytest.mark.parametrize("learner", ["v11", "v1"])
+@torch.no_grad()
+def test_torch_export_gives_the_same_and_leaves_the_model_alone(learner: str, fuse: bool) -> None:
+    host, x = randomized(insert(vit(depth=2), 3, learner=learner, fuse=fuse)), images()
+    before = host(x)
+    exported = torch.export.export(host, (x,))
+    torch.testing.assert_close(exported.module()(x), before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(host(x), before)
+
+
+@both_ways
+@each_learner
+def test_gradient_checkpointing_changes_neither_outputs_nor_gradients(
+    learner: str, fuse: bool
+) -> None:
+    host, x = randomized(insert(vit(), 3, learner=learner, fuse=fuse)).train(), images()
+    plain = outputs_and_gradients(host, x)
+    host.set_grad_checkpointing()
+    for with_checkpoints, without in zip(outputs_and_gradients(host, x), plain, strict=True):
+        torch.testing.assert_close(with_checkpoints, without)
+
+
+@pytest.mark.parametrize("learner", ["v11", "grouped"])
+@torch.no_grad()
+def test_pictures_of_any_size_run_where_the_host_allows_them(learner: str) -> None:
+    host = insert(vit(dynamic_img_size=True), 3, learner=learner)
+    for h, w in [(32, 32), (48, 24), (16, 64)]:
+        assert host(images(h, w)).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_v1_refuses_a_picture_with_another_number_of_positions() -> None:
+    host = vit(dynamic_img_size=True)
+    with pytest.raises(ValueError, match=r"8 positions do not fit a 4 x 4 grid|dynamic_img_size"):
+        insert(host, 3, learner="v1")(images(16, 32))
+
+
+@pytest.mark.parametrize("learner", ["v1", "v1-mean"])
+@torch.no_grad()
+def test_v1_never_runs_on_the_grid_of_another_picture(learner: str) -> None:
+    host = vit(dynamic_img_size=True)
+    with pytest.raises(ValueError, match="dynamic_img_size"):
+        insert(host, 3, learner=learner)(images(16, 64))  # as many positions, on another grid
+
+
+@each_learner
+@torch.no_grad()
+def test_learners_follow_set_input_size(learner: str) -> None:
+    host = insert(vit(), 3, learner=learner)
+    host.set_input_size((16, 64))  # 16 positions as before, but on another grid
+    (block,) = wrapped_blocks(host).values()
+    x = torch.randn(2, 1 + 16, 24)
+    tokens = inputs_of(block.block, lambda: block(x))[:, 1:]
+    torch.testing.assert_close(tokens, block.learner(x[:, 1:].unflatten(1, (2, 8))))
+    assert host(images(16, 64)).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_a_grid_that_is_passed_goes_before_the_hosts() -> None:
+    host = insert(vit(), 3, learner="v1", grid=(2, 8))
+    assert wrapped_blocks(host)[2].grid == (2, 8)
+
+
+# --- insertion ---------------------------------------------------------------------------------
+
+INSERTIONS: list[dict[str, Any]] = [
+    {"num_tokens": 3, "at": 1, "learner": "v11", "fuse": False},
+    {"num_tokens": 5, "at": 0, "learner": "v1", "fuse": False},
+    {"num_tokens": 2, "at": 2, "learner": "v1-mean", "fuse": True},
+    {"num_tokens": 4, "at": 3, "learner": "grouped", "fuse": True},
+    {"num_tokens": [6, 2], "at": [1, 3], "learner": "v11", "fuse": False},
+    {"num_tokens": [6, 6, 1], "at": [0, 1, 3], "learner": "grouped-linear", "fuse": False},
+    {"num_tokens": [6, 2], "at": [0, 2], "learner": "v1", "fuse": True},
+]
+
+
+@pytest.mark.parametrize("arguments", INSERTIONS, ids=str)
+def test_insertion_tells_what_insert_was_given(arguments: dict[str, Any]) -> None:
+    assert get_insertion(insert(vit(), **arguments)) == arguments
+
+
+def test_insertion_tells_a_share_of_the_depth_as_a_block() -> None:
+    assert get_insertion(insert(vit(), 3, at=0.75))["at"] == 3
+
+
+def test_insertion_is_none_without_learned_tokens() -> None:
+    assert get_insertion(vit()) is None
+    assert get_insertion(remove(insert(vit(), 3))) is None
+
+
+@pytest.mark.parametrize("arguments", INSERTIONS, ids=str)
+@torch.no_grad()
+def test_inserting_what_insertion_tells_builds_the_same_model(arguments: dict[str, Any]) -> None:
+    host, x = randomized(insert(vit(), **arguments)), images()
+    other = insert(vit(), **get_insertion(host))
+    other.load_state_dict(host.state_dict())
+    assert torch.equal(other(x), host(x))
+
+
+@torch.no_grad()
+def test_insertion_tells_a_grid_that_was_passed() -> None:
+    host, x = randomized(insert(vit(), 3, learner="v1", grid=(2, 8))), images()
+    other = insert(vit(), **get_insertion(host))
+    other.load_state_dict(host.state_dict())
+    assert torch.equal(other(x), host(x))
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+FOREIGN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnet": (torchvision.models.resnet18, r"torchvision.*\.ResNet"),
+    "linear": (lambda: nn.Linear(3, 3), r"torch\.nn.*\.Linear"),
+}
+
+
+@pytest.mark.parametrize("call", [insert, remove])
+@pytest.mark.parametrize(("make", "name"), FOREIGN.values(), ids=FOREIGN)
+def test_a_model_that_is_not_known_is_named_and_refused(
+    make: Callable[[], nn.Module], name: str, call: Callable[[nn.Module], Any]
+) -> None:
+    known = "known: VisionTransformer, .* of timm"
+    with pytest.raises(ValueError, match=rf"{name} is no model that tokens can be .*{known}"):
+        call(make())
+
+
+@both_ways
+def test_tokens_cannot_be_inserted_twice(fuse: bool) -> None:
+    host = insert(vit(), 3, fuse=fuse)
+    with pytest.raises(ValueError, match=r"learned tokens already; call remove\(model\)"):
+        insert(host, 3, at=0)
+
+
+def test_nothing_can_be_removed_from_a_plain_host() -> None:
+    with pytest.raises(ValueError, match="no learned tokens to remove"):
+        remove(vit())
+
+
+_AT = r"expected a block from 0 to 3, or a share from 0\.0 to below 1"
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"num_tokens": 17}, "num_tokens is 17, but a picture has 16"),
+    ({"num_tokens": 0}, "num_tokens is 0, expected an integer of 1 or more"),
+    ({"num_tokens": -1}, "num_tokens is -1"),
+    ({"num_tokens": 2.0}, r"num_tokens is 2\.0"),
+    ({"num_tokens": True}, "num_tokens is True"),
+    ({"at": True}, f"at is True, {_AT}"),
+    ({"at": -1}, f"at is -1, {_AT}"),
+    ({"at": 4}, f"at is 4, {_AT}"),
+    ({"at": 1.0}, rf"at is 1\.0, {_AT}"),
+    ({"at": -0.5}, rf"at is -0\.5, {_AT}"),
+    ({"at": float("nan")}, f"at is nan, {_AT}"),
+    ({"at": "x"}, f"at is 'x', {_AT}"),
+    (
+        {"at": (0.25, 0.5)},
+        r"num_tokens is 3 and at is \(0\.25, 0\.5\), expected .* for every place",
+    ),
+    ({"num_tokens": (3, 2)}, r"num_tokens is \(3, 2\) and at is 0\.5, expected .* for every place"),
+    ({"num_tokens": (3, 2, 1), "at": (1, 2)}, "expected a number of tokens for every place"),
+    ({"num_tokens": (), "at": ()}, "expected a number of tokens for every place"),
+    ({"num_tokens": (3, 2), "at": (2, 1)}, r"at is \(2, 1\), which are blocks \[2, 1\] of 4; name"),
+    ({"num_tokens": (3, 2), "at": (2, 0.6)}, r"are blocks \[2, 2\] of 4; name each place once"),
+    ({"num_tokens": (2, 3), "at": (1, 2)}, r"\(2, 3\), but .* only become fewer; pass \(3, 2\)"),
+    ({"num_tokens": (17, 3), "at": (1, 2)}, "num_tokens is 17, but a picture has 16"),
+    ({"num_tokens": (3, 0), "at": (1, 2)}, "num_tokens is 0, expected"),
+    ({"num_tokens": (3, 2), "at": (1, 4)}, f"at is 4, {_AT}"),
+    (
+        {"num_tokens": (3, 2), "at": (1, 2), "learner": "v1-mean"},
+        "from the second place on there are tokens without one; insert learner='v11', or with fuse",
+    ),
+    ({"learner": "v2"}, "learner is 'v2', expected one of 'v11', 'v1', 'v1-mean', 'grouped'"),
+    ({"grid": (3, 5)}, "16 positions do not fit a 3 x 5 grid of 15"),
+    ({"grid": 4}, r"grid is 4, expected \(height, width\)"),
+    ({"grid": (16,)}, r"grid is \(16,\), expected \(height, width\)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=str)
+def test_a_bad_argument_is_refused_and_leaves_the_model_as_it_was(
+    arguments: dict[str, Any], message: str
+) -> None:
+    host = vit()
+    with pytest.raises(ValueError, match=message):
+        insert(host, **({"num_tokens": 3} | arguments))
+    assert get_insertion(host) is None
+
+
+def test_as_many_tokens_as_positions_are_allowed() -> None:
+    assert insert(vit(), 16)(images()).shape == (2, 5)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "mask", [{"attn_mask": torch.ones(17, 17)}, {"is_causal": True}], ids=["mask", "causal"]
+)
+def test_a_mask_over_positions_is_refused(mask: dict[str, Any], fuse: bool) -> None:
+    with pytest.raises(ValueError, match="attention mask over positions does not fit"):
+        insert(vit(), 3, fuse=fuse).forward_features(images(), **mask)
+
+
+@both_ways
+@torch.no_grad()
+def test_tokens_inserted_on_the_chosen_device_give_what_they_give_on_the_cpu(
+    fuse: bool, device: torch.device
+) -> None:
+    host, images = vit().double().to(device), torch.randn(2, 3, 32, 32).double()
+    insert(host, 4, fuse=fuse)
+    assert {p.device.type for p in host.parameters()} == {device.type}
+    on_device = host(images.to(device)).cpu()
+    torch.testing.assert_close(on_device, host.cpu()(images))

@@ -1,0 +1,124 @@
+"""Live video: frame by frame equals the whole clip, for every length, and costs one frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.models.framevit import FrameViT
+from tokenlearner.models.streaming import TokenStream
+from tokenlearner.models.vivit import ViViT
+
+SHAPE: dict[str, Any] = {
+    "img_size": 16, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 4, "at": 3,
+    "num_frames": 4, "num_tokens": 5, "num_classes": 7,
+}  # fmt: skip
+
+
+def randomized(**kwargs: Any) -> FrameViT:
+    model = FrameViT(**(SHAPE | kwargs))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("learner", ["v1", "v11", "grouped"])
+@torch.no_grad()
+def test_streaming_equals_the_whole_clip_at_every_frame(learner: str) -> None:
+    model, video = randomized(learner=learner), torch.randn(2, 3, 11, 16, 16)
+    stream = TokenStream(model)
+    for i in range(11):
+        out = stream.push(video[:, :, i])
+        clip = video[:, :, max(0, i - 3) : i + 1]
+        torch.testing.assert_close(stream.tokens, model.encode(clip), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, model(clip), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("input_format", ["bcthw", "btchw"])
+@torch.no_grad()
+def test_tubelets_are_pushed_whole(input_format: str) -> None:
+    model = randomized(tubelet_size=2, input_format=input_format)
+    axis = input_format.index("t")
+    video = torch.randn(2, 3, 12, 16, 16) if axis == 2 else torch.randn(2, 12, 3, 16, 16)
+    stream = TokenStream(model)
+    for i in range(0, 12, 2):
+        out = stream.push(video.narrow(axis, i, 2))
+    torch.testing.assert_close(out, model(video.narrow(axis, 4, 8)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frame_is_encoded_once() -> None:
+    model, seen = randomized(), []
+    model.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    stream = TokenStream(model)
+    for _ in range(6):
+        stream.push(torch.randn(2, 3, 16, 16))
+    assert seen == [2] * 6
+
+
+class _OneStep(nn.Module):
+    """The model that a stream runs for one frame, for the counter of multiply-adds."""
+
+    def __init__(self, model: FrameViT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, frame: Tensor) -> Tensor:
+        tokens = self.model.encode(frame)
+        return self.model.forward_tokens(tokens.expand(-1, 4, -1, -1))
+
+
+def test_a_new_frame_costs_one_encoding_in_place_of_four() -> None:
+    model = randomized()
+    frame, clip = torch.randn(1, 3, 1, 16, 16), torch.randn(1, 3, 4, 16, 16)
+    encoding = count_macs(model.encoder, frame)
+    whole, step = count_macs(model, clip), count_macs(_OneStep(model), frame)
+    assert whole - step == 3 * encoding
+    assert step < 0.35 * whole
+
+
+@torch.no_grad()
+def test_another_video_starts_after_a_reset() -> None:
+    model = randomized()
+    stream, video = TokenStream(model), torch.randn(2, 3, 16, 16)
+    stream.push(torch.randn(1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"a batch of 2 videos, 1 before; call reset\(\) first"):
+        stream.push(video)
+    stream.reset()
+    torch.testing.assert_close(stream.push(video), model(video.unsqueeze(2)))
+
+
+def test_nothing_is_differentiated_or_kept_on_the_model() -> None:
+    model = randomized()
+    before = set(model.__dict__)
+    assert not TokenStream(model).push(torch.randn(1, 3, 16, 16)).requires_grad
+    assert set(model.__dict__) == before
+
+
+def test_there_are_no_tokens_before_the_first_frame() -> None:
+    with pytest.raises(ValueError, match="no tokens before the first frame; push one"):
+        _ = TokenStream(randomized()).tokens
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 2, 16, 16), "expected 1 pictures; push one frame or tubelet at a time"),
+        ((3, 16, 16), r"clips are \[3, 16, 16\], expected \[b, c, t, h, w\]"),
+        ((1, 3, 16, 18), "expected"),
+    ],
+)
+def test_frames_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenStream(randomized()).push(torch.randn(shape))
+
+
+def test_a_model_whose_frames_see_each_other_early_is_refused() -> None:
+    model = ViViT(img_size=16, patch_size=4, num_frames=4, embed_dim=24, depth=2, num_heads=3)
+    with pytest.raises(
+        ValueError, match=r"a ViViT looks at several frames together.*use a FrameViT"
+    ):
+        TokenStream(model)

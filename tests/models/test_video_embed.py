@@ -1,0 +1,330 @@
+"""From clips to positions: loops over tubelets and frames written out, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tokenlearner.models.video_embed import ClipEmbed, sample_frames
+
+C = 5
+SHAPE: dict[str, Any] = {"img_size": (7, 9), "patch_size": (2, 3), "in_chans": 3, "embed_dim": C}
+GRID = (3, 3)
+
+
+def embed(**kwargs: Any) -> ClipEmbed:
+    """With every parameter drawn at random."""
+    module = ClipEmbed(**(SHAPE | {"num_frames": 4} | kwargs))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+def clips(frames: int = 4, height: int = 7, width: int = 9) -> Tensor:
+    return torch.randn(2, 3, frames, height, width)
+
+
+def loop_over_tubelets(module: ClipEmbed, x: Tensor) -> Tensor:
+    """Every tubelet, cut out and flattened, through one linear layer."""
+    weight, size = module.proj.weight.flatten(1), module.tubelet_size
+    positions = [
+        x[:, :, t : t + size, i : i + 2, j : j + 3].flatten(1) @ weight.T + module.proj.bias
+        for t in range(0, x.shape[2] - size + 1, size)
+        for i in range(0, 6, 2)
+        for j in range(0, 9, 3)
+    ]
+    return torch.stack(positions, dim=1)
+
+
+# --- tubelets ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("frames", "tubelet"), [(4, 1), (4, 2), (6, 3), (4, 4), (5, 2), (8, 3)])
+@torch.no_grad()
+def test_tubelets_go_through_one_linear_layer_each(frames: int, tubelet: int) -> None:
+    module, x = embed(num_frames=frames, tubelet_size=tubelet), clips(frames)
+    out = module(x)
+    assert out.shape == (2, frames // tubelet * 9, C) == (2, module.num_patches, C)
+    torch.testing.assert_close(out, loop_over_tubelets(module, x))
+
+
+@torch.no_grad()
+def test_frames_that_fill_no_tubelet_are_left_out() -> None:
+    module, x = embed(num_frames=5), clips(5)
+    other = x.clone()
+    other[:, :, 4:] = 9.0
+    assert module.frames == 2
+    assert torch.equal(module(x), module(other))
+    torch.testing.assert_close(module(x), embed_like(module, num_frames=4)(x[:, :, :4]))
+
+
+def embed_like(module: ClipEmbed, **kwargs: Any) -> ClipEmbed:
+    other = embed(**kwargs)
+    other.load_state_dict(module.state_dict(), strict=True)
+    return other
+
+
+@torch.no_grad()
+def test_pixels_that_fill_no_patch_are_left_out() -> None:
+    module, x = embed(), clips()
+    other = x.clone()
+    other[:, :, :, 6:] = 9.0
+    assert module.grid_size == GRID
+    assert torch.equal(module(x), module(other))
+
+
+@torch.no_grad()
+def test_positions_of_a_frame_follow_one_another() -> None:
+    module, x = embed(), clips()
+    other = x.clone()
+    other[:, :, 2:] += 1.0
+    changed = (module(x) != module(other)).any(-1)
+    assert changed.tolist() == [[False] * 9 + [True] * 9] * 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_bias_can_be_left_out(bias: bool) -> None:
+    for sampling in ("tubelet", "uniform"):
+        assert (embed(bias=bias, sampling=sampling).proj.bias is not None) == bias
+
+
+def test_parameters_take_device_and_dtype() -> None:
+    for sampling in ("tubelet", "uniform"):
+        module = ClipEmbed(**SHAPE, sampling=sampling, device="meta", dtype=torch.float64)
+        found = {(p.device.type, p.dtype) for p in module.parameters()}
+        assert found == {("meta", torch.float64)}
+
+
+# --- the start of the kernel -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tubelet", [1, 2, 3, 4])
+@torch.no_grad()
+def test_a_central_start_sees_the_middle_frame_only(tubelet: int) -> None:
+    module = ClipEmbed(**SHAPE, num_frames=2 * tubelet, tubelet_size=tubelet)
+    middle = tubelet // 2
+    x = clips(2 * tubelet)
+    plain = nn.functional.conv2d(
+        x[:, :, middle], module.proj.weight[:, :, middle], module.proj.bias, stride=(2, 3)
+    )
+    torch.testing.assert_close(module(x)[:, :9], plain.flatten(2).transpose(1, 2))
+    other = x.clone()
+    for frame in range(tubelet):
+        if frame != middle:
+            other[:, :, frame] = 9.0
+    torch.testing.assert_close(module(x), module(other))
+    assert module.proj.weight[:, :, middle].abs().min() > 0
+
+
+@torch.no_grad()
+def test_an_average_start_sees_all_frames_alike() -> None:
+    module, x = ClipEmbed(**SHAPE, num_frames=3, tubelet_size=3, tubelet_init="average"), clips(3)
+    torch.testing.assert_close(module(x), module(x[:, :, [2, 0, 1]]))
+    weight = module.proj.weight[:, :, 0]
+    summed = nn.functional.conv2d(x.sum(2), weight, module.proj.bias, stride=(2, 3))
+    torch.testing.assert_close(module(x), summed.flatten(2).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_a_random_start_sees_each_frame_in_its_own_way() -> None:
+    weight = ClipEmbed(**SHAPE, num_frames=3, tubelet_size=3, tubelet_init="random").proj.weight
+    assert weight.abs().amin(dim=(0, 1, 3, 4)).min() > 0
+    assert not torch.equal(weight[:, :, 0], weight[:, :, 1])
+
+
+@pytest.mark.parametrize("how", ["central", "average", "random"])
+def test_kernels_start_lecun_normal_and_biases_at_0(how: str) -> None:
+    module = ClipEmbed(img_size=32, patch_size=8, embed_dim=200, tubelet_init=how)
+    weight = module.proj.weight[:, :, 1]
+    fan_in = 3 * 2 * 8 * 8
+    assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.02)
+    assert weight.abs().max().item() < 2.3 * fan_in**-0.5  # cut off at two deviations
+    assert module.proj.bias is not None
+    assert module.proj.bias.abs().max() == 0
+
+
+# --- uniform sampling --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("available", "wanted"), [(4, 4), (8, 4), (30, 3), (5, 1)])
+@torch.no_grad()
+def test_uniform_sampling_is_a_convolution_for_each_chosen_frame(
+    available: int, wanted: int
+) -> None:
+    module, x = embed(sampling="uniform", num_frames=wanted), clips(available)
+    chosen = sample_frames(available, wanted)
+    loop = [module.proj(x[:, :, i]).flatten(2).transpose(1, 2) for i in chosen]
+    assert (module.frames, module.tubelet_size, len(chosen)) == (wanted, 1, wanted)
+    torch.testing.assert_close(module(x), torch.cat(loop, dim=1))
+
+
+counts = st.integers(1, 300)
+
+
+@given(available=counts, wanted=counts)
+def test_frames_are_those_of_the_official_rule_where_floats_decide_no_tie(
+    available: int, wanted: int
+) -> None:
+    wanted += wanted % 2  # no multiple of T / (n + 1) is then halfway between two frames
+    start = available / (wanted + 1)
+    official = np.round(np.arange(start, available, start))[:wanted].astype(int)
+    if wanted >= available:
+        official = np.arange(available)
+    assert sample_frames(available, wanted) == np.minimum(official, available - 1).tolist()
+
+
+@given(available=counts, wanted=counts)
+def test_ties_go_to_the_even_frame(available: int, wanted: int) -> None:
+    if wanted >= available:
+        return
+    for i, frame in enumerate(sample_frames(available, wanted), 1):
+        twice = 2 * available * i - 2 * frame * (wanted + 1)  # the distance, times 2 (n + 1)
+        assert abs(twice) <= wanted + 1
+        if abs(twice) == wanted + 1:
+            assert frame % 2 == 0
+
+
+@given(available=counts, wanted=counts)
+def test_chosen_frames_are_different_ones_in_order(available: int, wanted: int) -> None:
+    chosen = sample_frames(available, wanted)
+    assert len(chosen) == min(available, wanted)
+    assert chosen == sorted(set(chosen))
+    assert 0 <= chosen[0] <= chosen[-1] < available
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted", "frames"),
+    [
+        (8, 4, [2, 3, 5, 6]),
+        (5, 1, [2]),
+        (3, 1, [2]),
+        (4, 4, [0, 1, 2, 3]),
+        (3, 5, [0, 1, 2]),
+        (10, 3, [2, 5, 8]),
+        (4, 3, [1, 2, 3]),
+        (25, 21, [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24]),
+    ],
+)
+def test_frames_of_some_clips(available: int, wanted: int, frames: list[int]) -> None:
+    assert sample_frames(available, wanted) == frames
+
+
+# --- formats and sizes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", ["tubelet", "uniform"])
+@torch.no_grad()
+def test_a_format_with_frames_first_is_the_same_clip_permuted(sampling: str) -> None:
+    module = embed(sampling=sampling)
+    other = embed_like(module, sampling=sampling, input_format="btchw")
+    x = clips()
+    assert torch.equal(other(x.transpose(1, 2)), module(x))
+
+
+@pytest.mark.parametrize("input_format", ["bcthw", "btchw"])
+@torch.no_grad()
+def test_a_format_is_never_guessed(input_format: str) -> None:
+    module = embed(num_frames=3, tubelet_size=1, input_format=input_format)
+    x = torch.randn(2, 3, 3, 7, 9)  # as many channels as frames: both would fit
+    frames_second = x if input_format == "bcthw" else x.transpose(1, 2)
+    torch.testing.assert_close(module(x), loop_over_tubelets(module, frames_second))
+
+
+@torch.no_grad()
+def test_an_empty_batch_comes_back_empty() -> None:
+    for sampling in ("tubelet", "uniform"):
+        assert embed(sampling=sampling)(clips()[:0]).shape[::2] == (0, C)
+
+
+@torch.no_grad()
+def test_the_size_of_a_frame_can_be_set() -> None:
+    module = embed()
+    module.set_input_size((4, 12))
+    assert (module.img_size, module.grid_size, module.num_patches) == ((4, 12), (2, 4), 16)
+    module.set_input_size(9, (2, 3))
+    assert (module.img_size, module.grid_size) == ((9, 9), (4, 3))
+    module.set_input_size()
+    assert (module.img_size, module.grid_size) == ((9, 9), (4, 3))
+    assert module(clips(4, 9, 9)).shape == (2, 24, C)
+
+
+def test_steps_and_grids_are_told_as_timm_asks_for_them() -> None:
+    module = embed()
+    assert module.feat_ratio() == 3
+    assert module.feat_ratio(as_scalar=False) == (2, 3)
+    assert module.dynamic_feat_size((11, 11)) == (5, 3)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+ANY_SIZE = "a video model takes frames of one size; leave dynamic_img_size and dynamic_img_pad out"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sampling": "even"}, "sampling is 'even', expected one of 'tubelet', 'uniform'"),
+        ({"input_format": "cthw"}, "input_format is 'cthw', expected one of 'bcthw', 'btchw'"),
+        ({"tubelet_init": "zero"}, "tubelet_init is 'zero', expected one of 'central', 'average'"),
+        ({"num_frames": 0}, "num_frames is 0, expected an integer of 1 or more"),
+        ({"num_frames": 4.0}, "num_frames is 4.0, expected an integer of 1 or more"),
+        ({"tubelet_size": 0}, "tubelet_size is 0, expected an integer of 1 or more"),
+        ({"num_frames": 3, "tubelet_size": 4}, "3 frames hold no tubelet of 4; use more"),
+        ({"img_size": (1, 9)}, r"a 1 x 9 frame holds no patch of \(2, 3\)"),
+        ({"img_size": (7, 0)}, "width of img_size is 0, expected an integer of 1 or more"),
+        ({"img_size": 7.0 * torch.ones(2)}, "height of img_size is .*, expected an integer of 1"),
+        ({"patch_size": 0}, "height of patch_size is 0, expected an integer of 1 or more"),
+        ({"patch_size": (2, 4, 4)}, r"patch_size is \(2, 4, 4\), expected a number or \(height"),
+        ({"in_chans": 0}, "in_chans is 0, expected an integer of 1 or more"),
+        ({"dynamic_img_pad": True}, ANY_SIZE),
+        ({"strict_img_size": False}, ANY_SIZE),
+        ({"frames": 4}, "ClipEmbed takes no frames; leave it out"),
+        ({"norm_layer": nn.LayerNorm}, "ClipEmbed takes no norm_layer; leave it out"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClipEmbed(**(SHAPE | {"num_frames": 4} | kwargs))
+
+
+def test_timms_arguments_in_their_neutral_state_are_taken() -> None:
+    ClipEmbed(**SHAPE, dynamic_img_pad=False, strict_img_size=True, output_fmt=None)
+
+
+def test_another_patch_size_is_refused_and_the_size_stays() -> None:
+    module = embed()
+    message = r"patch_size is \(2, 3\) and cannot become 4; build another model and fill it with"
+    with pytest.raises(ValueError, match=message):
+        module.set_input_size((8, 8), 4)
+    assert (module.img_size, module.grid_size) == ((7, 9), GRID)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kwargs", "message"),
+    [
+        ((3, 4, 7, 9), {}, r"clips are \[3, 4, 7, 9\], expected \[b, c, t, h, w\]$"),
+        ((3, 4, 7, 9), {"input_format": "btchw"}, r"expected \[b, t, c, h, w\]$"),
+        ((2, 1, 4, 7, 9), {}, "with 3 channels, 4 frames of"),
+        ((2, 3, 5, 7, 9), {}, r"with 3 channels, 4 frames of \(7, 9\); build the model for them"),
+        ((2, 3, 3, 7, 9), {}, "4 frames of"),
+        ((2, 3, 3, 7, 9), {"sampling": "uniform"}, "4 or more frames of"),
+        ((2, 3, 4, 9, 7), {}, r"frames of \(7, 9\)"),
+        ((2, 4, 3, 7, 9), {}, r"\(input_format='btchw' takes \[b, t, c, h, w\]\)"),
+        (
+            (2, 3, 4, 7, 9),
+            {"input_format": "btchw"},
+            r"expected \[b, t, c, h, w\] with 3 .*\(input_format='bcthw' takes \[b, c, t, h, w\]",
+        ),
+    ],
+)
+def test_clips_that_the_model_was_not_built_for_are_refused(
+    shape: tuple[int, ...], kwargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        embed(**kwargs)(torch.randn(shape))

@@ -1,0 +1,507 @@
+"""The baselines of the comparison, each against a slow and obvious reference of its own."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch import Tensor, nn
+
+from tokenlearner import attention_maps, insert
+from tokenlearner.evaluation.flops import count_macs
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+baselines = importlib.import_module("baselines")
+
+C, HEADS, DEPTH = 24, 3, 4
+HOSTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer-scale-qk-norm": {"init_values": 0.1, "qk_norm": True},
+    "registers": {"reg_tokens": 2, "init_values": 0.1},
+    "wide": {"img_size": (12, 28)},
+}
+REDUCTIONS: dict[str, Callable[[VisionTransformer], VisionTransformer]] = {
+    "average_pool": lambda model: baselines.average_pool(model, 6, at=2),
+    "top_k": lambda model: baselines.top_k(model, 6, at=2),
+    "merge": lambda model: baselines.merge(model, 4),
+}
+each_host = pytest.mark.parametrize("host", HOSTS)
+each_reduction = pytest.mark.parametrize("reduce", REDUCTIONS.values(), ids=REDUCTIONS)
+
+
+def vit(host: str = "plain", **arguments: Any) -> VisionTransformer:
+    """A small ViT in float64 with every parameter drawn at random, so that none hides another."""
+    shape = {"img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 5}
+    size = {"embed_dim": C, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2}
+    model = VisionTransformer(**shape | size | HOSTS[host] | arguments).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def pictures(model: VisionTransformer, count: int = 3) -> Tensor:
+    return torch.randn(count, 1, *model.patch_embed.img_size, dtype=torch.float64)
+
+
+def embedded(model: VisionTransformer, images: Tensor) -> Tensor:
+    return model._pos_embed(model.patch_embed(images))
+
+
+def classified(model: VisionTransformer, x: Tensor) -> Tensor:
+    return model.forward_head(model.norm(x))
+
+
+def heads_of(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one picture, `n c` to thrice `heads n d`."""
+    rows = attn.qkv(x).split(C, dim=-1)
+    q, k, v = (part.unflatten(-1, (HEADS, C // HEADS)).transpose(0, 1) for part in rows)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+# --- means over fixed regions ------------------------------------------------------------------
+
+
+def slow_means(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """`h w c` to `k c`, region by region."""
+    h, w, _ = x.shape
+    means = []
+    for i in range(rows):
+        for j in range(columns):
+            down = slice(int(np.floor(i * h / rows)), int(np.ceil((i + 1) * h / rows)))
+            right = slice(int(np.floor(j * w / columns)), int(np.ceil((j + 1) * w / columns)))
+            means.append(x[down, right].mean(axis=(0, 1)))
+    return np.stack(means)
+
+
+def test_four_tokens_of_a_4_x_4_grid_are_the_means_of_its_quadrants() -> None:
+    x = torch.arange(16.0).reshape(1, 16, 1)
+    means = baselines.RegionMeans(4, (4, 4))(x).flatten().tolist()
+    assert means == [2.5, 4.5, 10.5, 12.5]
+
+
+@pytest.mark.parametrize(
+    ("k", "grid", "regions"),
+    [(8, (7, 7), (2, 4)), (3, (2, 6), (1, 3)), (6, (9, 4), (3, 2)), (10, (5, 8), (2, 5))],
+)
+def test_regions_are_as_in_a_loop_over_them(
+    k: int, grid: tuple[int, int], regions: tuple[int, int]
+) -> None:
+    x = torch.randn(1, grid[0] * grid[1], C)
+    tokens = baselines.RegionMeans(k, grid)(x)
+    expected = slow_means(x.reshape(*grid, C).numpy(), *regions)
+    np.testing.assert_allclose(tokens[0].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("k", "grid", "regions"),
+    [(12, (7, 7), (3, 4)), (12, (9, 4), (6, 2)), (2, (6, 6), (1, 2)), (7, (7, 3), (7, 1))],
+)
+def test_rows_and_columns_have_the_aspect_nearest_to_the_grids(
+    k: int, grid: tuple[int, int], regions: tuple[int, int]
+) -> None:
+    assert baselines.partition(k, grid) == regions
+
+
+def test_the_maps_of_region_means_pool_to_its_tokens() -> None:
+    learner, x = baselines.RegionMeans(6, (5, 7)), torch.randn(2, 35, C)
+    torch.testing.assert_close(learner.attention(x) @ x, learner(x))
+
+
+def test_region_means_have_attention_maps() -> None:
+    model = baselines.average_pool(vit("wide"), 3, at=2)
+    maps = attention_maps(model, pictures(model))[2]
+    assert maps.shape == (3, 3, 3, 7)
+    assert (maps[:, 0, :, 3:] == 0).all()
+    assert torch.allclose(maps.sum((2, 3)), maps.new_ones(()))
+
+
+@each_host
+def test_average_pool_runs_the_later_blocks_on_prefix_and_means(host: str) -> None:
+    model, k = vit(host), 6
+    images, p = pictures(model), model.num_prefix_tokens
+    h, w = model.patch_embed.grid_size
+    x = model.blocks[:2](embedded(model, images))
+    means = [slow_means(one.reshape(h, w, C).detach().numpy(), 2, 3) for one in x[:, p:]]
+    tokens = torch.cat([x[:, :p], torch.tensor(np.stack(means))], dim=1)
+    expected = classified(model, model.blocks[2:](tokens))
+    torch.testing.assert_close(baselines.average_pool(model, k, at=0.5)(images), expected)
+
+
+def test_average_pool_costs_no_products() -> None:
+    model = vit()
+    images, host = pictures(model), count_macs(model, pictures(model))
+    assert count_macs(baselines.average_pool(model, 49, at=2), images) == host
+
+
+# --- what the class token looks at -------------------------------------------------------------
+
+
+def looked_at(block: Any, x: Tensor, p: int) -> np.ndarray:
+    """Positions of one picture, `n c`, by the class token's weight in the full attention matrix."""
+    q, k, _ = heads_of(block.attn, block.norm1(x))
+    logits = (q @ k.mT / (C // HEADS) ** 0.5).detach().numpy()
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    return np.argsort(-weights.mean(0)[0, p:])
+
+
+@each_host
+@pytest.mark.parametrize("at", [1, 3])
+def test_top_k_keeps_what_the_full_attention_matrix_tells(host: str, at: int) -> None:
+    model, k = vit(host), 6
+    images, p = pictures(model), model.num_prefix_tokens
+    before = model.blocks[: at - 1](embedded(model, images))
+    x = model.blocks[at - 1](before)
+    kept = [
+        torch.cat([one[:p], one[p:][looked_at(model.blocks[at - 1], seen, p)[:k].copy()]])
+        for one, seen in zip(x, before, strict=True)
+    ]
+    expected = classified(model, model.blocks[at:](torch.stack(kept)))
+    torch.testing.assert_close(baselines.top_k(model, k, at)(images), expected)
+
+
+def test_top_k_of_all_positions_is_the_host() -> None:
+    model = vit("registers")
+    images = pictures(model)
+    expected = model(images)
+    torch.testing.assert_close(baselines.top_k(model, 49, at=2)(images), expected)
+
+
+def test_top_k_costs_one_row_of_attention() -> None:
+    model = vit()
+    images, host = pictures(model)[:1], count_macs(model, pictures(model)[:1])
+    assert count_macs(baselines.top_k(model, 49, at=2), images) - host == C * 50
+
+
+def test_top_k_takes_a_share_of_the_depth() -> None:
+    blocks = baselines.top_k(vit(), 6, at=0.75).blocks
+    assert [isinstance(block, baselines.TopKBlock) for block in blocks] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+# --- bipartite soft matching -------------------------------------------------------------------
+
+
+def slow_match(keys: np.ndarray, r: int) -> list[tuple[int, int]]:
+    """The `r` best edges of one picture, keys `n d`, as pairs of positions."""
+    edges = []
+    for i in range(0, len(keys), 2):
+        scores = {}
+        for j in range(1, len(keys), 2):
+            lengths = np.linalg.norm(keys[i]) * np.linalg.norm(keys[j])
+            scores[j] = keys[i] @ keys[j] / lengths
+        best = max(scores, key=lambda j: scores[j])
+        edges.append((scores[best], i, best))
+    return [(i, j) for _, i, j in sorted(edges, reverse=True)[:r]]
+
+
+def slow_merge(
+    x: np.ndarray, sizes: np.ndarray, edges: list[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merges the edges one by one: what stays of A, then B."""
+    x, sizes = x.copy(), sizes.copy()
+    for i, j in edges:
+        x[j] = (x[i] * sizes[i] + x[j] * sizes[j]) / (sizes[i] + sizes[j])
+        sizes[j] += sizes[i]
+    gone = {i for i, _ in edges}
+    order = [i for i in range(0, len(x), 2) if i not in gone] + list(range(1, len(x), 2))
+    return x[order], sizes[order]
+
+
+def slow_blocks(model: VisionTransformer, x: Tensor, schedule: list[int]) -> Tensor:
+    """All blocks on one picture, `n c`, with softmax weights times size in place of any mask."""
+    p, sizes = model.num_prefix_tokens, np.ones(len(x))
+    for block, r in zip(model.blocks, schedule, strict=True):
+        q, k, v = heads_of(block.attn, block.norm1(x))
+        weights = (q @ k.mT / (C // HEADS) ** 0.5).exp() * torch.tensor(sizes)
+        values = (weights / weights.sum(-1, keepdim=True)) @ v
+        x = x + block.ls1(block.attn.proj(values.transpose(0, 1).flatten(1)))
+        if r:
+            edges = slow_match(k.mean(0)[p:].detach().numpy(), r)
+            rest, counts = slow_merge(x[p:].detach().numpy(), sizes[p:], edges)
+            x, sizes = torch.cat([x[:p], torch.tensor(rest)]), np.concatenate([sizes[:p], counts])
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return x
+
+
+@pytest.mark.parametrize("n", [9, 10])
+@pytest.mark.parametrize("r", [1, 4])
+def test_the_pairs_are_those_of_a_loop_over_all_edges(n: int, r: int) -> None:
+    keys = torch.randn(2, n, 8)
+    merged, into, kept = baselines.match(keys, r)
+    for b in range(2):
+        pairs = zip((2 * merged[b]).tolist(), (2 * into[b] + 1).tolist(), strict=True)
+        edges = slow_match(keys[b].numpy(), r)
+        assert list(pairs) == edges
+        assert (2 * kept[b]).tolist() == sorted(set(range(0, n, 2)) - {i for i, _ in edges})
+
+
+def test_the_length_of_a_key_plays_no_part() -> None:
+    keys = torch.randn(2, 10, 8)
+    longer = keys * torch.rand(2, 10, 1).add(0.5)
+    for one, other in zip(baselines.match(keys, 3), baselines.match(longer, 3), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pairs_are_merged_as_in_a_loop_over_them() -> None:
+    x, sizes = torch.randn(1, 9, C), torch.randint(1, 5, (1, 9)).float()
+    merged, into, kept = (
+        torch.tensor([[3, 0, 4]]),
+        torch.tensor([[1, 1, 0]]),
+        torch.tensor([[1, 2]]),
+    )
+    tokens, counts = baselines.merge_pairs(x, sizes, merged, into, kept)
+    expected = slow_merge(x[0].numpy(), sizes[0].numpy(), [(6, 3), (0, 3), (8, 1)])
+    np.testing.assert_allclose(tokens[0].numpy(), expected[0], atol=1e-6)
+    np.testing.assert_array_equal(counts[0].numpy(), expected[1])
+
+
+def test_a_token_of_size_2_is_attended_to_like_two_of_it() -> None:
+    attn, x = vit("layer-scale-qk-norm").blocks[0].attn, torch.randn(2, 7, C, dtype=torch.float64)
+    sizes = torch.ones(2, 7, dtype=torch.float64)
+    sizes[:, 3] = 2
+    twice = baselines.proportional_attention(attn, x, sizes)
+    torch.testing.assert_close(twice, attn(torch.cat([x, x[:, 3:4]], dim=1))[:, :7])
+    assert not torch.allclose(twice, attn(x))
+
+
+@each_host
+@pytest.mark.parametrize("schedule", [[4, 4, 4, 4], [0, 5, 0, 2]], ids=str)
+def test_merge_is_equal_to_the_paper_in_loops(host: str, schedule: list[int]) -> None:
+    model = vit(host)
+    images = pictures(model, 2)
+    ends = [slow_blocks(model, one, schedule) for one in embedded(model, images)]
+    expected = classified(model, torch.stack(ends))
+    r: Any = schedule[0] if len(set(schedule)) == 1 else schedule
+    torch.testing.assert_close(baselines.merge(model, r)(images), expected)
+
+
+@each_host
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain-attention"])
+def test_merging_nothing_is_the_host(host: str, fused: bool) -> None:
+    model = vit(host)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    images = pictures(model)
+    expected = model(images)
+    torch.testing.assert_close(baselines.merge(model, 0)(images), expected, rtol=0, atol=1e-6)
+
+
+def test_merging_nothing_is_the_host_in_training_with_its_drop_paths() -> None:
+    model = vit("layer-scale-qk-norm", drop_path_rate=0.4, proj_drop_rate=0.2).train()
+    images = pictures(model)
+    torch.manual_seed(1)
+    expected = model(images)
+    torch.manual_seed(1)
+    torch.testing.assert_close(baselines.merge(model, 0)(images), expected)
+
+
+def test_merging_tokens_that_are_alike_changes_nothing() -> None:
+    model = vit("registers")
+    nn.init.zeros_(model.pos_embed)
+    images = torch.ones(1, 1, 28, 28, dtype=torch.float64)
+    expected = model(images)
+    torch.testing.assert_close(baselines.merge(model, 9)(images), expected)
+
+
+def test_sizes_add_up_to_all_tokens_and_those_of_prefix_tokens_stay_1() -> None:
+    model = vit("registers")
+    x = embedded(model, pictures(model))
+    y, sizes = baselines.merge(model, 9).blocks.with_sizes(x)
+    assert y.shape[1] == sizes.shape[1] == 3 + 49 - 4 * 9
+    assert (sizes.sum(1) == 3 + 49).all()
+    assert (sizes[:, :3] == 1).all()
+
+
+def test_no_block_merges_more_than_half_of_its_positions() -> None:
+    model = vit()
+    x = embedded(model, pictures(model))
+    assert baselines.merge(model, 99).blocks(x).shape[1] == 1 + 4  # 49, 25, 13, 7, 4
+
+
+def test_sizes_are_exact_in_bfloat16_and_tokens_have_the_models_dtype() -> None:
+    model = vit().bfloat16()
+    x = embedded(model, pictures(model).bfloat16())
+    y, sizes = baselines.merge(model, 9).blocks.with_sizes(x)
+    assert (y.dtype, sizes.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_schedule_is_the_nearest_of_all_and_tells_its_true_cost() -> None:
+    model = vit(img_size=(8, 20))  # 10 positions
+    images = pictures(model)
+    host, costs = count_macs(model, images[:1]), []
+    for r in range(6):
+        costs.append(count_macs(baselines.merge(model, r), images[:1]))
+        baselines.undo(model)
+    for share in (0.01, 0.6, 0.75, 1.0):
+        found = baselines.schedule_for(model, images, share)
+        assert found.r == min(range(6), key=lambda r: abs(costs[r] - share * host))
+        assert (found.macs, found.host_macs) == (costs[found.r], host)
+        assert found.share == costs[found.r] / host
+
+
+def test_finding_a_schedule_leaves_the_model_as_it_was() -> None:
+    model = vit(img_size=8)
+    blocks = model.blocks
+    baselines.schedule_for(model, pictures(model), 0.5)
+    assert model.blocks is blocks
+
+
+# --- all three ---------------------------------------------------------------------------------
+
+
+@each_reduction
+def test_every_parameter_gets_a_gradient(reduce: Callable[..., VisionTransformer]) -> None:
+    model = reduce(vit("layer-scale-qk-norm").train())
+    model(pictures(model)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@each_reduction
+def test_undo_gives_the_host_back(reduce: Callable[..., VisionTransformer]) -> None:
+    model = vit()
+    images, parameters = pictures(model), dict(model.named_parameters())
+    blocks, expected = list(model.blocks), model(images)
+    assert not torch.allclose(reduce(model)(images), expected)
+    assert baselines.undo(model) is model
+    assert torch.equal(model(images), expected)
+    assert list(model.blocks) == blocks
+    assert [*model.named_parameters()] == [*parameters.items()]
+
+
+@each_reduction
+def test_assigning_the_old_blocks_gives_the_host_back(
+    reduce: Callable[..., VisionTransformer],
+) -> None:
+    model = vit()
+    images, blocks = pictures(model), nn.Sequential(*model.blocks)
+    expected = model(images)
+    reduce(model)(images)
+    model.blocks = blocks
+    assert torch.equal(model(images), expected)
+
+
+@each_reduction
+def test_nothing_is_held_from_one_call_to_the_next(
+    reduce: Callable[..., VisionTransformer],
+) -> None:
+    model = reduce(vit())
+    images = pictures(model)
+    before, first = {*vars(model.blocks)}, model(images)
+    model(pictures(model, 5))
+    assert torch.equal(model(images), first)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert {*vars(model.blocks)} == before
+
+
+@each_reduction
+def test_a_copy_is_independent_and_equal(reduce: Callable[..., VisionTransformer]) -> None:
+    model = reduce(vit())
+    images, twin = pictures(model), copy.deepcopy(model)
+    expected = model(images)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(twin(images), expected)
+
+
+@each_reduction
+def test_the_hosts_mode_is_kept(reduce: Callable[..., VisionTransformer]) -> None:
+    for training in (False, True):
+        model = reduce(vit().train(training))
+        assert {module.training for module in model.modules()} == {training}
+        undone = baselines.undo(model)
+        assert {module.training for module in undone.modules()} == {training}
+
+
+def test_merge_keeps_the_names_of_all_weights() -> None:
+    model = vit()
+    names = list(model.state_dict())
+    assert list(baselines.merge(model, 4).state_dict()) == names
+
+
+@pytest.mark.slow
+@each_reduction
+def test_compiled_models_give_the_same(reduce: Callable[..., VisionTransformer]) -> None:
+    model = reduce(vit())
+    images = pictures(model)
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(images), expected)
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def checkpointing() -> VisionTransformer:
+    model = vit()
+    model.set_grad_checkpointing()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: baselines.average_pool(vit(), 11, 2), "7 x 7 grid make 11; take 10"),
+        (lambda: baselines.average_pool(vit(), 0, 2), "num_tokens is 0"),
+        (lambda: baselines.average_pool(vit(), 4, 4), "at is 4, expected a block from 0 to 3"),
+        (lambda: baselines.average_pool(nn.Linear(1, 1), 4, 2), "Linear, expected timm's Vision"),
+        (lambda: baselines.RegionMeans(4, (4, 4))(torch.ones(1, 12, C)), "12 positions do not fit"),
+        (lambda: baselines.top_k(vit(), 6, 0), "at is 0: no block before block 0 .* take at=1"),
+        (lambda: baselines.top_k(vit(), 6, 0.1), "at is 0.1: no block before"),
+        (lambda: baselines.top_k(vit(), 50, 2), "num_tokens is 50, but a picture has 49"),
+        (lambda: baselines.top_k(vit(), 0, 2), "num_tokens is 0"),
+        (
+            lambda: baselines.top_k(vit(class_token=False, global_pool="avg"), 6, 2),
+            "asks the class token what to keep, and this model has none",
+        ),
+        (
+            lambda: baselines.top_k(vit(block_fn=ParallelScalingBlock), 6, 2),
+            "expected a host of timm's Attention, got NoneType",
+        ),
+        (
+            lambda: baselines.merge(vit(block_fn=ParallelScalingBlock), 2),
+            "expected a host of timm's Block, got ParallelScalingBlock",
+        ),
+        (lambda: baselines.merge(vit(), -1), "r is -1, expected an integer of 0 or more"),
+        (lambda: baselines.merge(vit(), 0.5), "r is 0.5, expected an integer"),
+        (lambda: baselines.merge(vit(), [1, 2]), "r has 2 numbers, expected 4, one a block"),
+        (lambda: baselines.merge(checkpointing(), 2), r"set_grad_checkpointing\(False\)"),
+        (lambda: baselines.merge(insert(vit(), 4), 2), "reduced already; undo that first"),
+        (lambda: baselines.schedule_for(vit(), torch.ones(1), 0), "share is 0, expected one above"),
+        (lambda: baselines.schedule_for(vit(), torch.ones(1), 1.5), "share is 1.5, expected one"),
+        (lambda: baselines.undo(vit()), "not reduced; there is nothing to undo"),
+    ],
+)
+def test_errors_say_what_came_and_what_fits(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@each_reduction
+@pytest.mark.parametrize("again", REDUCTIONS.values(), ids=REDUCTIONS)
+def test_a_model_is_reduced_once(
+    reduce: Callable[..., VisionTransformer], again: Callable[..., VisionTransformer]
+) -> None:
+    model = reduce(vit())
+    with pytest.raises(ValueError, match="reduced already"):
+        again(model)
+
+
+def test_code_that_takes_merged_blocks_one_by_one_fails() -> None:
+    model = baselines.merge(vit(), 4)
+    with pytest.raises(TypeError, match="MergedBlocks"):
+        model.forward_intermediates(pictures(model))

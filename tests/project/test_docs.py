@@ -1,0 +1,247 @@
+"""The documentation: its code runs, its commands and numbers are right, its drawings are kept."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from unittest.mock import patch
+
+import av
+import numpy as np
+import pytest
+import torch
+from markdown_blocks import (
+    ROOT,
+    assert_options_exist,
+    assert_targets_exist,
+    blocks,
+    commands_named,
+    run_python_blocks,
+)
+from PIL import Image
+
+import draw_docs
+import tokenlearner
+from docs_hooks import PAGES
+from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.models.hosts import HOSTS
+from tokenlearner_command import COMMANDS, main
+
+DOCS = ROOT / "docs"
+WRITTEN = sorted(DOCS.rglob("*.md"))
+ROOT_PAGES = [ROOT / name for name in PAGES]
+CODE = [page for page in WRITTEN if any(b.language == "python" for b in blocks(page))]
+SLOW = {"export.md"}  # it exports in all precisions
+MAX_NOT_RUN = 3
+SHELLS = [*WRITTEN, *ROOT_PAGES]
+
+
+def id_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# --- code and commands -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.name in SLOW else ()) for page in CODE],
+    ids=id_of,
+)
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with patch.dict(HOSTS):
+        run_python_blocks(page)
+
+
+def test_few_blocks_are_not_run() -> None:
+    assert len([b for page in SHELLS for b in blocks(page) if b.not_run]) <= MAX_NOT_RUN
+
+
+@pytest.mark.parametrize("words", commands_named("tokenlearner", SHELLS), ids=shlex.join)
+def test_commands_and_their_options_exist(words: list[str]) -> None:
+    assert_options_exist(words)
+
+
+@pytest.mark.parametrize("words", commands_named("make", SHELLS), ids=shlex.join)
+def test_make_targets_exist(words: list[str]) -> None:
+    assert_targets_exist(words)
+
+
+def source_of(script: str) -> str:
+    """A script's text, with that of the files beside it that it imports."""
+    path = ROOT / script
+    text = path.read_text(encoding="utf-8")
+    beside = (
+        path.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.M)
+    )
+    return text + "".join(file.read_text(encoding="utf-8") for file in beside if file.is_file())
+
+
+@pytest.mark.parametrize("page", SHELLS, ids=id_of)
+def test_scripts_that_a_page_calls_exist_with_their_options(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for script, options in re.findall(r"python ((?:benchmarks|scripts)/\w+\.py)([^`\n]*)", text):
+        source = source_of(script)
+        for option in re.findall(r"--[a-z][\w-]*", options.partition("#")[0]):
+            assert f'"{option}"' in source or f'"{option.replace("--no-", "--")}"' in source
+
+
+@pytest.mark.parametrize("page", SHELLS, ids=id_of)
+def test_extras_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = {n for group in re.findall(r"'\.\[([\w,]+)\]'", text) for n in group.split(",")}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = project.partition("[project.optional-dependencies]")[2].partition("\n[project.")[0]
+    assert named <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_the_commands_of_five_minutes_run_one_after_the_other(tmp_path: Path) -> None:
+    commands = commands_named("tokenlearner", [DOCS / "index.md"])
+    assert len(commands) == 4
+    for words in commands:
+        command = [sys.executable, "-m", "tokenlearner", *words]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, f"{shlex.join(words)}\n{result.stderr}"
+
+
+SHORT = {  # what makes a guide's command short; the numbers on its page took longer
+    "bench": ["--rounds", "2", "--batch_size", "2"],
+    "export": ["--rounds", "2"],
+    "plan": ["--rounds", "2"],
+    "train": ["--epochs", "1", "--images", "128", "--warmup_epochs", "0.1"],
+}
+ELSEWHERE = {"index.md", "training.md", "app.md"}  # run above, in test_recipes, in test_app_page
+GUIDES = [
+    page
+    for page in WRITTEN
+    if page.name not in ELSEWHERE and commands_named("tokenlearner", [page], to_run=True)
+]
+
+
+def run_short(words: list[str]) -> None:
+    """Runs a command in this process, with what makes it short unless it only prints."""
+    more = [] if "--print_config" in words else SHORT.get(words[0], [])
+    given = {word for word in words if word.startswith("--")}
+    pairs = zip(more[::2], more[1::2], strict=True)
+    try:
+        main([*words, *(part for pair in pairs if pair[0] not in given for part in pair)])
+    except SystemExit as end:
+        if end.code:
+            raise AssertionError(shlex.join(words)) from end
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the trainings, pictures and films that the guides' commands are about."""
+    folder = tmp_path_factory.mktemp("guides")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        run_short(["train", "fashion_mnist_tl8"])
+        run_short(["train", "moving_photographs"])
+        run_short(["train", "--out", "runs/host"])
+        run_short(["train", "--out", "runs/mini", "--num_tokens", "8", "--at", "0.5"])
+        insertion = ["--model", "runs/host", "--insert", "8", "--teacher", "host"]
+        run_short(["train", "--out", "runs/reduced", *insertion])
+        shutil.copytree("runs/reduced", "tokenlearner-demo")
+        run_short(["bench", "runs/host", "runs/reduced", "--json", "speed.json"])
+        Path("pictures").mkdir()
+        Image.effect_noise((40, 30), 60).save("pictures/noise.png")
+        with av.open("clip.mkv", "w") as container:
+            stream = container.add_stream("ffv1", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 48, 40, "gray"
+            for _ in range(12):
+                pixels = np.random.randint(0, 255, (40, 48), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="gray")))
+            container.mux(stream.encode())
+    return folder
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_guides_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    for words in commands_named("tokenlearner", GUIDES, to_run=True):
+        if words[0] == "train":  # a run is not written over
+            out = words[words.index("--out") + 1] if "--out" in words else f"runs/{words[1]}"
+            shutil.rmtree(out, ignore_errors=True)
+        run_short(words)
+
+
+# --- what the pages say ------------------------------------------------------------------------
+
+
+def test_the_map_of_files_has_every_file() -> None:
+    text = (DOCS / "project.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w*]+\.py)`", text)
+    files = {path.name for path in (ROOT / "src" / "tokenlearner").glob("*.py")}
+    found = {name for name in files if any(fnmatch(name, pattern) for pattern in named)}
+    assert files - found == {"__init__.py", "__main__.py"}
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
+    listed = {line.rpartition(".")[2] for line in re.findall(r"^::: ([\w.]+)$", text, re.M)}
+    assert set(tokenlearner.__all__) <= listed
+
+
+def test_home_lists_every_command() -> None:
+    text = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"`tokenlearner {name}`" not in text] == []
+
+
+def table_numbers(page: Path) -> set[str]:
+    """The numbers with two decimals or more in a page's tables."""
+    rows = [row for row in page.read_text(encoding="utf-8").splitlines() if row.startswith("|")]
+    return {number for row in rows for number in re.findall(r"\d+\.\d\d+", row)}
+
+
+@pytest.mark.parametrize("name", ["results.md", "video.md", "dense.md"])
+def test_measured_numbers_are_those_of_the_benchmarks(name: str) -> None:
+    rounded = {"0.60", "0.65", "0.58"}  # shares of the GMACs that stand there
+    assert table_numbers(DOCS / name) - rounded <= table_numbers(ROOT / "benchmarks" / "README.md")
+
+
+def test_costs_beside_the_papers_are_those_of_the_named_models() -> None:
+    rows = re.findall(r"^\|.*\| (\d+\.\d+) \|$", (DOCS / "paper.md").read_text(), re.MULTILINE)
+    table = (DOCS / "models.md").read_text(encoding="utf-8")
+    ours = [cost for cost in rows if cost not in ("62.9", "17.5")]  # of the paper's figure
+    assert len(ours) == 8
+    assert [cost for cost in ours if f"| {cost} |" not in table] == []
+
+
+# --- the drawings ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawings")
+    draw_docs.main(folder)
+    return folder
+
+
+def test_the_drawings_are_those_that_are_kept(drawn: Path) -> None:
+    kept = {path.name for path in (DOCS / "drawings").iterdir()}
+    assert {path.name for path in drawn.iterdir()} == kept
+
+
+def test_every_drawing_is_shown_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in WRITTEN)
+    assert [name for name in draw_docs.DRAWINGS if f"(drawings/{name}.svg)" not in text] == []
+
+
+def test_the_cost_of_blocks_adds_up_to_that_of_the_model() -> None:
+    model = tokenlearner.create_model("vit_mini_patch4_tl8at3_28").to("meta")
+    picture = torch.empty(1, 1, 28, 28, device="meta")
+    found = draw_docs.cost_of_blocks(model, picture)
+    assert [tokens for tokens, _ in found] == [49, 49, 49, 8, 8, 8]
+    patches, head = 49 * 4 * 4 * 64, 64 * 10
+    blocks_gmacs = sum(cost for _, cost in found)
+    assert round(1e9 * blocks_gmacs) + patches + head == count_macs(model, picture)

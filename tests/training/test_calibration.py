@@ -1,0 +1,447 @@
+"""Calibrating: the host stays, its learners come closer to it, and the short cut is exact."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torchvision
+import transformers
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+from tiny import HF, TIMM
+from torch import Tensor, nn
+
+from tokenlearner import calibrate, insert, remove
+from tokenlearner.models.framevit import FrameViT
+from tokenlearner.models.hosts import find_host
+from tokenlearner.models.insertion import wrapped_blocks
+from tokenlearner.models.outputs import output_tensor
+from tokenlearner.models.vivit import ViViT
+from tokenlearner.training.calibration import (
+    Calibration,
+    TeacherCache,
+    new_parameters,
+    tail_parameters,
+)
+from tokenlearner.training.distillation import feature_loss, forward_with_features, output_loss
+
+AVERAGE: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
+BIASED: dict[str, Any] = {"use_rel_pos_bias": True, "init_values": 0.1, "global_pool": "token"}
+N, STEPS, LR = 24, 15, 2e-2
+
+
+def vit(**changes: Any) -> VisionTransformer:
+    return VisionTransformer(**TIMM | changes)
+
+
+class _OldLayer(nn.Module):
+    """A block that returns a tuple, as those of transformers before version 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, hidden: Tensor, head_mask: Any = None) -> tuple[Tensor]:
+        return (hidden + torch.tanh(self.linear(hidden + hidden.mean(1, keepdim=True))),)
+
+
+class _OldHost(nn.Module):
+    """As much of an older ViTModel as insertion looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=16)
+        self.embeddings = nn.Module()
+        self.embeddings.patch_embeddings = nn.Conv2d(3, 16, 4, 4)
+        self.embeddings.patch_embeddings.image_size = 16
+        self.embeddings.patch_embeddings.patch_size = 4
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(_OldLayer() for _ in range(3))
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        x = self.embeddings.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(1, keepdim=True), x], 1)
+        for layer in self.encoder.layer:
+            x = layer(x)[0]
+        return SimpleNamespace(last_hidden_state=x)
+
+
+_OldHost.__module__, _OldHost.__qualname__ = "transformers.models.vit.modeling_vit", "ViTModel"
+
+
+class Case(NamedTuple):
+    """A host and how tokens are inserted in it."""
+
+    build: Callable[[], nn.Module]
+    insertion: dict[str, Any]
+    clips: tuple[int, ...] = (3, 16, 16)
+
+
+PLAIN: dict[str, Any] = {"num_tokens": 2, "at": 1}
+CASES: dict[str, Case] = {
+    "class token": Case(vit, PLAIN),
+    "average": Case(lambda: vit(**AVERAGE), PLAIN),
+    "first block": Case(vit, PLAIN | {"at": 0}),
+    "last block": Case(vit, PLAIN | {"at": 2}),
+    "two places": Case(vit, {"num_tokens": (4, 2), "at": (1, 2)}),
+    "fuse": Case(vit, PLAIN | {"fuse": True}),
+    "fuse average": Case(lambda: vit(**AVERAGE), PLAIN | {"fuse": True}),
+    "v1": Case(vit, PLAIN | {"learner": "v1-mean"}),
+    "features": Case(lambda: vit(num_classes=0), PLAIN),
+    "tokens": Case(lambda: vit(num_classes=0, global_pool="", class_token=False), PLAIN),
+    "beit": Case(lambda: Beit(**TIMM | BIASED), PLAIN),
+    "torchvision": Case(
+        lambda: torchvision.models.VisionTransformer(16, 4, 3, 2, 16, 32, num_classes=5), PLAIN
+    ),
+    "hf features": Case(lambda: transformers.ViTModel(transformers.ViTConfig(**HF)), PLAIN),
+    "hf classes": Case(
+        lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=5)),
+        PLAIN,
+    ),
+    "hf tuples": Case(_OldHost, PLAIN),
+    "hf clips": Case(
+        lambda: transformers.VideoMAEModel(transformers.VideoMAEConfig(**HF, num_frames=4)),
+        PLAIN,
+        (4, 3, 16, 16),
+    ),
+    "clips": Case(
+        lambda: ViViT(**TIMM | {"num_frames": 4, "tubelet_size": 2}), PLAIN, (3, 4, 16, 16)
+    ),
+}
+each_case = pytest.mark.parametrize("name", CASES)
+
+
+def pictures(size: tuple[int, ...] = (3, 16, 16), n: int = N) -> Tensor:
+    """Pictures in which a few things vary, so that a few tokens can tell them."""
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(3, *size, generator=generator)
+    return torch.einsum("bi,i...->b...", torch.randn(n, 3, generator=generator), directions)
+
+
+def build(name: str) -> nn.Module:
+    """A host whose parameters are drawn at random, so that nothing is hidden by a 0."""
+    torch.manual_seed(0)
+    model = CASES[name].build().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def inserted(name: str) -> nn.Module:
+    return insert(build(name), **CASES[name].insertion)
+
+
+def out(model: nn.Module, images: Tensor, prefix: int = 1) -> Tensor:
+    with torch.no_grad():
+        return output_tensor(model(images), prefix)
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Run(NamedTuple):
+    """A calibrated model, what it was before, and what was returned."""
+
+    model: nn.Module
+    before: nn.Module
+    images: Tensor
+    done: Calibration
+
+
+@cache
+def run(name: str) -> Run:
+    images, model = pictures(CASES[name].clips), inserted(name)
+    before = copy.deepcopy(model)
+    done = calibrate(model, images, steps=STEPS, batch_size=16, lr=LR)
+    return Run(model, before, images, done)
+
+
+# --- what it does -------------------------------------------------------------------------------
+
+
+@each_case
+def test_the_error_falls(name: str) -> None:
+    done = run(name).done
+    assert done.error_after < 0.95 * done.error_before
+
+
+@each_case
+def test_the_output_comes_closer_to_the_hosts(name: str) -> None:
+    model, before, images, _ = run(name)
+    prefix = 0 if name in ("tokens", "hf clips") else 1
+    host = out(build(name), images, prefix)
+    before, after = (output_loss(out(m, images, prefix), host, m) for m in (before, model))
+    assert after < before
+
+
+@each_case
+def test_the_hosts_parameters_stay_bit_for_bit(name: str) -> None:
+    model = remove(copy.deepcopy(run(name).model))
+    torch.testing.assert_close(parameters(model), parameters(build(name)), rtol=0, atol=0)
+
+
+@each_case
+def test_every_learner_and_fuser_changes(name: str) -> None:
+    model, before, _, _ = run(name)
+    for block, old in zip(*(wrapped_blocks(m).values() for m in (model, before)), strict=True):
+        for part in ("learner", "fuser") if hasattr(block, "fuser") else ("learner",):
+            pairs = zip(getattr(block, part).parameters(), getattr(old, part).parameters())  # noqa: B905
+            assert any(not torch.equal(new, was) for new, was in pairs)
+
+
+@each_case
+def test_nothing_is_left_on_the_model(name: str) -> None:
+    model, before, _, _ = run(name)
+    assert [*model.state_dict()] == [*before.state_dict()]
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_was_done_is_told() -> None:
+    done = run("class token").done
+    assert (done.images, done.steps) == (N, STEPS)
+    assert done.seconds > 0
+
+
+def test_the_error_is_that_of_all_pictures_together() -> None:
+    """Also where the last batch has a single picture, which has no variance."""
+    model, before, images, _ = run("class token")
+    images = images[:17]
+    done = calibrate(copy.deepcopy(before), images, steps=1, batch_size=16)
+    host = remove(copy.deepcopy(model))
+    expected = feature_loss(
+        forward_with_features(before, images, 1).features,
+        forward_with_features(host, images, 1).features,
+        1,
+    )
+    assert done.error_before == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_with_fusers_all_tokens_of_the_last_block_are_taught_besides() -> None:
+    before, images, done = run("fuse").before, run("fuse").images, run("fuse").done
+    host = remove(copy.deepcopy(before))
+    student, teacher = (list(forward_with_features(m, images, 1).features) for m in (before, host))
+    summaries = ([x[:, :1] for x in features] for features in (student, teacher))
+    own, taught = (s + x[-1:] for s, x in zip(summaries, (student, teacher), strict=True))
+    assert done.error_before == pytest.approx(feature_loss(own, taught).item(), rel=1e-4)
+
+
+def test_dropout_plays_no_part() -> None:
+    def weights(training: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = insert(vit(proj_drop_rate=0.5), 2, 1).train(training)
+        calibrate(model, pictures(), steps=2)
+        return nn.utils.parameters_to_vector(new_parameters(model)).detach()
+
+    assert torch.equal(weights(training=True), weights(training=False))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
+    def weights(seed: int) -> Tensor:
+        model = inserted("class token")
+        calibrate(model, pictures(), steps=3, batch_size=8, seed=seed)
+        return nn.utils.parameters_to_vector(new_parameters(model)).detach()
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    model = inserted("class token")
+    state = torch.get_rng_state()
+    calibrate(model, pictures(), steps=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_step_is_reported() -> None:
+    rows: list[dict[str, Any]] = []
+    calibrate(inserted("class token"), pictures(), steps=3, report=rows.append)
+    assert [(row["step"], row["steps"]) for row in rows] == [(1, 3), (2, 3), (3, 3)]
+    assert all(row["loss"] > 0 and row["images_per_second"] > 0 for row in rows)
+
+
+# --- the short cut ------------------------------------------------------------------------------
+
+
+@each_case
+def test_losses_are_those_of_the_whole_models(name: str) -> None:
+    model, images = run(name).before, run(name).images
+    host, first = remove(copy.deepcopy(model)).eval(), min(wrapped_blocks(model))
+    lesson = TeacherCache(host, images, first, batch_size=16)
+    index = torch.tensor([3, 0, 20])
+    seen, shown = (forward_with_features(m, images[index], first) for m in (model, host))
+    features, output = lesson.losses(model, index)
+    if "fuse" not in name:  # there tokens behind all blocks are compared, here their summaries
+        place = find_host(model)
+        compared = place.num_prefix_tokens, place.pools_positions
+        expected = feature_loss(seen.features, shown.features, *compared)
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-6)
+    expected = output_loss(seen.output, shown.output, model)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["class token", "first block", "hf tuples"])
+def test_the_result_is_that_of_training_the_whole_model(name: str) -> None:
+    images, model = pictures(), inserted(name)
+    whole, host = copy.deepcopy(model), build(name)
+    calibrate(model, images, steps=4, batch_size=8, lr=LR)
+    first, order = min(wrapped_blocks(whole)), torch.Generator().manual_seed(0)
+    adam = torch.optim.Adam(new_parameters(whole), LR)
+    for step in range(4):
+        adam.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * step / 4)) / 2
+        part = images[torch.randperm(N, generator=order)[:8]]
+        seen, shown = (forward_with_features(m, part, first) for m in (whole, host))
+        loss = feature_loss(seen.features, shown.features, 1)
+        adam.zero_grad()
+        (loss + output_loss(seen.output, shown.output.detach(), whole)).backward()
+        adam.step()
+    ours, theirs = parameters(model), parameters(whole)
+    for unseen in [name for name in ours if name.endswith("attention_maps.3.bias")]:
+        del ours[unseen], theirs[unseen]  # a softmax does not see it; Adam blows up rounding there
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_blocks_in_front_run_once(at: int) -> None:
+    model, calls = insert(vit().eval(), 2, at), [0, 0]
+    for i in range(at):
+        model.blocks[i].register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    calibrate(model, pictures(), steps=5, batch_size=8)
+    assert calls == [3] * at + [0] * (2 - at)  # three batches, whatever the steps
+
+
+def test_a_host_that_runs_blocks_again_for_the_gradient_gets_the_same() -> None:
+    plain, again = inserted("class token"), inserted("class token")
+    again.set_grad_checkpointing()
+    for model in (plain, again):
+        calibrate(model, pictures(), steps=3, lr=LR)
+    torch.testing.assert_close(parameters(again), parameters(plain), rtol=1e-5, atol=1e-6)
+
+
+# --- what it leaves alone -----------------------------------------------------------------------
+
+
+def stop(row: dict[str, Any]) -> None:
+    raise KeyboardInterrupt
+
+
+def mixed() -> nn.Module:
+    """A model whose parts are in several modes and states."""
+    model = inserted("class token").train()
+    model.blocks[0].eval()
+    model.head.requires_grad_(False)
+    model.blocks[1].learner.norm.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3)
+    return model
+
+
+STATES: dict[str, Callable[[nn.Module], Any]] = {
+    "modes": lambda model: [module.training for module in model.modules()],
+    "requires_grad": lambda model: [p.requires_grad for p in model.parameters()],
+    "gradients": lambda model: [
+        p.grad is not None and p.grad.eq(3).all() for p in model.parameters()
+    ],
+    "blocks": lambda model: [id(block) for block in model.blocks],
+    "hooks": lambda model: [len(m._forward_hooks) for m in model.modules()],
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_models_state_is_given_back(state: str, stopped: bool) -> None:
+    model = mixed()
+    before = STATES[state](model)
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, pictures(), steps=2, report=stop)
+    else:
+        calibrate(model, pictures(), steps=2)
+    assert STATES[state](model) == before
+
+
+def test_blocks_are_back_when_the_model_fails_on_the_way() -> None:
+    model = inserted("class token")
+    lesson = TeacherCache(build("class token"), pictures(), 1)
+    blocks = [*model.blocks]
+    model.blocks[2].register_forward_hook(lambda *_: stop({}))
+    with pytest.raises(KeyboardInterrupt):
+        lesson.losses(model, torch.arange(4))
+    assert [*model.blocks] == blocks
+
+
+# --- the tail -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["class token", "torchvision", "hf classes", "beit"])
+def test_the_tail_is_all_that_the_output_depends_on_behind_the_front(name: str) -> None:
+    """Whatever gets a gradient when the front is known, and nothing else."""
+    model = inserted(name)
+    lesson = TeacherCache(build(name), pictures(), 1)
+    torch.stack(lesson.losses(model, torch.arange(8))).sum().backward()
+    touched = {n for n, p in model.named_parameters() if p.grad is not None}
+    tail = {id(p) for p in tail_parameters(model, 1)}
+    named = {n for n, p in model.named_parameters() if id(p) in tail}
+    idle = {n for n in named - touched if "relative_position_bias_table" in n}  # not for tokens
+    assert named - idle == touched
+
+
+def test_fitting_the_tail_brings_the_model_closer_than_its_learners_alone() -> None:
+    model = copy.deepcopy(run("class token").model)
+    done = calibrate(model, pictures(), tail=True, steps=2 * STEPS, batch_size=16, lr=3e-3)
+    assert done.error_after < 0.95 * run("class token").done.error_after
+
+
+def test_fitting_the_tail_leaves_the_front_bit_for_bit() -> None:
+    model = inserted("class token")
+    before = parameters(model)
+    calibrate(model, pictures(), tail=True, steps=2)
+    changed = {n for n, p in parameters(model).items() if not torch.equal(p, before[n])}
+    assert not [n for n in changed if n.startswith(("patch", "pos", "cls", "blocks.0"))]
+    assert {"head.weight", "norm.weight", "blocks.2.mlp.fc1.weight"} <= changed
+
+
+# --- what it refuses ----------------------------------------------------------------------------
+
+
+def test_a_model_without_learners_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no learned tokens to calibrate; insert\(model\) adds"):
+        calibrate(vit(), pictures())
+
+
+def test_our_models_of_single_frames_are_refused_with_the_reason() -> None:
+    model = FrameViT(**TIMM | {"num_frames": 2, "num_tokens": 2, "at": 1})
+    with pytest.raises(ValueError, match="FrameViT is no model that tokens can be inserted in"):
+        calibrate(model, torch.randn(2, 3, 2, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected an integer of 1 or more"),
+        ({"batch_size": 1}, "batch_size is 1, expected an integer of 2 or more"),
+        ({"lr": 0.0}, "lr is 0.0, expected a number above 0"),
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"images": torch.zeros(1, 3, 16, 16)}, r"images is \[1, 3, 16, 16\], expected .* 2 pict"),
+        ({"images": [1, 2]}, "images is list, expected a tensor"),
+    ],
+)
+def test_nonsense_is_refused_and_changes_nothing(options: dict[str, Any], message: str) -> None:
+    model = inserted("class token")
+    before = parameters(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, **{"images": pictures(), "steps": 1} | options)
+    torch.testing.assert_close(parameters(model), before, rtol=0, atol=0)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_way_out() -> None:
+    with pytest.raises(RuntimeError, match=r"loss is nan at step 1 of 2 of calibrating; insert an"):
+        calibrate(inserted("class token"), pictures() * float("nan"), steps=2)

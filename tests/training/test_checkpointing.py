@@ -1,0 +1,300 @@
+"""Runs that were cut off: what they leave, how they go on, what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import running
+import torch
+from safetensors.torch import load_file
+
+from tokenlearner import TrainConfig, train
+from tokenlearner.training.checkpointing import (
+    CHECKPOINT,
+    TrainingInterrupted,
+    handle_signals,
+    read_checkpoint,
+    remove_temporary_files,
+    write_checkpoint,
+)
+
+AT_RANDOM: dict[str, Any] = {"drop_path": 0.3, "ema_decay": 0.9, "hflip": 0.5, "mixup": 0.4}
+STEPS, AN_EPOCH = 8, 4
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        import_module("tokenlearner.training.run"), "load_data", running.quarter_pictures
+    )
+
+
+def recipe(out: Path, **changes: Any) -> TrainConfig:
+    return running.recipe(out, **{"resume": "auto", "workers": 0, **changes})
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    measured = ("seconds", "percent", "per_second")
+    return [{k: v for k, v in row.items() if not k.endswith(measured)} for row in rows]
+
+
+def cut_off(config: TrainConfig, step: int, how: type[BaseException] = KeyError) -> None:
+    """Ends a run after a step as a crash would."""
+
+    def crash(row: dict[str, Any]) -> None:
+        if row.get("step") == step and "lr" in row and "epoch" not in row:
+            raise how("crash")
+
+    with pytest.raises(how, match="crash"):
+        train(config, crash)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not cut off."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            import_module("tokenlearner.training.run"), "load_data", running.quarter_pictures
+        )
+        train(recipe(out, **AT_RANDOM))
+    return out
+
+
+# --- going on -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 8])
+def test_a_run_that_crashed_ends_as_one_that_did_not(
+    step: int, whole: Path, tmp_path: Path
+) -> None:
+    config = recipe(tmp_path / "run", save_every=2, **AT_RANDOM)
+    cut_off(config, step)
+    train(config)
+    assert same(weights(tmp_path / "run"), weights(whole))
+    assert without_times(tmp_path / "run") == without_times(whole)
+
+
+def test_a_run_that_was_over_is_returned_as_it_was(whole: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    before = weights(whole)
+    result = train(recipe(whole, **AT_RANDOM), rows.append)
+    assert [row["epoch"] for row in result.history] == [1, 2]
+    assert rows == []
+    assert same(weights(whole), before)
+
+
+def test_what_was_killed_between_checkpoint_and_metrics_is_written_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyError("crash")
+
+    config = recipe(tmp_path / "run", **AT_RANDOM)
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("tokenlearner.training.run"), "save_model", killed)
+        with pytest.raises(KeyError, match="crash"):
+            train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    train(config)
+    assert without_times(tmp_path / "run") == without_times(whole)
+
+
+def test_a_run_that_goes_on_reports_the_steps_that_were_left(tmp_path: Path) -> None:
+    config, rows = recipe(tmp_path / "run", save_every=2), list[dict[str, Any]]()
+    cut_off(config, 7)
+    train(config, rows.append)
+    assert [row["step"] for row in rows if "epoch" not in row] == [7, 8]
+
+
+def test_an_inserted_model_is_not_calibrated_again(tmp_path: Path) -> None:
+    host = running.save_host(tmp_path / "host")
+    insertion = {"model": host, "model_kwargs": None, "num_tokens": 0, "insert": 2, "at": 1}
+    config = recipe(tmp_path / "run", **insertion, teacher="host", calibrate=8)
+    cut_off(config, 5)
+    result = train(config)
+    calibrated = json.loads((tmp_path / "run" / "calibration.json").read_text())
+    assert result.calibration is not None
+    assert vars(result.calibration) == calibrated
+    assert result.host is not None
+    assert len(result.history) == 2
+
+
+# --- asked to stop ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_leaves_a_checkpoint_of_that_step(
+    number: signal.Signals, step: int, whole: Path, tmp_path: Path
+) -> None:
+    def ask(row: dict[str, Any]) -> None:
+        if row.get("step") == step and "epoch" not in row:
+            os.kill(os.getpid(), number)
+
+    config = recipe(tmp_path / "run", **AT_RANDOM)
+    expected = f"stopped by {number.name}; .* checkpoint of step {step}, go on with resume='auto'"
+    with pytest.raises(TrainingInterrupted, match=expected) as stopped:
+        train(config, ask)
+    assert stopped.value.signal == number
+    train(config)
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
+def test_a_second_interrupt_interrupts() -> None:
+    with handle_signals() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_after_a_run_signals_mean_what_they_meant(tmp_path: Path) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    train(recipe(tmp_path / "run", epochs=1))
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_a_run_with_other_options_is_refused_with_their_names(whole: Path) -> None:
+    config = recipe(whole, **{**AT_RANDOM, "hflip": 0.25}, lr=2e-3)
+    with pytest.raises(ValueError, match=r"lr was 0.001, is 0.002.*pass another out"):
+        read_checkpoint(config)
+    with pytest.raises(ValueError, match=r"hflip was 0.5, is 0.25"):
+        read_checkpoint(config)
+
+
+@pytest.mark.parametrize("free", [{"save_every": 3}, {"max_broken": 0}, {"nan": "skip"}], ids=str)
+def test_where_and_how_often_may_change(free: dict[str, Any], whole: Path) -> None:
+    state = read_checkpoint(recipe(whole, **AT_RANDOM, **free))
+    assert state is not None
+    assert state["step"] == STEPS
+
+
+def test_a_checkpoint_from_before_an_option_was_added_goes_on(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    write_checkpoint(config, {"step": 1})
+    state = torch.load(tmp_path / CHECKPOINT)
+    older = json.loads(state["config"])
+    assert older.pop("onednn") is False
+    torch.save(state | {"config": json.dumps(older)}, tmp_path / CHECKPOINT)
+    assert read_checkpoint(config) is not None
+    with pytest.raises(ValueError, match=r"onednn was False, is True"):
+        read_checkpoint(recipe(tmp_path, onednn=True))
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def malicious(path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {path.parent / 'harm'}",)
+
+    path.write_bytes(pickle.dumps({"format": 1, "config": "{}", "step": Evil()}))
+
+
+@pytest.mark.parametrize("what", [damaged, malicious])
+def test_a_file_that_is_no_checkpoint_is_refused(
+    what: Callable[[Path], None], tmp_path: Path
+) -> None:
+    config = recipe(tmp_path)
+    write_checkpoint(config, {"step": 1})
+    assert read_checkpoint(config) is not None
+    what(tmp_path / CHECKPOINT)
+    with pytest.raises(
+        ValueError, match=r"is no checkpoint of a run .* move it away to start anew"
+    ):
+        read_checkpoint(config)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_run_whose_checkpoint_is_gone_is_not_started_over(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", epochs=1)
+    train(config)
+    (tmp_path / "run" / CHECKPOINT).unlink()
+    with pytest.raises(ValueError, match=r"holds a run without checkpoint.pt"):
+        train(config)
+
+
+# --- what is left -------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """A file on a disk that is full after some bytes."""
+
+    def __init__(self, file: Any, left: int):
+        self.file, self.left = file, left
+
+    def write(self, data: bytes) -> int:
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> FullDisk:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+
+def test_on_a_full_disk_the_checkpoint_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(tmp_path)
+    write_checkpoint(config, {"step": 4, "model": torch.zeros(9)})
+    plain = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *mode: FullDisk(plain(self, *mode), 2000))
+    expected = (
+        r"of step 8 cannot be written \(no space is left\); the last checkpoint, .* is intact"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        write_checkpoint(config, {"step": 8, "model": torch.zeros(9999)})
+    monkeypatch.undo()
+    state = read_checkpoint(config)
+    assert state is not None
+    assert state["step"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_on_a_full_disk_without_a_checkpoint_nothing_is_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *mode: FullDisk(plain(self, *mode), 0))
+    with pytest.raises(RuntimeError, match=r"no space is left.*there is none yet"):
+        write_checkpoint(recipe(tmp_path), {"step": 8})
+
+
+def test_remains_of_killed_runs_are_cleared_and_nothing_else(tmp_path: Path) -> None:
+    remains = [".checkpoint.123.pt", ".model.45.safetensors", ".metrics.6.jsonl"]
+    others = [".checkpoint.pt", ".notes.7.txt", "checkpoint.pt", ".checkpoint.12x.pt"]
+    for name in (*remains, *others):
+        (tmp_path / name).touch()
+    remove_temporary_files(recipe(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

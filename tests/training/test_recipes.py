@@ -1,0 +1,362 @@
+"""The recipes that come with the package: they say what they are, and every one of them runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from tokenlearner_command import main
+
+from tokenlearner import create_model, save_model, train
+from tokenlearner.commands.main import eval_options, train_options
+from tokenlearner.data.factory import list_data, load_data
+from tokenlearner.models.vit import VARIANTS
+from tokenlearner.training.config import TrainConfig
+from tokenlearner.training.recipes import (
+    EvalConfig,
+    find_recipe,
+    header_lines,
+    list_recipes,
+    run_options,
+)
+from tokenlearner.training.run import TrainResult
+
+RECIPES = list(list_recipes())
+LABELS = ("Source", "Command", "Hardware", "Time", "Measured")
+
+
+def config_of(recipe: str, *options: str) -> TrainConfig:
+    return TrainConfig(**train_options([recipe, *options]))
+
+
+def read(recipe: str) -> dict[str, Any]:
+    return yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
+
+
+# what they say
+
+
+def test_there_are_recipes_for_pictures_films_and_distilling() -> None:
+    assert {"imagenet1k_paper", "cifar10_keras", "kinetics400", "distill_inserted"} < {*RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_header_says_what_it_is_and_five_things_more(name: str) -> None:
+    title, *rest = header_lines(find_recipe(name))
+    assert 20 < len(title) < 100
+    labels = [line.partition(":")[0] for line in rest if line.partition(":")[0] in LABELS]
+    assert labels == [*LABELS]
+    assert all(len(line) > 9 for line in rest)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_of_a_header_runs_that_recipe(name: str) -> None:
+    [line] = [line for line in header_lines(find_recipe(name)) if line.startswith("Command:")]
+    assert f"tokenlearner train {name}" in line
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_gives_what_is_written_in_it(name: str) -> None:
+    config = config_of(name)
+    written = {key: value for key, value in read(name).items() if not isinstance(value, str)}
+    assert written
+    assert {key: getattr(config, key) for key in written} == written
+    assert config.out == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_has_a_folder_of_somebody(name: str) -> None:
+    assert config_of(name).root is None
+
+
+def test_the_paper_s_recipe_has_the_numbers_of_scenic_s() -> None:
+    config = config_of("imagenet1k_paper")
+    model = VARIANTS[config.model]
+    assert [model[key] for key in ("depth", "num_tokens", "at", "learner")] == [12, 16, 9, "v11"]
+    adam = config.opt, config.betas, config.weight_decay, config.clip_grad
+    assert adam == ("adamw", [0.9, 0.999], 0.3, 1.0)
+    rate = config.lr, config.min_lr, config.sched, config.warmup_steps
+    assert rate == (5e-3, 1e-5, "linear", 10_000)
+    assert (config.epochs, config.batch_size) == (90, 4096)
+    assert (config.loss, config.head_bias, config.drop_path) == ("sigmoid", -10, 0)
+
+
+def test_keras_recipe_cuts_48_of_52_pixels() -> None:
+    config = config_of("cifar10_keras")
+    assert config.scale == [pytest.approx((48 / 52) ** 2, abs=1e-3)] * 2
+    assert round(48 / config.crop_pct) == 52
+
+
+def test_keras_recipe_keeps_its_rate() -> None:
+    config = config_of("cifar10_keras")
+    assert config.sched == "constant"
+
+
+@pytest.mark.parametrize(
+    ("plain", "learned"),
+    [("fashion_mnist", "fashion_mnist_tl8"), ("moving_photographs_full", "moving_photographs")],
+)
+def test_a_pair_differs_in_its_learned_tokens_only(plain: str, learned: str) -> None:
+    first, second = read(plain), read(learned)
+    differ = {key for key in first | second if first.get(key) != second.get(key)}
+    assert differ <= {"out", "model", "num_tokens", "at"}
+    assert "out" in differ
+
+
+# what they do
+
+
+def write_pictures(root: Path) -> None:
+    for split, number in (("train", 4), ("val", 2)):
+        for shade, name in enumerate(("dark", "light")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                value = 60 + 90 * shade + 9 * i
+                Image.new("RGB", (20, 18), (value, 90, value)).save(folder / f"{i}.jpg")
+
+
+def write_films(root: Path) -> None:
+    av = pytest.importorskip("av")
+    for split, number in (("train", 2), ("val", 1)):
+        lines = ["path,label"]
+        for shade, name in enumerate(("dark", "light")):
+            for i in range(number):
+                path = root / f"{split}-{name}-{i}.mkv"
+                path.parent.mkdir(exist_ok=True)
+                with av.open(str(path), "w") as film:
+                    stream: Any = film.add_stream("ffv1", rate=25)
+                    stream.width, stream.height, stream.pix_fmt = 24, 18, "gray"
+                    for t in range(6):
+                        value = 60 + 90 * shade + 9 * i + t
+                        pixels = np.full((18, 24, 3), value, np.uint8)
+                        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                        film.mux(stream.encode(frame))
+                    film.mux(stream.encode())
+                lines.append(f"{path.name},{name}")
+        (root / f"{split}.csv").write_text("\n".join(lines))
+
+
+def write_cifar(root: Path) -> None:
+    """CIFAR-10 as torchvision keeps it, with 2 pictures in each file."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        batch = {"data": np.arange(2 * 3072, dtype=np.uint8).reshape(2, 3072), "labels": [3, 8]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of data sets in memory only a few pictures are used."""
+    module = import_module("tokenlearner.data.factory")
+    whole: Callable[..., Any] = module.load_data
+
+    def load(name: str, split: str, **wanted: Any) -> Any:
+        data = whole(name, split, **wanted)
+        return data.sample(20) if hasattr(data, "take") else data
+
+    monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", load)
+    monkeypatch.setattr(module, "load_data", load)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    monkeypatch.setattr("tokenlearner.data.moving_photos.MOVING_SIZES", {"train": 90, "test": 90})
+
+
+TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
+AT_1 = {**TINY, "at": 1}
+CLIP = {**TINY, "num_frames": 4}
+FILMS = ["--images", "4", "--batch_size", "2", "--frames", "4", "--stride", "1"]
+SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {  # model_kwargs, other options
+    "imagenet1k_paper": (AT_1, ["--img_size", "16"]),
+    "imagenet1k_deit": (AT_1, ["--img_size", "16"]),
+    "finetune_384": (AT_1, ["--img_size", "24", "--init_from", "from/model.safetensors"]),
+    "cifar10_keras": (TINY, ["--img_size", "16", "--at", "1"]),
+    "kinetics400": (AT_1 | CLIP, ["--img_size", "16", "--init_from", "plain.safetensors", *FILMS]),
+    "fashion_mnist": (TINY, []),
+    "fashion_mnist_tl8": (AT_1, []),
+    "distill_inserted": ({}, ["--model", "host", "--calibrate", "8"]),
+    "moving_photographs": (TINY | {"tubelet_size": 4}, []),
+    "moving_photographs_full": (TINY | {"tubelet_size": 4}, []),
+}
+WRITE = {"folder": write_pictures, "film": write_films, "torch/cifar10": write_cifar}
+QUICK = ["--images", "8", "--batch_size", "4", "--epochs", "1", "--warmup_steps", "0"]
+
+
+def run_small(name: str) -> TrainResult:
+    """Runs a recipe for two steps, with a small model and what it starts from."""
+    kwargs, options = SMALL[name]
+    image = {**TINY, "img_size": 16, "num_classes": 3}
+    save_model(create_model("vit_base_patch16_gap_384", **image), "plain.safetensors")
+    save_model(create_model("vit_base_patch16_tl16at9_224", **image, at=1), "from")
+    save_model(create_model("vit_mini_patch4_28", **TINY), "host")
+    if write := WRITE.get(read(name)["data"]):
+        write(Path("data"))
+        options = ["--root", "data", "--workers", "0", *options]
+    if kwargs:
+        options = ["--model_kwargs", json.dumps(kwargs), *options]
+    return train(config_of(name, *QUICK, *options, "--device", "cpu"))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_and_is_judged_again_as_it_was(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [row] = run_small(name).history
+    assert row["step"] == 2
+    assert row["train_loss"] > 0
+    main(["eval", f"runs/{name}", "--batch_size", "3"])
+    printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert float(printed["loss"]) == pytest.approx(row["test_loss"], abs=2e-4)
+    assert int(printed["images"]) == row["test_images"] > 0
+
+
+@pytest.mark.usefixtures("few")
+def test_films_can_be_judged_by_several_clips_and_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = run_small("kinetics400").model
+    main(["eval", "runs/kinetics400", "--views", "2", "--crops", "3"])
+    loss = capsys.readouterr().out.split("loss: ")[1].split()[0]
+    clip = {"frames": 4, "stride": 1, "img_size": 16, "views": 2, "crops": 3}
+    [(views, labels)] = load_data("film", "test", root="data", **clip).batches(2)
+    logits = model(views.flatten(0, 1)).unflatten(0, (2, 6)).mean(1)
+    assert float(loss) == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "epochs", "percent"), [("moving_photographs", 5, 75), ("fashion_mnist_tl8", 2, 55)]
+)
+def test_a_shorter_run_of_a_recipe_learns_most_of_it(
+    name: str, epochs: int, percent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    history = train(replace(config_of(name), epochs=epochs)).history
+    assert history[-1]["test_top1_percent"] > percent
+
+
+# how they are found
+
+
+def test_a_file_is_a_recipe_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("lr: 1e-5\nmodel_kwargs:\n  depth: 3\n")
+    config = config_of(str(path))
+    assert (config.lr, config.model_kwargs) == (1e-5, {"depth": 3})
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
+    with pytest.raises(
+        ValueError, match=r"no recipe 'imagenet1k_papre', .* did you mean imag"
+    ) as e:
+        find_recipe("imagenet1k_papre")
+    assert all(name in str(e.value) for name in RECIPES)
+
+
+# what is known of a run
+
+
+def test_of_a_checkpoint_without_a_run_nothing_is_known(tmp_path: Path) -> None:
+    assert run_options(str(tmp_path)) == {}
+    assert run_options(str(tmp_path / "model.safetensors")) == {}
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_of_a_run_its_data_is_known_and_nothing_about_training(name: str, tmp_path: Path) -> None:
+    run = {"data": "folder", "root": "there", "img_size": 9, "lr": 1.0, "images": 5}
+    (tmp_path / "train.json").write_text(json.dumps(run))
+    known = {"data": "folder", "root": "there", "img_size": 9}
+    assert run_options(str(tmp_path / name)) == known
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])
+def test_a_damaged_train_json_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(ValueError, match=r"train\.json is not as train wrote it"):
+        run_options(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "val"}, "split is 'val', expected one of 'train', 'test'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"workers": -1}, "workers is -1"),
+    ],
+)
+def test_nonsense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(checkpoint="x", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "number"),
+    [
+        ({}, (1, 28, 28), 500),
+        ({}, (3, 224, 224), 222),
+        ({}, (3, 8, 112, 112), 111),
+        ({"views": 4, "crops": 3}, (3, 8, 112, 112), 9),
+        ({"views": 99}, (3, 8, 224, 224), 1),
+        ({"views": 4, "batch_size": 7}, (3, 8, 112, 112), 7),
+    ],
+)
+def test_of_clips_in_many_views_fewer_are_judged_at_a_time(
+    options: dict[str, Any], shape: tuple[int, ...], number: int
+) -> None:
+    assert EvalConfig(checkpoint="x", **options).at_once(shape) == number
+
+
+# docs/training.md
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+
+
+def documented() -> list[list[str]]:
+    """The commands in the shell blocks of the page."""
+    blocks = re.findall(r"^```(?:console|bash)\n(.*?)^```$", DOCS.read_text(), re.M | re.S)
+    lines = [line.removeprefix("$ ") for line in "".join(blocks).splitlines()]
+    return [shlex.split(line.partition(" > ")[0]) for line in lines]
+
+
+@pytest.mark.parametrize("words", documented(), ids=shlex.join)
+def test_the_page_s_commands_are_understood(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("lr: 0.1\n")
+    command, *arguments = words[words.index("tokenlearner") + 1 :]
+    arguments = [word for word in arguments if word != "--print_config"]
+    if command == "train":
+        assert TrainConfig(**train_options(arguments))
+    else:
+        assert command == "eval"
+        assert EvalConfig(**eval_options(arguments))
+
+
+def test_the_page_lists_every_recipe_and_every_data_set() -> None:
+    text = DOCS.read_text()
+    names = [*list_recipes(), *(name.rstrip("/") for name in list_data())]
+    assert not [name for name in names if f"`{name}" not in text]
+
+
+def test_the_page_names_options_that_exist() -> None:
+    ours = re.sub(r"python benchmarks/[^`\n]*", "", DOCS.read_text())  # those have their own
+    named = set(re.findall(r"`?--([a-z_]+)\b", ours))
+    known = {*TrainConfig.__dataclass_fields__, *EvalConfig.__dataclass_fields__}
+    assert named - known == {"help", "key", "print_config", "nproc"}

@@ -1,0 +1,108 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenlearner.utils.io import atomic_write, unique_path, write_json
+
+
+def test_the_file_appears_only_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "some" / "folder" / "a.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+        assert temporary.parent == path.parent
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_the_temporary_file_has_the_files_ending(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a.png") as temporary:
+        temporary.touch()
+        assert temporary.suffix == ".png"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_midway_keeps_the_old_file_and_leaves_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def stop() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        stop()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_write(path):
+        pass
+    assert path.read_text() == "old"
+
+
+def test_json_reads_back_as_it_was(tmp_path: Path) -> None:
+    value = {"name": "größer", "numbers": [1, 2.5, None, True]}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert "größer" in text
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}], ids=str)
+def test_what_json_has_no_form_for_is_refused_and_keeps_the_old_file(
+    tmp_path: Path, value: Any
+) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"loss": 1.0})
+    with pytest.raises((ValueError, TypeError)):
+        write_json(path, {"loss": value})
+    assert json.loads(path.read_text()) == {"loss": 1.0}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("existing", "free"),
+    [
+        ([], "run"),
+        (["run"], "run-2"),
+        (["run", "run-2"], "run-3"),
+        (["run", "run-3"], "run-2"),
+        (["run-2"], "run"),
+    ],
+    ids=str,
+)
+def test_a_free_folder_is_the_first_that_does_not_exist(
+    tmp_path: Path, existing: list[str], free: str
+) -> None:
+    for name in existing:
+        (tmp_path / name).mkdir()
+    assert unique_path(tmp_path / "run") == tmp_path / free
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(existing)
+
+
+def test_a_file_takes_the_name_of_a_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    assert unique_path(tmp_path / "run") == tmp_path / "run-2"
