@@ -1,7 +1,7 @@
 """What 8 learned tokens do to a small model that trains from scratch: accuracy, cost and time.
 
-Three real data sets, each with and without learned tokens, over several seeds: the bundled pictures
-of clothes; photographs that move, where a third model sees a single frame of each clip; and colour
+Three real data sets, each with and without learned tokens, over several seeds: the bundled images
+of clothes; photographs that move, where a third model sees a single frame of each clip; and color
 drawings in a folder (`openclipart.py`), which are read from their files and cut out and mirrored
 at random. Every run leaves a folder in `--out`; a command that was cut off goes on where it
 stopped.
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--drawings", help="usr/share/openclipart/png, unpacked, for openclipart")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="in place of the recipes'")
-    parser.add_argument("--images", type=int, default=0, help="training pictures; 0 is all")
+    parser.add_argument("--images", type=int, default=0, help="training images; 0 is all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with a thread each")
     add_device(parser)
     options = parser.parse_args()

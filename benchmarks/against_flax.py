@@ -57,7 +57,7 @@ class Form:
 
 
 def in_flax(model: Any, images: Tensor) -> Form:
-    """The same model in Flax, compiled; pictures are laid out for it before."""
+    """The same model in Flax, compiled; images are laid out for it before."""
     blocks, weights = model.blocks, filled(to_scenic(model))
     at = next((i for i, block in enumerate(blocks) if hasattr(block, "learner")), None)
     learner = None if at is None else blocks[at].learner
@@ -194,7 +194,7 @@ def parse() -> Namespace:
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[8, 16])
     parser.add_argument("--learner", default="v1", choices=["v1", "v11"])
-    parser.add_argument("--size", type=int, help="of the pictures, if not 224")
+    parser.add_argument("--size", type=int, help="of the images, if not 224")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--rounds", type=int, default=9)

@@ -95,7 +95,7 @@ def top_k(model: VisionTransformer, num_tokens: int, at: int | float) -> VisionT
     if model.cls_token is None:
         raise ValueError("top_k asks the class token what to keep, and this model has none")
     if check_count("num_tokens", num_tokens) > n:
-        raise ValueError(f"num_tokens is {num_tokens}, but a picture has {n}; ask for fewer")
+        raise ValueError(f"num_tokens is {num_tokens}, but an image has {n}; ask for fewer")
     blocks[index - 1] = TopKBlock(blocks[index - 1], num_tokens, model.num_prefix_tokens)
     return model
 
@@ -226,7 +226,7 @@ def merge_pairs(
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many pairs each block merges, and what a picture then costs in multiply-adds."""
+    """How many pairs each block merges, and what an image then costs in multiply-adds."""
 
     r: int
     macs: int

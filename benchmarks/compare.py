@@ -39,7 +39,7 @@ def parse() -> Namespace:
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=BUDGETS)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--epochs", type=int, default=3, help="of all that start from scratch")
-    parser.add_argument("--share", type=float, default=0.1, help="of the pictures, for the others")
+    parser.add_argument("--share", type=float, default=0.1, help="of the images, for the others")
     parser.add_argument("--short-epochs", type=int, default=6, help="of the others")
     parser.add_argument("--rounds", type=int, default=30, help="timed runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with a thread each")
@@ -83,7 +83,7 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
         data = data.sample(round(options.share * len(data)), seed)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    images = unlabelled(data, seed).to(options.device)
+    images = unlabeled(data, seed).to(options.device)
     model = contender.build(host, BUDGETS[budget], images).to(options.device).train()
     before = evaluate(model, held_out).top1_percent
     taught = contender.taught and not contender.from_scratch
@@ -107,8 +107,8 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
     }
 
 
-def unlabelled(data: ImageDataset, seed: int) -> Tensor:
-    """Pictures for calibrating, all of them among those that are trained on."""
+def unlabeled(data: ImageDataset, seed: int) -> Tensor:
+    """Images for calibrating, all of them among those that are trained on."""
     sample = data.sample(min(CALIBRATION_IMAGES, len(data)), seed)
     images, _ = next(sample.batches(len(sample)))
     return images
@@ -117,7 +117,7 @@ def unlabelled(data: ImageDataset, seed: int) -> Tensor:
 def costs(options: Namespace, host: nn.Module) -> dict[str, Any]:
     """What everybody costs at batches of 1 and 32, in turn; untrained, which changes no speed."""
     held_out = load_data(options.data, "test", root=options.root)
-    few = unlabelled(held_out.sample(2), 0).to(options.device)
+    few = unlabeled(held_out.sample(2), 0).to(options.device)
     found: dict[str, Any] = {}
     for budget in options.budgets:
         models = {"host": host}

@@ -1,7 +1,7 @@
 """The same comparison on a pretrained host and a data set that the method was not developed on.
 
-The host is DINOv2-S-derived (`dinov2.py`), the pictures are drawings (`openclipart.py`). Labels are
-for the judges only: nearest neighbours and a linear probe on the frozen features. Steps, rates and
+The host is DINOv2-S-derived (`dinov2.py`), the images are drawings (`openclipart.py`). Labels are
+for the judges only: nearest neighbors and a linear probe on the frozen features. Steps, rates and
 epochs are those of compare.py. Every run leaves a file in `--out`.
 """
 
@@ -54,9 +54,9 @@ def reduced(how: Callable[..., nn.Module]) -> Callable[[Any, str], nn.Module]:
 
 
 def merged(host: Any, budget: str) -> nn.Module:
-    picture = blank(host)
-    share = count_macs(reduced(insert)(host, budget), picture) / count_macs(host, picture)
-    return merge(copy.deepcopy(host), schedule_for(host, picture, share).r)
+    image = blank(host)
+    share = count_macs(reduced(insert)(host, budget), image) / count_macs(host, image)
+    return merge(copy.deepcopy(host), schedule_for(host, image, share).r)
 
 
 def blank(model: nn.Module) -> Tensor:
@@ -78,7 +78,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def judge(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> dict[str, float]:
-    """Accuracy of nearest neighbours and of a linear probe on features `n c`, in percent."""
+    """Accuracy of nearest neighbors and of a linear probe on features `n c`, in percent."""
     near = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
     weights, nearest = near.topk(NEIGHBOURS, dim=1)
     votes = F.one_hot(labels[nearest]) * (weights / 0.07).softmax(1)[..., None]
@@ -107,11 +107,11 @@ def _probe(features: Tensor, labels: Tensor) -> nn.Linear:
 
 
 class Bench:
-    """Pictures, the host, and what the host made of them from a block on, kept for all runs."""
+    """Images, the host, and what the host made of them from a block on, kept for all runs."""
 
     def __init__(self, options: Namespace):
         self.out = Path(options.out)
-        self.train, self.test = _pictures(Path(options.drawings), self.out)
+        self.train, self.test = _images(Path(options.drawings), self.out)
         self.host = dinov2_small(Path(options.wheel), SIZE).to(options.device)
         self._kept: dict[tuple[str, int], TeacherCache] = {}
 
@@ -175,7 +175,7 @@ def run(bench: Bench, name: str, budget: str, seed: int) -> dict[str, Any]:
     return told | {"after": bench.scores(model, first), "images": len(bench.train)}
 
 
-def _pictures(root: Path, out: Path) -> tuple[ImageDataset, ImageDataset]:
+def _images(root: Path, out: Path) -> tuple[ImageDataset, ImageDataset]:
     """Reads the drawings, or their copy from an earlier call."""
     path = out / "drawings.pt"
     if not path.exists():
@@ -207,7 +207,7 @@ def table(results: dict[str, Any]) -> str:
 
     "Untrained" is before any block is trained; for a calibrated model that is after calibrating.
     """
-    header = ("probe untrained, %", "probe, %", "neighbours untrained, %", "neighbours, %")
+    header = ("probe untrained, %", "probe, %", "neighbors untrained, %", "neighbors, %")
     header += (
         "GMACs",
         "of host",

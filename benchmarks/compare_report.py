@@ -151,7 +151,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
         top1 = results["host"]["test_top1_percent"]
         axis.scatter([_ms(costs)], [top1], marker="*", s=150, color="black", label="host", zorder=3)
         axis.axhline(top1, color="black", lw=0.6, ls=":")
-        axis.set(xlabel=f"ms a picture, batch {batch}", title=f"batch {batch}")
+        axis.set(xlabel=f"ms an image, batch {batch}", title=f"batch {batch}")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("top-1, % (median, range of seeds)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -180,5 +180,5 @@ def _points(axis: Any, results: dict[str, Any], name: str, batch: str, color: st
 
 
 def _ms(cost: dict[str, Any]) -> float:
-    """Milliseconds a picture, from pictures a second."""
+    """Milliseconds an image, from images a second."""
     return 1000 / cost["images_per_second"]["median"]

@@ -1,7 +1,7 @@
 """Who takes part in compare.py: ways to spend a share of a host's multiply-adds.
 
-A contender is a row in `CONTENDERS`. Those from scratch are trained on all pictures with labels, as
-the host is. The others start from the trained host and are trained on a tenth of the pictures.
+A contender is a row in `CONTENDERS`. Those from scratch are trained on all images with labels, as
+the host is. The others start from the trained host and are trained on a tenth of the images.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Contender:
 
     Args:
         label: What the table calls it.
-        build: Makes the model of the host (or its shape), a budget and unlabelled pictures.
-        from_scratch: Trained on all pictures with labels.
+        build: Makes the model of the host (or its shape), a budget and unlabeled images.
+        from_scratch: Trained on all images with labels.
         taught: By the host, without labels; otherwise trained on labels.
     """
 

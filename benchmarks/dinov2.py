@@ -37,7 +37,7 @@ def dinov2_small(wheel: Path, image_size: int = 224) -> nn.Module:
 
     Args:
         wheel: The wheel, or the ONNX file from it.
-        image_size: Height and width of the pictures, a multiple of 14.
+        image_size: Height and width of the images, a multiple of 14.
 
     Raises:
         ValueError: The file is another than the one whose digest is pinned.

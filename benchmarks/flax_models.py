@@ -130,7 +130,7 @@ class Encoder(nn.Module):
 
 
 class FlaxViT(nn.Module):
-    """A ViT that pools its tokens by their mean: pictures `b h w 3` to logits."""
+    """A ViT that pools its tokens by their mean: images `b h w 3` to logits."""
 
     depth: int
     embed_dim: int

@@ -1,6 +1,6 @@
 """How should a new TokenFuser start? Gradients before the first step, then a short training.
 
-Each start changes the fusers of the same seeded model in place; pictures come in the same order.
+Each start changes the fusers of the same seeded model in place; images come in the same order.
 25 steps of warm-up, weight decay 0.05, batches of 64. A loss is the mean of the last 10 steps.
 """
 

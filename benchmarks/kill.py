@@ -1,6 +1,6 @@
 """Is anything lost when a run is killed? Kills one at random moments until it has ended.
 
-A small ViT trains on the bundled pictures in a process of its own, which is killed (SIGKILL) at
+A small ViT trains on the bundled images in a process of its own, which is killed (SIGKILL) at
 random moments and started again with `resume="auto"`: every fourth time soon after its start, else
 soon after it wrote a checkpoint, which it does after every second step. After every kill
 the checkpoint has to be absent or readable; the final weights have to be those of a run that was

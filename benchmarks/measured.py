@@ -90,7 +90,7 @@ def in_ms(seconds: list[float]) -> dict[str, float]:
 def compiled(
     model: nn.Module, *, whole: bool = True, freezing: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """What torch.compile makes of a model, for pictures of one shape, apart from other models.
+    """What torch.compile makes of a model, for images of one shape, apart from other models.
 
     Args:
         model: What to compile, when it first runs.

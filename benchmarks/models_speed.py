@@ -37,7 +37,7 @@ MODELS = ["vit_base_patch16_tl8at6_224", "vit_base_patch16_tl16at6_224"]
 
 
 def pair(name: str, size: int | None) -> tuple[nn.Module, nn.Module, Tensor]:
-    """The plain model, the one with learned tokens, and one picture."""
+    """The plain model, the one with learned tokens, and one image."""
     kwargs = {} if size is None else {"img_size": size}
     torch.manual_seed(0)
     plain, learned = remove(create_model(name, **kwargs)), create_model(name, **kwargs)
@@ -46,7 +46,7 @@ def pair(name: str, size: int | None) -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 def contenders(name: str, options: Namespace) -> tuple[dict[str, nn.Module], Tensor]:
-    """All that is compared, the plain model first, and one picture, on their device."""
+    """All that is compared, the plain model first, and one image, on their device."""
     plain, learned, image = pair(name, options.size)
     models = {"plain": plain, f"`{name}`": learned}
     if options.onednn:
@@ -178,7 +178,7 @@ def main() -> None:
 def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="with learned tokens")
-    parser.add_argument("--size", type=int, help="of the pictures, if not the model's own")
+    parser.add_argument("--size", type=int, help="of the images, if not the model's own")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     whats = ["inference", "training"]
     parser.add_argument("--what", nargs="+", default=whats, choices=whats)

@@ -1,6 +1,6 @@
 """How much memory does a TokenLearner need beyond its input, and how much the textbook form of it?
 
-The textbook form writes the paper's equation down as it stands: normalise, convolve, multiply every
+The textbook form writes the paper's equation down as it stands: normalize, convolve, multiply every
 position with every map (`b k n c`), reduce. Both use the same weights and give the same tokens.
 Each number is how far the peak of a fresh process rises (VmHWM, so Linux only), the input included
 before; a small call goes first, for what torch loads on first use. On a GPU it is how far the peak

@@ -1,6 +1,6 @@
 """How fast is a TokenLearner against the textbook form of it, and against what cannot be undercut?
 
-The textbook form is that of `modules_memory.py`: normalise, convolve, multiply every position with
+The textbook form is that of `modules_memory.py`: normalize, convolve, multiply every position with
 every map (`b k n c`), reduce; same weights, same tokens, same dtype. The bound is one matrix
 product of the size of the first layer's and two reads of the input; with a backward pass three and
 six. All run in turn in one process, and ratios are

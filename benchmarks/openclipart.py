@@ -1,4 +1,4 @@
-"""Labelled colour drawings that install from Debian: `openclipart`, public domain.
+"""Labeled color drawings that install from Debian: `openclipart`, public domain.
 
 `apt-get download openclipart-png && dpkg-deb -x openclipart-png_*.deb FOLDER` brings 8,121 of them.
 Folders are the labels, which are noisy; links and drawings that are there twice are left out.
@@ -51,14 +51,14 @@ def _drawings(folder: Path, size: int) -> list[Tensor]:
     for path in sorted(folder.rglob("*.png")):
         if not path.is_symlink():
             found.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
-    pictures = [_picture(found[digest], size) for digest in sorted(found)[:MOST]]
-    kept = [picture for picture in pictures if picture is not None]
+    images = [_image(found[digest], size) for digest in sorted(found)[:MOST]]
+    kept = [image for image in images if image is not None]
     if not kept:
         raise ValueError(f"{folder} has no PNG files; unpack Debian's openclipart-png there")
     return kept
 
 
-def _picture(path: Path, size: int) -> Tensor | None:
+def _image(path: Path, size: int) -> Tensor | None:
     """A drawing on white, its longer side `size`, in the middle; None if it cannot be read."""
     try:
         drawing = Image.open(path).convert("RGBA")

@@ -1,4 +1,4 @@
-"""How does the cost grow with resolution, tokens, frames and pictures at a time?
+"""How does the cost grow with resolution, tokens, frames and images at a time?
 
 A ViT and a ViViT with and without learned tokens, in turn at every point: latency, multiply-adds,
 and tensors alive at once, at inference and in a training step. Each point is written as soon as it
@@ -32,7 +32,7 @@ VALUES = {
     "frames": [4, 8, 16, 32, 64],
     "batch": [1, 2, 4, 8, 16, 32, 64],
 }
-BATCH = {"tokens": 8}  # where one picture would say little of memory; elsewhere 1
+BATCH = {"tokens": 8}  # where one image would say little of memory; elsewhere 1
 KWARGS = {"resolution": "img_size", "tokens": "num_tokens", "frames": "num_frames"}
 SAME = ("cpu", "threads", "device", "accelerator", "torch")  # of machines whose points go together
 
@@ -134,7 +134,7 @@ def _key(point: dict[str, Any]) -> tuple[str, int, str]:
 
 
 def caption(options: Namespace) -> str:
-    """What a picture says about the machine."""
+    """What an image says about the machine."""
     found = machine(options.device)
     chip = found["accelerator"] or f"{found['cpu']}, {found['threads']} threads"
     return f"{chip}, torch {found['torch']}, float32, {options.rounds} rounds"

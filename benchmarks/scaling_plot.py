@@ -1,4 +1,4 @@
-"""The pictures of scaling.py: one for each axis, with latency, multiply-adds and memory."""
+"""The images of scaling.py: one for each axis, with latency, multiply-adds and memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ LABELS = {
     "resolution": "height and width, pixels",
     "tokens": "learned tokens",
     "frames": "frames",
-    "batch": "pictures at a time",
+    "batch": "images at a time",
 }
 PANELS = {
     "latency_ms": "latency, ms (median, quartiles)",
     "gmacs": "multiply-adds, GMACs",
     "training_peak_memory_mib": "memory of a training step, MiB",
 }
-STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, and forms for who sees none
+STYLES: dict[str, dict[str, Any]] = {  # colors of Okabe and Ito, and forms for who sees none
     "plain": {"color": "#d55e00", "marker": "s", "ls": "--", "mfc": "white"},
     "learned": {"color": "#0072b2", "marker": "o", "ls": "-"},
 }
@@ -37,12 +37,12 @@ def plot_scaling(folder: Path, points: list[dict[str, Any]], caption: str) -> li
         own = [p for p in points if p["axis"] == axis]
         if len(own) > 1:
             path = folder / f"scaling-{axis}.png"
-            _picture(path, axis, own, caption)
+            _image(path, axis, own, caption)
             written.append(path)
     return written
 
 
-def _picture(path: Path, axis: str, points: list[dict[str, Any]], caption: str) -> None:
+def _image(path: Path, axis: str, points: list[dict[str, Any]], caption: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -121,5 +121,5 @@ def _shape(axis: str, points: list[dict[str, Any]]) -> str:
     """What stays as it is along the axis."""
     batch, *axes = points[0]["input"]
     size = " x ".join(map(str, axes[-2:]))
-    shapes = {"resolution": "one picture", "frames": f"one clip at {size}"}
-    return shapes.get(axis, f"{f'{batch} ' if axis == 'tokens' else ''}pictures at {size}")
+    shapes = {"resolution": "one image", "frames": f"one clip at {size}"}
+    return shapes.get(axis, f"{f'{batch} ' if axis == 'tokens' else ''}images at {size}")

@@ -2,7 +2,7 @@
 
 A mini ViT is trained to classify; then it, and it with fusers that put 8 learned tokens back on all
 positions, label every pixel from the last feature map of `forward_intermediates`, through one
-linear layer. A pixel's truth is the picture's class where it is brighter than `BRIGHT`, and
+linear layer. A pixel's truth is the image's class where it is brighter than `BRIGHT`, and
 background elsewhere. Both are tried with frozen features and trained to the end, for as long.
 """
 
@@ -99,7 +99,7 @@ def judge(model: Segmenter, data: ImageDataset) -> dict[str, float]:
 
 
 def host_for(options: Namespace, folder: Path) -> nn.Module:
-    """A mini ViT that classifies the bundled pictures."""
+    """A mini ViT that classifies the bundled images."""
     told = {"epochs": options.host_epochs, "warmup_epochs": 0.5, "device": str(options.device)}
     return train(TrainConfig(out=str(folder), **told)).model.to(options.device)
 
@@ -122,7 +122,7 @@ def measure(options: Namespace) -> tuple[list[dict[str, Any]], dict[str, Segment
         data, held_out = data.sample(options.images), held_out.sample(min(options.images, 2000))
     with tempfile.TemporaryDirectory() as folder:
         host = host_for(options, Path(folder) / "host")
-    picture = next(held_out.batches(1))[0].to(options.device)
+    image = next(held_out.batches(1))[0].to(options.device)
     rows, models = [], {}
     for seed in options.seeds:
         for name, backbone in contenders(host, data, seed).items():
@@ -132,7 +132,7 @@ def measure(options: Namespace) -> tuple[list[dict[str, Any]], dict[str, Segment
                 model = Segmenter(copy.deepcopy(backbone), classes, frozen=how == "frozen")
                 model.to(options.device)
                 teach(model, data, options.epochs, seed)
-                gmacs = count_macs(backbone, picture) / 1e9
+                gmacs = count_macs(backbone, image) / 1e9
                 row = {"model": name, "how": how, "seed": seed, "gmacs": gmacs}
                 rows.append(row | judge(model, held_out))
                 print(rows[-1], flush=True)
@@ -142,7 +142,7 @@ def measure(options: Namespace) -> tuple[list[dict[str, Any]], dict[str, Segment
 
 @torch.inference_mode()
 def draw(path: Path, models: dict[str, Segmenter], shown: int = 6) -> None:
-    """Writes a sheet: pictures of as many classes, the truth, what each model says."""
+    """Writes a sheet: images of as many classes, the truth, what each model says."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -187,11 +187,11 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="runs/segmentation", help="folder for numbers and picture")
+    parser.add_argument("--out", default="runs/segmentation", help="folder for numbers and image")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4, help="of every training on pixels")
     parser.add_argument("--host-epochs", type=int, default=6, help="of the host, on classes")
-    parser.add_argument("--images", type=int, default=0, help="pictures of each split; 0 is all")
+    parser.add_argument("--images", type=int, default=0, help="images of each split; 0 is all")
     add_device(parser)
     options = parser.parse_args()
     rows, models = measure(options)

@@ -1,7 +1,7 @@
-"""How long a step waits for data: bundled pictures in memory, and a folder of JPEG files.
+"""How long a step waits for data: bundled images in memory, and a folder of JPEG files.
 
 The model is a ViT-S/16 at 224 for the files, which are crops of the photographs that scikit-image
-ships, and the mini ViT for the bundled pictures. Files are read, cut out and mirrored at random by
+ships, and the mini ViT for the bundled images. Files are read, cut out and mirrored at random by
 worker processes while the model trains.
 """
 
@@ -39,18 +39,18 @@ def write_photographs(root: Path, count: int) -> None:
         name = names[number % len(names)]
         folder = root / ("val" if number // len(names) % 8 == 7 else "train") / name
         folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
         left, top = (
-            int(torch.randint(max(side - SIDE, 0) + 1, (), generator=draw)) for side in picture.size
+            int(torch.randint(max(side - SIDE, 0) + 1, (), generator=draw)) for side in image.size
         )
-        crop = picture.crop((left, top, left + SIDE, top + SIDE))
+        crop = image.crop((left, top, left + SIDE, top + SIDE))
         crop.save(folder / f"{number:05}.jpg", quality=90)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=360, help="JPEG files to write")
-    parser.add_argument("--images", type=int, default=0, help="bundled pictures; 0 is all")
+    parser.add_argument("--images", type=int, default=0, help="bundled images; 0 is all")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1, help="processes that read files")
     parser.add_argument("--model", default=FILES["model"], help="what trains on the files")

@@ -1,7 +1,7 @@
 """Check the built documentation. Standard library only.
 
 `python scripts/check_site.py site` prints one line per problem and exits with 1 if there are any: a
-link or a picture that leads nowhere, an anchor that no page has, and anything that a page would
+link or an image that leads nowhere, an anchor that no page has, and anything that a page would
 fetch from elsewhere. Ordinary links to other sites are fine, and are not followed.
 """
 

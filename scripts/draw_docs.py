@@ -1,7 +1,7 @@
-"""Draw the pictures of the documentation: `python scripts/draw_docs.py [FOLDER]`.
+"""Draw the images of the documentation: `python scripts/draw_docs.py [FOLDER]`.
 
-Schemes, and one chart of counted multiply-adds; nothing in them is measured. Colours are those of
-Okabe and Ito, which differ for everybody, and every picture has a white ground of its own.
+Schemes, and one chart of counted multiply-adds; nothing in them is measured. Colors are those of
+Okabe and Ito, which differ for everybody, and every image has a white ground of its own.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tokenlearner import create_model, remove
 from tokenlearner.evaluation.flops import count_macs
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "drawings"
-INK, GREY = "#222222", "#8c8c8c"
+INK, GRAY = "#222222", "#8c8c8c"
 BLUE, ORANGE, GREEN, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
 SETTINGS = {"svg.hashsalt": "tokenlearner", "font.size": 11, "text.color": INK}
-GRID, TOKENS = 14, 4  # of the picture in draw_how
+GRID, TOKENS = 14, 4  # of the image in draw_how
 
 
 def sheet(width: float, height: float) -> tuple[Figure, Any]:
-    """An empty picture and its axes, both in inches."""
+    """An empty image and its axes, both in inches."""
     figure = Figure(figsize=(width, height), facecolor="white")
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     ax.set_axis_off()
@@ -36,30 +36,30 @@ def sheet(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def box(
-    ax: Any, x: float, y: float, w: float, h: float, text: str, colour: str = GREY, **look: Any
+    ax: Any, x: float, y: float, w: float, h: float, text: str, color: str = GRAY, **look: Any
 ) -> None:
     """A rounded box with its lower left corner at (x, y)."""
     form = f"round,pad=0,rounding_size={min(0.08, w / 3)}"
-    pale = matplotlib.colors.to_rgba(colour, look.pop("alpha", 0.18))
-    patch = FancyBboxPatch((x, y), w, h, boxstyle=form, facecolor=pale, edgecolor=colour, lw=1.3)
+    pale = matplotlib.colors.to_rgba(color, look.pop("alpha", 0.18))
+    patch = FancyBboxPatch((x, y), w, h, boxstyle=form, facecolor=pale, edgecolor=color, lw=1.3)
     ax.add_patch(patch)
     ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", **look)
 
 
-def arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], colour: str = INK) -> None:
+def arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], color: str = INK) -> None:
     """An arrow from one point to another."""
-    style = {"arrowstyle": "-|>", "color": colour, "lw": 1.3, "shrinkA": 2, "shrinkB": 2}
+    style = {"arrowstyle": "-|>", "color": color, "lw": 1.3, "shrinkA": 2, "shrinkB": 2}
     ax.annotate("", end, start, arrowprops=style | {"mutation_scale": 11})
 
 
-def row(ax: Any, x: float, y: float, count: int, colour: str, size: float = 0.16) -> float:
+def row(ax: Any, x: float, y: float, count: int, color: str, size: float = 0.16) -> float:
     """Tokens side by side; returns where they end."""
     for i in range(count):
-        box(ax, x + i * size * 1.3, y, size, size * 1.6, "", colour, alpha=0.55)
+        box(ax, x + i * size * 1.3, y, size, size * 1.6, "", color, alpha=0.55)
     return x + count * size * 1.3
 
 
-def picture() -> np.ndarray:
+def drawn_image() -> np.ndarray:
     """A landscape with a sun, a house and a tree, `h w 3`."""
     h = w = 8 * GRID
     y, x = np.mgrid[0:h, 0:w] / h
@@ -92,9 +92,9 @@ def inset(figure: Figure, x: float, y: float, w: float, h: float) -> Any:
 
 
 def draw_how() -> Figure:
-    """A picture, its maps and its tokens: the tokens are the positions' means by each map."""
+    """An image, its maps and its tokens: the tokens are the positions' means by each map."""
     figure, ax = sheet(8.4, 4.0)
-    image, maps = picture(), drawn_maps()
+    image, maps = drawn_image(), drawn_maps()
     of_positions = image.reshape(GRID, 8, GRID, 8, 3).mean((1, 3)).reshape(-1, 3)
     channels = np.random.default_rng(1).normal(size=(3, 9))
     tokens = maps @ (of_positions - of_positions.mean(0)) @ channels
@@ -119,14 +119,14 @@ def draw_how() -> Figure:
     return figure
 
 
-def cost_of_blocks(model: Any, picture: torch.Tensor) -> list[tuple[int, float]]:
+def cost_of_blocks(model: Any, image: torch.Tensor) -> list[tuple[int, float]]:
     """The positions or tokens that each block runs on, and its GMACs with its learner's."""
     sizes: list[torch.Size] = []
     hooks = [
         block.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
         for block in model.blocks
     ]
-    model(picture)
+    model(image)
     for hook in hooks:
         hook.remove()
     blocks = zip(model.blocks, sizes, strict=True)
@@ -143,9 +143,9 @@ def draw_cost() -> Figure:
     """What each block of a ViT-B/16 costs on all positions, and on 8 tokens from block 6 on."""
     with torch.device("meta"):
         model: Any = create_model("vit_base_patch16_tl8at6_224").eval()
-    picture = torch.empty(1, 3, 224, 224, device="meta")
-    learned = cost_of_blocks(model, picture)
-    plain = cost_of_blocks(remove(model), picture)
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    learned = cost_of_blocks(model, image)
+    plain = cost_of_blocks(remove(model), image)
     figure = Figure(figsize=(8.4, 3.4), facecolor="white", layout="constrained")
     ax = figure.add_subplot()
     for i, ((_, whole), (count, cost)) in enumerate(zip(plain, learned, strict=True)):
@@ -172,9 +172,9 @@ def draw_cost() -> Figure:
 
 def stack(ax: Any, x: float, top: float, layers: Sequence[tuple[str, str]], w: float) -> float:
     """Boxes from top to bottom with arrows between them; returns where they end."""
-    for i, (text, colour) in enumerate(layers):
+    for i, (text, color) in enumerate(layers):
         y = top - 0.56 * i
-        box(ax, x, y - 0.36, w, 0.36, text, colour)
+        box(ax, x, y - 0.36, w, 0.36, text, color)
         if i:
             arrow(ax, (x + w / 2, y + 0.22), (x + w / 2, y - 0.01))
     return top - 0.56 * (len(layers) - 1) - 0.36
@@ -184,8 +184,8 @@ def draw_versions() -> Figure:
     """The layers of V1 and of V1.1, side by side."""
     figure, ax = sheet(8.4, 4.9)
     gelu = ("3 x 3 convolution, GELU", BLUE)
-    v1 = [("LayerNorm", GREY), gelu, gelu, gelu, ("3 x 3 convolution", BLUE), ("sigmoid", ORANGE)]
-    v11 = [("LayerNorm", GREY), ("linear layer to 64, GELU", BLUE), ("linear layer to k", BLUE)]
+    v1 = [("LayerNorm", GRAY), gelu, gelu, gelu, ("3 x 3 convolution", BLUE), ("sigmoid", ORANGE)]
+    v11 = [("LayerNorm", GRAY), ("linear layer to 64, GELU", BLUE), ("linear layer to k", BLUE)]
     v11.append(("softmax over positions", ORANGE))
     for x, title, layers, last in [
         (0.5, "V1: TokenLearner", v1, "sum (or mean) of positions by gates"),
@@ -197,7 +197,7 @@ def draw_versions() -> Figure:
         ax.text(x + 1.72, end - 0.15, note, va="center", color=RED, fontsize=10)
         arrow(ax, (x + 1.65, end), (x + 1.65, end - 0.32))
         box(ax, x, end - 0.68, 3.3, 0.36, last, GREEN)
-    ax.text(6.25, 0.72, "no neighbours: works on any\nset of tokens, needs no grid", ha="center")
+    ax.text(6.25, 0.72, "no neighbors: works on any\nset of tokens, needs no grid", ha="center")
     return figure
 
 
@@ -219,7 +219,7 @@ def draw_fuser() -> Figure:
     arrow(ax, (5.75, 2.35), (5.75, 2.0))
     arrow(ax, (5.75, 1.15), (5.75, 1.55))
     ax.text(5.85, 1.33, "k gates a position", va="center", fontsize=10, color=RED)
-    box(ax, 7.7, 1.55, 0.4, 0.45, "+", GREY, weight="bold")
+    box(ax, 7.7, 1.55, 0.4, 0.45, "+", GRAY, weight="bold")
     arrow(ax, (7.4, 1.78), (7.7, 1.78))
     ax.plot([2.0, 2.0, 7.9], [0.93, 0.25, 0.25], color=BLUE, lw=1.3)
     arrow(ax, (7.9, 0.2), (7.9, 1.55), BLUE)
@@ -230,21 +230,21 @@ def draw_fuser() -> Figure:
 def draw_insertion() -> Figure:
     """Prefix tokens pass by the learner, and no block is changed."""
     figure, ax = sheet(8.4, 2.9)
-    for y, colour in [(2.1, RED), (1.25, SKY)]:
-        arrow(ax, (0.75 if colour == RED else 1.6, y), (2.0, y), colour)
+    for y, color in [(2.1, RED), (1.25, SKY)]:
+        arrow(ax, (0.75 if color == RED else 1.6, y), (2.0, y), color)
     row(ax, 0.45, 1.97, 1, RED)
     for i in range(4):
         row(ax, 0.45, 1.72 - 0.3 * i - 0.1, 5, SKY)
     ax.text(0.4, 2.5, "class token,\nregisters", va="center", fontsize=10, color=RED)
     ax.text(0.45, 0.45, "196 positions", va="center", fontsize=10, color=BLUE)
-    box(ax, 2.0, 0.8, 1.2, 1.6, "blocks\n0 to 5,\nas they\nwere", GREY)
+    box(ax, 2.0, 0.8, 1.2, 1.6, "blocks\n0 to 5,\nas they\nwere", GRAY)
     box(ax, 3.85, 0.85, 1.25, 0.8, "TokenLearner", ORANGE, weight="bold", fontsize=10)
     arrow(ax, (3.2, 1.25), (3.85, 1.25), SKY)
     arrow(ax, (3.2, 2.1), (5.85, 2.1), RED)
     arrow(ax, (5.1, 1.25), (5.85, 1.25), ORANGE)
     ax.text(4.5, 2.22, "pass by", ha="center", color=RED, fontsize=10)
     ax.text(4.5, 0.55, "inserted", ha="center", color=INK, fontsize=10)
-    box(ax, 5.85, 0.8, 1.2, 1.6, "blocks\n6 to 11,\nas they\nwere", GREY)
+    box(ax, 5.85, 0.8, 1.2, 1.6, "blocks\n6 to 11,\nas they\nwere", GRAY)
     end = row(ax, 7.4, 1.97, 1, RED)
     row(ax, 7.4, 1.1, 4, ORANGE), row(ax, 7.4, 0.8, 4, ORANGE)
     arrow(ax, (7.05, 2.1), (end - 0.2, 2.1), RED)
@@ -258,15 +258,15 @@ def draw_stream() -> Figure:
     figure, ax = sheet(8.4, 3.3)
     for i in range(6):
         x, new = 0.4 + 0.95 * i, i == 5
-        colour = ORANGE if new else GREY
-        box(ax, x, 2.5, 0.72, 0.5, "now" if new else f"t - {5 - i}", colour)
+        color = ORANGE if new else GRAY
+        box(ax, x, 2.5, 0.72, 0.5, "now" if new else f"t - {5 - i}", color)
         if new:
             arrow(ax, (x + 0.36, 2.5), (x + 0.36, 2.2))
             box(ax, x - 0.2, 1.75, 1.12, 0.45, "encoder", BLUE)
             arrow(ax, (x + 0.36, 1.75), (x + 0.36, 1.4))
-        box(ax, x, 0.95, 0.72, 0.45, "8 tokens", colour, fontsize=9)
+        box(ax, x, 0.95, 0.72, 0.45, "8 tokens", color, fontsize=9)
     ax.text(0.4, 1.95, "seen before: nothing is computed again", va="center", color=INK)
-    arrow(ax, (0.4, 1.15), (0.02, 1.15), GREY)
+    arrow(ax, (0.4, 1.15), (0.02, 1.15), GRAY)
     ax.text(0.4, 0.6, "the ring: tokens of the last 6 frames, the oldest leaves", color=INK)
     arrow(ax, (5.9, 1.17), (6.55, 1.17))
     box(ax, 6.55, 0.75, 1.5, 0.85, "transformer\non 48 tokens", BLUE)

@@ -1,6 +1,6 @@
 """Make the part of Fashion-MNIST that comes with the package.
 
-`python scripts/make_fashion_mnist_small.py SOURCE_DIR OUT_DIR` takes the first pictures of each
+`python scripts/make_fashion_mnist_small.py SOURCE_DIR OUT_DIR` takes the first images of each
 class from the full files in SOURCE_DIR and writes them into OUT_DIR as idx files packed with xz,
 with their licence and a README. The same input gives the same bytes.
 """
@@ -47,18 +47,18 @@ CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 README = """\
 # A part of Fashion-MNIST
 
-{train:,} training and {test:,} test pictures, {h} x {w}, grey, the same number from each of 10
-classes of clothes. Training pictures come from the full training files, test pictures from the
-full test files; no picture is in both. `tokenlearner.load_data("fashion-mnist-small")` reads it.
+{train:,} training and {test:,} test images, {h} x {w}, gray, the same number from each of 10
+classes of clothes. Training images come from the full training files, test images from the
+full test files; no image is in both. `tokenlearner.load_data("fashion-mnist-small")` reads it.
 
 - Source: <https://github.com/zalandoresearch/fashion-mnist>; H. Xiao, K. Rasul, R. Vollgraf,
   "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms",
   arXiv:1708.07747. MIT License, (c) 2017 Zalando SE, see `LICENSE`.
 - Made by `python scripts/make_fashion_mnist_small.py SOURCE_DIR OUT_DIR` from the four full files
-  (Debian: `apt-get install dataset-fashion-mnist`): the first pictures of each class, one class
+  (Debian: `apt-get install dataset-fashion-mnist`): the first images of each class, one class
   after the other in turn, so that the first 10, 20, 30 ... are balanced too; idx files in xz.
-- All {full:,} training pictures, scaled to [0, 1], have mean {mean:.6f} and standard deviation
-  {std:.6f}. Batches are normalised with these.
+- All {full:,} training images, scaled to [0, 1], have mean {mean:.6f} and standard deviation
+  {std:.6f}. Batches are normalized with these.
 
 sha256 of the files:
 
@@ -74,9 +74,9 @@ def make(source: Path, out: Path, per_class: dict[str, int]) -> None:
     """Write the small set; nothing is written when something is wrong with the full one."""
     full = {split: load_data("fashion-mnist", split, root=source) for split in IDX_FILES}
     chosen = {split: first_of_each_class(full[split], per_class[split]) for split in full}
-    pictures = {s: {p.tobytes() for p in full[s].images[chosen[s]].numpy()} for s in full}
-    if shared := len(pictures["train"] & pictures["test"]):
-        raise ValueError(f"{shared} test pictures are also training pictures, expected none")
+    images = {s: {p.tobytes() for p in full[s].images[chosen[s]].numpy()} for s in full}
+    if shared := len(images["train"] & images["test"]):
+        raise ValueError(f"{shared} test images are also training images, expected none")
     raw = {
         name: content
         for split, index in chosen.items()
@@ -103,12 +103,12 @@ def make(source: Path, out: Path, per_class: dict[str, int]) -> None:
 
 
 def first_of_each_class(data: ImageDataset, per_class: int) -> Tensor:
-    """Numbers of the first `per_class` pictures of every class; the classes take turns."""
+    """Numbers of the first `per_class` images of every class; the classes take turns."""
     found = torch.bincount(data.labels, minlength=len(data.classes))
     fewest = int(found.argmin())
     if not 0 < per_class <= found[fewest]:
         raise ValueError(
-            f"{per_class} {data.split} pictures a class were asked for, expected 1 to "
+            f"{per_class} {data.split} images a class were asked for, expected 1 to "
             f"{found[fewest]}, as many as there are of {data.classes[fewest]!r}; "
             f"pass another --{data.split}"
         )
@@ -117,7 +117,7 @@ def first_of_each_class(data: ImageDataset, per_class: int) -> Tensor:
 
 
 def idx_files(data: ImageDataset, index: Tensor) -> dict[str, bytes]:
-    """The chosen pictures and labels as idx files: type, sizes (big-endian), values."""
+    """The chosen images and labels as idx files: type, sizes (big-endian), values."""
     images, labels = data.images[index, 0], data.labels[index].to(torch.uint8)
     return {
         name: bytes((0, 0, 8, values.ndim))
@@ -144,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the bundled part of Fashion-MNIST.")
     parser.add_argument("source", metavar="SOURCE_DIR", type=Path, help="the four full idx files")
     parser.add_argument("out", metavar="OUT_DIR", type=Path, help="made when it is missing")
-    parser.add_argument("--train", type=int, default=800, help="pictures a class (800)")
-    parser.add_argument("--test", type=int, default=200, help="pictures a class (200)")
+    parser.add_argument("--train", type=int, default=800, help="images a class (800)")
+    parser.add_argument("--test", type=int, default=200, help="images a class (200)")
     options = parser.parse_args(arguments)
     try:
         make(options.source, options.out, {"train": options.train, "test": options.test})

@@ -49,7 +49,7 @@ def execute(notebook: Any) -> None:
             resources={"metadata": {"path": folder}},
             config=Config({"KernelManager": sockets if os.name == "posix" else {}}),
         )
-        env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # pictures go inline
+        env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # images go inline
         client.execute(env=env | {"IPYTHONDIR": private, "PYTHONWARNINGS": IGNORED})
 
 

@@ -24,8 +24,8 @@ CLASSES = ("dark", "left", "right", "bright")
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 7}
 
 
-def quarter_pictures(name: str, split: str = "train", **_: Any) -> ImageDataset:
-    """Pictures whose bright half is their class: 64 to train on, an odd number to judge by."""
+def quarter_images(name: str, split: str = "train", **_: Any) -> ImageDataset:
+    """Images whose bright half is their class: 64 to train on, an odd number to judge by."""
     generator = torch.Generator().manual_seed(0 if split == "train" else 1)
     labels = torch.arange(64 if split == "train" else 33) % 4
     images = torch.randint(0, 60, (len(labels), 1, 28, 28), generator=generator)
@@ -97,7 +97,7 @@ def run_all(folder: Path) -> None:
     train(recipe(folder / "taught", model=str(folder / "host"), **TAUGHT))
     said = until(recipe(folder / "stopped", **STOPS), 6)
     engine = Distributed(recipe(folder / "judged"))
-    data, model = quarter_pictures("x", "test"), create_judge()
+    data, model = quarter_images("x", "test"), create_judge()
     sums = engine.sum(sum_metrics(model, data, 5, engine.process, engine.num_processes))
     seen = {"opened": opened, "said": said, "judged": vars(mean_metrics(sums, data))}
     report = folder.parent / f"process-{engine.process}.json"
@@ -105,7 +105,7 @@ def run_all(folder: Path) -> None:
 
 
 def create_judge() -> torch.nn.Module:
-    """The same model in every process, with weights that tell pictures apart."""
+    """The same model in every process, with weights that tell images apart."""
     torch.manual_seed(3)
     return create_model("vit_mini_patch4_28", num_classes=4, in_chans=1, **TINY)
 
@@ -117,7 +117,7 @@ def go_on(folder: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    import_module("tokenlearner.training.run").load_data = quarter_pictures
+    import_module("tokenlearner.training.run").load_data = quarter_images
     {"all": run_all, "go_on": go_on}[sys.argv[1]](Path(sys.argv[2]))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenlearner_command import main
 from torch import nn
 
 from tokenlearner import load_model, save_model
@@ -16,7 +17,6 @@ from tokenlearner.checkpoints.convert import ConvertConfig, convert_checkpoint
 from tokenlearner.checkpoints.readers import read_weights, write_flax
 from tokenlearner.checkpoints.scenic import nest, to_scenic
 from tokenlearner.models.factory import create_model
-from tokenlearner_command import main
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 

@@ -148,7 +148,7 @@ def test_an_image_model_starts_a_video_model_with_its_positions_in_every_frame()
 
 
 @torch.no_grad()
-def test_the_central_start_sees_the_middle_picture_of_each_tubelet() -> None:
+def test_the_central_start_sees_the_middle_image_of_each_tubelet() -> None:
     source, model, clip = randomized(vit()), vivit(), torch.randn(2, 3, 6, 32, 32)
     init_from(model, source)
     expected = torch.cat([source.patch_embed(clip[:, :, i]) for i in (1, 3, 5)], dim=1)
@@ -156,7 +156,7 @@ def test_the_central_start_sees_the_middle_picture_of_each_tubelet() -> None:
 
 
 @torch.no_grad()
-def test_the_average_start_sees_the_mean_picture_of_each_tubelet() -> None:
+def test_the_average_start_sees_the_mean_image_of_each_tubelet() -> None:
     source, model, clip = randomized(vit()), vivit(), torch.randn(2, 3, 6, 32, 32)
     init_from(model, source, tubelet_init="average")
     means = clip.unflatten(2, (3, 2)).mean(3)
@@ -165,11 +165,11 @@ def test_the_average_start_sees_the_mean_picture_of_each_tubelet() -> None:
 
 
 @torch.no_grad()
-def test_a_video_of_equal_frames_is_seen_as_the_picture() -> None:
-    source, picture = randomized(vit()), torch.randn(1, 3, 32, 32)
+def test_a_video_of_equal_frames_is_seen_as_the_image() -> None:
+    source, image = randomized(vit()), torch.randn(1, 3, 32, 32)
     model = ViViT(img_size=32, num_frames=1, sampling="uniform", **TEN).eval()
     init_from(model, source, keep_head=True)
-    torch.testing.assert_close(model(picture.unsqueeze(2)), source(picture))
+    torch.testing.assert_close(model(image.unsqueeze(2)), source(image))
 
 
 def test_an_image_model_starts_a_model_for_live_video() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_app_uploads import film, picture
+from test_app_uploads import make_image, make_video
 from tiny import randomized
 
 from tokenlearner import app as app_module
@@ -91,7 +91,7 @@ def clips() -> OfferedModel:
 
 
 def images(html: str) -> list[tuple[np.ndarray, str]]:
-    """The pictures of a piece of the page, and their alternative texts."""
+    """The images of a piece of the page, and their alternative texts."""
     tags = re.findall(r"<img [^>]*>", html)
     found = [re.search(r'src="data:image/png;base64,([^"]+)" alt="([^"]*)"', tag) for tag in tags]
     assert all(found), tags
@@ -183,7 +183,7 @@ def test_a_model_of_clips_is_tried_on_the_clips_it_is_judged_on(order: str) -> N
     expected, _ = data.take((data.labels == 1).nonzero()[:1, 0])
     taken = seen.taken.transpose(1, 2) if order == "btchw" else seen.taken
     torch.testing.assert_close(taken, expected)
-    assert (seen.seen.shape, seen.is_film) == ((4, 1, 16, 16), True)
+    assert (seen.seen.shape, seen.is_video) == ((4, 1, 16, 16), True)
 
 
 def test_a_missing_checkpoint_is_refused() -> None:
@@ -209,15 +209,15 @@ def test_a_model_without_learned_tokens_has_a_prediction_and_no_maps(
     assert (looked.maps, looked.blocks, len(looked.shares)) == ({}, [], 10)
 
 
-def test_of_a_clip_a_model_of_pictures_predicts_the_mean(
+def test_of_a_clip_a_model_of_images_predicts_the_mean(
     with_tokens: OfferedModel, tmp_path: Path
 ) -> None:
-    path = film(tmp_path / "a.mp4", frames=30)
+    path = make_video(tmp_path / "a.mp4", frames=30)
     seen = with_tokens.intake.read(path, "a")
     looked = predict(with_tokens, seen)
     expected = with_tokens.model(seen.taken).softmax(-1).mean(0).detach()
     torch.testing.assert_close(looked.shares, expected)
-    assert (looked.frames, looked.is_film) == (16, True)
+    assert (looked.frames, looked.is_video) == (16, True)
 
 
 def test_a_model_that_makes_no_numbers_is_refused(with_tokens: OfferedModel) -> None:
@@ -257,7 +257,7 @@ def test_what_there_is_not_cannot_be_shown(
 def test_a_clip_shows_the_maps_of_the_tubelet_that_a_frame_is_in(
     clips: OfferedModel, tmp_path: Path
 ) -> None:
-    seen = clips.intake.read(film(tmp_path / "a.mp4", frames=20), "a")
+    seen = clips.intake.read(make_video(tmp_path / "a.mp4", frames=20), "a")
     looked, maps = predict(clips, seen), compute_maps(clips.model, seen)
     assert looked.blocks == ["0", "1"]
     each = looked.frames // len(maps[1])
@@ -334,8 +334,8 @@ def test_the_map_that_is_shown_is_the_chosen_tokens(with_tokens: OfferedModel) -
     (_, _), (shown, alt), (_, bar) = images(map_view(looked, block, "2", 1))
     expected = overlay(looked.seen[0], looked.shown(block, "2", 1), looked.scale)
     np.testing.assert_allclose(shown[8::16, 8::16], expected * 255, atol=0.51)
-    assert alt.startswith("Map of token 2 over the picture. Strongest at row ")
-    assert bar.startswith("Colours from dark blue for 0 to yellow for ")
+    assert alt.startswith("Map of token 2 over the image. Strongest at row ")
+    assert bar.startswith("Colors from dark blue for 0 to yellow for ")
 
 
 def test_the_words_say_where_a_token_looks(with_tokens: OfferedModel) -> None:
@@ -377,7 +377,7 @@ def test_collapsed_tokens_are_warned_of(with_tokens: OfferedModel) -> None:
 
 
 def test_a_frame_is_named_in_every_part(clips: OfferedModel, tmp_path: Path) -> None:
-    looked = predict(clips, clips.intake.read(film(tmp_path / "a.mp4", frames=20), "a"))
+    looked = predict(clips, clips.intake.read(make_video(tmp_path / "a.mp4", frames=20), "a"))
     parts = (map_view(looked, "1", "3", 5), sheet_view(looked, 5))
     assert all("frame 5 of 8" in words(part) for part in parts)
     assert "From frame to frame:" in words(numbers_view(looked, 5))
@@ -408,14 +408,14 @@ TL4, VIT = "tokenlearner-demo/vit-tl4", "tokenlearner-demo/vit"
 
 
 def test_a_file_is_looked_at_and_the_example_is_let_go(page: AppPage, tmp_path: Path) -> None:
-    shown = page.look(False, TL4, str(picture(tmp_path / "mine.png")), "Trouser")
+    shown = page.look(False, TL4, str(make_image(tmp_path / "mine.png")), "Trouser")
     assert words(shown[STATUS]).startswith(f"mine.png: {TL4} says ")
     assert shown[EXAMPLE]["value"] is None
     assert "value" not in shown[FILE]
 
 
 def test_an_example_is_looked_at_and_the_file_is_let_go(page: AppPage, tmp_path: Path) -> None:
-    shown = page.look(True, TL4, str(picture(tmp_path / "mine.png")), "Trouser")
+    shown = page.look(True, TL4, str(make_image(tmp_path / "mine.png")), "Trouser")
     assert words(shown[STATUS]).startswith(f"Trouser: {TL4} says ")
     assert (shown[EXAMPLE]["value"], shown[FILE]["value"]) == ("Trouser", None)
     assert "its label is Trouser" in words(shown[PREDICTION])
@@ -437,7 +437,7 @@ def test_a_model_without_tokens_says_that_there_are_no_maps(page: AppPage) -> No
 def test_a_broken_file_gives_a_message_and_shows_nothing_else(
     page: AppPage, tmp_path: Path
 ) -> None:
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
     shown = page.look(False, TL4, str(tmp_path / "broken.png"), None)
     assert "broken.png starts like PNG, but cannot be read" in words(shown[STATUS])
     assert 'role="alert"' in shown[STATUS]
@@ -492,7 +492,7 @@ def test_another_token_leaves_its_control_alone_so_that_the_keyboard_stays_there
 
 def test_another_block_brings_its_tokens(clips: OfferedModel, tmp_path: Path) -> None:
     page = AppPage({"clips": clips}, UploadLimits())
-    shown = page.look(False, "clips", str(film(tmp_path / "a.mp4", frames=20)), None)
+    shown = page.look(False, "clips", str(make_video(tmp_path / "a.mp4", frames=20)), None)
     assert (shown[BLOCK]["visible"], shown[FRAME]["maximum"]) == (True, 8)
     views = page.redraw(True, shown[STATE], "1", "9", 7)
     assert views[0] == map_view(shown[STATE][0], "1", ALL_TOKENS, 7)

@@ -19,7 +19,7 @@ import pytest
 from browser import chromium, complaints, requested
 from selenium.webdriver.support.wait import WebDriverWait
 from test_app import MINI, written
-from test_app_uploads import film, picture, png_of
+from test_app_uploads import make_image, make_video, png_of
 from tiny import randomized
 
 from tokenlearner import create_model, save_model
@@ -70,7 +70,7 @@ def server(room: Path, *models: str | Path) -> Iterator[tuple[str, subprocess.Po
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A page with a model of pictures, one of clips and one without learned tokens."""
+    """A page with a model of images, one of clips and one without learned tokens."""
     root = tmp_path_factory.mktemp("models")
     written(root / "learned", 4)
     written(root / "plain", 0)
@@ -156,7 +156,7 @@ def tab_to(browser: Any, kind: str, name: str) -> None:
     raise AssertionError(f"Tab does not lead to {kind} {name!r}")
 
 
-# --- pictures and clips -------------------------------------------------------------------------
+# --- images and clips -------------------------------------------------------------------------
 
 
 def test_an_example_is_shown_with_prediction_maps_numbers_and_cost_at_once(page: Any) -> None:
@@ -166,8 +166,8 @@ def test_an_example_is_shown_with_prediction_maps_numbers_and_cost_at_once(page:
     assert "with learned tokens" in text
 
 
-def test_a_picture_that_is_uploaded_is_looked_at(page: Any, tmp_path: Path) -> None:
-    upload(page, picture(tmp_path / "mine.jpg"))
+def test_a_image_that_is_uploaded_is_looked_at(page: Any, tmp_path: Path) -> None:
+    upload(page, make_image(tmp_path / "mine.jpg"))
     until(page, lambda text: "mine.jpg: learned says" in text)
     assert "mine.jpg, as the model gets it: 28 × 28 pixels." in alts(page)
 
@@ -175,11 +175,11 @@ def test_a_picture_that_is_uploaded_is_looked_at(page: Any, tmp_path: Path) -> N
 def test_another_token_shows_another_map(page: Any) -> None:
     page.find_element("css selector", "input[type=radio][value='3']").click()
     until(page, lambda text: "Where token 3 looks" in text)
-    assert any((alt or "").startswith("Map of token 3 over the picture.") for alt in alts(page))
+    assert any((alt or "").startswith("Map of token 3 over the image.") for alt in alts(page))
 
 
-def test_another_model_looks_at_the_same_picture(page: Any, tmp_path: Path) -> None:
-    upload(page, picture(tmp_path / "mine.jpg"))
+def test_another_model_looks_at_the_same_image(page: Any, tmp_path: Path) -> None:
+    upload(page, make_image(tmp_path / "mine.jpg"))
     until(page, lambda text: "mine.jpg: learned says" in text)
     choose(page, "Model", "plain")
     text = until(page, lambda text: "mine.jpg: plain says" in text)
@@ -194,7 +194,7 @@ def test_another_example_is_looked_at(page: Any) -> None:
 def test_a_clip_is_looked_at_frame_by_frame(page: Any, tmp_path: Path) -> None:
     choose(page, "Model", "clips")
     until(page, lambda text: "clips says" in text or "choose a clip" in text)
-    upload(page, film(tmp_path / "mine.mp4"))
+    upload(page, make_video(tmp_path / "mine.mp4"))
     until(page, lambda text: "mine.mp4, frame 1 of 8" in text)
     field = page.find_element("css selector", "input[type=number]")
     field.clear()
@@ -244,7 +244,7 @@ def test_a_decompression_bomb_is_refused(page: Any, tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_file_is_shown_and_not_run(page: Any, tmp_path: Path) -> None:
-    upload(page, picture(tmp_path / "<img src=x onerror=alert(1)>${1+1}.png"))
+    upload(page, make_image(tmp_path / "<img src=x onerror=alert(1)>${1+1}.png"))
     until(page, lambda text: ("learned says" in text and "onerror" in text) or "img src" in text)
     assert "x" not in [img.get_attribute("src") for img in page.find_elements("tag name", "img")]
 
@@ -283,7 +283,7 @@ def test_a_file_of_the_server_cannot_be_passed_off_as_an_upload(address: str) ->
 # --- for everybody ------------------------------------------------------------------------------
 
 
-def test_every_picture_has_an_alternative_text(page: Any) -> None:
+def test_every_image_has_an_alternative_text(page: Any) -> None:
     assert len(alts(page)) >= 8
     assert all(alts(page))
 
@@ -315,7 +315,7 @@ def test_everything_works_by_the_keyboard(page: Any) -> None:
 
 
 def test_nothing_is_asked_of_other_servers(page: Any, address: str, tmp_path: Path) -> None:
-    upload(page, picture(tmp_path / "mine.jpg"))
+    upload(page, make_image(tmp_path / "mine.jpg"))
     until(page, lambda text: "mine.jpg: learned says" in text)
     found = requested(page)
     assert len(found) > 5
@@ -323,7 +323,7 @@ def test_nothing_is_asked_of_other_servers(page: Any, address: str, tmp_path: Pa
 
 
 def test_the_console_has_no_complaint(page: Any, tmp_path: Path) -> None:
-    upload(page, picture(tmp_path / "mine.jpg"))
+    upload(page, make_image(tmp_path / "mine.jpg"))
     until(page, lambda text: "mine.jpg: learned says" in text)
     known = "Method not implemented."  # by which Gradio ends every upload
     assert [one for one in complaints(page) if known not in one] == []
@@ -336,7 +336,7 @@ def test_the_console_has_no_complaint(page: Any, tmp_path: Path) -> None:
 def test_the_server_ends_cleanly_leaves_nothing_and_connects_nowhere(
     number: int, browser: Any, tmp_path: Path
 ) -> None:
-    room, mine = tmp_path / "room", picture(tmp_path / "mine.jpg")
+    room, mine = tmp_path / "room", make_image(tmp_path / "mine.jpg")
     with server(room, MINI) as (address, process):
         browser.get(address)
         until(browser, lambda text: "Measured now" in text)

@@ -163,11 +163,11 @@ def loaded(*texts: str, img_size: int = 0, dtype: torch.dtype = torch.float32) -
 
 def test_tokens_are_inserted_as_named() -> None:
     models, axes = loaded(MINI, f"{MINI}+insert(4,2,fuse,v1)")
-    picture = torch.zeros(1, *axes)
+    image = torch.zeros(1, *axes)
     assert axes == [1, 28, 28]
     expected = [create_model(MINI), insert(create_model(MINI), 4, 2, fuse=True, learner="v1")]
-    assert [count_macs(model, picture) for model in models.values()] == [
-        count_macs(model, picture) for model in expected
+    assert [count_macs(model, image) for model in models.values()] == [
+        count_macs(model, image) for model in expected
     ]
 
 
@@ -188,7 +188,7 @@ def test_models_are_turned_into_the_dtype() -> None:
 
 
 def test_tokens_that_do_not_fit_are_refused_with_the_model_s_name() -> None:
-    with pytest.raises(ValueError, match=rf"{MINI}\+insert\(50\): num_tokens is 50, but a picture"):
+    with pytest.raises(ValueError, match=rf"{MINI}\+insert\(50\): num_tokens is 50, but an image"):
         loaded(f"{MINI}+insert(50)")
 
 
@@ -220,7 +220,7 @@ def test_tokens_are_inserted_in_the_model_of_the_size_that_is_asked_for() -> Non
 
 
 def test_a_size_without_a_patch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"takes no pictures of 3 x 3 \(.*; pass another img_size"):
+    with pytest.raises(ValueError, match=r"takes no images of 3 x 3 \(.*; pass another img_size"):
         loaded(MINI, img_size=3)
 
 
@@ -267,7 +267,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
     return stopwatch
 
 
-def test_latency_is_of_one_picture_and_the_rest_of_the_batch(watch: Stopwatch) -> None:
+def test_latency_is_of_one_image_and_the_rest_of_the_batch(watch: Stopwatch) -> None:
     found = bench(BenchConfig([MINI], batch_size=4, rounds=3, compile=True))
     assert watch.calls == [
         ([1, 1, 28, 28], 3, {"training": False, "compiled": True}),
@@ -307,7 +307,7 @@ def test_a_row_has_what_is_counted(watch: Stopwatch) -> None:
     assert row.training_peak_memory_mib == peak_memory_mib(models[REDUCED], images, training=True)
 
 
-def test_pictures_that_a_model_cannot_take_are_refused_before_anything_is_timed(
+def test_images_that_a_model_cannot_take_are_refused_before_anything_is_timed(
     watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = torch.nn.Conv2d(3, 2, 3)
@@ -373,7 +373,7 @@ def test_reading_speed_is_bytes_in_the_median_time(monkeypatch: pytest.MonkeyPat
 def made(
     ratio: float = 2.0, weights_mib: float = 1.0, batch_size: int = 8, **speedups: float | Spread
 ) -> BenchResult:
-    """A host of 100 ms, 10 pictures a second in any batch, and a model that is so much faster."""
+    """A host of 100 ms, 10 images a second in any batch, and a model that is so much faster."""
     measurements = [
         Measurement("latency", 1, "ms"),
         Measurement("throughput", batch_size, "images/s"),
@@ -538,9 +538,9 @@ def test_a_run_gives_tables_and_lines_and_leaves_the_files(
     assert "float32; medians (quartiles) of 2 rounds in turn." in lines[-1]
     told = json.loads((tmp_path / "x.json").read_text())
     assert [model["name"] for model in told["models"]] == [MINI, REDUCED]
-    with Image.open(tmp_path / "x.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}
-    assert {(0, 114, 178), (230, 159, 0), (0, 158, 115)} <= colours
+    with Image.open(tmp_path / "x.png") as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(2**24) or []}
+    assert {(0, 114, 178), (230, 159, 0), (0, 158, 115)} <= colors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.png"]
 
 

@@ -44,7 +44,7 @@ def contest(first: float = 90.0, second: float = 88.0, images: int = 10_000) -> 
     return ModelComparison(pair, images, ["Training: short."])
 
 
-def pictures(c: int = 1, classes: int = 4, n: int = 40) -> ImageDataset:
+def make_images(c: int = 1, classes: int = 4, n: int = 40) -> ImageDataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, c, 28, 28), generator=generator).byte()
     names = tuple(f"class {i}" for i in range(classes))
@@ -70,7 +70,7 @@ def test_notes_are_the_accuracy_the_remarks_the_speed_and_the_memory() -> None:
 def test_a_gap_is_weighed_against_chance(images: int, margin: str, verdict: str) -> None:
     note = contest(images=images).notes[0]  # 1.96 sqrt((0.9 * 0.1 + 0.88 * 0.12) / images)
     assert verdict in note
-    assert f"{margin} for {images} pictures" in note
+    assert f"{margin} for {images} images" in note
 
 
 # --- the table and the files --------------------------------------------------------------------
@@ -88,7 +88,7 @@ def row(table: str, label: str) -> list[str]:
 
 
 def test_the_table_has_both_and_their_ratio(table: str) -> None:
-    assert row(table, "GMACs a picture") == ["2.0000", "1.0000", "0.50"]
+    assert row(table, "GMACs an image") == ["2.0000", "1.0000", "0.50"]
 
 
 def test_accuracies_have_no_ratio(table: str) -> None:
@@ -123,21 +123,21 @@ def test_the_metrics_hold_all_numbers(tmp_path: Path) -> None:
     assert [epoch["train_seconds"] for epoch in second["epochs"]] == [1.5, 1.5]
 
 
-# --- the pictures -------------------------------------------------------------------------------
+# --- the images -------------------------------------------------------------------------------
 
 
-def test_one_picture_of_each_class_is_shown() -> None:
-    data = pictures(classes=4)
+def test_one_image_of_each_class_is_shown() -> None:
+    data = make_images(classes=4)
     assert data.labels[one_of_each(data)].tolist() == [0, 1, 2, 3]
 
 
 def test_no_more_than_six_are_shown_spread_over_the_classes() -> None:
-    data = pictures(classes=20)
+    data = make_images(classes=20)
     assert data.labels[one_of_each(data)].tolist() == [0, 4, 8, 11, 15, 19]
 
 
-def test_classes_without_a_picture_are_passed_over() -> None:
-    data = pictures(classes=4)
+def test_classes_without_a_image_are_passed_over() -> None:
+    data = make_images(classes=4)
     kept = data.labels != 2
     part = replace(data, images=data.images[kept], labels=data.labels[kept])
     assert part.labels[one_of_each(part)].tolist() == [0, 1, 3]
@@ -145,12 +145,12 @@ def test_classes_without_a_picture_are_passed_over() -> None:
 
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("learner", ["v11", "v1"])
-def test_maps_are_drawn_of_grey_and_coloured_pictures(
+def test_maps_are_drawn_of_gray_and_colored_images(
     c: int, learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = insert(create_model("vit_mini_patch4_28", **TINY, in_chans=c), 3, learner=learner)
     seen = spy_on_drawing(monkeypatch)
-    data = pictures(c)
+    data = make_images(c)
     path = held_out_images(tmp_path / "maps.png", model, data, [5, 2], "title")
     images, maps, names = seen
     assert torch.allclose(images, data.images[[5, 2]].float() / 255, atol=1e-6)
@@ -159,19 +159,19 @@ def test_maps_are_drawn_of_grey_and_coloured_pictures(
     assert imread(path).shape[0] > 100
 
 
-def test_the_model_is_shown_normalised_pictures(
+def test_the_model_is_shown_normalized_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[torch.Tensor] = []
     model = insert(create_model("vit_mini_patch4_28", **TINY), 3)
     model.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
     spy_on_drawing(monkeypatch, draw=False)
-    held_out_images(tmp_path / "maps.png", model, data := pictures(), [5, 2], "title")
+    held_out_images(tmp_path / "maps.png", model, data := make_images(), [5, 2], "title")
     torch.testing.assert_close(shown[0], (data.images[[5, 2]].float() / 255 - 0.3) / 0.2)
 
 
 def spy_on_drawing(monkeypatch: pytest.MonkeyPatch, draw: bool = True) -> list[Any]:
-    """What `draw_maps` was given: pictures, maps, names."""
+    """What `draw_maps` was given: images, maps, names."""
     seen: list[Any] = []
     module = import_module("tokenlearner.commands._comparison")
     draw_maps = module.draw_maps
@@ -199,7 +199,7 @@ def trained(config: TrainConfig) -> TrainResult:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     module = import_module("tokenlearner.commands._comparison")
-    monkeypatch.setattr(module, "load_data", lambda *args, **options: pictures())
+    monkeypatch.setattr(module, "load_data", lambda *args, **options: make_images())
     monkeypatch.setattr(module, "benchmark", lambda models, images: dict.fromkeys(models, cost(1)))
     return TrainConfig(out=str(tmp_path), model="host", insert=3, teacher="host", epochs=4)
 
@@ -208,7 +208,7 @@ def test_a_host_and_its_reduction_are_named_and_evaluated(config: TrainConfig) -
     result = trained(config)
     host, reduced = compare_with_host(config, result).pair
     assert (host.name, reduced.name) == ("host", "3 learned tokens")
-    assert host.top1_percent == evaluate(result.host, pictures()).top1_percent
+    assert host.top1_percent == evaluate(result.host, make_images()).top1_percent
     assert reduced.top1_percent == 12.5
     assert not host.history
 
@@ -223,11 +223,11 @@ def test_table_metrics_and_maps_are_written(config: TrainConfig) -> None:
 def test_the_notes_say_what_was_calibrated_and_trained(config: TrainConfig) -> None:
     _, calibrating, training, *_ = compare_with_host(config, trained(config)).notes
     assert calibrating == (
-        "Calibrating: 16 pictures without labels, 7 s; what is missed of the variance of the "
+        "Calibrating: 16 images without labels, 7 s; what is missed of the variance of the "
         "host's features went from 125% to 50%."
     )
     assert training == (
-        "Training: 4 epochs of 32 pictures, taught by host; their labels were not used."
+        "Training: 4 epochs of 32 images, taught by host; their labels were not used."
     )
 
 
@@ -235,7 +235,7 @@ def test_the_notes_say_when_labels_were_used(config: TrainConfig) -> None:
     config = replace(config, teacher=None)
     result = replace(trained(config), calibration=None)
     _, training, *_ = compare_with_host(config, result).notes
-    assert training == "Training: 4 epochs of 32 pictures, with their labels."
+    assert training == "Training: 4 epochs of 32 images, with their labels."
 
 
 def test_a_model_that_was_built_new_has_no_host_to_compare_with(config: TrainConfig) -> None:

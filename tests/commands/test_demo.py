@@ -17,17 +17,17 @@ from tokenlearner import data, load_model
 from tokenlearner.commands.demo import DemoConfig, demo, load_photographs
 from tokenlearner.commands.report.render import write_report
 
-PICTURES = {"curves.png", "maps-clothes.png", "maps-photographs.png"}
-MADE = PICTURES | {"metrics.json", "report.html", "table.txt"}
+IMAGES = {"curves.png", "maps-clothes.png", "maps-photographs.png"}
+MADE = IMAGES | {"metrics.json", "report.html", "table.txt"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a demo with few pictures leaves behind."""
+    """What a demo with few images leaves behind."""
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("tokenlearner.training.run"), "load_data", few)
-        brief = partial(write_report, pictures=64)
+        brief = partial(write_report, images=64)
         patch.setattr(import_module("tokenlearner.commands.demo"), "write_report", brief)
         demo(DemoConfig(out=str(out), epochs=2, tokens=4))
     return out
@@ -43,7 +43,7 @@ def test_everything_is_in_the_folder(made: Path) -> None:
     assert {path.name for path in made.iterdir()} == MADE | {"vit", "vit-tl4"}
 
 
-def test_the_pictures_are_png_files_of_readable_size(made: Path) -> None:
+def test_the_images_are_png_files_of_readable_size(made: Path) -> None:
     for path in made.glob("*.png"):
         head = path.read_bytes()[:24]
         assert head.startswith(b"\x89PNG")
@@ -89,7 +89,7 @@ def test_a_second_run_takes_another_folder(made: Path, monkeypatch: pytest.Monke
     assert (made / "metrics.json").read_bytes() == before
 
 
-def test_the_photographs_are_squares_in_colour() -> None:
+def test_the_photographs_are_squares_in_color() -> None:
     for photograph in load_photographs().values():
         assert photograph.shape == (3, 112, 112)
         assert 0 <= photograph.min() < 0.2

@@ -132,7 +132,7 @@ def test_train_then_eval_gives_the_same_accuracy(
     assert top1 > 12  # guessing gets 10
 
 
-def test_train_with_insert_leaves_a_table_and_pictures(
+def test_train_with_insert_leaves_a_table_and_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -144,7 +144,7 @@ def test_train_with_insert_leaves_a_table_and_pictures(
     main(["train", *insertion, *quick])
     out = capsys.readouterr().out
     assert "3 learned tokens" in out
-    assert "top-1 on held-out pictures" in out
+    assert "top-1 on held-out images" in out
     assert out.endswith("The checkpoint is run/model.safetensors\n")
     made = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"table.txt", "metrics.json", "maps.png"} <= made
@@ -293,8 +293,8 @@ SMALL_RUN = [
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of two classes, and a run that was trained on it at 14 pixels, in grey."""
+def make_images(tmp_path: Path) -> Path:
+    """A folder of two classes, and a run that was trained on it at 14 pixels, in gray."""
     for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
         folder = tmp_path / "data" / split / name
         folder.mkdir(parents=True)
@@ -306,19 +306,19 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_eval_judges_as_the_run_did(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [row] = map(json.loads, (pictures / "run" / "metrics.jsonl").read_text().splitlines())
+def test_eval_judges_as_the_run_did(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [row] = map(json.loads, (images / "run" / "metrics.jsonl").read_text().splitlines())
     capsys.readouterr()
-    main(["eval", str(pictures / "run")])
+    main(["eval", str(images / "run")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["images: 6", f"loss: {row['test_loss']:.4f}"]
     assert len(lines) == 4
 
 
-def test_eval_counts_broken_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (pictures / "data" / "val" / "b" / "1.png").write_bytes(b"no picture")
+def test_eval_counts_broken_images(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (images / "data" / "val" / "b" / "1.png").write_bytes(b"no image")
     capsys.readouterr()
-    main(["eval", str(pictures / "run")])
+    main(["eval", str(images / "run")])
     lines = capsys.readouterr().out.splitlines()
     assert (lines[0], lines[-1]) == ("images: 5", "broken: 1")
 
@@ -326,14 +326,14 @@ def test_eval_counts_broken_pictures(pictures: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--img_size", "21"], "cannot be judged by pictures of [1, 21, 21] (Input height (21)"),
-        (["--in_chans", "3"], "cannot be judged by pictures of [3, 14, 14]"),
+        (["--img_size", "21"], "cannot be judged by images of [1, 21, 21] (Input height (21)"),
+        (["--in_chans", "3"], "cannot be judged by images of [3, 14, 14]"),
         (["--root", "nowhere"], "nowhere is not there"),
         (["--data", "torch/cifar10"], "needs torchvision's folder of data; pass root"),
     ],
 )
 def test_eval_s_options_go_before_those_of_the_run(
-    options: list[str], message: str, pictures: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert exit_code("eval", str(pictures / "run"), *options) == 2
+    assert exit_code("eval", str(images / "run"), *options) == 2
     assert message in capsys.readouterr().err

@@ -30,14 +30,14 @@ VIVIT, FRAMEVIT = "vivit_mini_patch8x2_tl4at3_32", "framevit_mini_patch8_f6_tl4a
 INTAKE = InputPipeline((3, 8, 8), (0.5,) * 3, (0.25,) * 3, 1.0, 4, 1, False, "made up")
 
 
-def picture(path: Path, h: int = 30, w: int = 40, mode: str = "RGB") -> Path:
+def make_image(path: Path, h: int = 30, w: int = 40, mode: str = "RGB") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (h, w, 3), np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
     return path
 
 
-def film(path: Path, h: int = 40, w: int = 48, frames: int = 12) -> Path:
+def make_video(path: Path, h: int = 40, w: int = 48, frames: int = 12) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
@@ -71,15 +71,15 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures, a film, two broken files, and what is none of these."""
+    """Two images, a video, two broken files, and what is none of these."""
     root = tmp_path_factory.mktemp("folder")
-    picture(root / "a.png")
-    picture(root / "deep" / "b.jpg")
-    film(root / "c.mkv")
-    (root / "broken.png").write_bytes(b"no picture")
-    (root / "broken.mp4").write_bytes(b"no film")
-    (root / "notes.txt").write_text("no picture either")
-    picture(root / ".hidden" / "d.png")
+    make_image(root / "a.png")
+    make_image(root / "deep" / "b.jpg")
+    make_video(root / "c.mkv")
+    (root / "broken.png").write_bytes(b"no image")
+    (root / "broken.mp4").write_bytes(b"no video")
+    (root / "notes.txt").write_text("no image either")
+    make_image(root / ".hidden" / "d.png")
     return root
 
 
@@ -94,7 +94,7 @@ def looked(
 # --- a folder -----------------------------------------------------------------------------------
 
 
-def test_there_is_a_sheet_for_each_file_and_an_animation_for_each_film(
+def test_there_is_a_sheet_for_each_file_and_an_animation_for_each_video(
     looked: tuple[Path, str, Any],
 ) -> None:
     assert names(looked[0]) == {"a.png", "deep-b.png", "c.png", "c.gif", "c.mp4", "maps.json"}
@@ -105,9 +105,9 @@ def test_broken_files_are_left_out_and_named(looked: tuple[Path, str, Any], fold
         assert f"left out: {folder / name} cannot be read" in looked[1].replace("\n", " ")
 
 
-def test_pictures_and_films_have_a_row_each_in_the_table(looked: tuple[Path, str, Any]) -> None:
+def test_images_and_videos_have_a_row_each_in_the_table(looked: tuple[Path, str, Any]) -> None:
     rows = [line.split() for line in looked[1].splitlines() if " 3 " in line[:40]]
-    assert [row[:4] for row in rows[:2]] == [["2", "pictures", "1", "3"], ["1", "film", "1", "3"]]
+    assert [row[:4] for row in rows[:2]] == [["2", "images", "1", "3"], ["1", "video", "1", "3"]]
 
 
 def test_the_numbers_are_those_of_the_maps(
@@ -118,12 +118,12 @@ def test_the_numbers_are_those_of_the_maps(
     seen = [intake.read(folder / name, "") for name in ("a.png", "deep/b.jpg")]
     [maps] = attention_maps(model, torch.cat([one.taken for one in seen])).values()
     expected = map_run.map_stats(maps)
-    found = looked[2]["stats"]["picture"]["1"]
-    assert (found["pictures"], found["grid"]) == (2, [7, 7])
+    found = looked[2]["stats"]["image"]["1"]
+    assert (found["images"], found["grid"]) == (2, [7, 7])
     np.testing.assert_allclose(found["pairs"], expected.pairs, atol=1e-4)
-    np.testing.assert_allclose(found["across_pictures"], expected.across_pictures, atol=1e-4)
+    np.testing.assert_allclose(found["across_images"], expected.across_images, atol=1e-4)
     assert found["over_frames"] is None
-    assert len(looked[2]["stats"]["film"]["1"]["over_frames"]) == 3
+    assert len(looked[2]["stats"]["video"]["1"]["over_frames"]) == 3
 
 
 def test_of_too_many_files_the_first_are_taken_and_the_rest_is_told(
@@ -136,7 +136,7 @@ def test_of_too_many_files_the_first_are_taken_and_the_rest_is_told(
 
 def test_files_of_one_name_get_sheets_of_their_own(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "a.jpeg", "b/c.png", "b-c.png"):
-        picture(tmp_path / name)
+        make_image(tmp_path / name)
     found = list_inputs(str(tmp_path))
     assert len(found) == 5
     assert sorted(map(str, found.values())) == sorted(str(p) for p in tmp_path.rglob("*.*"))
@@ -146,8 +146,8 @@ def test_files_of_one_name_get_sheets_of_their_own(tmp_path: Path) -> None:
 # --- as the model takes them --------------------------------------------------------------------
 
 
-def test_a_picture_is_cut_as_evaluation_cuts_it_and_shown_as_it_was_cut(tmp_path: Path) -> None:
-    path = picture(tmp_path / "a.png")
+def test_a_image_is_cut_as_evaluation_cuts_it_and_shown_as_it_was_cut(tmp_path: Path) -> None:
+    path = make_image(tmp_path / "a.png")
     seen = INTAKE.read(path, "a")
     plain = timm.data.create_transform(
         (3, 8, 8), crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic"
@@ -158,25 +158,25 @@ def test_a_picture_is_cut_as_evaluation_cuts_it_and_shown_as_it_was_cut(tmp_path
 
 
 @pytest.mark.parametrize("size", [(40, 48), (48, 40), (8, 8)])
-def test_a_film_is_cut_as_the_data_set_of_films_cuts_it(
+def test_a_video_is_cut_as_the_data_set_of_videos_cuts_it(
     tmp_path: Path, size: tuple[int, int]
 ) -> None:
-    path = film(tmp_path / "a.mkv", *size)
+    path = make_video(tmp_path / "a.mkv", *size)
     wanted = DataConfig(img_size=16, in_chans=3, frames=4, stride=2, crop_pct=0.875)
-    data = VideoFolderDataset("film", "test", (str(path),), torch.zeros(1).long(), ("",), wanted)
+    data = VideoFolderDataset("video", "test", (str(path),), torch.zeros(1).long(), ("",), wanted)
     intake = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, 4, 2, False, "")
     torch.testing.assert_close(intake.read(path, "").taken[0], data.plain(data.read(0)))
 
 
 def test_of_frames_that_are_not_square_the_middle_is_taken(tmp_path: Path) -> None:
-    path = film(tmp_path / "a.mkv", 40, 48, frames=4)
+    path = make_video(tmp_path / "a.mkv", 40, 48, frames=4)
     wide = InputPipeline((1, 4, 20, 48), (0.0,), (1.0,), 1.0, 4, 1, False, "").read(path, "")
     full = InputPipeline((1, 4, 40, 48), (0.0,), (1.0,), 1.0, 4, 1, False, "").read(path, "")
     torch.testing.assert_close(wide.seen, full.seen[:, :, 10:30])
 
 
 def test_clips_have_their_axes_in_the_models_order(tmp_path: Path) -> None:
-    path = film(tmp_path / "a.mkv")
+    path = make_video(tmp_path / "a.mkv")
     first, last = (
         InputPipeline((3, 4, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, 4, 1, order, "")
         .read(path, "")
@@ -198,7 +198,7 @@ def test_numbers_are_those_of_the_data_set_of_the_run_beside_the_checkpoint(
     assert found.told_by.startswith("fashion-mnist-small")
 
 
-def test_a_run_on_files_is_normalised_by_imagenet_and_cut_as_it_was(tmp_path: Path) -> None:
+def test_a_run_on_files_is_normalized_by_imagenet_and_cut_as_it_was(tmp_path: Path) -> None:
     run = {"data": "folder", "root": "/nowhere", "crop_pct": 0.7}
     (tmp_path / "train.json").write_text(json.dumps(run))
     found = input_pipeline(create_model(MINI, num_tokens=3), [3, 28, 28], str(tmp_path))
@@ -208,13 +208,13 @@ def test_a_run_on_files_is_normalised_by_imagenet_and_cut_as_it_was(tmp_path: Pa
 @pytest.mark.parametrize(
     ("run", "size", "stride"),
     [
-        ({"data": "film", "stride": 7}, [3, 8, 32, 32], 7),
+        ({"data": "video-folder", "stride": 7}, [3, 8, 32, 32], 7),
         ({"data": "moving-photographs", "stride": 4}, [1, 8, 32, 32], 1),
         ({"data": "folder"}, [3, 28, 28], 4),
         ({}, [3, 8, 32, 32], 4),
     ],
 )
-def test_films_are_read_at_the_stride_of_the_training(
+def test_videos_are_read_at_the_stride_of_the_training(
     run: dict[str, Any], size: list[int], stride: int, tmp_path: Path
 ) -> None:
     if run:
@@ -247,12 +247,12 @@ def test_without_either_imagenets_numbers_count() -> None:
         (MINI, {"num_tokens": 4, "learner": "v1"}, {"3": 4}),
     ],
 )
-def test_models_of_pictures_are_looked_at_block_by_block(
+def test_models_of_images_are_looked_at_block_by_block(
     model: str, options: dict[str, Any], tokens: dict[str, int], tmp_path: Path
 ) -> None:
     saved = save_model(create_model(model, **options), tmp_path / "m.safetensors")
-    said, numbers = look(saved, picture(tmp_path / "a.png"), tmp_path / "out")
-    found = numbers["stats"]["picture"]
+    said, numbers = look(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
+    found = numbers["stats"]["image"]
     assert {i: len(one["pairs"]) for i, one in found.items()} == tokens
     is_v1 = options.get("learner") == "v1"
     assert numbers["maps"] == ("gates" if is_v1 else "distributions")
@@ -263,8 +263,8 @@ def test_models_of_pictures_are_looked_at_block_by_block(
 def test_several_places_have_a_row_each(tmp_path: Path) -> None:
     model = insert(create_model(MINI), (6, 2), at=(1, 3))
     saved = save_model(model, tmp_path / "m.safetensors")
-    _, numbers = look(saved, picture(tmp_path / "a.png"), tmp_path / "out")
-    found = numbers["stats"]["picture"]
+    _, numbers = look(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
+    found = numbers["stats"]["image"]
     assert {i: len(one["pairs"]) for i, one in found.items()} == {"1": 6, "3": 2}
 
 
@@ -276,14 +276,14 @@ def test_models_of_clips_are_looked_at_frame_by_frame(
     model: str, options: dict[str, Any], frames: int, tmp_path: Path
 ) -> None:
     saved = save_model(create_model(model, **options), tmp_path / "m.safetensors")
-    _, numbers = look(saved, film(tmp_path / "a.mkv"), tmp_path / "out", animation="none")
-    (found,) = numbers["stats"]["film"].values()
+    _, numbers = look(saved, make_video(tmp_path / "a.mkv"), tmp_path / "out", animation="none")
+    (found,) = numbers["stats"]["video"].values()
     assert found["frames"] == frames
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
 
 
 def test_the_animation_of_a_clip_has_all_its_frames(tmp_path: Path) -> None:
-    look(VIVIT, film(tmp_path / "a.mkv"), tmp_path / "out", animation="gif")
+    look(VIVIT, make_video(tmp_path / "a.mkv"), tmp_path / "out", animation="gif")
     with Image.open(tmp_path / "out" / "a.gif") as image:
         shown: Any = image
         assert shown.n_frames == 8
@@ -305,10 +305,10 @@ def transformers() -> nn.Module:
 def test_a_model_of_ones_own_is_looked_at_in_place_of_a_checkpoint(
     host: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
-    config = MapsConfig("mine", str(picture(tmp_path / "a.png")), str(tmp_path / "out"))
+    config = MapsConfig("mine", str(make_image(tmp_path / "a.png")), str(tmp_path / "out"))
     _, *said = run_maps(config, (insert(host(), 3), (3, 32, 32)))
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
-    assert "normalised as ImageNet" in said[2]
+    assert "normalized as ImageNet" in said[2]
     assert not any("weights are random" in one for one in said)
 
 
@@ -316,7 +316,7 @@ def test_a_frame_of_a_tubelet_shows_the_tubelets_maps() -> None:
     seen = map_run.MapInput("a", torch.rand(8, 1, 4, 4), torch.empty(0), True)
     maps = {3: torch.rand(4, 2, 2, 2)}
     rows = [map_run.moment_rows(seen, maps, frame)[0] for frame in range(8)]
-    assert all(torch.equal(row.picture, seen.seen[i]) for i, row in enumerate(rows))
+    assert all(torch.equal(row.image, seen.seen[i]) for i, row in enumerate(rows))
     assert all(torch.equal(row.maps, maps[3][i // 2]) for i, row in enumerate(rows))
     assert [row.label for row in rows[:2]] == ["frame 1\nblock 3", "frame 2\nblock 3"]
 
@@ -324,7 +324,7 @@ def test_a_frame_of_a_tubelet_shows_the_tubelets_maps() -> None:
 def test_that_weights_are_random_is_said_of_a_name_and_not_of_a_checkpoint(
     looked: tuple[Path, str, Any], tmp_path: Path
 ) -> None:
-    said, numbers = look(MIXER, picture(tmp_path / "a.png", mode="L"), tmp_path / "out")
+    said, numbers = look(MIXER, make_image(tmp_path / "a.png", mode="L"), tmp_path / "out")
     assert f"{MIXER} is a name and no checkpoint: its weights are random" in said
     assert any("weights are random" in remark for remark in numbers["remarks"])
     assert "weights are random" not in looked[1]
@@ -335,8 +335,8 @@ def test_that_weights_are_random_is_said_of_a_name_and_not_of_a_checkpoint(
 
 def made(path: Path, kind: str) -> Path:
     """A source of some kind."""
-    if kind in ("picture", "film"):
-        return picture(path / "a.png") if kind == "picture" else film(path / "a.mkv")
+    if kind in ("image", "video"):
+        return make_image(path / "a.png") if kind == "image" else make_video(path / "a.mkv")
     if kind.startswith("."):
         (path / f"a{kind}").write_bytes(b"nothing of the kind")
         return path / f"a{kind}"
@@ -348,9 +348,9 @@ def made(path: Path, kind: str) -> Path:
     ("source", "message"),
     [
         ("nowhere", "there is no file or folder"),
-        ("empty", "holds no picture or film"),
+        ("empty", "holds no image or video"),
         (".txt", "ends in '.txt', expected one of"),
-        (".png", "nothing in .* can be read: .*a.png cannot be read as a picture"),
+        (".png", "nothing in .* can be read: .*a.png cannot be read as an image"),
         (".mp4", "nothing in .* can be read: .*a.mp4 cannot be read"),
     ],
 )
@@ -365,10 +365,10 @@ def test_a_source_that_holds_nothing_is_refused(
 @pytest.mark.parametrize(
     ("model", "source", "options", "message"),
     [
-        (MINI, "picture", {}, r"has no learned tokens to look at; `tokenlearner train"),
-        ("vit_mini", "picture", {}, "there is no model 'vit_mini'"),
-        (VIVIT, "picture", {}, "takes clips of 8 frames, but .* pictures only; pass a film"),
-        (VIVIT, "film", {"frames": 4}, "frames is 4, but the model takes clips of 8"),
+        (MINI, "image", {}, r"has no learned tokens to look at; `tokenlearner train"),
+        ("vit_mini", "image", {}, "there is no model 'vit_mini'"),
+        (VIVIT, "image", {}, "takes clips of 8 frames, but .* images only; pass a video"),
+        (VIVIT, "video", {"frames": 4}, "frames is 4, but the model takes clips of 8"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_made(
@@ -381,40 +381,40 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_made(
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("a.png", "a.png is a file"), ("a.png/out", "a.png is a file"), ("", "pictures are read")],
+    [("a.png", "a.png is a file"), ("a.png/out", "a.png is a file"), ("", "images are read")],
 )
 def test_a_folder_that_cannot_be_made_is_refused(
     out: str, message: str, mini: Path, tmp_path: Path
 ) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     with pytest.raises(ValueError, match=message):
         look(mini, tmp_path, tmp_path / out)
 
 
 def test_a_folder_inside_the_source_is_refused(mini: Path, tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="whose pictures are read; pass a folder outside"):
+    make_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="whose images are read; pass a folder outside"):
         look(mini, tmp_path, tmp_path / "deep" / "out")
 
 
-def test_films_without_pyav_are_refused_with_the_extra(
+def test_videos_without_pyav_are_refused_with_the_extra(
     mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(map_run, "find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match=r"films need PyAV; run pip install 'tokenlearner\[video\]"
+        ValueError, match=r"videos need PyAV; run pip install 'tokenlearner\[video\]"
     ):
-        look(mini, film(tmp_path / "a.mkv"), tmp_path / "out")
+        look(mini, make_video(tmp_path / "a.mkv"), tmp_path / "out")
 
 
-def test_a_model_of_other_channels_than_pictures_have_is_refused(tmp_path: Path) -> None:
+def test_a_model_of_other_channels_than_images_have_is_refused(tmp_path: Path) -> None:
     model = create_model(MINI, num_tokens=3, in_chans=2)
     with pytest.raises(ValueError, match="takes 2 channels; files have 3"):
         input_pipeline(model, [2, 28, 28], None)
 
 
-def test_a_picture_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
-    config = MapsConfig("mine", str(picture(tmp_path / "a.png")), str(tmp_path / "out"))
+def test_a_image_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
+    config = MapsConfig("mine", str(make_image(tmp_path / "a.png")), str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"does not take \[1, 3, 20, 20\] .*; pass img_size"):
         run_maps(config, (create_model(MINI, num_tokens=3, in_chans=3), (3, 20, 20)))
 
@@ -435,7 +435,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         MapsConfig("a", "b", "c", **options)
 
 
-def test_the_size_of_pictures_can_be_set(mini: Path, tmp_path: Path) -> None:
-    _, numbers = look(mini, picture(tmp_path / "a.png"), tmp_path / "out", img_size=16)
+def test_the_size_of_images_can_be_set(mini: Path, tmp_path: Path) -> None:
+    _, numbers = look(mini, make_image(tmp_path / "a.png"), tmp_path / "out", img_size=16)
     assert numbers["intake"]["size"] == [3, 16, 16]
-    assert numbers["stats"]["picture"]["1"]["grid"] == [4, 4]
+    assert numbers["stats"]["image"]["1"]["grid"] == [4, 4]

@@ -38,7 +38,7 @@ from tokenlearner.commands.report.render import ReportConfig, write_report
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
-FEW = 40  # pictures that a model is judged by
+FEW = 40  # images that a model is judged by
 VOID = {"meta", "link", "img", "line", "polyline", "br"}
 
 
@@ -153,7 +153,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = {"ViT": epochs(), "ViT on tokens": epochs(start=60.0)}
     (out / "metrics.json").write_text(json.dumps(contest(**models)))
     Image.new("RGB", (40, 20), (9, 99, 199)).save(out / "maps-clothes.png")
-    write_report(out, pictures=FEW)
+    write_report(out, images=FEW)
     return out
 
 
@@ -196,7 +196,7 @@ def test_the_command_that_makes_it_again_is_told(page: Page) -> None:
 
 
 def test_the_table_has_the_contest_s_numbers_and_their_ratio(page: Page) -> None:
-    assert page.row("top-1 on held-out pictures, %") == ["60.0", "61.0", "+1.0 points"]
+    assert page.row("top-1 on held-out images, %") == ["60.0", "61.0", "+1.0 points"]
     assert page.row("images/s, inference") == ["100.0 (90.0–110.0)", "101.0 (90.9–111.1)", "1.01"]
     assert page.row("seconds of training") == ["3.000", "3.000", "1.00"]
     assert ("A note.") in [text for _, text in page.all("li")]
@@ -230,7 +230,7 @@ def test_the_confusion_matrix_is_that_of_the_saved_model(page: Page, demo: Path)
         right = evaluate(load_model(demo / folder), data).top1_percent
         title = [text for _, text in page.all("h3")].index(name)
         remark = [text for _, text in page.all("p") if "are right" in text][title]
-        assert f"{FEW} pictures of 2,000, drawn by a seed" in remark
+        assert f"{FEW} images of 2,000, drawn by a seed" in remark
         assert f"{right:.1f} % are right" in remark
 
 
@@ -246,7 +246,7 @@ def test_options_are_folded_and_those_that_differ_stand_out(page: Page) -> None:
 
 
 def test_the_same_folder_gives_the_same_report(demo: Path, tmp_path: Path) -> None:
-    again = write_report(demo, tmp_path / "again.html", pictures=FEW)
+    again = write_report(demo, tmp_path / "again.html", images=FEW)
     assert again.read_bytes() == (demo / "report.html").read_bytes()
 
 
@@ -277,7 +277,7 @@ def test_the_page_can_be_read_without_seeing_it(page: Page) -> None:
     drawings = [attrs for attrs, _ in page.all("svg") if "aria-hidden" not in attrs]
     ids = Counter(attrs["id"] for _, attrs, _ in page.elements if attrs.get("id"))
     assert len(drawings) == 8
-    assert all(ids[name] == 1 for one in drawings for name in str(one["aria-labelledby"]).split())
+    assert all(ids[name] == 1 for one in drawings for name in str(one["aria-labeledby"]).split())
     assert max(ids.values()) == 1
 
 
@@ -309,7 +309,7 @@ def test_chromium_shows_it_without_a_request_or_a_complaint(demo: Path, width: i
 
 
 @pytest.mark.slow
-def test_chromium_has_other_colours_in_the_dark_with_contrast(demo: Path) -> None:
+def test_chromium_has_other_colors_in_the_dark_with_contrast(demo: Path) -> None:
     script = "return getComputedStyle(document.body)[arguments[0]]"
     seen = {}
     with chromium() as browser:
@@ -342,7 +342,7 @@ def test_names_of_classes_and_options_are_text(
     monkeypatch.setattr(
         import_module("tokenlearner.data.factory"), "load_data", lambda *a, **k: named
     )
-    page = Page(write_report(folder, title=f"{EVIL} title", pictures=FEW))
+    page = Page(write_report(folder, title=f"{EVIL} title", images=FEW))
     assert not page.all("script", "b")
     assert [text for _, text in page.all("h1")] == [f"{EVIL} title"]
     assert page.row("teacher") == [EVIL]
@@ -363,10 +363,10 @@ def test_names_in_a_file_are_text(tmp_path: Path) -> None:
 
 
 def test_a_run_with_tokens_gets_maps_drawn(tmp_path: Path) -> None:
-    page = Page(write_report(made_run(tmp_path / "run", tokens=2), pictures=FEW))
+    page = Page(write_report(made_run(tmp_path / "run", tokens=2), images=FEW))
     assert page.headings[3:5] == ["Where the learned tokens look", "Confusion matrix"]
     [(attrs, _)] = page.all("img")
-    assert str(attrs["alt"]).endswith("run: held-out pictures and where each learned token looks.")
+    assert str(attrs["alt"]).endswith("run: held-out images and where each learned token looks.")
     assert page.row("held-out top-1, last epoch, %") == ["52.0"]
     assert page.row("training images/s, median") == ["150.0"]
 
@@ -374,17 +374,17 @@ def test_a_run_with_tokens_gets_maps_drawn(tmp_path: Path) -> None:
 def test_runs_in_one_folder_stand_side_by_side(tmp_path: Path) -> None:
     made_run(tmp_path / "a")
     made_run(tmp_path / "b", rows=epochs(start=55.0), lr=0.5)
-    page = Page(write_report(tmp_path, pictures=0))
+    page = Page(write_report(tmp_path, images=0))
     assert page.row("learning rate") == ["0.001", "0.5"]
     assert page.row("held-out top-1, best epoch, %") == ["52.0", "57.0", "+5.0 points"]
     assert "Top-1 against training speed" in [text for _, text in page.all("figcaption")]
-    assert "Left out, since pictures is 0." in page.problems
+    assert "Left out, since images is 0." in page.problems
 
 
 def test_of_many_runs_each_has_a_row(tmp_path: Path) -> None:
     for name in "abcde":
         made_run(tmp_path / name)
-    page = Page(write_report(tmp_path, pictures=0))
+    page = Page(write_report(tmp_path, images=0))
     assert page.row("a")[0] == "vit_mini_patch4_28"
     heads = [text for attrs, text in page.all("th") if attrs.get("scope") == "col"]
     assert "held-out top-1, last epoch, %" in heads
@@ -392,7 +392,7 @@ def test_of_many_runs_each_has_a_row(tmp_path: Path) -> None:
 
 def test_a_file_of_a_run_stands_for_its_folder(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run")
-    assert write_report(folder / "metrics.jsonl", pictures=0) == folder / "report.html"
+    assert write_report(folder / "metrics.jsonl", images=0) == folder / "report.html"
 
 
 def test_the_host_of_an_inserted_model_is_judged_too(tmp_path: Path) -> None:
@@ -404,12 +404,12 @@ def test_the_host_of_an_inserted_model_is_judged_too(tmp_path: Path) -> None:
     (folder / "train.json").write_text(json.dumps(recipe))
     models: dict[str, Any] = {"host": [], "2 learned tokens": epochs()}
     (folder / "metrics.json").write_text(json.dumps(contest(**models)))
-    page = Page(write_report(folder, pictures=FEW))
+    page = Page(write_report(folder, images=FEW))
     assert [text for _, text in page.all("h3")] == ["host", "2 learned tokens"]
     assert page.row("learned tokens") == ["2 inserted at 0.5"]
 
 
-def test_a_name_has_one_colour_in_all_charts(tmp_path: Path) -> None:
+def test_a_name_has_one_color_in_all_charts(tmp_path: Path) -> None:
     models: dict[str, Any] = {"host": [], "tokens": epochs()}
     (tmp_path / "metrics.json").write_text(json.dumps(contest(**models)))
     page = Page(write_report(tmp_path))
@@ -426,7 +426,7 @@ def test_contests_side_by_side_have_their_folders_names(tmp_path: Path) -> None:
         (tmp_path / name / "metrics.json").write_text(json.dumps(contest(**models)))
     found = read_source(tmp_path)
     assert [run.name for run in found.runs] == ["a: tokens", "b: tokens"]
-    page = Page(write_report(tmp_path, pictures=0))
+    page = Page(write_report(tmp_path, images=0))
     assert "a/metrics.json" in [text for _, text in page.all("th")]
 
 
@@ -522,14 +522,14 @@ def test_a_line_that_was_cut_off_is_named_and_the_rest_is_told(tmp_path: Path) -
     folder = made_run(tmp_path / "run")
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"epoch": 3, "train_')
-    page = Page(write_report(folder, pictures=0))
+    page = Page(write_report(folder, images=0))
     assert f"line 3 of {metrics} cannot be read" in page.problems
     assert page.row("held-out top-1, last epoch, %") == ["52.0"]
 
 
 def test_rows_of_an_older_version_have_gaps(tmp_path: Path) -> None:
     rows = [{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "train_loss": "odd", "test_loss": None}]
-    page = Page(write_report(made_run(tmp_path / "run", rows=rows), pictures=0))
+    page = Page(write_report(made_run(tmp_path / "run", rows=rows), images=0))
     assert page.row("epochs") == ["2"]
     assert page.row("held-out top-1, last epoch, %") == ["–"]
     charts = [text for attrs, text in page.all("figure") if attrs.get("class") == "chart"]
@@ -538,7 +538,7 @@ def test_rows_of_an_older_version_have_gaps(tmp_path: Path) -> None:
 
 def test_numbers_that_are_none_are_not_drawn(tmp_path: Path) -> None:
     rows = [*epochs(), {"epoch": 3, "train_loss": float("nan"), "train_seconds": float("inf")}]
-    page = Page(write_report(made_run(tmp_path / "run", rows=rows), pictures=0))
+    page = Page(write_report(made_run(tmp_path / "run", rows=rows), images=0))
     assert not [text for _, text in page.all("desc", "td", "text") if text in ("nan", "inf")]
     assert all("nan" not in text for _, text in page.all("desc"))
     assert "by time" not in " ".join(text for _, text in page.all("figcaption"))
@@ -550,7 +550,7 @@ def test_a_contest_of_an_older_version_has_gaps(tmp_path: Path) -> None:
     del told["models"][1]["cost"]["images_per_second"]
     (tmp_path / "metrics.json").write_text(json.dumps(told))
     page = Page(write_report(tmp_path))
-    assert page.row("top-1 on held-out pictures, %") == ["–", "61.0", ""]
+    assert page.row("top-1 on held-out images, %") == ["–", "61.0", ""]
     assert page.row("images/s, inference") == ["100.0 (90.0–110.0)", "–", ""]
     assert not [attrs for attrs, _ in page.all("ul") if attrs.get("class") == "notes"]
 
@@ -560,7 +560,7 @@ def test_broken_files_beside_a_run_are_named(tmp_path: Path) -> None:
     (folder / "metrics.json").write_text('{"models": [')
     (folder / "maps.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     (folder / "train.json").write_text("[]")
-    page = Page(write_report(folder, pictures=FEW))
+    page = Page(write_report(folder, images=FEW))
     assert f"{folder / 'metrics.json'} cannot be read" in page.problems
     assert f"{folder / 'maps.png'} is no complete PNG file" in page.problems
     assert "train.json holds a list, expected a JSON object" in page.problems
@@ -582,7 +582,7 @@ def test_why_a_model_cannot_be_judged_is_said(
     folder = made_run(tmp_path / "run")
     recipe = json.loads((folder / "train.json").read_text()) | changes
     (folder / "train.json").write_text(json.dumps(recipe))
-    page = Page(write_report(folder, pictures=FEW))
+    page = Page(write_report(folder, images=FEW))
     assert f"Not shown for run: {reason}" in page.problems
     assert not [text for _, text in page.all("h3")]
 
@@ -624,17 +624,17 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "x.html").mkdir()
     with pytest.raises(ValueError, match="which is a folder; name a file"):
         write_report(folder, tmp_path / "x.html")
-    with pytest.raises(ValueError, match="pictures is -1, expected an integer of 0 or more"):
-        ReportConfig("x", pictures=-1)
+    with pytest.raises(ValueError, match="images is -1, expected an integer of 0 or more"):
+        ReportConfig("x", images=-1)
     assert not [*tmp_path.rglob("report.*")]
 
 
 def test_a_report_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run")
-    first = write_report(folder, pictures=0).read_text()
+    first = write_report(folder, images=0).read_text()
     (folder / "metrics.jsonl").write_text(json.dumps(epochs(1, start=80.0)[0]))
     os.utime(folder / "metrics.jsonl", (0, 0))
-    second = write_report(folder, pictures=0).read_text()
+    second = write_report(folder, images=0).read_text()
     assert "81.0" in second
     assert "81.0" not in first
     assert "1970-01-01 00:00 UTC" in second
@@ -693,18 +693,18 @@ def test_nothing_to_draw_is_no_chart() -> None:
 
 def test_a_dozen_lines_all_look_different() -> None:
     looks = [line_style(number) for number in range(12)]
-    assert len({(look.colour, look.shape) for look in looks}) == 12
+    assert len({(look.color, look.shape) for look in looks}) == 12
     assert looks[0].dashes != looks[1].dashes
 
 
-def test_the_colours_are_cividis() -> None:
+def test_the_colors_are_cividis() -> None:
     for share in np.linspace(0, 1, 41):
         ground, _ = cividis(float(share))
         shown = [int(ground[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert np.abs(np.array(shown) - colormaps["cividis"](share)[:3]).max() < 0.04
 
 
-def test_the_ink_can_be_read_on_every_colour() -> None:
+def test_the_ink_can_be_read_on_every_color() -> None:
     for share in np.linspace(-0.1, 1.1, 61):
         ground, ink = cividis(float(share))
         shown = np.array([int(ground[i : i + 2], 16) / 255 for i in (1, 3, 5)])
@@ -724,7 +724,7 @@ def test_a_matrix_has_shares_of_rows_and_lists_what_is_mistaken_most() -> None:
     ]
     assert matrix.cells[0][1].told == "2 of 8 of a taken for b"
     assert matrix.worst.rows == [["c taken for a", "5", "100"], ["a taken for b", "2", "25"]]
-    assert matrix.remark == "17 pictures (data, test); 58.8 % are right."
+    assert matrix.remark == "17 images (data, test); 58.8 % are right."
 
 
 def test_of_many_classes_those_that_are_mistaken_most_are_shown() -> None:

@@ -45,8 +45,8 @@ def bundled() -> dict[str, ImageDataset]:
     return {split: load_data("fashion-mnist-small", split) for split in SIZES}
 
 
-def pictures(n: int = 10, c: int = 1) -> ImageDataset:
-    """Numbered pictures: every byte of picture i is i, and so is its label."""
+def make_images(n: int = 10, c: int = 1) -> ImageDataset:
+    """Numbered images: every byte of image i is i, and so is its label."""
     images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, c, 2, 3).clone()
     classes = tuple(map(str, range(n)))
     return ImageDataset(
@@ -89,7 +89,7 @@ def labels_of(batches: object) -> list[int]:
 
 def test_the_known_names_are_listed() -> None:
     assert set(list_data()) == {
-        *("fashion-mnist-small", "fashion-mnist", "moving-photographs", "folder", "film"),
+        *("fashion-mnist-small", "fashion-mnist", "moving-photographs", "folder", "video-folder"),
         *("torch/", "hfds/", "hfids/", "wds/"),
     }
 
@@ -107,7 +107,7 @@ def test_the_bundled_set_is_balanced(bundled: dict[str, ImageDataset], split: st
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_the_first_pictures_of_the_bundled_set_are_balanced_too(
+def test_the_first_images_of_the_bundled_set_are_balanced_too(
     bundled: dict[str, ImageDataset], split: str
 ) -> None:
     assert all(len(ten.unique()) == 10 for ten in bundled[split].labels.split(10))
@@ -121,13 +121,13 @@ def test_the_class_names_are_those_of_torchvision(bundled: dict[str, ImageDatase
     assert list(bundled["train"].classes) == torchvision.datasets.FashionMNIST.classes
 
 
-def test_no_bundled_test_picture_is_a_training_picture(bundled: dict[str, ImageDataset]) -> None:
+def test_no_bundled_test_image_is_a_training_image(bundled: dict[str, ImageDataset]) -> None:
     train, test = ({p.tobytes() for p in bundled[s].images.numpy()} for s in ("train", "test"))
     assert len(test) == SIZES["test"]
     assert not train & test
 
 
-def test_bundled_pictures_use_the_whole_range_from_0_to_255(
+def test_bundled_images_use_the_whole_range_from_0_to_255(
     bundled: dict[str, ImageDataset],
 ) -> None:
     images = bundled["train"].images
@@ -135,8 +135,8 @@ def test_bundled_pictures_use_the_whole_range_from_0_to_255(
     assert [int(v) for v in images.aminmax()] == [0, 255]
 
 
-def test_labels_belong_to_their_pictures(bundled: dict[str, ImageDataset]) -> None:
-    """The nearest class mean names far more than one test picture in ten."""
+def test_labels_belong_to_their_images(bundled: dict[str, ImageDataset]) -> None:
+    """The nearest class mean names far more than one test image in ten."""
     train, test = bundled["train"], bundled["test"]
     means = torch.stack([train.images[train.labels == k].float().mean(0) for k in range(10)])
     nearest = torch.cdist(test.images.float().flatten(1), means.flatten(1)).argmin(1)
@@ -153,7 +153,7 @@ def test_the_bundled_mean_and_std_are_those_the_script_computed(
     assert (data.mean, data.std) == ((float(computed[1]),), (float(computed[2]),))
 
 
-def test_normalised_bundled_pictures_have_mean_0_and_std_1(
+def test_normalized_bundled_images_have_mean_0_and_std_1(
     bundled: dict[str, ImageDataset],
 ) -> None:
     std, mean = torch.std_mean(next(bundled["train"].batches(8000))[0])
@@ -182,10 +182,10 @@ def test_the_bundled_set_comes_with_its_licence() -> None:
     assert "Copyright (c) 2017 Zalando SE" in text
 
 
-# One picture, and batches
+# One image, and batches
 
 
-def test_one_picture_is_float32_from_0_to_1_with_an_int_label(
+def test_one_image_is_float32_from_0_to_1_with_an_int_label(
     bundled: dict[str, ImageDataset],
 ) -> None:
     data = bundled["test"]
@@ -198,56 +198,56 @@ def test_one_picture_is_float32_from_0_to_1_with_an_int_label(
 
 
 def test_a_data_loader_with_workers_reads_the_data_set() -> None:
-    loader = DataLoader(pictures(), batch_size=4, num_workers=1)
+    loader = DataLoader(make_images(), batch_size=4, num_workers=1)
     assert labels_of(loader) == list(range(10))
 
 
-def test_a_for_loop_ends_after_the_last_picture() -> None:
-    assert [label for _, label in pictures()] == list(range(10))  # type: ignore[attr-defined]
+def test_a_for_loop_ends_after_the_last_image() -> None:
+    assert [label for _, label in make_images()] == list(range(10))  # type: ignore[attr-defined]
 
 
 def test_a_pickled_data_set_comes_back_whole() -> None:
-    data = pictures()
+    data = make_images()
     assert torch.equal(pickle.loads(pickle.dumps(data)).images, data.images)
 
 
-def test_printing_a_data_set_does_not_print_its_pictures() -> None:
-    assert "tensor" not in repr(pictures())
-    assert "made-up" in repr(pictures())
+def test_printing_a_data_set_does_not_print_its_images() -> None:
+    assert "tensor" not in repr(make_images())
+    assert "made-up" in repr(make_images())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 64])
-def test_batches_hold_every_picture_once_and_in_order(batch_size: int) -> None:
-    assert labels_of(pictures().batches(batch_size)) == list(range(10))
+def test_batches_hold_every_image_once_and_in_order(batch_size: int) -> None:
+    assert labels_of(make_images().batches(batch_size)) == list(range(10))
 
 
 def test_only_the_last_batch_is_smaller() -> None:
-    assert [len(images) for images, _ in pictures().batches(4)] == [4, 4, 2]
+    assert [len(images) for images, _ in make_images().batches(4)] == [4, 4, 2]
 
 
 def test_drop_last_leaves_out_the_batch_that_is_not_full() -> None:
-    assert [len(images) for images, _ in pictures().batches(4, drop_last=True)] == [4, 4]
+    assert [len(images) for images, _ in make_images().batches(4, drop_last=True)] == [4, 4]
 
 
 def test_drop_last_keeps_a_last_batch_that_is_full() -> None:
-    assert labels_of(pictures().batches(5, drop_last=True)) == list(range(10))
+    assert labels_of(make_images().batches(5, drop_last=True)) == list(range(10))
 
 
-def test_shuffled_batches_hold_every_picture_once_and_in_another_order() -> None:
-    labels = labels_of(pictures(100).batches(7, shuffle=True))
+def test_shuffled_batches_hold_every_image_once_and_in_another_order() -> None:
+    labels = labels_of(make_images(100).batches(7, shuffle=True))
     assert sorted(labels) == list(range(100))
     assert labels != list(range(100))
 
 
-def test_shuffled_labels_stay_with_their_pictures() -> None:
-    for images, labels in pictures().batches(3, shuffle=True):
+def test_shuffled_labels_stay_with_their_images() -> None:
+    for images, labels in make_images().batches(3, shuffle=True):
         assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
 
 
 def test_the_same_generator_seed_gives_the_same_order() -> None:
     def order(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return labels_of(pictures(100).batches(7, shuffle=True, generator=generator))
+        return labels_of(make_images(100).batches(7, shuffle=True, generator=generator))
 
     assert order(0) == order(0)
     assert order(0) != order(1)
@@ -255,18 +255,20 @@ def test_the_same_generator_seed_gives_the_same_order() -> None:
 
 def test_one_generator_gives_another_order_each_epoch() -> None:
     generator = torch.Generator().manual_seed(0)
-    epochs = [labels_of(pictures(100).batches(7, shuffle=True, generator=generator)) for _ in "ab"]
+    epochs = [
+        labels_of(make_images(100).batches(7, shuffle=True, generator=generator)) for _ in "ab"
+    ]
     assert epochs[0] != epochs[1]
 
 
 def test_a_given_generator_leaves_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
-    labels_of(pictures().batches(3, shuffle=True, generator=torch.Generator().manual_seed(0)))
+    labels_of(make_images().batches(3, shuffle=True, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_batches_are_normalised_channel_by_channel() -> None:
-    data = replace(pictures(c=3), mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0))
+def test_batches_are_normalized_channel_by_channel() -> None:
+    data = replace(make_images(c=3), mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0))
     images, _ = next(data.batches(10))
     mean, std = np.array(data.mean), np.array(data.std)
     expected = (data.images.numpy() / 255.0 - mean[:, None, None]) / std[:, None, None]
@@ -275,7 +277,7 @@ def test_batches_are_normalised_channel_by_channel() -> None:
 
 
 def test_changing_a_batch_does_not_change_the_data_set() -> None:
-    data = pictures()
+    data = make_images()
     images, labels = next(data.batches(10))
     images.zero_()
     labels.zero_()
@@ -285,46 +287,46 @@ def test_changing_a_batch_does_not_change_the_data_set() -> None:
 
 def test_a_batch_size_below_1_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="batch_size is 0, expected 1 or more"):
-        pictures().batches(0)
+        make_images().batches(0)
 
 
 def test_drop_last_that_would_leave_no_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="10 images make no batch of 11; pass batch_size=10"):
-        pictures().batches(11, drop_last=True)
+        make_images().batches(11, drop_last=True)
 
 
 # A part of it
 
 
-def test_a_sample_has_as_many_pictures_each_once() -> None:
-    labels = labels_of(pictures(100).sample(30).batches(30))
+def test_a_sample_has_as_many_images_each_once() -> None:
+    labels = labels_of(make_images(100).sample(30).batches(30))
     assert len(set(labels)) == 30
 
 
-def test_sampled_labels_stay_with_their_pictures() -> None:
-    part = pictures(100).sample(30)
+def test_sampled_labels_stay_with_their_images() -> None:
+    part = make_images(100).sample(30)
     assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
 
 
 def test_a_sample_is_drawn_by_its_seed() -> None:
     def drawn(seed: int) -> list[int]:
-        return pictures(100).sample(30, seed).labels.tolist()
+        return make_images(100).sample(30, seed).labels.tolist()
 
     assert drawn(0) == drawn(0)
     assert drawn(0) != drawn(1)
 
 
 def test_a_smaller_sample_is_the_first_of_a_larger_one() -> None:
-    data = pictures(100)
+    data = make_images(100)
     assert torch.equal(data.sample(10).labels, data.sample(30).labels[:10])
 
 
-def test_all_of_the_pictures_can_be_sampled() -> None:
-    assert sorted(labels_of(pictures(10).sample(10).batches(10))) == list(range(10))
+def test_all_of_the_images_can_be_sampled() -> None:
+    assert sorted(labels_of(make_images(10).sample(10).batches(10))) == list(range(10))
 
 
 def test_a_sample_leaves_the_data_set_and_the_global_random_state_alone() -> None:
-    data, state = pictures(), torch.get_rng_state()
+    data, state = make_images(), torch.get_rng_state()
     data.sample(3).images.zero_()
     assert data.labels.tolist() == list(range(10))
     assert data.images[9, 0, 0, 0] == 9
@@ -332,9 +334,9 @@ def test_a_sample_leaves_the_data_set_and_the_global_random_state_alone() -> Non
 
 
 @pytest.mark.parametrize("n", [0, 11])
-def test_a_sample_of_no_or_too_many_pictures_is_refused(n: int) -> None:
+def test_a_sample_of_no_or_too_many_images_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"made-up has 10 images, {n} are asked for"):
-        pictures().sample(n)
+        make_images().sample(n)
 
 
 # What a data set refuses
@@ -360,7 +362,7 @@ def test_a_data_set_that_does_not_fit_together_is_refused(
     change: dict[str, Tensor], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"made-up train: .*{message}"):
-        replace(pictures(), **change)
+        replace(make_images(), **change)
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-small"])
@@ -439,7 +441,7 @@ def test_a_missing_set_names_every_place_and_the_ways_out(
         assert expected in str(caught.value)
 
 
-def test_pictures_without_labels_count_as_missing(tmp_path: Path) -> None:
+def test_images_without_labels_count_as_missing(tmp_path: Path) -> None:
     write_idx(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(ValueError, match=r"expected .*train-labels-idx1-ubyte"):
@@ -513,7 +515,7 @@ def test_importing_the_module_loads_neither_torchvision_nor_timm() -> None:
         (lambda raw: b"\0\0\x08\x01" + raw[4:], r".*x08.x01', expected .*x08.x03'"),
         (lambda raw: b"<htm" + raw[4:], "has 616 bytes and starts with b'<htm'"),
     ],
-    ids=["cut", "too long", "no header", "empty", "labels for pictures", "a web page"],
+    ids=["cut", "too long", "no header", "empty", "labels for images", "a web page"],
 )
 def test_a_damaged_idx_file_is_named_with_what_was_expected(
     tmp_path: Path, damage: Callable[[bytes], bytes], message: str
@@ -551,7 +553,7 @@ def test_a_damaged_archive_is_named(
         load_data("fashion-mnist", root=tmp_path)
 
 
-def test_a_file_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_images_is_refused(tmp_path: Path) -> None:
     write_idx(tmp_path, per_class=0)
     with pytest.raises(ValueError, match=r"images are torch.uint8 \[0, 1, 4, 5\]"):
         load_data("fashion-mnist", root=tmp_path)
@@ -580,7 +582,7 @@ def test_the_script_gives_the_same_bytes_each_time_and_leaves_nothing_else(tmp_p
     assert set(contents(tmp_path / "two")) == names | {"LICENSE", "README.md"}
 
 
-def test_the_script_takes_the_first_pictures_of_each_class_in_turn(tmp_path: Path) -> None:
+def test_the_script_takes_the_first_images_of_each_class_in_turn(tmp_path: Path) -> None:
     images, labels = write_idx(tmp_path / "full")["train"]
     run_script(tmp_path / "full", tmp_path / "small")
     data = load_data("fashion-mnist-small", root=tmp_path / "small")
@@ -607,18 +609,18 @@ def test_the_bundled_readme_and_licence_are_those_the_script_writes(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("train", "test"), [(4, 1), (2, 4), (0, 1)])
-def test_the_script_writes_nothing_when_a_class_has_too_few_pictures(
+def test_the_script_writes_nothing_when_a_class_has_too_few_images(
     tmp_path: Path, train: int, test: int
 ) -> None:
     write_idx(tmp_path / "full")
-    with pytest.raises(SystemExit, match="pictures a class were asked for, expected 1 to 3"):
+    with pytest.raises(SystemExit, match="images a class were asked for, expected 1 to 3"):
         run_script(tmp_path / "full", tmp_path / "small", train, test)
     assert not (tmp_path / "small").exists()
 
 
-def test_the_script_refuses_test_pictures_that_are_training_pictures(tmp_path: Path) -> None:
+def test_the_script_refuses_test_images_that_are_training_images(tmp_path: Path) -> None:
     write_idx(tmp_path / "full", seeds=(1, 1))
-    with pytest.raises(SystemExit, match="10 test pictures are also training pictures"):
+    with pytest.raises(SystemExit, match="10 test images are also training images"):
         run_script(tmp_path / "full", tmp_path / "small")
 
 

@@ -41,7 +41,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     datasets.enable_progress_bars()
 
 
-def grey(value: int) -> Image.Image:
+def gray(value: int) -> Image.Image:
     return Image.new("RGB", (8, 8), (value,) * 3)
 
 
@@ -62,7 +62,7 @@ def values(data: ImageFileDataset) -> list[int]:
 
 @pytest.fixture
 def fashion(tmp_path: Path) -> Path:
-    """Fashion-MNIST of 4 and 2 pictures, in torchvision's folder; picture i is of the grey i."""
+    """Fashion-MNIST of 4 and 2 images, in torchvision's folder; image i is of the gray i."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for stem, labels in (("train", [3, 0, 9, 3]), ("t10k", [7, 0])):
@@ -73,7 +73,7 @@ def fashion(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_torchvision_set_has_its_pictures_labels_and_classes(fashion: Path) -> None:
+def test_a_torchvision_set_has_its_images_labels_and_classes(fashion: Path) -> None:
     data = load("torch/fashion_mnist", root=fashion)
     assert (values(data), data.labels.tolist()) == ([0, 1, 2, 3], [3, 0, 9, 3])
     assert list(data.classes) == torchvision.datasets.FashionMNIST.classes
@@ -90,7 +90,7 @@ def test_a_torchvision_set_gives_batches_in_the_wanted_shape(fashion: Path) -> N
     assert labels.tolist() == [3, 0, 9, 3]
 
 
-def test_cifar_is_read_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_is_read_in_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     names = [f"data_batch_{i}" for i in range(1, 6)]
@@ -106,7 +106,7 @@ def test_cifar_is_read_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def made_up(monkeypatch: pytest.MonkeyPatch, n: int = 3, **attributes: object) -> None:
-    """timm gives a set of pictures i with the labels 2 - i."""
+    """timm gives a set of images i with the labels 2 - i."""
 
     class MadeUp(SimpleNamespace):
         reads = 0
@@ -115,7 +115,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, n: int = 3, **attributes: object) -
             return n
 
         def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-            return grey(index), 2 - index
+            return gray(index), 2 - index
 
     monkeypatch.setattr(timm.data, "create_dataset", lambda *args, **kw: MadeUp(**attributes))
 
@@ -177,15 +177,13 @@ def test_timm_gets_the_download_that_is_asked_for(
     ]
 
 
-def test_a_broken_torchvision_picture_is_named(
+def test_a_broken_torchvision_image_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made_up(monkeypatch, targets=[0, 1, 0])
     data = load("torch/mnist", root=tmp_path)
     monkeypatch.setattr(type(data.source.dataset), "__getitem__", lambda self, i: 1 / 0)  # type: ignore[attr-defined]
-    with pytest.raises(
-        UnreadableFile, match=r"picture 1 of torch/mnist train cannot be read .*Zero"
-    ):
+    with pytest.raises(UnreadableFile, match=r"image 1 of torch/mnist train cannot be read .*Zero"):
         data.read(1)
 
 
@@ -224,7 +222,7 @@ def test_a_library_without_a_name_is_refused(name: str) -> None:
 
 def png(value: int) -> bytes:
     buffer = io.BytesIO()
-    grey(value).save(buffer, "PNG")
+    gray(value).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -242,7 +240,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_parquet(root: Path, features: datasets.Features | None = None, files: int = 4) -> Path:
-    """Files of 5 rows each: picture i is grey of the value i, and its label is i."""
+    """Files of 5 rows each: image i is gray of the value i, and its label is i."""
     root.mkdir()
     if features is None:
         names = [str(i) for i in range(5 * files)]
@@ -298,10 +296,10 @@ def test_root_is_where_datasets_keeps_what_it_makes(folder: Path, tmp_path: Path
     assert list((tmp_path / "kept").rglob("*.arrow"))
 
 
-def test_a_broken_picture_of_datasets_is_named(folder: Path) -> None:
-    (folder / "train" / "dog" / "4.png").write_bytes(b"no picture")
+def test_a_broken_image_of_datasets_is_named(folder: Path) -> None:
+    (folder / "train" / "dog" / "4.png").write_bytes(b"no image")
     data = load(f"hfds/{folder}")
-    with pytest.raises(UnreadableFile, match=r"picture \d of hfds/\S+ train cannot be read"):
+    with pytest.raises(UnreadableFile, match=r"image \d of hfds/\S+ train cannot be read"):
         values(data)
     assert sum(len(labels) for _, labels in data.batches(4)) == 5
 
@@ -321,11 +319,11 @@ def test_labels_below_0_are_refused(tmp_path: Path, parquet: Path) -> None:
         load(f"hfds/{root}")
 
 
-def test_a_set_without_pictures_names_its_columns(tmp_path: Path, parquet: Path) -> None:
+def test_a_set_without_images_names_its_columns(tmp_path: Path, parquet: Path) -> None:
     root = tmp_path / "text"
     root.mkdir()
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(str(root / "t.parquet"))
-    with pytest.raises(ValueError, match="has the columns text, label, expected one of pictures"):
+    with pytest.raises(ValueError, match="has the columns text, label, expected one of images"):
         load(f"hfds/{root}")
 
 
@@ -349,7 +347,7 @@ def value(image: Image.Image) -> Tensor:
 
 
 def seen(data: StreamDataset, size: int = 4, **options: object) -> list[int]:
-    """The labels of an epoch, which are those of their pictures."""
+    """The labels of an epoch, which are those of their images."""
     found = []
     usual = {"epoch": 0, "seed": 0, "workers": 0}
     for batch in data.stream(value, size, **{**usual, **options}):  # type: ignore[arg-type]
@@ -359,7 +357,7 @@ def seen(data: StreamDataset, size: int = 4, **options: object) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_of_a_stream_has_every_picture_once(parquet: Path, workers: int) -> None:
+def test_an_epoch_of_a_stream_has_every_image_once(parquet: Path, workers: int) -> None:
     data = stream(f"hfids/{parquet}", num_samples=20)
     order = seen(data, workers=workers)
     assert sorted(order) == list(range(20))
@@ -377,7 +375,7 @@ def test_every_epoch_and_seed_of_a_stream_has_an_order_of_its_own(parquet: Path)
 def test_processes_share_a_stream_without_overlap(
     parquet: Path, workers: int, num_processes: int
 ) -> None:
-    """3 processes share 4 files picture by picture."""
+    """3 processes share 4 files image by image."""
     data = stream(f"hfids/{parquet}", num_samples=20)
     parts = [
         seen(data, size=6, workers=workers, process=i, num_processes=num_processes)
@@ -393,11 +391,11 @@ def test_a_stream_has_classes_and_is_judged_in_order(parquet: Path) -> None:
     assert [labels.tolist() for _, labels in data.batches(15)] == [[*range(15)], [*range(15, 20)]]
 
 
-def test_a_broken_picture_of_a_stream_is_reported(folder: Path) -> None:
-    (folder / "train" / "cat" / "1.png").write_bytes(b"no picture")
+def test_a_broken_image_of_a_stream_is_reported(folder: Path) -> None:
+    (folder / "train" / "cat" / "1.png").write_bytes(b"no image")
     (batch,) = stream(f"hfids/{folder}").plain_stream(9)
     assert len(batch.labels) == 5
-    assert re.match(r"picture \d of hfids/\S+ train cannot be read", batch.broken[0])
+    assert re.match(r"image \d of hfids/\S+ train cannot be read", batch.broken[0])
 
 
 def test_the_length_of_a_stream_is_asked_for(parquet: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures in files: how they are decoded, made plain, batched, and what is refused."""
+"""Images in files: how they are decoded, made plain, batched, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tokenlearner.data.image_folder import ImageFileDataset, decoded
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def grey(value: int, h: int = 40, w: int = 48) -> Image.Image:
+def gray(value: int, h: int = 40, w: int = 48) -> Image.Image:
     return Image.new("RGB", (w, h), (value,) * 3)
 
 
@@ -34,11 +34,11 @@ def save(image: Image.Image, path: Path) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Splits train and val of classes cat and dog, whose pictures are grey: 0, 10, 20 and so on."""
+    """Splits train and val of classes cat and dog, whose images are gray: 0, 10, 20 and so on."""
     for split in ("train", "val"):
         for number in range(6):
             name = ("cat", "dog")[number // 3]
-            save(grey(10 * number), tmp_path / split / name / f"{number}.png")
+            save(gray(10 * number), tmp_path / split / name / f"{number}.png")
     return tmp_path
 
 
@@ -47,7 +47,7 @@ def load(root: Path, split: str = "train", **wanted: object) -> ImageFileDataset
 
 
 def values(data: ImageFileDataset) -> list[int]:
-    """The grey values of the pictures, which tell which they are."""
+    """The gray values of the images, which tell which they are."""
     return [data.read(i).getpixel((0, 0))[0] for i in range(len(data))]  # type: ignore[index]
 
 
@@ -64,20 +64,20 @@ def pixel(image: Image.Image, kind: str = "PNG", in_chans: int = 3, **options: o
 # What a folder gives
 
 
-def test_a_folder_has_pictures_labels_and_classes(root: Path) -> None:
+def test_a_folder_has_images_labels_and_classes(root: Path) -> None:
     data = load(root)
     assert values(data) == [0, 10, 20, 30, 40, 50]
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert (data.name, data.split, data.classes) == ("folder", "train", ("cat", "dog"))
 
 
-def test_a_list_has_pictures_and_labels(root: Path) -> None:
+def test_a_list_has_images_and_labels(root: Path) -> None:
     (root / "train.csv").write_text("path,label\nval/dog/5.png,cat\ntrain/cat/1.png,dog\n")
     data = load(root)
     assert (values(data), data.labels.tolist()) == ([50, 10], [0, 1])
 
 
-def test_pictures_are_colour_at_224_unless_told_otherwise(root: Path) -> None:
+def test_images_are_color_at_224_unless_told_otherwise(root: Path) -> None:
     data = load_data("folder", root=root)
     assert data.shape == data.plain(data.read(0)).shape == (3, 224, 224)
 
@@ -86,7 +86,7 @@ def test_mean_and_std_are_those_of_imagenet(root: Path) -> None:
     assert (load(root).mean, load(root).std) == (MEAN, STD)
 
 
-def test_grey_takes_the_mean_of_imagenets_numbers(root: Path) -> None:
+def test_gray_takes_the_mean_of_imagenets_numbers(root: Path) -> None:
     data = load(root, in_chans=1)
     assert data.mean == pytest.approx([np.mean(MEAN)])
     assert data.std == pytest.approx([np.mean(STD)])
@@ -133,7 +133,7 @@ def test_a_smaller_sample_is_the_first_of_a_larger_one_and_keeps_labels(root: Pa
     assert five.labels.tolist() == [value // 30 for value in values(five)]
 
 
-def test_a_sample_is_drawn_by_its_seed_each_picture_once(root: Path) -> None:
+def test_a_sample_is_drawn_by_its_seed_each_image_once(root: Path) -> None:
     one, two = (values(load(root).sample(6, seed)) for seed in (0, 1))
     assert sorted(one) == sorted(two) == values(load(root))
     assert one != two
@@ -145,28 +145,28 @@ def test_a_sample_of_a_sample_stays_in_it(root: Path) -> None:
 
 
 @pytest.mark.parametrize("n", [0, 7])
-def test_a_sample_of_no_or_too_many_pictures_is_refused(root: Path, n: int) -> None:
-    with pytest.raises(ValueError, match=f"folder has 6 pictures, {n} are asked for"):
+def test_a_sample_of_no_or_too_many_images_is_refused(root: Path, n: int) -> None:
+    with pytest.raises(ValueError, match=f"folder has 6 images, {n} are asked for"):
         load(root).sample(n)
 
 
-# Kinds of pictures
+# Kinds of images
 
 
-def test_grey_of_16_bits_keeps_its_upper_8(tmp_path: Path) -> None:
+def test_gray_of_16_bits_keeps_its_upper_8(tmp_path: Path) -> None:
     image = Image.fromarray(np.full((2, 2), 0x80FF, np.uint16))
     assert pixel(image) == (128,) * 3
     assert pixel(image, in_chans=1) == 128
     assert pixel(image, kind="TIFF") == (128,) * 3
 
 
-def test_transparent_pictures_are_laid_on_white() -> None:
+def test_transparent_images_are_laid_on_white() -> None:
     assert pixel(Image.new("RGBA", (2, 2), (0, 0, 0, 0))) == (255,) * 3
     assert pixel(Image.new("LA", (2, 2), (0, 0)), in_chans=1) == 255
     assert pixel(Image.new("RGBA", (2, 2), (9, 8, 7, 255))) == (9, 8, 7)
 
 
-def test_a_transparent_colour_of_a_palette_is_laid_on_white() -> None:
+def test_a_transparent_color_of_a_palette_is_laid_on_white() -> None:
     image = Image.new("P", (2, 2), 1)
     image.putpalette([200, 0, 0, 0, 90, 0])
     assert pixel(image) == (0, 90, 0)
@@ -174,20 +174,20 @@ def test_a_transparent_colour_of_a_palette_is_laid_on_white() -> None:
     assert pixel(image, transparency=bytes([255, 0])) == (255,) * 3
 
 
-def test_cmyk_becomes_colour() -> None:
+def test_cmyk_becomes_color() -> None:
     red, green, blue = pixel(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind="JPEG")  # type: ignore[misc]
     assert red > 230
     assert max(green, blue) < 50
 
 
-def test_black_and_white_becomes_grey() -> None:
+def test_black_and_white_becomes_gray() -> None:
     assert pixel(Image.new("1", (2, 2), 1), in_chans=1) == 255
 
 
 def test_a_rotation_in_exif_is_not_made() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    assert decoded(as_file(grey(0, h=4, w=8), "JPEG", exif=exif), "it", 3).size == (8, 4)
+    assert decoded(as_file(gray(0, h=4, w=8), "JPEG", exif=exif), "it", 3).size == (8, 4)
 
 
 # Broken files
@@ -206,7 +206,7 @@ def damaged(kind: str, damage: Callable[[bytes], bytes]) -> bytes:
     "content",
     [
         b"",
-        b"no picture",
+        b"no image",
         damaged("PNG", lambda raw: raw[: len(raw) // 2]),
         damaged("JPEG", lambda raw: raw[: len(raw) // 2]),
         damaged("PNG", lambda raw: raw[:60] + b"\0" * 40 + raw[100:]),
@@ -218,7 +218,7 @@ def damaged(kind: str, damage: Callable[[bytes], bytes]) -> bytes:
     ids=["empty", "text", "cut png", "cut jpeg", "changed png", "bomb", "tiff"],
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
-def test_a_broken_picture_is_named_with_the_reason(root: Path, content: bytes) -> None:
+def test_a_broken_image_is_named_with_the_reason(root: Path, content: bytes) -> None:
     path = root / "train" / "dog" / "4.png"
     path.write_bytes(content)
     with pytest.raises(
@@ -227,7 +227,7 @@ def test_a_broken_picture_is_named_with_the_reason(root: Path, content: bytes) -
         load(root).read(4)
 
 
-def test_a_picture_that_is_gone_is_broken(root: Path) -> None:
+def test_a_image_that_is_gone_is_broken(root: Path) -> None:
     data = load(root)
     (root / "train" / "dog" / "4.png").unlink()
     with pytest.raises(UnreadableFile, match=r"4\.png cannot be read .*FileNotFoundError"):
@@ -245,12 +245,12 @@ def test_a_set_of_which_none_of_the_first_ten_can_be_read_is_refused(root: Path)
         path = root / "train" / "ant" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
-        save(grey(0), root / "val" / "ant" / f"{number}.png")
+        save(gray(0), root / "val" / "ant" / f"{number}.png")
     with pytest.raises(ValueError, match=r"folder train: none of the first 10 .*ant/0\.png"):
         load(root)
 
 
-def test_only_one_picture_is_opened_when_a_set_is_loaded(
+def test_only_one_image_is_opened_when_a_set_is_loaded(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, real = [], Image.open

@@ -1,4 +1,4 @@
-"""Batches: every picture once an epoch, the same whoever reads them, whatever cannot be read."""
+"""Batches: every image once an epoch, the same whoever reads them, whatever cannot be read."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tokenlearner.data.transforms import train_transform
 from tokenlearner.utils.random import derive_seed, fixed_seed
 
 
-def pictures(n: int = 12) -> ImageDataset:
-    """Noise of 8 x 8 pixels; the label of picture i is i."""
+def make_images(n: int = 12) -> ImageDataset:
+    """Noise of 8 x 8 pixels; the label of image i is i."""
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     classes = tuple(map(str, range(n)))
     return ImageDataset("noise", "train", images, torch.arange(n), classes, (0.5,) * 3, (0.2,) * 3)
@@ -38,7 +38,7 @@ def pictures(n: int = 12) -> ImageDataset:
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures as if in files, some of which are broken."""
+    """Images as if in files, some of which are broken."""
 
     data: ImageDataset
     bad: frozenset[int] = frozenset()
@@ -60,7 +60,7 @@ class Files:
 
 
 def files(n: int = 12, bad: Iterable[int] = ()) -> Any:
-    return Files(pictures(n), frozenset(bad))
+    return Files(make_images(n), frozenset(bad))
 
 
 def indices(keys: Iterable[list[SampleKey]]) -> list[list[int]]:
@@ -72,10 +72,10 @@ def states() -> list[Any]:
     return [random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()]  # type: ignore[attr-defined]
 
 
-# --- which pictures -----------------------------------------------------------------------------
+# --- which images -----------------------------------------------------------------------------
 
 
-def test_an_epoch_has_every_picture_once() -> None:
+def test_an_epoch_has_every_image_once() -> None:
     batches = indices(epoch_keys(12, 4, seed=0, epoch=0))
     assert [len(batch) for batch in batches] == [4, 4, 4]
     assert sorted(chain.from_iterable(batches)) == list(range(12))
@@ -117,7 +117,7 @@ def test_what_was_trained_on_is_left_out_and_nothing_else() -> None:
         assert list(epoch_keys(26, 6, seed=3, epoch=2, start=start)) == whole[start:]
 
 
-def test_every_picture_of_every_epoch_has_a_seed_of_its_own() -> None:
+def test_every_image_of_every_epoch_has_a_seed_of_its_own() -> None:
     keys = [key for e in range(3) for batch in epoch_keys(20, 5, seed=0, epoch=e) for key in batch]
     assert len({key.seed for key in keys}) == 60
 
@@ -196,7 +196,7 @@ def test_random_changes_are_the_same_whoever_reads() -> None:
 
 def test_the_changes_are_random_ones() -> None:
     batch = read(files())
-    plain = torch.stack([pictures().take(label[None])[0][0] for label in batch.labels])
+    plain = torch.stack([make_images().take(label[None])[0][0] for label in batch.labels])
     assert not (batch.images == plain).flatten(1).all(1).any()
 
 
@@ -208,15 +208,15 @@ def test_reading_leaves_the_random_states_alone() -> None:
 
 
 class Drawing(Files):
-    """Files of which a random part is read, as of films."""
+    """Files of which a random part is read, as of videos."""
 
     def read(self, index: int) -> Any:
         return super().read(int(torch.randint(12, ())))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_is_read_at_random_is_drawn_from_the_pictures_seed(workers: int) -> None:
-    data: Any = Drawing(pictures())
+def test_what_is_read_at_random_is_drawn_from_the_images_seed(workers: int) -> None:
+    data: Any = Drawing(make_images())
     first, again, other = (
         next(load_batches(data, [[SampleKey(0, seed), SampleKey(1, 9)]], workers=workers)).images
         for seed in (1, 1, 2)
@@ -228,12 +228,12 @@ def test_what_is_read_at_random_is_drawn_from_the_pictures_seed(workers: int) ->
 
 def test_a_set_in_memory_gives_the_same_as_one_in_files() -> None:
     keys = [[SampleKey(3), SampleKey(1)], [SampleKey(0)]]
-    for a, b in zip(load_batches(pictures(), keys), load_batches(files(), keys), strict=True):
+    for a, b in zip(load_batches(make_images(), keys), load_batches(files(), keys), strict=True):
         torch.testing.assert_close(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
 
 
-def test_plain_batches_are_all_pictures_in_order() -> None:
+def test_plain_batches_are_all_images_in_order() -> None:
     batches = list(eval_batches(files(bad=[0, 1, 4]), 2, workers=1))
     assert [labels.tolist() for _, labels in batches] == [[2, 3], [5], [6, 7], [8, 9], [10, 11]]
 
@@ -241,7 +241,7 @@ def test_plain_batches_are_all_pictures_in_order() -> None:
 # --- broken files -------------------------------------------------------------------------------
 
 
-def test_in_training_the_next_picture_takes_the_place_of_a_broken_one() -> None:
+def test_in_training_the_next_image_takes_the_place_of_a_broken_one() -> None:
     keys = [[SampleKey(3), SampleKey(11), SampleKey(5)]]
     batch = next(load_batches(files(bad=[3, 4, 11]), keys, refill=True))
     assert batch.labels.tolist() == [5, 0, 5]
@@ -261,19 +261,19 @@ def test_as_many_broken_in_a_row_as_are_tried_are_refused() -> None:
     n = MAX_TRIES + 5
     data = files(n, bad=range(MAX_TRIES))
     message = (
-        f"{MAX_TRIES} pictures of files in a row cannot be read, the first: 0.jpg is empty; mend"
+        f"{MAX_TRIES} images of files in a row cannot be read, the first: 0.jpg is empty; mend"
     )
     with pytest.raises(ValueError, match=message):
         next(load_batches(data, [[SampleKey(0)]], refill=True))
     assert next(load_batches(data, [[SampleKey(1)]], refill=True)).labels.tolist() == [MAX_TRIES]
 
 
-def test_a_set_without_a_readable_picture_is_refused() -> None:
-    with pytest.raises(ValueError, match="12 pictures of files in a row cannot be read"):
+def test_a_set_without_a_readable_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="12 images of files in a row cannot be read"):
         next(load_batches(files(bad=range(12)), [[SampleKey(0)]], refill=True))
 
 
-def test_a_picture_that_takes_a_place_is_changed_by_that_places_seed() -> None:
+def test_a_image_that_takes_a_place_is_changed_by_that_places_seed() -> None:
     asked = TrainConfig(reprob=1.0)
     change = train_transform(asked, files())
     filled = next(load_batches(files(bad=[3]), [[SampleKey(3, 7)]], change, refill=True))
@@ -283,11 +283,11 @@ def test_a_picture_that_takes_a_place_is_changed_by_that_places_seed() -> None:
 
 def test_a_batch_of_clips_is_a_stack_of_clips() -> None:
     images = torch.randint(0, 256, (4, 3, 2, 8, 8)).byte()
-    data: Any = Files(replace(pictures(4), images=images))
+    data: Any = Files(replace(make_images(4), images=images))
     (batch,) = load_batches(data, [[SampleKey(1), SampleKey(2)]])
-    expected: Tensor = pictures_of(images[1:3])
+    expected: Tensor = images_of(images[1:3])
     torch.testing.assert_close(batch.images, expected)
 
 
-def pictures_of(images: Tensor) -> Tensor:
+def images_of(images: Tensor) -> Tensor:
     return (images.float() / 255 - 0.5) / 0.2

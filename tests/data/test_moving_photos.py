@@ -218,7 +218,7 @@ def test_frames_size_and_channels_are_as_wanted(
     assert load_data("moving-photographs", "test", **wanted).shape == shape
 
 
-def test_three_channels_are_the_same_grey() -> None:
+def test_three_channels_are_the_same_gray() -> None:
     data = load_data("moving-photographs", "test", in_chans=3, frames=2)
     assert torch.equal(data.images[:, 0], data.images[:, 2])
     assert len(data.mean) == len(data.std) == 3

@@ -1,4 +1,4 @@
-"""Labelled pictures in memory, as files are: read one by one, and fitted to what is wanted."""
+"""Labeled images in memory, as files are: read one by one, and fitted to what is wanted."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tokenlearner.data.dataset import DataConfig
 from tokenlearner.data.factory import ImageDataset
 
 
-def pictures(c: int = 1, *more: int) -> ImageDataset:
-    """Five pictures of noise `c 6 8`, or with a number of frames clips."""
+def make_images(c: int = 1, *more: int) -> ImageDataset:
+    """Five images of noise `c 6 8`, or with a number of frames clips."""
     images = torch.randint(0, 256, (5, c, *more, 6, 8)).byte()
     mean, std = (0.1, 0.2, 0.3)[:c], (0.5, 0.6, 0.7)[:c]
     return ImageDataset("noise", "train", images, torch.arange(5), tuple("abcde"), mean, std)
@@ -19,10 +19,10 @@ def pictures(c: int = 1, *more: int) -> ImageDataset:
 
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("frames", [(), (4,)])
-def test_pictures_and_clips_read_one_by_one_are_those_of_batches(
+def test_images_and_clips_read_one_by_one_are_those_of_batches(
     c: int, frames: tuple[int, ...]
 ) -> None:
-    data = pictures(c, *frames)
+    data = make_images(c, *frames)
     (images, labels) = next(data.batches(5))
     one_by_one = torch.stack([data.plain(data.read(i)) for i in range(5)])
     torch.testing.assert_close(one_by_one, images, rtol=0, atol=0)
@@ -30,21 +30,21 @@ def test_pictures_and_clips_read_one_by_one_are_those_of_batches(
 
 
 def test_those_that_are_taken_are_those_of_batches() -> None:
-    data = pictures(3)
+    data = make_images(3)
     images, labels = data.take(torch.tensor([4, 0, 4]))
     assert labels.tolist() == [4, 0, 4]
     torch.testing.assert_close(images, next(data.batches(5))[0][labels], rtol=0, atol=0)
 
 
-def test_a_picture_is_read_as_an_image() -> None:
-    data = pictures(3)
+def test_a_image_is_read_as_an_image() -> None:
+    data = make_images(3)
     image = data.read(2)
     assert image.mode == "RGB"  # type: ignore[union-attr]
     assert image.getpixel((7, 5)) == tuple(data.images[2, :, 5, 7].tolist())  # type: ignore[union-attr]
 
 
 def test_a_clip_is_read_as_frames() -> None:
-    data = pictures(3, 4)
+    data = make_images(3, 4)
     frames = data.read(2)
     assert isinstance(frames, torch.Tensor)
     assert frames.shape == (4, 3, 6, 8)
@@ -52,29 +52,29 @@ def test_a_clip_is_read_as_frames() -> None:
 
 
 def test_a_set_that_is_as_wanted_stays() -> None:
-    data = pictures()
+    data = make_images()
     assert torch.equal(data.fitted(DataConfig()).images, data.images)
 
 
-def test_pictures_are_resized_whole() -> None:
-    data = pictures(3)
+def test_images_are_resized_whole() -> None:
+    data = make_images(3)
     fitted = data.fitted(DataConfig(img_size=4))
     expected = F.interpolate(data.images.float(), (4, 4), mode="bilinear", antialias=True)
     assert fitted.shape == (3, 4, 4)
     assert (fitted.images.float() - expected).abs().max() <= 0.5
 
 
-def test_grey_pictures_are_given_in_three_equal_channels() -> None:
-    data = pictures()
+def test_gray_images_are_given_in_three_equal_channels() -> None:
+    data = make_images()
     fitted = data.fitted(DataConfig(in_chans=3))
     assert torch.equal(fitted.images, data.images.expand(-1, 3, -1, -1))
     assert (fitted.mean, fitted.std) == ((0.1,) * 3, (0.5,) * 3)
 
 
-def test_colour_is_not_made_grey() -> None:
+def test_color_is_not_made_gray() -> None:
     with pytest.raises(ValueError, match="noise has 3 channels, 1 are wanted; pass in_chans=3"):
-        pictures(3).fitted(DataConfig(in_chans=1))
+        make_images(3).fitted(DataConfig(in_chans=1))
 
 
 def test_clips_keep_their_size() -> None:
-    assert pictures(1, 4).fitted(DataConfig(img_size=4)).shape == (1, 4, 6, 8)
+    assert make_images(1, 4).fitted(DataConfig(img_size=4)).shape == (1, 4, 6, 8)

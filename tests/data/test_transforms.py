@@ -18,7 +18,7 @@ from tokenlearner.data.transforms import mixup_transform, train_transform
 from tokenlearner.utils.random import fixed_seed
 
 
-def pictures(c: int = 3, h: int = 16, w: int = 16, frames: int = 0) -> ImageDataset:
+def make_images(c: int = 3, h: int = 16, w: int = 16, frames: int = 0) -> ImageDataset:
     images = torch.randint(0, 256, (4, c, *[frames] * bool(frames), h, w)).byte()
     mean, std = (0.4, 0.5, 0.6)[:c], (0.2, 0.3, 0.4)[:c]
     return ImageDataset("noise", "train", images, torch.arange(4), tuple("abcd"), mean, std)
@@ -31,7 +31,7 @@ def change_of(data: Any, **options: Any) -> Transform:
 
 
 def changed(data: Any, seed: int = 0, **options: Any) -> Tensor:
-    """The first picture as training sees it."""
+    """The first image as training sees it."""
     with fixed_seed(seed):
         return change_of(data, **options)(data.read(0))
 
@@ -51,16 +51,18 @@ EACH: list[dict[str, Any]] = [
 
 
 def test_where_nothing_is_asked_for_nothing_changes() -> None:
-    assert train_transform(TrainConfig(mixup=0.2, smoothing=0.1, crop_pct=0.5), pictures()) is None
+    assert (
+        train_transform(TrainConfig(mixup=0.2, smoothing=0.1, crop_pct=0.5), make_images()) is None
+    )
 
 
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("frames", [0, 3])
 @pytest.mark.parametrize("options", EACH, ids=str)
-def test_every_option_changes_pictures_and_clips_and_keeps_their_shape(
+def test_every_option_changes_images_and_clips_and_keeps_their_shape(
     options: dict[str, Any], frames: int, c: int
 ) -> None:
-    data = pictures(c, frames=frames)
+    data = make_images(c, frames=frames)
     seen = [changed(data, seed, **options) for seed in range(4)]
     assert all(x.shape == data.shape and x.dtype == torch.float32 for x in seen)
     assert any(not torch.allclose(x, plain(data)) for x in seen)
@@ -69,19 +71,19 @@ def test_every_option_changes_pictures_and_clips_and_keeps_their_shape(
 
 @pytest.mark.parametrize("options", EACH, ids=str)
 def test_the_same_seed_changes_alike(options: dict[str, Any]) -> None:
-    data = pictures()
+    data = make_images()
     assert torch.equal(changed(data, 3, **options), changed(data, 3, **options))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
 @pytest.mark.parametrize("frames", [0, 3])
 def test_mirroring_is_exact(size: tuple[int, int], frames: int) -> None:
-    data = pictures(3, *size, frames=frames)
+    data = make_images(3, *size, frames=frames)
     torch.testing.assert_close(changed(data, hflip=1.0), plain(data).flip(-1), rtol=0, atol=1e-6)
 
 
-def test_half_of_the_pictures_are_mirrored() -> None:
-    data = pictures()
+def test_half_of_the_images_are_mirrored() -> None:
+    data = make_images()
     change, mirrored = change_of(data, hflip=0.5), plain(data).flip(-1)
     hits = [torch.allclose(change(data.read(0)), mirrored) for _ in range(100)]
     assert 30 < sum(hits) < 70
@@ -118,7 +120,7 @@ def test_with_scale_another_part_is_cut_out_every_time() -> None:
 
 
 def test_a_part_is_erased() -> None:
-    data = pictures()
+    data = make_images()
     differing = (changed(data, reprob=1.0) != plain(data)).any(0)
     rows, columns = differing.any(1).nonzero().flatten(), differing.any(0).nonzero().flatten()
     assert 0 < differing.sum() < 16 * 16
@@ -126,7 +128,7 @@ def test_a_part_is_erased() -> None:
 
 
 def test_brightness_changes_beside_a_policy_too() -> None:
-    data, policy = pictures(), "rand-m9-n1-p0"  # a policy that does nothing
+    data, policy = make_images(), "rand-m9-n1-p0"  # a policy that does nothing
     assert torch.allclose(changed(data, aa=policy), plain(data), atol=1e-6)
     assert not torch.allclose(changed(data, aa=policy, color_jitter=0.8), plain(data), atol=0.01)
 
@@ -136,7 +138,7 @@ def test_brightness_changes_beside_a_policy_too() -> None:
 
 @pytest.mark.parametrize("options", EACH, ids=str)
 def test_all_frames_of_a_clip_are_changed_alike(options: dict[str, Any]) -> None:
-    still = pictures(frames=3)
+    still = make_images(frames=3)
     still.images[:] = still.images[:, :, :1]
     for seed in range(4):
         clip = changed(still, seed, **options)
@@ -145,7 +147,7 @@ def test_all_frames_of_a_clip_are_changed_alike(options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("options", EACH, ids=str)
 def test_frames_keep_their_order(options: dict[str, Any]) -> None:
-    rising = pictures(frames=4)
+    rising = make_images(frames=4)
     rising.images[:] = torch.arange(40, 240, 50, dtype=torch.uint8)[:, None, None]
     if "aa" in options:
         options = {"aa": "rand-m0-n1"}  # strong ones may turn dark and bright round
@@ -155,7 +157,7 @@ def test_frames_keep_their_order(options: dict[str, Any]) -> None:
 
 
 def test_the_magnitude_for_clips_is_timms_up_to_10() -> None:
-    data = pictures(frames=2)
+    data = make_images(frames=2)
     assert changed(data, aa="rand-m10-n2").shape == data.shape
     with pytest.raises(
         ValueError, match=r"aa is 'rand-m11', expected RandAugment for clips, .* 10"
@@ -176,7 +178,7 @@ def test_the_magnitude_for_clips_is_timms_up_to_10() -> None:
 )
 def test_a_policy_that_is_none_is_refused(aa: str, frames: int) -> None:
     with pytest.raises(ValueError, match=f"aa is '{aa}', .*'rand-m9"):
-        train_transform(TrainConfig(aa=aa), pictures(frames=frames))
+        train_transform(TrainConfig(aa=aa), make_images(frames=frames))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_a_policy_that_is_none_is_refused(aa: str, frames: int) -> None:
 )
 @pytest.mark.parametrize("c", [1, 3])
 def test_policies_of_timm_are_taken(aa: str, c: int) -> None:
-    data = pictures(c)
+    data = make_images(c)
     for seed in range(5):
         assert changed(data, seed, aa=aa).shape == data.shape
 
@@ -218,7 +220,7 @@ def test_mixed_labels_are_shares_that_add_up_to_1(
 
 
 @pytest.mark.parametrize("frames", [0, 5])
-def test_labels_are_mixed_as_pictures_and_clips_are(frames: int) -> None:
+def test_labels_are_mixed_as_images_and_clips_are(frames: int) -> None:
     images, targets = mixed(mixup=0.8, frames=frames)
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(4, 3, *[frames] * bool(frames), 16, 16, generator=generator)

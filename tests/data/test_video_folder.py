@@ -1,4 +1,4 @@
-"""Films in files: which frames a clip has, that they are the right ones, what broken files say."""
+"""Videos in files: which frames a clip has, that they are the right ones, what broken files say."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 
-from tokenlearner import films
+from tokenlearner import videos
 from tokenlearner.data.dataset import DataConfig, UnreadableFile
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.loader import SampleKey, load_batches
 from tokenlearner.data.video_folder import VideoFolderDataset
 
-N = 30  # frames of a numbered film
+N = 30  # frames of a numbered video
 SMALL = {"img_size": 8, "frames": 4, "stride": 2}
 
 
-def write_film(
+def write_video(
     path: Path,
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     codec: str = "ffv1",
     pixels: str = "gray",
     *,
@@ -42,18 +42,18 @@ def write_film(
     muxing: dict[str, str] | None = None,
     **options: str,
 ) -> Path:
-    """A film of `h w 3` pictures, shown at `rate`, or at those milliseconds."""
+    """A video of `h w 3` images, shown at `rate`, or at those milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=muxing) as container:
         stream: Any = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = pictures[0].shape[:2]
+        stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt, stream.codec_context.gop_size = pixels, 12
         if times:
             stream.codec_context.time_base = Fraction(1, 1000)
         if turned:
             stream.set_display_rotation(turned)
-        for i, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for i, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times:
                 frame.pts, frame.time_base = times[i], Fraction(1, 1000)
             container.mux(stream.encode(frame))
@@ -62,12 +62,12 @@ def write_film(
 
 
 def numbered(path: Path, n: int = N, size: tuple[int, int] = (8, 10), **options: Any) -> Path:
-    """A film without loss: every byte of frame i is i."""
-    return write_film(path, [np.full((*size, 3), i, np.uint8) for i in range(n)], **options)
+    """A video without loss: every byte of frame i is i."""
+    return write_video(path, [np.full((*size, 3), i, np.uint8) for i in range(n)], **options)
 
 
 def noisy(n: int = 40, size: tuple[int, int] = (32, 48)) -> list[np.ndarray]:
-    """Pictures that differ from each other everywhere, and yet follow one another."""
+    """Images that differ from each other everywhere, and yet follow one another."""
     rng = np.random.default_rng(0)
     waves = rng.uniform(0, 255, (2, *size, 3))
     return [
@@ -76,15 +76,15 @@ def noisy(n: int = 40, size: tuple[int, int] = (32, 48)) -> list[np.ndarray]:
     ]
 
 
-def film_set(paths: Sequence[Path], split: str = "test", **wanted: Any) -> VideoFolderDataset:
+def video_set(paths: Sequence[Path], split: str = "test", **wanted: Any) -> VideoFolderDataset:
     """A data set of those files, each of the same class."""
     asked = DataConfig(**{**SMALL, "in_chans": 3, **wanted})
     labels = torch.arange(len(paths)) % 2
-    return VideoFolderDataset("films", split, tuple(map(str, paths)), labels, ("a", "b"), asked)
+    return VideoFolderDataset("videos", split, tuple(map(str, paths)), labels, ("a", "b"), asked)
 
 
 def numbers(clip: Tensor) -> list[int]:
-    """Which frames of a numbered film they are."""
+    """Which frames of a numbered video they are."""
     frames = clip.flatten(1)
     assert bool((frames == frames[:, :1]).all())
     return frames[:, 0].tolist()
@@ -97,13 +97,13 @@ def all_frames(path: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def long_film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return numbered(tmp_path_factory.mktemp("numbered") / "long.mkv")
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes of two training films and one other."""
+    """Two classes of two training videos and one other."""
     for split, names in {"train": "xy", "val": "z"}.items():
         for label in ("jump", "run"):
             for name in names:
@@ -114,34 +114,34 @@ def root(tmp_path: Path) -> Path:
 # Which frames
 
 
-def test_a_training_clip_has_frames_that_are_a_stride_apart(long_film: Path) -> None:
-    chosen = numbers(film_set([long_film], "train", frames=5, stride=3).read(0))
+def test_a_training_clip_has_frames_that_are_a_stride_apart(long_video: Path) -> None:
+    chosen = numbers(video_set([long_video], "train", frames=5, stride=3).read(0))
     assert np.diff(chosen).tolist() == [3, 3, 3, 3]
 
 
-def test_training_clips_start_wherever_they_fit_and_nowhere_else(long_film: Path) -> None:
-    data = film_set([long_film], "train", frames=5, stride=6)  # 25 frames of 30
+def test_training_clips_start_wherever_they_fit_and_nowhere_else(long_video: Path) -> None:
+    data = video_set([long_video], "train", frames=5, stride=6)  # 25 frames of 30
     starts = Counter(data._choose(N)[0, 0].item() for _ in range(600))
     assert sorted(starts) == [0, 1, 2, 3, 4, 5]
     assert min(starts.values()) > 60
 
 
-def test_a_training_clip_with_stride_0_has_one_frame_of_each_part(long_film: Path) -> None:
-    data = film_set([long_film], "train", frames=5, stride=0)
+def test_a_training_clip_with_stride_0_has_one_frame_of_each_part(long_video: Path) -> None:
+    data = video_set([long_video], "train", frames=5, stride=0)
     drawn = np.array([data._choose(N)[0].tolist() for _ in range(200)])
     assert [sorted(set(part)) for part in drawn.T] == [
         list(range(6 * i, 6 * i + 6)) for i in range(5)
     ]
 
 
-def test_frames_of_the_parts_are_drawn_one_by_one(long_film: Path) -> None:
-    steps = np.diff(numbers(film_set([long_film], "train", frames=5, stride=0).read(0)))
+def test_frames_of_the_parts_are_drawn_one_by_one(long_video: Path) -> None:
+    steps = np.diff(numbers(video_set([long_video], "train", frames=5, stride=0).read(0)))
     assert len(set(steps)) > 1
 
 
 @pytest.mark.parametrize("stride", [0, 2])
-def test_torch_s_seed_says_which_clip_is_drawn(long_film: Path, stride: int) -> None:
-    data = film_set([long_film], "train", stride=stride)
+def test_torch_s_seed_says_which_clip_is_drawn(long_video: Path, stride: int) -> None:
+    data = video_set([long_video], "train", stride=stride)
 
     def drawn(seed: int) -> list[int]:
         torch.manual_seed(seed)
@@ -162,9 +162,9 @@ def test_torch_s_seed_says_which_clip_is_drawn(long_film: Path, stride: int) -> 
     ],
 )
 def test_a_test_clip_lies_in_the_middle(
-    long_film: Path, wanted: dict[str, int], expected: list[int]
+    long_video: Path, wanted: dict[str, int], expected: list[int]
 ) -> None:
-    assert numbers(film_set([long_film], **wanted).read(0)) == expected
+    assert numbers(video_set([long_video], **wanted).read(0)) == expected
 
 
 @pytest.mark.parametrize(
@@ -176,28 +176,28 @@ def test_a_test_clip_lies_in_the_middle(
     ],
 )
 def test_views_lie_from_the_start_to_the_end(
-    long_film: Path, wanted: dict[str, int], expected: list[list[int]]
+    long_video: Path, wanted: dict[str, int], expected: list[list[int]]
 ) -> None:
-    clips = film_set([long_film], **wanted).read(0)
+    clips = video_set([long_video], **wanted).read(0)
     assert [numbers(clip) for clip in clips] == expected
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_short_film_goes_on_with_its_last_frame(tmp_path: Path, split: str) -> None:
-    data = film_set([numbered(tmp_path / "short.mkv", n=5)], split, frames=4, stride=2)
+def test_a_short_video_goes_on_with_its_last_frame(tmp_path: Path, split: str) -> None:
+    data = video_set([numbered(tmp_path / "short.mkv", n=5)], split, frames=4, stride=2)
     assert numbers(data.read(0)) == [0, 2, 4, 4]
 
 
 @pytest.mark.parametrize("stride", [0, 3])
-def test_a_film_of_one_frame_gives_it_again_and_again(tmp_path: Path, stride: int) -> None:
+def test_a_video_of_one_frame_gives_it_again_and_again(tmp_path: Path, stride: int) -> None:
     path = numbered(tmp_path / "one.mkv", n=1)
     for split in ("train", "test"):
-        assert numbers(film_set([path], split, stride=stride).read(0)) == [0, 0, 0, 0]
+        assert numbers(video_set([path], split, stride=stride).read(0)) == [0, 0, 0, 0]
 
 
-def test_test_clips_draw_nothing(long_film: Path) -> None:
+def test_test_clips_draw_nothing(long_video: Path) -> None:
     before = torch.get_rng_state()
-    film_set([long_film], views=2, stride=0).read(0)
+    video_set([long_video], views=2, stride=0).read(0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -211,30 +211,30 @@ def test_test_clips_draw_nothing(long_film: Path) -> None:
     ],
 )
 def test_a_clip_is_bytes_with_views_in_front_where_several_squares_are_judged(
-    long_film: Path, crops: int, views: int, shape: tuple[int, ...]
+    long_video: Path, crops: int, views: int, shape: tuple[int, ...]
 ) -> None:
-    clip = film_set([long_film], crops=crops, views=views).read(0)
+    clip = video_set([long_video], crops=crops, views=views).read(0)
     assert (clip.shape, clip.dtype) == (shape, torch.uint8)
 
 
-def test_training_clips_have_no_views(long_film: Path) -> None:
-    assert film_set([long_film], "train", crops=3, views=4).read(0).shape == (4, 3, 8, 10)
+def test_training_clips_have_no_views(long_video: Path) -> None:
+    assert video_set([long_video], "train", crops=3, views=4).read(0).shape == (4, 3, 8, 10)
 
 
 @pytest.mark.parametrize("rate", [1, 24, 60])
 def test_the_frame_rate_changes_nothing(tmp_path: Path, rate: int) -> None:
-    path = numbered(tmp_path / "film.mkv", rate=rate)
-    assert numbers(film_set([path]).read(0)) == [12, 14, 16, 18]
+    path = numbered(tmp_path / "video.mkv", rate=rate)
+    assert numbers(video_set([path]).read(0)) == [12, 14, 16, 18]
 
 
 def test_frames_are_counted_where_their_times_are_uneven(tmp_path: Path) -> None:
-    path = numbered(tmp_path / "film.mkv", times=[(i * i + 1) * 7 for i in range(N)])
-    assert numbers(film_set([path], frames=6, stride=5).read(0)) == [2, 7, 12, 17, 22, 27]
+    path = numbered(tmp_path / "video.mkv", times=[(i * i + 1) * 7 for i in range(N)])
+    assert numbers(video_set([path], frames=6, stride=5).read(0)) == [2, 7, 12, 17, 22, 27]
 
 
 def test_frames_that_share_a_time_are_told_apart(tmp_path: Path) -> None:
-    path = numbered(tmp_path / "film.mkv", times=[i // 2 * 40 for i in range(N)])
-    assert numbers(film_set([path], frames=6, stride=5).read(0)) == [2, 7, 12, 17, 22, 27]
+    path = numbered(tmp_path / "video.mkv", times=[i // 2 * 40 for i in range(N)])
+    assert numbers(video_set([path], frames=6, stride=5).read(0)) == [2, 7, 12, 17, 22, 27]
 
 
 # That they are the right ones
@@ -254,72 +254,72 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A lossy film of each kind."""
+    """A lossy video of each kind."""
     codec, options = KINDS[request.param]
     path = tmp_path_factory.mktemp("kind") / request.param
-    return write_film(path, noisy(), codec, "yuv420p", **options)
+    return write_video(path, noisy(), codec, "yuv420p", **options)
 
 
-def pictures_of(path: Path, wanted: Sequence[int]) -> np.ndarray:
+def images_of(path: Path, wanted: Sequence[int]) -> np.ndarray:
     with ExitStack() as files:
-        return films._Film(files, str(path)).pictures(wanted, "rgb24").permute(0, 2, 3, 1).numpy()
+        return videos._Video(files, str(path)).images(wanted, "rgb24").permute(0, 2, 3, 1).numpy()
 
 
 def test_every_frame_alone_is_the_one_decoded_from_the_start(kind: Path) -> None:
     truth = all_frames(kind)
-    wrong = [i for i in range(40) if not np.array_equal(pictures_of(kind, [i])[0], truth[i])]
+    wrong = [i for i in range(40) if not np.array_equal(images_of(kind, [i])[0], truth[i])]
     assert len(truth) == 40
     assert wrong == []
 
 
 @pytest.mark.parametrize("wanted", [[0, 13, 26, 39], [37, 38, 39, 39], [20, 3, 20, 5]], ids=str)
 def test_several_frames_are_those_decoded_from_the_start(kind: Path, wanted: list[int]) -> None:
-    assert np.array_equal(pictures_of(kind, wanted), all_frames(kind)[wanted])
+    assert np.array_equal(images_of(kind, wanted), all_frames(kind)[wanted])
 
 
 @pytest.mark.parametrize(("wanted", "most"), [([39], 12), ([0, 38], 14)], ids=str)
 def test_frames_far_from_the_wanted_ones_are_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: list[int], most: int
 ) -> None:
-    path, decoded = write_film(tmp_path / "film.mp4", noisy(), "libx264", "yuv420p"), []
-    real = films._Film._decoded
+    path, decoded = write_video(tmp_path / "video.mp4", noisy(), "libx264", "yuv420p"), []
+    real = videos._Video._decoded
 
     def counting(self: Any, container: Any) -> Iterator[tuple[int, Any]]:
         for time, frame in real(self, container):
             decoded.append(time)
             yield time, frame
 
-    monkeypatch.setattr(films._Film, "_decoded", counting)
-    pictures_of(path, wanted)
+    monkeypatch.setattr(videos._Video, "_decoded", counting)
+    images_of(path, wanted)
     assert len(decoded) <= most
 
 
-def test_colours_stay_red_green_and_blue(tmp_path: Path) -> None:
-    colour = np.broadcast_to(np.array([200, 100, 20], np.uint8), (8, 10, 3)).copy()
-    path = write_film(tmp_path / "film.mkv", [colour] * 3, pixels="bgr0")
-    assert film_set([path]).read(0)[0, :, 4, 4].tolist() == [200, 100, 20]
+def test_colors_stay_red_green_and_blue(tmp_path: Path) -> None:
+    color = np.broadcast_to(np.array([200, 100, 20], np.uint8), (8, 10, 3)).copy()
+    path = write_video(tmp_path / "video.mkv", [color] * 3, pixels="bgr0")
+    assert video_set([path]).read(0)[0, :, 4, 4].tolist() == [200, 100, 20]
 
 
 def test_odd_heights_and_widths_are_whole(tmp_path: Path) -> None:
-    pictures = noisy(3, (33, 47))
-    path = write_film(tmp_path / "film.mkv", pictures, pixels="bgr0")
-    clip = film_set([path], frames=3, stride=1).read(0)
-    assert np.array_equal(clip.permute(0, 2, 3, 1).numpy(), np.stack(pictures))
+    images = noisy(3, (33, 47))
+    path = write_video(tmp_path / "video.mkv", images, pixels="bgr0")
+    clip = video_set([path], frames=3, stride=1).read(0)
+    assert np.array_equal(clip.permute(0, 2, 3, 1).numpy(), np.stack(images))
 
 
 @pytest.mark.skipif(
     not hasattr(av.video.stream.VideoStream, "set_display_rotation"), reason="PyAV is too old"
 )
 @pytest.mark.parametrize(("turned", "times"), [(90, 1), (180, 2), (-90, 3)])
-def test_a_film_that_is_marked_as_turned_is_turned_upright(
+def test_a_video_that_is_marked_as_turned_is_turned_upright(
     tmp_path: Path, turned: int, times: int
 ) -> None:
-    write: Callable[..., Path] = write_film
+    write: Callable[..., Path] = write_video
     made = [
         write(tmp_path / f"{degrees}.mp4", noisy(3), "libx264", "yuv420p", turned=degrees)
         for degrees in (0, turned)
     ]
-    plain, upright = (film_set([path], frames=3, stride=1).read(0) for path in made)
+    plain, upright = (video_set([path], frames=3, stride=1).read(0) for path in made)
     assert torch.equal(upright, torch.rot90(plain, times, (2, 3)))
 
 
@@ -327,25 +327,25 @@ def test_a_film_that_is_marked_as_turned_is_turned_upright(
 
 
 def test_mean_and_std_are_timm_s() -> None:
-    data = film_set([])
+    data = video_set([])
     assert (data.mean, data.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def test_mean_and_std_of_grey_are_the_mean_of_timm_s() -> None:
-    data = film_set([], in_chans=1)
+def test_mean_and_std_of_gray_are_the_mean_of_timm_s() -> None:
+    data = video_set([], in_chans=1)
     assert data.mean == pytest.approx([np.mean(IMAGENET_DEFAULT_MEAN)])
     assert data.std == pytest.approx([np.mean(IMAGENET_DEFAULT_STD)])
 
 
-def test_a_plain_clip_is_float32_of_the_shape_that_is_told(long_film: Path) -> None:
-    data = film_set([long_film])
+def test_a_plain_clip_is_float32_of_the_shape_that_is_told(long_video: Path) -> None:
+    data = video_set([long_video])
     clip = data.plain(data.read(0))
     assert (tuple(clip.shape), clip.dtype) == (data.shape, torch.float32)
     assert data.shape == (3, 4, 8, 8)
 
 
-def test_a_plain_clip_is_normalised_by_mean_and_std(long_film: Path) -> None:
-    data = film_set([long_film])
+def test_a_plain_clip_is_normalized_by_mean_and_std(long_video: Path) -> None:
+    data = video_set([long_video])
     clip = data.plain(data.read(0))
     for c in range(3):
         for t, number in enumerate([12, 14, 16, 18]):
@@ -354,19 +354,19 @@ def test_a_plain_clip_is_normalised_by_mean_and_std(long_film: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (37, 81), (100, 100)])
-def test_frames_are_resized_and_cropped_as_timm_does_with_pictures(size: tuple[int, int]) -> None:
+def test_frames_are_resized_and_cropped_as_timm_does_with_images(size: tuple[int, int]) -> None:
     raw = torch.from_numpy(np.stack(noisy(2, size))).permute(0, 3, 1, 2)
-    data = film_set([], img_size=28, crop_pct=0.875)
+    data = video_set([], img_size=28, crop_pct=0.875)
     timms: Any = create_transform(28, interpolation="bilinear", crop_pct=0.875)
-    pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in raw]
-    expected = torch.stack([timms(picture) for picture in pictures], 1)
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in raw]
+    expected = torch.stack([timms(image) for image in images], 1)
     torch.testing.assert_close(data.plain(raw), expected, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_three_crops_lie_from_one_end_of_the_longer_side_to_the_other(tall: bool) -> None:
     columns = torch.arange(24, dtype=torch.uint8).expand(2, 3, 8, 24)
-    data = film_set([], crops=3, img_size=8)
+    data = video_set([], crops=3, img_size=8)
     clips = data.plain((columns.transpose(2, 3) if tall else columns)[None])
     longer = (clips[:, 0, 0, :, 0] if tall else clips[:, 0, 0, 0]) * data.std[0] + data.mean[0]
     assert (longer * 255).round().int().tolist() == [
@@ -379,7 +379,7 @@ def test_three_crops_lie_from_one_end_of_the_longer_side_to_the_other(tall: bool
 def test_the_crops_of_a_view_follow_one_another() -> None:
     raw = torch.zeros(2, 4, 3, 8, 24, dtype=torch.uint8)
     raw[1] = 255
-    clips = film_set([], crops=3, views=2).plain(raw)
+    clips = video_set([], crops=3, views=2).plain(raw)
     assert clips.shape == (6, 3, 4, 8, 8)
     assert [bool(clip.mean() > 0) for clip in clips] == [False] * 3 + [True] * 3
 
@@ -387,29 +387,29 @@ def test_the_crops_of_a_view_follow_one_another() -> None:
 def test_three_crops_of_a_clip_show_its_whole_shorter_side() -> None:
     raw = torch.zeros(1, 1, 3, 16, 32, dtype=torch.uint8)
     raw[..., :2, :] = 255
-    assert bool((film_set([], crops=3, frames=1).plain(raw)[:, :, :, 0] > 0).all())
+    assert bool((video_set([], crops=3, frames=1).plain(raw)[:, :, :, 0] > 0).all())
 
 
-def test_grey_clips_have_one_channel(long_film: Path) -> None:
-    data = film_set([long_film], in_chans=1)
+def test_gray_clips_have_one_channel(long_video: Path) -> None:
+    data = video_set([long_video], in_chans=1)
     assert data.read(0).shape == (4, 1, 8, 10)
     assert numbers(data.read(0)) == [12, 14, 16, 18]
     assert data.plain(data.read(0)).shape == data.shape == (1, 4, 8, 8)
 
 
-def test_grey_is_as_bright_as_colour(tmp_path: Path) -> None:
-    pictures = [np.full((16, 16, 3), value, np.uint8) for value in (0, 128, 255)]
-    path = write_film(tmp_path / "film.mp4", pictures, "libx264", "yuv420p", qp="0")
-    grey = film_set([path], in_chans=1, frames=3, stride=1).read(0)
-    assert grey[:, 0, 0, 0].tolist() == pytest.approx([0, 128, 255], abs=2)
+def test_gray_is_as_bright_as_color(tmp_path: Path) -> None:
+    images = [np.full((16, 16, 3), value, np.uint8) for value in (0, 128, 255)]
+    path = write_video(tmp_path / "video.mp4", images, "libx264", "yuv420p", qp="0")
+    gray = video_set([path], in_chans=1, frames=3, stride=1).read(0)
+    assert gray[:, 0, 0, 0].tolist() == pytest.approx([0, 128, 255], abs=2)
 
 
 # Many of them
 
 
-def test_batches_hold_every_film_once_and_in_order(tmp_path: Path) -> None:
+def test_batches_hold_every_video_once_and_in_order(tmp_path: Path) -> None:
     paths = [numbered(tmp_path / f"{i}.mkv", n=i + 1) for i in range(5)]
-    data = film_set(paths, frames=1)
+    data = video_set(paths, frames=1)
     seen = [(images, labels.tolist()) for images, labels in data.batches(2)]
     assert [labels for _, labels in seen] == [[0, 1], [0, 1], [0]]
     middles = torch.cat([images for images, _ in seen])[:, 0, 0, 0, 0]
@@ -417,34 +417,34 @@ def test_batches_hold_every_film_once_and_in_order(tmp_path: Path) -> None:
     torch.testing.assert_close(middles, expected)
 
 
-def test_views_come_behind_the_batch(long_film: Path) -> None:
-    data = film_set([long_film] * 2, views=2, crops=3)
+def test_views_come_behind_the_batch(long_video: Path) -> None:
+    data = video_set([long_video] * 2, views=2, crops=3)
     images, _ = next(data.batches(2))
     assert images.shape == (2, 6, 3, 4, 8, 8)
 
 
-def test_batches_of_a_training_split_are_the_same_every_time(long_film: Path) -> None:
-    data, before = film_set([long_film], "train"), torch.get_rng_state()
+def test_batches_of_a_training_split_are_the_same_every_time(long_video: Path) -> None:
+    data, before = video_set([long_video], "train"), torch.get_rng_state()
     first, second = (next(data.batches(1))[0] for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_batches_leave_broken_films_out(long_film: Path, tmp_path: Path) -> None:
+def test_batches_leave_broken_videos_out(long_video: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
-    broken.write_text("no film")
-    data = film_set([long_film, broken, long_film, broken])
+    broken.write_text("no video")
+    data = video_set([long_video, broken, long_video, broken])
     assert [labels.tolist() for _, labels in data.batches(3)] == [[0, 0]]
 
 
-def test_a_worker_reads_the_same(long_film: Path) -> None:
-    alone, worked = (film_set([long_film] * 3, workers=n) for n in (0, 1))
+def test_a_worker_reads_the_same(long_video: Path) -> None:
+    alone, worked = (video_set([long_video] * 3, workers=n) for n in (0, 1))
     pairs = zip(alone.batches(2), worked.batches(2), strict=True)
     assert all(torch.equal(one[0], other[0]) for one, other in pairs)
 
 
-def test_a_training_clip_depends_on_its_key_alone(long_film: Path) -> None:
-    data = film_set([long_film] * 2, "train")
+def test_a_training_clip_depends_on_its_key_alone(long_video: Path) -> None:
+    data = video_set([long_video] * 2, "train")
 
     def loaded(*keys: SampleKey) -> Tensor:
         return next(iter(load_batches(data, [keys], lambda raw: raw.float()))).images
@@ -456,28 +456,28 @@ def test_a_training_clip_depends_on_its_key_alone(long_film: Path) -> None:
 
 def test_a_batch_size_below_1_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size is 0, expected 1 or more"):
-        film_set([]).batches(0)
+        video_set([]).batches(0)
 
 
 def test_fewer_of_a_sample_are_the_first_of_more(tmp_path: Path) -> None:
-    data = film_set([tmp_path / f"{i}" for i in range(50)])
+    data = video_set([tmp_path / f"{i}" for i in range(50)])
     five, ten = data.sample(5, seed=3), data.sample(10, seed=3)
     assert five.paths == ten.paths[:5]
     assert len(set(ten.paths)) == 10
 
 
-def test_films_of_a_sample_keep_their_labels(tmp_path: Path) -> None:
-    sample = film_set([tmp_path / f"{i}" for i in range(50)]).sample(20)
+def test_videos_of_a_sample_keep_their_labels(tmp_path: Path) -> None:
+    sample = video_set([tmp_path / f"{i}" for i in range(50)]).sample(20)
     assert [int(Path(path).name) % 2 for path in sample.paths] == sample.labels.tolist()
 
 
 def test_a_sample_of_more_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match="films has 1 films, 2 are asked for"):
-        film_set([Path("x")]).sample(2)
+    with pytest.raises(ValueError, match="videos has 1 videos, 2 are asked for"):
+        video_set([Path("x")]).sample(2)
 
 
-def test_a_pickled_data_set_reads_the_same(long_film: Path) -> None:
-    data = film_set([long_film])
+def test_a_pickled_data_set_reads_the_same(long_video: Path) -> None:
+    data = video_set([long_video])
     assert torch.equal(pickle.loads(pickle.dumps(data)).read(0), data.read(0))
 
 
@@ -504,22 +504,22 @@ def no_frames(path: Path) -> None:
 
 
 def cut_before_its_table(path: Path) -> None:
-    raw = write_film(path.with_suffix(".mp4"), noisy(), "libx264", "yuv420p").read_bytes()
+    raw = write_video(path.with_suffix(".mp4"), noisy(), "libx264", "yuv420p").read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
 
 
 def damaged_all_over(path: Path) -> None:
-    raw = write_film(path.with_suffix(".mov"), noisy(6), "png", "rgb24").read_bytes()
+    raw = write_video(path.with_suffix(".mov"), noisy(6), "png", "rgb24").read_bytes()
     path.write_bytes(raw.replace(b"\x89PNG", bytes(4)))
 
 
 def unknown_codec(path: Path) -> None:
-    raw = write_film(path.with_suffix(".mov"), noisy(6), "png", "rgb24").read_bytes()
+    raw = write_video(path.with_suffix(".mov"), noisy(6), "png", "rgb24").read_bytes()
     path.write_bytes(raw.replace(b"png ", b"zzz9"))
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "text": (lambda path: path.write_text("this is no film at all\n" * 50), "Invalid data"),
+    "text": (lambda path: path.write_text("this is no video at all\n" * 50), "Invalid data"),
     "empty": (lambda path: path.write_bytes(b""), "Invalid data|End of file"),
     "missing": (lambda path: None, "No such file"),
     "a folder": (lambda path: path.mkdir(), "directory|Permission"),
@@ -532,55 +532,55 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_is_no_film_is_refused_by_its_name_and_reason(tmp_path: Path, what: str) -> None:
+def test_what_is_no_video_is_refused_by_its_name_and_reason(tmp_path: Path, what: str) -> None:
     write, reason = BROKEN[what]
     write(path := tmp_path / "broken.mkv")
     with pytest.raises(UnreadableFile, match=rf"broken\.mkv cannot be read \(.*({reason})"):
-        film_set([path]).read(0)
+        video_set([path]).read(0)
 
 
-def test_a_film_that_was_cut_off_ends_where_it_was_cut(tmp_path: Path) -> None:
-    raw = numbered(tmp_path / "film.mkv", size=(64, 64)).read_bytes()
+def test_a_video_that_was_cut_off_ends_where_it_was_cut(tmp_path: Path) -> None:
+    raw = numbered(tmp_path / "video.mkv", size=(64, 64)).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(raw[: len(raw) * 2 // 3])
-    chosen = numbers(film_set([tmp_path / "cut.mkv"], frames=30, stride=1).read(0))
+    chosen = numbers(video_set([tmp_path / "cut.mkv"], frames=30, stride=1).read(0))
     last = max(chosen)
     assert 10 < last < 25
     assert chosen == [*range(last), *[last] * (30 - last)]
 
 
 def test_frames_that_are_promised_but_cut_off_are_the_last_ones_again(tmp_path: Path) -> None:
-    path = tmp_path / "film.mp4"
-    write_film(path, noisy(), "libx264", "yuv420p", muxing={"movflags": "faststart"}, bf="0")
+    path = tmp_path / "video.mp4"
+    write_video(path, noisy(), "libx264", "yuv420p", muxing={"movflags": "faststart"}, bf="0")
     truth, raw = all_frames(path), path.read_bytes()
     path.write_bytes(raw[: len(raw) * 3 // 4])
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 40
-    clip = film_set([path], frames=40, stride=1).read(0).permute(0, 2, 3, 1).numpy()
+    clip = video_set([path], frames=40, stride=1).read(0).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(clip[:20], truth[:20])
     assert np.array_equal(clip[-1], clip[-2])
 
 
 def test_in_place_of_a_frame_that_is_damaged_comes_the_next(tmp_path: Path) -> None:
-    path = write_film(tmp_path / "film.mov", noisy(12), "png", "rgb24")
+    path = write_video(tmp_path / "video.mov", noisy(12), "png", "rgb24")
     raw, truth = path.read_bytes(), all_frames(path)
     starts = [i for i in range(len(raw)) if raw.startswith(b"\x89PNG", i)]
     path.write_bytes(raw[: starts[4]] + bytes(64) + raw[starts[4] + 64 :])
-    clip = film_set([path], frames=12, stride=1).read(0).permute(0, 2, 3, 1).numpy()
+    clip = video_set([path], frames=12, stride=1).read(0).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(clip, truth[[0, 1, 2, 3, 5, 5, 6, 7, 8, 9, 10, 11]])
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at /proc")
-@pytest.mark.parametrize("what", ["film", *BROKEN])
+@pytest.mark.parametrize("what", ["video", *BROKEN])
 def test_nothing_stays_open_and_no_thread_is_left(tmp_path: Path, what: str) -> None:
-    path = tmp_path / "film.mkv"
-    BROKEN[what][0](path) if what in BROKEN else write_film(path, noisy(), "libx264", "yuv420p")
-    data = film_set([path], stride=0)
+    path = tmp_path / "video.mkv"
+    BROKEN[what][0](path) if what in BROKEN else write_video(path, noisy(), "libx264", "yuv420p")
+    data = video_set([path], stride=0)
     threads = len(os.listdir("/proc/self/task"))
     for _ in range(3):
         try:
             data.read(0)
         except UnreadableFile:
-            assert what != "film"
+            assert what != "video"
         assert str(path) not in [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
     assert len(os.listdir("/proc/self/task")) == threads
 
@@ -589,53 +589,55 @@ def test_nothing_stays_open_and_no_thread_is_left(tmp_path: Path, what: str) -> 
 
 
 def test_folders_become_classes(root: Path) -> None:
-    data = load_data("film", root=root, **SMALL)
+    data = load_data("video-folder", root=root, **SMALL)
     assert data.classes == ("jump", "run")
     assert [Path(path).parent.name for path in data.paths] == ["jump", "jump", "run", "run"]
     assert data.labels.tolist() == [0, 0, 1, 1]
-    assert (len(data), data.name, data.split) == (4, "film", "train")
+    assert (len(data), data.name, data.split) == (4, "video-folder", "train")
 
 
 def test_the_test_split_is_another_folder(root: Path) -> None:
-    assert [Path(path).name for path in load_data("film", "test", root=root).paths] == ["z.mkv"] * 2
+    assert [Path(path).name for path in load_data("video-folder", "test", root=root).paths] == [
+        "z.mkv"
+    ] * 2
 
 
-def test_clips_are_224_in_colour_unless_told_otherwise(root: Path) -> None:
-    assert load_data("film", root=root).shape == (3, 8, 224, 224)
+def test_clips_are_224_in_color_unless_told_otherwise(root: Path) -> None:
+    assert load_data("video-folder", root=root).shape == (3, 8, 224, 224)
 
 
-def test_lists_name_films_by_paths_that_start_at_the_root(root: Path) -> None:
+def test_lists_name_videos_by_paths_that_start_at_the_root(root: Path) -> None:
     elsewhere = root / "train" / "run" / "y.mkv"
     (root / "train.csv").write_text(f"path,label\ntrain/jump/x.mkv,b\n{elsewhere},a\n")
     (root / "val.csv").write_text("path,label\nval/jump/z.mkv,a\nval/run/z.mkv,b\n")
-    data = load_data("film", root=root)
+    data = load_data("video-folder", root=root)
     assert data.classes == ("a", "b")
     assert [Path(path).name for path in data.paths] == ["x.mkv", "y.mkv"]
     assert data.labels.tolist() == [1, 0]
 
 
 def test_without_a_root_the_way_out_is_named() -> None:
-    with pytest.raises(ValueError, match=r"film needs .* pass root"):
-        load_data("film")
+    with pytest.raises(ValueError, match=r"video needs .* pass root"):
+        load_data("video-folder")
 
 
 def test_a_missing_split_is_refused(root: Path) -> None:
     (root / "val").rename(root / "other")
     with pytest.raises(ValueError, match="val"):
-        load_data("film", "test", root=root)
+        load_data("video-folder", "test", root=root)
 
 
 def test_splits_with_different_classes_are_refused(root: Path) -> None:
     (root / "val" / "run").rename(root / "val" / "walk")
     with pytest.raises(ValueError, match=r"(?s)(run.*walk|walk.*run)"):
-        load_data("film", root=root)
+        load_data("video-folder", root=root)
 
 
-def test_a_class_without_a_film_is_refused(root: Path) -> None:
+def test_a_class_without_a_video_is_refused(root: Path) -> None:
     (root / "train" / "swim").mkdir()
     (root / "train" / "swim" / "notes.txt").write_text("none yet")
     with pytest.raises(ValueError, match="swim"):
-        load_data("film", root=root)
+        load_data("video-folder", root=root)
 
 
 @pytest.mark.parametrize(
@@ -644,29 +646,29 @@ def test_a_class_without_a_film_is_refused(root: Path) -> None:
 def test_wrong_lists_are_refused(root: Path, text: str) -> None:
     (root / "train.csv").write_text(text)
     with pytest.raises(ValueError, match=r"train\.csv"):
-        load_data("film", root=root)
+        load_data("video-folder", root=root)
 
 
-def test_films_none_of_which_can_be_read_are_refused_at_once(root: Path) -> None:
+def test_videos_none_of_which_can_be_read_are_refused_at_once(root: Path) -> None:
     for path in (root / "train").rglob("*.mkv"):
-        path.write_text("no film")
-    with pytest.raises(ValueError, match=r"film train: none of the first .*\.mkv cannot be read"):
-        load_data("film", root=root)
+        path.write_text("no video")
+    with pytest.raises(ValueError, match=r"video train: none of the first .*\.mkv cannot be read"):
+        load_data("video-folder", root=root)
 
 
-def test_one_readable_film_is_enough_to_begin_with(root: Path) -> None:
+def test_one_readable_video_is_enough_to_begin_with(root: Path) -> None:
     for path in sorted((root / "train").rglob("*.mkv"))[:3]:
-        path.write_text("no film")
-    assert len(load_data("film", root=root)) == 4
+        path.write_text("no video")
+    assert len(load_data("video-folder", root=root)) == 4
 
 
 def test_loading_leaves_torch_s_random_state_alone(root: Path) -> None:
     before = torch.get_rng_state()
-    load_data("film", root=root)
+    load_data("video-folder", root=root)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_without_pyav_the_way_out_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"needs PyAV; run pip install 'tokenlearner\[video\]'"):
-        load_data("film", root=root)
+        load_data("video-folder", root=root)

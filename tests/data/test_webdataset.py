@@ -40,7 +40,7 @@ def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def write_shards(root: Path, shards: int = 4, split: str = "train") -> Path:
-    """Picture i is grey of the value i, and so is its label."""
+    """Image i is gray of the value i, and so is its label."""
     for shard in range(shards):
         numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         pairs = [((f"{i:03}.png", png(i)), (f"{i:03}.cls", b"%d" % i)) for i in numbers]
@@ -60,7 +60,7 @@ def write_info(root: Path, split: str = "train", **changed: object) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Four shards of five pictures each."""
+    """Four shards of five images each."""
     return write_shards(tmp_path)
 
 
@@ -70,7 +70,7 @@ def load(root: Path, split: str = "train", **wanted: object) -> StreamDataset:
 
 
 def value(image: Image.Image) -> Tensor:
-    """A change that keeps the grey value."""
+    """A change that keeps the gray value."""
     return torch.full((3, 8, 8), float(image.getpixel((0, 0))[0]))  # type: ignore[index]
 
 
@@ -91,14 +91,14 @@ def seen(data: StreamDataset, size: int = 4, **options: object) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_has_every_picture_once_in_full_batches(root: Path, workers: int) -> None:
+def test_an_epoch_has_every_image_once_in_full_batches(root: Path, workers: int) -> None:
     found = batches(load(root), workers=workers)
     assert [len(batch.labels) for batch in found] == [4] * 5
     assert sorted(int(label) for batch in found for label in batch.labels) == list(range(20))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_labels_stay_with_their_pictures(root: Path, workers: int) -> None:
+def test_labels_stay_with_their_images(root: Path, workers: int) -> None:
     for batch in batches(load(root), workers=workers):
         assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels)
 
@@ -137,13 +137,13 @@ def test_every_epoch_and_every_seed_has_an_order_of_its_own(root: Path) -> None:
     assert len(set(map(tuple, orders))) == 4
 
 
-def test_pictures_are_mixed_across_shards(root: Path) -> None:
+def test_images_are_mixed_across_shards(root: Path) -> None:
     order = seen(load(root))
     assert len({label // PER_SHARD for label in order[:PER_SHARD]}) > 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_picture_and_epoch_has_changes_of_its_own(root: Path, workers: int) -> None:
+def test_every_image_and_epoch_has_changes_of_its_own(root: Path, workers: int) -> None:
     found = batches(load(root), change=noise, workers=workers)
     found += batches(load(root), change=noise, workers=workers, epoch=1)
     firsts = torch.cat([batch.images[:, 0, 0, 0] for batch in found])
@@ -157,7 +157,7 @@ def test_torchs_random_numbers_are_left_as_they_are(root: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_without_a_change_pictures_are_plain(root: Path) -> None:
+def test_without_a_change_images_are_plain(root: Path) -> None:
     data = load(root)
     batch = batches(data, change=None)[0]
     first = data.plain(Image.new("RGB", (8, 8), (int(batch.labels[0]),) * 3))
@@ -189,7 +189,7 @@ def test_processes_get_other_shards_in_another_epoch(root: Path) -> None:
 def test_processes_yield_as_many_batches_when_shards_do_not_divide(
     root: Path, process: int
 ) -> None:
-    """20 pictures make 3 batches of 2 for each of 3 processes, two of which have 5 pictures."""
+    """20 images make 3 batches of 2 for each of 3 processes, two of which have 5 images."""
     assert len(batches(load(root), size=2, process=process, num_processes=3)) == 3
 
 
@@ -207,21 +207,21 @@ def test_a_part_that_is_too_small_is_begun_again_in_another_order(root: Path) ->
 # What is broken
 
 
-def break_one(root: Path, content: bytes = b"no picture") -> None:
-    """The third picture of a shard is broken."""
+def break_one(root: Path, content: bytes = b"no image") -> None:
+    """The third image of a shard is broken."""
     numbers = range(5)
-    pictures = [content if i == 2 else png(i) for i in numbers]
-    pairs = [((f"{i}.png", pictures[i]), (f"{i}.cls", b"%d" % i)) for i in numbers]
+    images = [content if i == 2 else png(i) for i in numbers]
+    pairs = [((f"{i}.png", images[i]), (f"{i}.cls", b"%d" % i)) for i in numbers]
     write_tar(root / "train-000.tar", [file for pair in pairs for file in pair])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_is_left_out_and_reported(root: Path, workers: int) -> None:
+def test_a_broken_image_is_left_out_and_reported(root: Path, workers: int) -> None:
     break_one(root)
     found = batches(load(root, num_samples=19), size=19, workers=workers)
     assert sorted(found[0].labels.tolist()) == [i for i in range(20) if i != 2]
     (broken,) = found[0].broken
-    assert broken.startswith(f"{root}/train-000.tar: 2 cannot be read as a picture")
+    assert broken.startswith(f"{root}/train-000.tar: 2 cannot be read as an image")
 
 
 def test_a_tar_file_that_is_cut_gives_what_it_has_and_is_reported(root: Path) -> None:
@@ -249,13 +249,13 @@ def test_a_tar_file_that_vanishes_is_reported(root: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([("0.txt", b"1"), ("0.cls", b"1")], "0 has no picture, expected a file such as .jpg"),
+        ([("0.txt", b"1"), ("0.cls", b"1")], "0 has no image, expected a file such as .jpg"),
         ([("0.png", png(1))], "0 has no label .*expected a .cls file with a number"),
         ([("0.png", png(1)), ("0.cls", b"cat")], "0 has no label .*expected a .cls file"),
         ([("0.png", png(1)), ("0.cls", b"20")], "0 has label 20, expected 0 to 19; pass num_cl"),
         ([("0.png", png(1)), ("0.cls", b"-1")], "0 has label -1, expected 0 to 19"),
     ],
-    ids=["no picture", "no label", "no number", "too large", "below 0"],
+    ids=["no image", "no label", "no number", "too large", "below 0"],
 )
 def test_what_does_not_make_a_pair_is_reported(
     root: Path, files: list[tuple[str, bytes]], message: str
@@ -270,7 +270,7 @@ def test_what_does_not_make_a_pair_is_reported(
 def test_a_stream_of_which_nothing_can_be_read_is_refused(root: Path) -> None:
     for shard in range(4):
         write_tar(root / f"train-{shard:03}.tar", [("0.png", b"x"), ("0.cls", b"1")])
-    with pytest.raises(ValueError, match="wds/ train: none of the first 4 pictures can be read"):
+    with pytest.raises(ValueError, match="wds/ train: none of the first 4 images can be read"):
         load(root)
 
 
@@ -286,7 +286,7 @@ def test_a_stream_that_breaks_later_ends_with_the_reason(root: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_judging_sees_every_picture_once(root: Path, workers: int) -> None:
+def test_judging_sees_every_image_once(root: Path, workers: int) -> None:
     found = list(load(root, workers=workers).batches(6))
     assert [len(labels) for _, labels in found] == [6, 6, 6, 2]
     assert sorted(int(label) for _, labels in found for label in labels) == list(range(20))
@@ -301,14 +301,14 @@ def test_judging_goes_in_order_plain_and_without_what_is_broken(root: Path) -> N
     torch.testing.assert_close(images, torch.stack(plain))
 
 
-def test_a_last_batch_of_none_but_broken_pictures_is_not_judged_but_reported(root: Path) -> None:
+def test_a_last_batch_of_none_but_broken_images_is_not_judged_but_reported(root: Path) -> None:
     write_tar(root / "train-003.tar", [("0.png", b"x"), ("0.cls", b"1")])
     data = load(root)
     assert [len(labels) for _, labels in data.batches(15)] == [15]
     assert [len(batch.broken) for batch in data.plain_stream(15)] == [0, 1]
 
 
-def test_grey_streams_have_one_channel(root: Path) -> None:
+def test_gray_streams_have_one_channel(root: Path) -> None:
     images, _ = next(load(root, in_chans=1).batches(3))
     assert images.shape == (3, 1, 8, 8)
 
@@ -408,4 +408,4 @@ def test_without_webdataset_the_way_out_is_named(
 
 def test_a_record_that_is_broken_is_raised(root: Path) -> None:
     with pytest.raises(UnreadableFile, match="why"):
-        load(root).picture(UnreadableFile("why"))
+        load(root).image(UnreadableFile("why"))

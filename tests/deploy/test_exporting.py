@@ -192,11 +192,11 @@ def test_nothing_but_the_file_is_left_in_the_folder(made: Exported) -> None:
     assert [path.name for path in made.path.parent.iterdir()] == ["vit.pt2"]
 
 
-def test_the_pictures_are_not_in_the_file(made: Exported) -> None:
+def test_the_images_are_not_in_the_file(made: Exported) -> None:
     assert torch.export.load(made.path).example_inputs is None
 
 
-def test_one_picture_is_checked_beside_two(tmp_path: Path) -> None:
+def test_one_image_is_checked_beside_two(tmp_path: Path) -> None:
     made = export(Affine(), tmp_path / "a.pt2", ONES[:1], rounds=2)
     assert [check.batch_size for check in made.checks] == [1, 2]
 
@@ -308,9 +308,9 @@ def test_a_model_that_cannot_be_exported_is_told_in_a_line(tmp_path: Path) -> No
         ("a.onnx", {"precision": "bfloat16"}, "no bfloat16 convolution for a CPU; export to .pt2"),
         ("a.pt2", {"rounds": 1}, "rounds is 1, expected an integer of 2 or more"),
         ("a.pt2", {"tolerance": 0}, "tolerance is 0, expected a number above 0"),
-        ("a.pt2", {"images": ONES[0]}, "images are [1, 4, 4], expected a batch of pictures"),
-        ("a.pt2", {"images": ONES[:0]}, "images are [0, 1, 4, 4], expected a batch of pictures"),
-        ("a.pt2", {"images": "cat.png"}, "images are [], expected a batch of pictures"),
+        ("a.pt2", {"images": ONES[0]}, "images are [1, 4, 4], expected a batch of images"),
+        ("a.pt2", {"images": ONES[:0]}, "images are [0, 1, 4, 4], expected a batch of images"),
+        ("a.pt2", {"images": "cat.png"}, "images are [], expected a batch of images"),
         ("a.pt2", {"images": ONES.byte()}, "images are torch.uint8, expected torch.float32"),
         ("a.pt2", {"images": ONES[..., :3]}, "does not run on images of [5, 1, 4, 3] ("),
         ("a.onnx", {"model": Affine().double()}, "weights of torch.float64, expected float32"),
@@ -355,7 +355,7 @@ def test_a_model_too_large_for_one_onnx_file_is_refused(
         export(Affine(), tmp_path / "a.onnx", ONES)
 
 
-def test_a_picture_of_another_size_is_refused_by_its_model(tmp_path: Path) -> None:
+def test_a_image_of_another_size_is_refused_by_its_model(tmp_path: Path) -> None:
     message = r"does not run on images of \[2, 1, 28, 35\] \(.*set_input_size"
     with pytest.raises(ValueError, match=message):
         export(small_vit(), tmp_path / "a.onnx", torch.zeros(2, 1, 28, 35))
@@ -463,7 +463,7 @@ def test_the_command_judges_model_and_file_on_data(saved: str, shown: tuple[Path
     rows = {line.split()[0]: line.split() for line in shown[1].splitlines() if line.strip()}
     assert rows["model"][1] == rows["file"][1] == f"{top1:.2f}"
     assert max(float(rows[batch][1]) for batch in ("3", "1")) < 1e-4
-    assert "Top-1 of the 64 held-out pictures of fashion-mnist-small." in shown[1]
+    assert "Top-1 of the 64 held-out images of fashion-mnist-small." in shown[1]
 
 
 def test_the_command_names_file_size_and_both_ends(shown: tuple[Path, str]) -> None:
@@ -471,7 +471,7 @@ def test_the_command_names_file_size_and_both_ends(shown: tuple[Path, str]) -> N
     size = f"{path.stat().st_size / 2**20:.1f} MiB"
     ends = "takes images (batch x 1 x 35 x 35), gives logits (batch x 10)"
     assert f"a.pt2: float32, {size}, {ends}" in text
-    assert "on pictures of fashion-mnist-small, 1 x 35 x 35, cpu, " in text
+    assert "on images of fashion-mnist-small, 1 x 35 x 35, cpu, " in text
     assert "nothing was compared" not in text
 
 
@@ -560,7 +560,7 @@ def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
         export_table(ExportConfig(**told, data="fashion-mnist-small"))
 
 
-def test_data_are_refused_by_a_model_of_pictures_that_are_not_square(tmp_path: Path) -> None:
+def test_data_are_refused_by_a_model_of_images_that_are_not_square(tmp_path: Path) -> None:
     model = create_model(MINI, **SMALL, img_size=(28, 35))
     file = save_model(model, tmp_path / "model.safetensors")
     config = ExportConfig(str(file), str(tmp_path / "a.pt2"), data="fashion-mnist-small")

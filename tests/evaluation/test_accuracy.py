@@ -18,7 +18,7 @@ from tokenlearner.evaluation.accuracy import mean_metrics, sum_metrics
 
 
 class Told(nn.Module):
-    """Predicts the brightness of a picture's first pixel as its class."""
+    """Predicts the brightness of an image's first pixel as its class."""
 
     def __init__(self, num_classes: int = 6):
         super().__init__()
@@ -30,31 +30,31 @@ class Told(nn.Module):
         return 9.0 * self.scale * nn.functional.one_hot(told, self.num_classes)
 
 
-def pictures(told: list[int], labels: list[int]) -> ImageDataset:
+def make_images(told: list[int], labels: list[int]) -> ImageDataset:
     images = torch.zeros(len(told), 1, 2, 2, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.tensor(told)
     return ImageDataset("told", "test", images, torch.tensor(labels), tuple("abcdef"), (0,), (1,))
 
 
-def test_top1_is_the_share_of_pictures_whose_best_class_is_right() -> None:
-    assert evaluate(Told(), pictures([0, 1, 2, 3], [0, 1, 2, 5])).top1_percent == 75
+def test_top1_is_the_share_of_images_whose_best_class_is_right() -> None:
+    assert evaluate(Told(), make_images([0, 1, 2, 3], [0, 1, 2, 5])).top1_percent == 75
 
 
 def test_top5_is_right_when_the_label_is_among_the_five_best() -> None:
-    result = evaluate(Told(), pictures([5, 5], [5, 0]))
+    result = evaluate(Told(), make_images([5, 5], [5, 0]))
     assert (result.top1_percent, result.top5_percent) == (50, 100)
 
 
 def test_loss_is_the_mean_cross_entropy() -> None:
     right = math.log(math.exp(9) + 5) - 9
     wrong = math.log(math.exp(9) + 5)
-    result = evaluate(Told(), pictures([0, 1, 2], [0, 1, 3]))
+    result = evaluate(Told(), make_images([0, 1, 2], [0, 1, 3]))
     assert result.loss == pytest.approx((2 * right + wrong) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 500])
 def test_the_batch_size_changes_nothing(batch_size: int) -> None:
-    data = pictures([0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 0, 1])
+    data = make_images([0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 0, 1])
     result = evaluate(Told(), data, batch_size)
     assert (result.images, result.top1_percent) == (7, pytest.approx(500 / 7))
 
@@ -64,25 +64,25 @@ def test_the_model_runs_in_evaluation_mode_and_keeps_its_own(training: bool) -> 
     seen = []
     model = Told().train(training)
     model.register_forward_hook(lambda module, args, out: seen.append(module.training))
-    evaluate(model, pictures([0], [0]))
+    evaluate(model, make_images([0], [0]))
     assert (seen, model.training) == ([False], training)
 
 
 def test_too_few_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="the model has 3 classes, told has 6; build it with"):
-        evaluate(Told(num_classes=3), pictures([0], [0]))
+        evaluate(Told(num_classes=3), make_images([0], [0]))
 
 
 def test_a_batch_size_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size is 0, expected an integer of 1 or more"):
-        evaluate(Told(), pictures([0], [0]), batch_size=0)
+        evaluate(Told(), make_images([0], [0]), batch_size=0)
 
 
 # --- views, broken files, several processes -----------------------------------------------------
 
 
 class Files:
-    """The same pictures as if in files; `bad` are broken, and there may be several views."""
+    """The same images as if in files; `bad` are broken, and there may be several views."""
 
     def __init__(self, data: ImageDataset, bad: Iterable[int] = (), views: int = 1):
         self.bad, self.views = set(bad), views
@@ -100,19 +100,21 @@ class Files:
         return self._read(index)
 
     def plain(self, raw: Any) -> Tensor:
-        picture = self._plain(raw)
+        image = self._plain(raw)
         if self.views == 1:
-            return picture
-        return torch.stack([(picture + i / 255) for i in range(self.views)])
+            return image
+        return torch.stack([(image + i / 255) for i in range(self.views)])
 
 
 def files(told: list[int], labels: list[int], bad: Iterable[int] = (), views: int = 1) -> Any:
-    return Files(pictures(told, labels), bad, views)
+    return Files(make_images(told, labels), bad, views)
 
 
-def test_files_are_judged_as_pictures_in_memory_are() -> None:
+def test_files_are_judged_as_images_in_memory_are() -> None:
     told, labels = [0, 1, 2, 3, 4], [0, 1, 2, 3, 0]
-    assert evaluate(Told(), files(told, labels), 2) == evaluate(Told(), pictures(told, labels), 2)
+    assert evaluate(Told(), files(told, labels), 2) == evaluate(
+        Told(), make_images(told, labels), 2
+    )
 
 
 def test_the_logits_of_views_are_averaged() -> None:
@@ -159,21 +161,22 @@ def test_every_process_runs_the_model_as_often(n: int, num_processes: int) -> No
 
 def test_a_blank_is_not_counted() -> None:
     assert (
-        sum_metrics(Told(), pictures([0], [0]), 2, process=1, num_processes=2).tolist() == [0] * 5
+        sum_metrics(Told(), make_images([0], [0]), 2, process=1, num_processes=2).tolist()
+        == [0] * 5
     )
 
 
 class Stream(Files):
-    """Pictures without an order, which no process has a part of."""
+    """Images without an order, which no process has a part of."""
 
     stream = None
 
     def plain_stream(self, batch_size: int) -> Any:
-        batches = pictures([0, 1, 2], [0, 1, 0]).batches(batch_size)
+        batches = make_images([0, 1, 2], [0, 1, 0]).batches(batch_size)
         return (Batch(*pair) for pair in batches)
 
 
 def test_all_processes_see_the_whole_of_a_stream() -> None:
-    data: Any = Stream(pictures([0], [0]))
+    data: Any = Stream(make_images([0], [0]))
     for process in range(2):
         assert mean_metrics(sum_metrics(Told(), data, 2, process, 2), data).images == 3

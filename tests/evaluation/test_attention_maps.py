@@ -221,7 +221,7 @@ def test_a_grid_that_no_longer_fits_is_refused() -> None:
         attention_maps(model, images(16, 48))
 
 
-def test_maps_have_the_grid_of_the_picture_where_the_host_takes_any_size() -> None:
+def test_maps_have_the_grid_of_the_image_where_the_host_takes_any_size() -> None:
     model = insert(vit(dynamic_img_size=True), 3)
     assert attention_maps(model, images(40, 16))[2].shape == (2, 3, 5, 2)
 
@@ -231,19 +231,19 @@ def test_maps_have_the_grid_of_the_picture_where_the_host_takes_any_size() -> No
 
 def sheet(path: Path, b: int, k: int, channels: int) -> Path:
     maps = torch.rand(b, k, 10).softmax(-1).unflatten(-1, (2, 5))
-    names = [f"picture {i}" for i in range(b)]
+    names = [f"image {i}" for i in range(b)]
     return draw_maps(path, torch.rand(b, channels, 16, 40), maps, names, "what is looked at")
 
 
 @pytest.mark.parametrize(("b", "k", "channels"), [(1, 1, 1), (2, 3, 3), (3, 8, 1)])
-def test_the_sheet_is_a_png_that_grows_with_pictures_and_tokens(
+def test_the_sheet_is_a_png_that_grows_with_images_and_tokens(
     tmp_path: Path, b: int, k: int, channels: int
 ) -> None:
     path = sheet(tmp_path / "folder" / "maps.png", b, k, channels)
     height, width = imread(path).shape[:2]
     assert path.read_bytes().startswith(b"\x89PNG")
     assert abs(width - 100 * (1.25 * (k + 2) + 1.2)) <= 1
-    assert abs(height - 100 * max(1.22 * 0.4 * b + 1.0, 2.2)) <= 1  # pictures of 16 x 40
+    assert abs(height - 100 * max(1.22 * 0.4 * b + 1.0, 2.2)) <= 1  # images of 16 x 40
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -251,16 +251,16 @@ def test_the_sheet_shows_the_maps(tmp_path: Path) -> None:
     maps = torch.full((1, 2, 2, 5), 0.1)
     peaked = torch.zeros(1, 2, 2, 5)
     peaked[..., 0, 0] = 1
-    pictures = torch.full((1, 1, 16, 40), 0.5)
+    images = torch.full((1, 1, 16, 40), 0.5)
     drawn = [
-        imread(draw_maps(tmp_path / f"{i}.png", pictures, one, ["a"], "title"))
+        imread(draw_maps(tmp_path / f"{i}.png", images, one, ["a"], "title"))
         for i, one in enumerate([maps, maps, peaked])
     ]
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
 
 
-def test_a_name_for_every_picture_is_needed_and_nothing_is_written_without(tmp_path: Path) -> None:
+def test_a_name_for_every_image_is_needed_and_nothing_is_written_without(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zip"):
         draw_maps(tmp_path / "a.png", torch.rand(2, 1, 8, 8), torch.rand(2, 1, 2, 2), ["a"], "t")
     assert list(tmp_path.iterdir()) == []

@@ -75,7 +75,7 @@ def test_learned_tokens_cut_macs_and_training_memory() -> None:
 def test_too_few_rounds_and_nothing_to_measure_are_refused() -> None:
     with pytest.raises(ValueError, match="rounds is 1, expected an integer of 2 or more"):
         benchmark({"one": Repeated(1)}, torch.ones(4, 256), rounds=1)
-    with pytest.raises(ValueError, match="0 models and 4 pictures"):
+    with pytest.raises(ValueError, match="0 models and 4 images"):
         benchmark({}, torch.ones(4, 256))
 
 

@@ -1,4 +1,4 @@
-"""Sheets and animations: what stands where, what colours mean, and files that play."""
+"""Sheets and animations: what stands where, what colors mean, and files that play."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def row(k: int = 2, label: str = "block 3", h: int = 8, w: int = 8) -> FigureRow
     return FigureRow(label, torch.rand(1, h, w), maps)
 
 
-def lightness(value: float, picture: float = 0.5) -> float:
-    pixels = overlay(torch.full((1, 4, 4), picture), torch.full((2, 2), value), SCALE)
+def lightness(value: float, image: float = 0.5) -> float:
+    pixels = overlay(torch.full((1, 4, 4), image), torch.full((2, 2), value), SCALE)
     return float(pixels[0, 0] @ np.array([0.2126, 0.7152, 0.0722]))
 
 
@@ -73,16 +73,16 @@ def test_one_scale_reaches_up_to_the_peaks_of_all_rows() -> None:
     assert map_scale(rows, gates=False).top == pytest.approx(4, rel=0.05)
 
 
-# --- colours ------------------------------------------------------------------------------------
+# --- colors ------------------------------------------------------------------------------------
 
 
-def test_colours_rise_in_lightness_with_the_value_so_that_grey_print_tells_it() -> None:
+def test_colors_rise_in_lightness_with_the_value_so_that_gray_print_tells_it() -> None:
     steps = np.diff([lightness(value) for value in np.linspace(0, 4, 9)])
     assert steps.min() > 0.02
     assert steps.max() < 2 * steps.min()
 
 
-def test_the_picture_beneath_changes_lightness_less_than_a_third_of_the_scale() -> None:
+def test_the_image_beneath_changes_lightness_less_than_a_third_of_the_scale() -> None:
     assert 0 < lightness(2, 1.0) - lightness(2, 0.0) < (lightness(4) - lightness(0))
     assert lightness(2, 1.0) - lightness(2, 0.5) < (lightness(4) - lightness(0)) / 3
 
@@ -95,7 +95,7 @@ def test_a_square_is_a_position_and_nothing_is_smoothed() -> None:
     assert (pixels[:, 2:4] == pixels[0, 2]).all()
 
 
-def test_an_edge_that_no_patch_covers_stays_uncoloured() -> None:
+def test_an_edge_that_no_patch_covers_stays_uncolored() -> None:
     pixels = overlay(torch.full((1, 5, 7), 0.5), torch.ones(2, 3), SCALE)
     assert (pixels[4] == 0.5).all()
     assert (pixels[:, 6] == 0.5).all()
@@ -128,26 +128,26 @@ def test_rows_with_fewer_maps_leave_the_rest_of_their_line_empty(tmp_path: Path)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_picture_itself_stands_in_its_own_colours(tmp_path: Path, channels: int) -> None:
-    picture = torch.zeros(channels, 8, 8)
-    picture[0] = 1
-    sheet = write_figure(tmp_path / "a.png", [FigureRow("", picture, peaked(0))], SCALE, "t")
+def test_the_image_itself_stands_in_its_own_colors(tmp_path: Path, channels: int) -> None:
+    image = torch.zeros(channels, 8, 8)
+    image[0] = 1
+    sheet = write_figure(tmp_path / "a.png", [FigureRow("", image, peaked(0))], SCALE, "t")
     wanted = [1, 0, 0] if channels == 3 else [1, 1, 1]
     found = (imread(sheet)[90:120, 40:120, :3] == wanted).all(-1)
     assert found.mean() > 0.5
 
 
 def test_other_maps_give_another_sheet_and_the_same_ones_the_same(tmp_path: Path) -> None:
-    picture = torch.full((1, 8, 8), 0.5)
+    image = torch.full((1, 8, 8), 0.5)
     a, b, c = (
-        write_figure(tmp_path / f"{i}.png", [FigureRow("", picture, peaked(at))], SCALE, "t")
+        write_figure(tmp_path / f"{i}.png", [FigureRow("", image, peaked(at))], SCALE, "t")
         for i, at in enumerate((0, 0, 3))
     )
     assert a.read_bytes() == b.read_bytes() != c.read_bytes()
 
 
 def test_a_sheet_without_rows_is_refused_and_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no picture to draw"):
+    with pytest.raises(ValueError, match="no image to draw"):
         write_figure(tmp_path / "a.png", [], SCALE, "t")
     assert list(tmp_path.iterdir()) == []
 
@@ -168,8 +168,8 @@ def test_without_matplotlib_the_extra_is_named(
 @pytest.fixture(scope="module")
 def animations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three moments, in which the peak goes from the first position on to the third."""
-    folder, picture = tmp_path_factory.mktemp("animations"), torch.full((1, 8, 8), 0.5)
-    moments = [[FigureRow(f"frame {i}", picture, peaked(i))] for i in range(3)]
+    folder, image = tmp_path_factory.mktemp("animations"), torch.full((1, 8, 8), 0.5)
+    moments = [[FigureRow(f"frame {i}", image, peaked(i))] for i in range(3)]
     paths = [folder / "a.gif", folder / "a.mp4"]
     assert write_animation(paths, moments, SCALE, "title", frames_per_second=5) == paths
     return paths
@@ -185,8 +185,8 @@ def gif_frames(path: Path) -> list[np.ndarray]:
 
 
 def mp4_frames(path: Path) -> list[np.ndarray]:
-    with av.open(str(path)) as film:
-        return [frame.to_ndarray(format="rgb24").astype(int) for frame in film.decode(video=0)]
+    with av.open(str(path)) as video:
+        return [frame.to_ndarray(format="rgb24").astype(int) for frame in video.decode(video=0)]
 
 
 def test_a_gif_has_a_frame_for_each_moment_and_goes_round(animations: list[Path]) -> None:
@@ -196,8 +196,8 @@ def test_a_gif_has_a_frame_for_each_moment_and_goes_round(animations: list[Path]
 
 
 def test_an_mp4_has_a_frame_for_each_moment_at_the_rate(animations: list[Path]) -> None:
-    with av.open(str(animations[1])) as film:
-        assert film.streams.video[0].average_rate == 5
+    with av.open(str(animations[1])) as video:
+        assert video.streams.video[0].average_rate == 5
     assert len(mp4_frames(animations[1])) == 3
 
 

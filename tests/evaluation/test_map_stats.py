@@ -12,7 +12,7 @@ from tokenlearner.evaluation.map_stats import COLLAPSED, map_stats
 
 
 def maps(*tokens: list[float]) -> Tensor:
-    """One picture with these maps on a grid of two rows: `1 k 2 w`."""
+    """One image with these maps on a grid of two rows: `1 k 2 w`."""
     return torch.tensor([tokens]).unflatten(-1, (2, -1))
 
 
@@ -51,7 +51,7 @@ def test_the_overlap_is_the_mean_over_pairs() -> None:
 
 
 @pytest.mark.parametrize(("one", "bits", "share"), [(EVEN, 2, 1), (LEFT, 1, 0.5), (POINT, 0, 0.25)])
-def test_entropy_is_in_bits_and_the_share_is_of_the_picture(
+def test_entropy_is_in_bits_and_the_share_is_of_the_image(
     one: list[float], bits: float, share: float
 ) -> None:
     found = map_stats(maps(one))
@@ -59,11 +59,11 @@ def test_entropy_is_in_bits_and_the_share_is_of_the_picture(
     assert found.effective_share == pytest.approx([share])
 
 
-def test_all_numbers_are_those_of_loops_over_pictures_frames_and_tokens() -> None:
+def test_all_numbers_are_those_of_loops_over_images_frames_and_tokens() -> None:
     x = random_clips()
     b, t, k, h, w = x.shape
     found = map_stats(x)
-    assert (found.pictures, found.frames, found.grid) == (b, t, (h, w))
+    assert (found.images, found.frames, found.grid) == (b, t, (h, w))
     for i in range(k):
         pairs = [
             mean([overlap_of(x[n, f, i], x[n, f, j]) for n in range(b) for f in range(t)])
@@ -80,8 +80,8 @@ def test_all_numbers_are_those_of_loops_over_pictures_frames_and_tokens() -> Non
         ]
         assert found.over_frames
         assert found.over_frames[i] == pytest.approx(mean(own))
-        assert found.across_pictures
-        assert found.across_pictures[i] == pytest.approx(mean(other))
+        assert found.across_images
+        assert found.across_images[i] == pytest.approx(mean(other))
 
 
 def test_gates_are_measured_by_their_form_and_not_by_their_height() -> None:
@@ -95,7 +95,7 @@ def test_a_map_that_is_0_everywhere_counts_as_even() -> None:
 
 def test_what_needs_two_of_something_is_none_with_one() -> None:
     found = map_stats(maps(LEFT))
-    assert found.overlap is found.over_frames is found.across_pictures is found.alike is None
+    assert found.overlap is found.over_frames is found.across_images is found.alike is None
 
 
 def test_the_most_alike_tokens_are_named_from_1() -> None:
@@ -120,7 +120,7 @@ def test_a_chain_of_collapsed_tokens_is_one_group() -> None:
     assert found.collapsed == [[1, 2, 3]]
 
 
-def test_tokens_alike_in_one_picture_only_have_not_collapsed() -> None:
+def test_tokens_alike_in_one_image_only_have_not_collapsed() -> None:
     both = torch.cat([maps(LEFT, LEFT), maps(LEFT, RIGHT)])
     assert map_stats(both).collapsed == []
 

@@ -322,7 +322,7 @@ def test_a_budget_that_is_no_share_is_refused(budget: Any) -> None:
         ({"measure": "flops"}, "measure is 'flops', expected one of 'macs', 'latency'"),
         ({"num_tokens": ()}, "the count of num_tokens is 0, expected an integer of 1 or more"),
         ({"num_tokens": (4, 0)}, "num_tokens is 0, expected an integer of 1 or more"),
-        ({"num_tokens": (4, 17)}, "num_tokens is 17, but a picture has 16; ask for fewer"),
+        ({"num_tokens": (4, 17)}, "num_tokens is 17, but an image has 16; ask for fewer"),
         ({"learner": "v2"}, "learner is 'v2', expected one of"),
         ({"rounds": 1}, "rounds is 1, expected an integer of 2 or more"),
         ({"images": IMAGES[:0]}, "the count of images is 0, expected an integer of 1 or more"),
@@ -439,6 +439,6 @@ def test_the_command_refuses_what_is_no_host(capsys: pytest.CaptureFixture[str])
     assert "is no model that tokens can be inserted in" in capsys.readouterr().err
 
 
-def test_of_the_default_numbers_of_tokens_those_are_tried_that_a_picture_has() -> None:
+def test_of_the_default_numbers_of_tokens_those_are_tried_that_a_image_has() -> None:
     _, *options = plan(host(), IMAGES[:1], 1.0, rounds=2)
     assert [option.num_tokens for option in options] == [4, 8]  # 16 of 16 save nothing

@@ -462,7 +462,7 @@ def test_a_grid_that_does_not_fit_is_refused_by_v1_alone() -> None:
         wrap(Recorder(), "v1", grid=(3, 3))(x)
 
 
-def test_a_patch_grid_knows_the_grid_of_every_picture() -> None:
+def test_a_patch_grid_knows_the_grid_of_every_image() -> None:
     wrapped = wrap(Recorder(), "v1", grid=PatchGrid((32, 48), (8, 16)))
     assert (wrapped.grid, wrapped.fixed_grid, wrapped.grid_of((16, 64))) == ((4, 3), None, (2, 4))
 

@@ -56,7 +56,7 @@ def gradients(layer: nn.Module, x: Tensor, of: Tensor) -> tuple[Tensor, list[Ten
     return out, list(torch.autograd.grad(out, wanted, of))
 
 
-def labelled(image_model: nn.Module) -> nn.Module:
+def labeled(image_model: nn.Module) -> nn.Module:
     """With a head that is not 0."""
     nn.init.normal_(image_model.get_submodule("head").weight)
     return image_model
@@ -117,7 +117,7 @@ def test_gradients_of_gradients_are_torch_s() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_with_inserted_tokens_gives_the_same(checkpointing: bool) -> None:
-    plain: Any = labelled(insert(create_model(MINI), 8, at=3))
+    plain: Any = labeled(insert(create_model(MINI), 8, at=3))
     fast = use_onednn(copy.deepcopy(plain))
     fast.set_grad_checkpointing(checkpointing)
     x, of = torch.randn(2, 1, 28, 28, requires_grad=True), torch.randn(2, 10)
@@ -193,7 +193,7 @@ def test_a_compiled_model_is_one_graph_with_torch_s_own_layer() -> None:
         graphs.append(graph.code)
         return graph.forward
 
-    plain = labelled(create_model(MINI, depth=1))
+    plain = labeled(create_model(MINI, depth=1))
     compiled = torch.compile(use_onednn(copy.deepcopy(plain)), fullgraph=True, backend=backend)
     x = torch.randn(2, 1, 28, 28)
     torch.testing.assert_close(compiled(x), plain(x), rtol=1e-5, atol=1e-5)
@@ -204,7 +204,7 @@ def test_a_compiled_model_is_one_graph_with_torch_s_own_layer() -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "bfloat16"])
 def test_a_model_of_fewer_bits_can_still_be_made(precision: str) -> None:
-    model = labelled(create_model(MINI)).eval()
+    model = labeled(create_model(MINI)).eval()
     x = torch.randn(2, 1, 28, 28)
     with torch.inference_mode():
         expected = quantize(copy.deepcopy(model), precision)(x)
@@ -377,7 +377,7 @@ def test_copies_take_part_too(again: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def test_a_saved_model_is_the_plain_one(tmp_path: Path) -> None:
-    model = use_onednn(labelled(insert(create_model(MINI), 8)))
+    model = use_onednn(labeled(insert(create_model(MINI), 8)))
     again = load_model(save_model(model, tmp_path / "m"))
     assert not any(isinstance(module, OneDNNLinear) for module in again.modules())
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
@@ -392,9 +392,9 @@ def test_tokens_can_be_inserted_and_removed_all_the_same() -> None:
 
 
 def test_multiply_adds_are_counted_the_same() -> None:
-    model, picture = insert(create_model(MINI), 8), torch.zeros(1, 1, 28, 28)
-    expected = count_macs(model, picture)
-    assert count_macs(use_onednn(model), picture) == expected > 0
+    model, image = insert(create_model(MINI), 8), torch.zeros(1, 1, 28, 28)
+    expected = count_macs(model, image)
+    assert count_macs(use_onednn(model), image) == expected > 0
 
 
 # --- errors -------------------------------------------------------------------------------------

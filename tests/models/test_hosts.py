@@ -92,7 +92,7 @@ def images(h: int = 32, w: int = 32) -> Tensor:
 class Family:
     """A small host, and what is known of it.
 
-    `sizes` is what a call needs for pictures of other sizes, None where the host takes none.
+    `sizes` is what a call needs for images of other sizes, None where the host takes none.
     `is_bare` means that the output is the tokens themselves.
     """
 
@@ -497,7 +497,7 @@ def test_gradient_checkpointing_changes_neither_outputs_nor_gradients(
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.sizes is not None])
 @both_ways
 @torch.no_grad()
-def test_pictures_of_any_size_run_where_the_host_takes_them(fuse: bool, name: str) -> None:
+def test_images_of_any_size_run_where_the_host_takes_them(fuse: bool, name: str) -> None:
     model = inserted(name, fuse)
     inputs = FAMILIES[name].inputs(model)
     key = "x" if "x" in inputs else "pixel_values"
@@ -516,7 +516,7 @@ def test_forward_features_gives_prefix_and_learned_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dinov3", "beit_both", "torchvision", "hf_vit", "hf_videomae"])
-def test_maps_have_the_grid_of_the_picture(name: str) -> None:
+def test_maps_have_the_grid_of_the_image(name: str) -> None:
     family, model = FAMILIES[name], inserted(name)
     (x,) = family.inputs(model).values()
     frames = (family.frames,) if family.frames > 1 else ()
@@ -524,7 +524,7 @@ def test_maps_have_the_grid_of_the_picture(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["eva_any_size", "hf_dinov2"])
-def test_maps_have_the_grid_of_a_picture_of_another_size(name: str) -> None:
+def test_maps_have_the_grid_of_a_image_of_another_size(name: str) -> None:
     assert attention_maps(inserted(name), images(48, 24))[AT].shape == (2, K, 6, 3)
 
 
@@ -848,8 +848,8 @@ def test_a_model_that_reads_positions_takes_fused_tokens_only(
 
 
 @pytest.mark.parametrize("name", ["hf_vit_classes", "hf_videomae_classes", "beit", "torchvision"])
-def test_more_tokens_than_a_picture_has_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="num_tokens is 17, but a picture has 16"):
+def test_more_tokens_than_a_image_has_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="num_tokens is 17, but an image has 16"):
         insert(FAMILIES[name].model(), 17)
 
 
@@ -860,11 +860,9 @@ def test_tokens_cannot_be_inserted_twice(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "hf_clip_text", "hf_dinov2", "eva_any_size"])
-def test_v1_needs_a_grid_that_is_told_where_pictures_have_any_size(name: str) -> None:
+def test_v1_needs_a_grid_that_is_told_where_images_have_any_size(name: str) -> None:
     model = FAMILIES[name].model()
-    with pytest.raises(
-        ValueError, match=r"take.* pictures of any size.*pass grid=\(height, width\)"
-    ):
+    with pytest.raises(ValueError, match=r"take.* images of any size.*pass grid=\(height, width\)"):
         insert(model, K, learner="v1")
     insert(model, K, AT, learner="v1", grid=(4, 4))
     assert run(model, FAMILIES[name].inputs(model)).isfinite().all()

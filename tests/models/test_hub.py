@@ -55,7 +55,7 @@ def changed(model: Any, classes: int, size: Any = None, pool: str | None = None)
 
 
 def images(model: Any) -> Tensor:
-    """Pictures or clips of the model's size."""
+    """Images or clips of the model's size."""
     own = getattr(model, "encoder", model)
     embed = own.stem if hasattr(own, "stem") else own.patch_embed
     frames = (model.num_frames,) if hasattr(model, "num_frames") else ()
@@ -165,7 +165,7 @@ def test_the_config_names_no_source_of_other_weights(tmp_path: Path) -> None:
     assert "label_names" not in config_of(tmp_path)["pretrained_cfg"]
 
 
-def test_a_folder_brings_back_how_pictures_were_prepared(tmp_path: Path) -> None:
+def test_a_folder_brings_back_how_images_were_prepared(tmp_path: Path) -> None:
     model = small()
     model.pretrained_cfg |= {"mean": (0.25,), "std": (0.5,), "crop_pct": 1.0}
     save_model(model, tmp_path)

@@ -277,7 +277,7 @@ def test_learners_have_the_official_numbers(learner: str) -> None:
 
 
 @each_learner
-def test_learners_run_on_the_grid_of_a_picture_that_is_not_square(learner: str) -> None:
+def test_learners_run_on_the_grid_of_a_image_that_is_not_square(learner: str) -> None:
     host = insert(vit(img_size=(16, 48)), 3, learner=learner)
     (block,) = wrapped_blocks(host).values()
     x = torch.randn(2, 1 + 12, 24)
@@ -437,14 +437,14 @@ def test_gradient_checkpointing_changes_neither_outputs_nor_gradients(
 
 @pytest.mark.parametrize("learner", ["v11", "grouped"])
 @torch.no_grad()
-def test_pictures_of_any_size_run_where_the_host_allows_them(learner: str) -> None:
+def test_images_of_any_size_run_where_the_host_allows_them(learner: str) -> None:
     host = insert(vit(dynamic_img_size=True), 3, learner=learner)
     for h, w in [(32, 32), (48, 24), (16, 64)]:
         assert host(images(h, w)).shape == (2, 5)
 
 
 @torch.no_grad()
-def test_v1_refuses_a_picture_with_another_number_of_positions() -> None:
+def test_v1_refuses_a_image_with_another_number_of_positions() -> None:
     host = vit(dynamic_img_size=True)
     with pytest.raises(ValueError, match=r"8 positions do not fit a 4 x 4 grid|dynamic_img_size"):
         insert(host, 3, learner="v1")(images(16, 32))
@@ -452,7 +452,7 @@ def test_v1_refuses_a_picture_with_another_number_of_positions() -> None:
 
 @pytest.mark.parametrize("learner", ["v1", "v1-mean"])
 @torch.no_grad()
-def test_v1_never_runs_on_the_grid_of_another_picture(learner: str) -> None:
+def test_v1_never_runs_on_the_grid_of_another_image(learner: str) -> None:
     host = vit(dynamic_img_size=True)
     with pytest.raises(ValueError, match="dynamic_img_size"):
         insert(host, 3, learner=learner)(images(16, 64))  # as many positions, on another grid
@@ -553,7 +553,7 @@ def test_nothing_can_be_removed_from_a_plain_host() -> None:
 
 _AT = r"expected a block from 0 to 3, or a share from 0\.0 to below 1"
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"num_tokens": 17}, "num_tokens is 17, but a picture has 16"),
+    ({"num_tokens": 17}, "num_tokens is 17, but an image has 16"),
     ({"num_tokens": 0}, "num_tokens is 0, expected an integer of 1 or more"),
     ({"num_tokens": -1}, "num_tokens is -1"),
     ({"num_tokens": 2.0}, r"num_tokens is 2\.0"),
@@ -575,7 +575,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_tokens": (3, 2), "at": (2, 1)}, r"at is \(2, 1\), which are blocks \[2, 1\] of 4; name"),
     ({"num_tokens": (3, 2), "at": (2, 0.6)}, r"are blocks \[2, 2\] of 4; name each place once"),
     ({"num_tokens": (2, 3), "at": (1, 2)}, r"\(2, 3\), but .* only become fewer; pass \(3, 2\)"),
-    ({"num_tokens": (17, 3), "at": (1, 2)}, "num_tokens is 17, but a picture has 16"),
+    ({"num_tokens": (17, 3), "at": (1, 2)}, "num_tokens is 17, but an image has 16"),
     ({"num_tokens": (3, 0), "at": (1, 2)}, "num_tokens is 0, expected"),
     ({"num_tokens": (3, 2), "at": (1, 4)}, f"at is 4, {_AT}"),
     (

@@ -57,7 +57,7 @@ def on_meta(name: str) -> TokenLearnerMixer:
         return timm.create_model(name)
 
 
-def pictures(model: nn.Module, batch: int = 2) -> Tensor:
+def make_images(model: nn.Module, batch: int = 2) -> Tensor:
     return torch.randn(batch, model.stem.proj.in_channels, *model.stem.img_size)
 
 
@@ -68,7 +68,7 @@ def pictures(model: nn.Module, batch: int = 2) -> Tensor:
 @torch.no_grad()
 def test_a_reduced_mixer_is_blocks_then_learner_then_blocks(learner: str) -> None:
     model, grid = tiny(learner=learner), (4, 6)
-    images = pictures(model)
+    images = make_images(model)
     x = model.blocks[1](model.blocks[0](model.stem(images)))
     assert x.shape[:2] == (2, 24)
     tokens = model.blocks[2].learner(x, grid)
@@ -81,7 +81,7 @@ def test_a_reduced_mixer_is_blocks_then_learner_then_blocks(learner: str) -> Non
 @torch.no_grad()
 def test_a_fused_mixer_adds_what_its_fusers_make_of_the_blocks_tokens(learner: str) -> None:
     model, grid = tiny(fuse=True, learner=learner), (4, 6)
-    images = pictures(model)
+    images = make_images(model)
     x = model.blocks[1](model.blocks[0](model.stem(images)))
     for wrapped in model.blocks[2:]:
         tokens = wrapped.block(wrapped.learner(x, grid))
@@ -97,7 +97,7 @@ def test_without_tokens_it_is_timms_mixer_with_tanh_gelu() -> None:
     plain = {key: value for key, value in TINY.items() if key not in ("num_tokens", "at")}
     timms = MlpMixer(**plain, act_layer=partial(nn.GELU, approximate="tanh")).eval()
     timms.load_state_dict(ours.state_dict(), strict=True)
-    images = pictures(ours)
+    images = make_images(ours)
     assert torch.equal(ours(images), timms(images))
     exact = MlpMixer(**plain).eval()
     exact.load_state_dict(ours.state_dict(), strict=True)
@@ -105,7 +105,7 @@ def test_without_tokens_it_is_timms_mixer_with_tanh_gelu() -> None:
 
 
 @torch.no_grad()
-def test_v1_sees_the_grid_of_a_picture_that_is_no_square() -> None:
+def test_v1_sees_the_grid_of_a_image_that_is_no_square() -> None:
     model, other = tiny(learner="v1"), tiny(learner="v1", img_size=(12, 8))
     assert (model.blocks[2].grid, other.blocks[2].grid) == ((4, 6), (6, 4))
     other.load_state_dict(model.state_dict(), strict=True)
@@ -122,7 +122,7 @@ def test_layer_norms_and_gelus_have_the_official_numbers(name: str) -> None:
 
 
 @both_ways
-def test_learners_and_fusers_keep_their_own_initialisation(fuse: bool) -> None:
+def test_learners_and_fusers_keep_their_own_initialization(fuse: bool) -> None:
     torch.manual_seed(3)
     model = TokenLearnerMixer(**TINY, fuse=fuse)
     torch.manual_seed(3)
@@ -138,7 +138,7 @@ def test_learners_and_fusers_keep_their_own_initialisation(fuse: bool) -> None:
 @torch.no_grad()
 def test_a_new_fused_mixer_is_as_if_its_blocks_with_fusers_were_not_there() -> None:
     model = TokenLearnerMixer(**TINY, fuse=True).eval()
-    images = pictures(model)
+    images = make_images(model)
     x = model.norm(model.blocks[1](model.blocks[0](model.stem(images))))
     assert torch.equal(model.forward_features(images), x)
 
@@ -315,7 +315,7 @@ def test_timm_loads_a_folder_with_weights(tmp_path: Path) -> None:
     told = {"num_classes": 3, "model_args": kwargs, "pretrained_cfg": cfg}
     name = folder(tmp_path, model, architecture=MINI, **told)
     loaded = timm.create_model(name, pretrained=True).eval()
-    images = pictures(model)
+    images = make_images(model)
     assert torch.equal(loaded(images), model(images))
 
 
@@ -331,7 +331,7 @@ def test_a_folder_that_tells_only_classes_and_input_keeps_its_head_and_stem(
     told = {"num_classes": 3, "model_args": small, "pretrained_cfg": cfg}
     source = folder(tmp_path, model, architecture=name, **told)
     loaded = timm.create_model(source, pretrained=True).eval()
-    images = pictures(model)
+    images = make_images(model)
     assert torch.equal(loaded(images), model(images))
     assert loaded.tokenlearner_config == {"name": name, "kwargs": two_ends | small}
     other = timm.create_model(source, pretrained=True, num_classes=6).eval()
@@ -345,7 +345,7 @@ def test_timm_loads_a_file_that_an_overlay_names(tmp_path: Path) -> None:
     folder(tmp_path, model)
     overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 3}
     loaded = timm.create_model(MINI, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    images = pictures(model)
+    images = make_images(model)
     assert torch.equal(loaded(images), model(images))
 
 
@@ -362,7 +362,7 @@ def test_a_folder_builds_an_untrained_model_too(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_features_and_head_are_the_model(fuse: bool) -> None:
     model = tiny(fuse=fuse)
-    images = pictures(model)
+    images = make_images(model)
     features = model.forward_features(images)
     assert features.shape == (2, 24 if fuse else 3, 16)
     assert torch.equal(model.forward_head(features), model(images))
@@ -376,9 +376,9 @@ def test_features_and_head_are_the_model(fuse: bool) -> None:
 def test_the_head_can_be_exchanged(fuse: bool) -> None:
     model = tiny(fuse=fuse)
     model.reset_classifier(3)
-    assert model(pictures(model)).shape == (2, 3)
+    assert model(make_images(model)).shape == (2, 3)
     model.reset_classifier(0, "")
-    assert model(pictures(model)).shape == (2, 24 if fuse else 3, 16)
+    assert model(make_images(model)).shape == (2, 24 if fuse else 3, 16)
 
 
 def test_layer_decay_puts_a_learner_and_a_fuser_in_their_blocks_layer() -> None:
@@ -398,7 +398,7 @@ def test_layer_decay_puts_a_learner_and_a_fuser_in_their_blocks_layer() -> None:
 @torch.no_grad()
 def test_intermediates_of_a_fused_mixer_have_the_grid_everywhere(fmt: str) -> None:
     model = tiny(fuse=True)
-    images = pictures(model)
+    images = make_images(model)
     final, maps = model.forward_intermediates(images, output_fmt=fmt, norm=True)
     assert torch.equal(final, model.forward_features(images))
     assert len(maps) == 4
@@ -411,7 +411,7 @@ def test_intermediates_of_a_fused_mixer_have_the_grid_everywhere(fmt: str) -> No
 @torch.no_grad()
 def test_intermediates_of_a_reduced_mixer_are_maps_and_then_tokens() -> None:
     model = tiny()
-    images = pictures(model)
+    images = make_images(model)
     final, tokens = model.forward_intermediates(images, output_fmt="NLC")
     assert [t.shape[1] for t in tokens] == [24, 24, 3, 3]
     assert torch.equal(model.norm(tokens[-1]), final)
@@ -430,7 +430,7 @@ def test_a_map_of_a_reduced_block_is_refused(indices: Any, named: str) -> None:
         "indices below 2, output_fmt='NLC', or a model with fuse=True"
     )
     with pytest.raises(ValueError, match=message):
-        model.forward_intermediates(pictures(model), indices)
+        model.forward_intermediates(make_images(model), indices)
 
 
 @each_name
@@ -451,7 +451,7 @@ def test_a_feature_pyramid_of_chosen_blocks_is_that_of_the_model() -> None:
     model = randomized(build_mixer(MINI))
     chosen = timm.create_model(MINI, features_only=True, out_indices=(0, 2)).eval()
     chosen.model.load_state_dict(model.state_dict(), strict=False)
-    images = pictures(model)
+    images = make_images(model)
     expected = model.forward_intermediates(images, [0, 2], intermediates_only=True)
     for one, other in zip(chosen(images), expected, strict=True):
         assert torch.equal(one, other)
@@ -467,7 +467,7 @@ def test_a_pyramid_in_front_of_which_tokens_are_learned_is_refused() -> None:
 @both_ways
 def test_attention_maps_are_those_of_the_learners(fuse: bool) -> None:
     model = tiny(fuse=fuse)
-    images = pictures(model)
+    images = make_images(model)
     maps = attention_maps(model, images)
     assert list(maps) == ([2, 3] if fuse else [2])
     x = model.blocks[1](model.blocks[0](model.stem(images)))
@@ -484,7 +484,7 @@ WITHOUT_EFFECT = ("learner.attention_maps.3.bias", "fuser.mix.bias", "mlp_tokens
 @each_name
 def test_every_parameter_is_trained(name: str) -> None:
     model = narrow(name).double().train()
-    model(pictures(model).double()).square().sum().backward()
+    model(make_images(model).double()).square().sum().backward()
     largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters()}
     without = {n for n in largest if n.endswith(WITHOUT_EFFECT)}
     assert max(largest[n] for n in without) < 1e-9
@@ -494,7 +494,7 @@ def test_every_parameter_is_trained(name: str) -> None:
 @each_name
 def test_gradient_checkpointing_changes_no_number(name: str) -> None:
     model = narrow(name).train()
-    images = pictures(model)
+    images = make_images(model)
     results = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -517,7 +517,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @torch.no_grad()
 def test_copies_and_a_strict_round_trip_give_the_same_numbers(name: str) -> None:
     model = narrow(name)
-    images = pictures(model)
+    images = make_images(model)
     expected = model(images)
     rebuilt = narrow(name)
     assert not torch.equal(rebuilt(images), expected)
@@ -533,7 +533,7 @@ def test_copies_and_a_strict_round_trip_give_the_same_numbers(name: str) -> None
 def test_bfloat16_is_close_to_float32(name: str) -> None:
     model = timm.create_model(name, embed_dim=16, num_classes=7).eval()
     nn.init.normal_(model.head.weight)
-    images = pictures(model)
+    images = make_images(model)
     expected = model(images)
     out = model.bfloat16()(images.bfloat16())
     assert out.dtype == torch.bfloat16
@@ -546,14 +546,14 @@ COMPILED = [MINI, "mixer_s16_tl8at4_fuser_224"]
 @pytest.mark.parametrize("name", COMPILED)
 def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
     model = narrow(name, num_blocks=2, at=1)
-    check_compiled(model, {"x": pictures(model)}, "aot_eager")
+    check_compiled(model, {"x": make_images(model)}, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 def test_torch_compile_takes_the_whole_graph_of_every_variant(name: str) -> None:
     model = narrow(name)
-    check_compiled(model, {"x": pictures(model)})
+    check_compiled(model, {"x": make_images(model)})
 
 
 # Not with aot_eager: torch 2.15 expects the gradient of a LayerNorm, as in front of a fuser's mix,
@@ -562,7 +562,7 @@ def test_torch_compile_takes_the_whole_graph_of_every_variant(name: str) -> None
 @pytest.mark.parametrize("name", COMPILED)
 def test_gradients_of_a_compiled_mixer_are_those_of_the_plain_one(name: str) -> None:
     model = narrow(name, num_blocks=2, at=1)
-    images, parameters = pictures(model), list(model.parameters())
+    images, parameters = make_images(model), list(model.parameters())
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True)
     found = torch.autograd.grad(compiled(images).square().sum(), parameters)
@@ -606,7 +606,7 @@ def test_new_parts_take_device_dtype_and_the_fusers_width() -> None:
     [
         ({"num_tokens": -1}, "num_tokens is -1, expected an integer of 0 or more"),
         ({"num_tokens": True}, "num_tokens is True"),
-        ({"num_tokens": 25}, "num_tokens is 25, but a picture has 24 positions; ask for fewer"),
+        ({"num_tokens": 25}, "num_tokens is 25, but an image has 24 positions; ask for fewer"),
         ({"at": 4}, "at is 4, expected a block from 0 to 3"),
         ({"at": 1.0}, "at is 1.0, expected"),
         ({"learner": "v2"}, "learner is 'v2', expected one of 'v11', 'v1'"),
@@ -624,9 +624,9 @@ def test_as_many_tokens_as_positions_fit() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 12, 8), (2, 3, 16, 24), (2, 1, 8, 12), (3, 8, 12)])
-def test_pictures_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     model = tiny(fuse=True)
-    text = r"the pictures are \[" + ", ".join(map(str, shape))
+    text = r"the images are \[" + ", ".join(map(str, shape))
     for run in (model, model.forward_features, model.forward_intermediates):
         with pytest.raises(ValueError, match=text + r"\], expected \[b, 3, 8, 12\]; a Mixer takes"):
             run(torch.randn(shape))

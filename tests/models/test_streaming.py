@@ -106,7 +106,7 @@ def test_there_are_no_tokens_before_the_first_frame() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 2, 16, 16), "expected 1 pictures; push one frame or tubelet at a time"),
+        ((1, 3, 2, 16, 16), "expected 1 images; push one frame or tubelet at a time"),
         ((3, 16, 16), r"clips are \[3, 16, 16\], expected \[b, c, t, h, w\]"),
         ((1, 3, 16, 18), "expected"),
     ],

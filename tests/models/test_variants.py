@@ -76,7 +76,7 @@ def test_the_name_tells_size_and_depth(name: str) -> None:
 
 
 @each_name
-def test_the_name_tells_patch_and_picture(name: str) -> None:
+def test_the_name_tells_patch_and_image(name: str) -> None:
     said, embed = parts(name), on_meta(name).patch_embed
     patch, resolution = int(str(said["patch"])), int(str(said["resolution"]))
     assert tuple(embed.patch_size) == (patch, patch)
@@ -409,7 +409,7 @@ each_shape = pytest.mark.parametrize("name", {_shape(name): name for name in CAT
 
 
 def narrow(name: str, **kwargs: Any) -> Any:
-    """A named model of little width for pictures of 5 x 4 patches and clips of 4 frames."""
+    """A named model of little width for images of 5 x 4 patches and clips of 4 frames."""
     config = CATALOG[name]
     size = (5 * config["patch_size"], 4 * config["patch_size"])
     kwargs |= {"num_frames": 4} if name in VIDEOS else {}
@@ -420,14 +420,14 @@ def narrow(name: str, **kwargs: Any) -> Any:
     )
 
 
-def pictures(model: Any, batch: int = 2) -> Tensor:
+def make_images(model: Any, batch: int = 2) -> Tensor:
     clip = [model.num_frames] if isinstance(model, video.ViViT) else []
     return torch.randn(batch, model.in_chans, *clip, *model.patch_embed.img_size)
 
 
 def check_every_parameter_is_trained(name: str, **kwargs: Any) -> None:
     model = randomized(narrow(name, **kwargs)).double().train()
-    model(pictures(model).double()).square().sum().backward()
+    model(make_images(model).double()).square().sum().backward()
     largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters()}
     without = {n for n in largest if n.endswith(WITHOUT_EFFECT)}
     assert max([largest[n] for n in without], default=0) < 1e-9
@@ -448,7 +448,7 @@ def test_every_parameter_is_trained_at_full_depth(name: str) -> None:
 @each_shape
 def test_gradient_checkpointing_changes_no_number(name: str) -> None:
     model = randomized(narrow(name, **SHALLOW)).train()
-    images = pictures(model)
+    images = make_images(model)
     results = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -471,7 +471,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @torch.no_grad()
 def test_copies_and_a_strict_round_trip_give_the_same_numbers(name: str) -> None:
     model = randomized(narrow(name, **SHALLOW))
-    images = pictures(model)
+    images = make_images(model)
     expected = model(images)
     rebuilt = narrow(name, **SHALLOW).eval()
     assert not torch.equal(rebuilt(images), expected)
@@ -490,7 +490,7 @@ def test_bfloat16_is_close_to_float32(name: str) -> None:
     for block in wrapped_blocks(model).values():
         if isinstance(block, FusedBlock):
             nn.init.uniform_(block.fuser.mix.weight)  # not near a sum of 0, which a norm inflates
-    images = pictures(model)
+    images = make_images(model)
     expected = model(images)
     assert expected.dtype == torch.float32
     out = model.bfloat16()(images.bfloat16())
@@ -508,21 +508,21 @@ COMPILED = [
 @pytest.mark.parametrize("name", COMPILED)
 def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
     model = randomized(narrow(name, depth=2, at=1))
-    check_compiled(model, {"x": pictures(model)})
+    check_compiled(model, {"x": make_images(model)})
 
 
 @pytest.mark.slow
 @each_name
 def test_torch_compile_takes_the_whole_graph_of_every_variant(name: str) -> None:
     model = randomized(narrow(name))
-    check_compiled(model, {"x": pictures(model)})
+    check_compiled(model, {"x": make_images(model)})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED[1:])
 def test_gradients_of_a_compiled_model_are_those_of_the_plain_one(name: str) -> None:
     model = randomized(narrow(name, **SHALLOW)).train()
-    images, parameters = pictures(model), list(model.parameters())
+    images, parameters = make_images(model), list(model.parameters())
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True)
     found = torch.autograd.grad(compiled(images).square().sum(), parameters)

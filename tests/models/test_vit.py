@@ -40,7 +40,7 @@ def tiny(**kwargs: Any) -> Any:
     return randomized(TokenLearnerViT(**(TINY | kwargs)))
 
 
-def pictures(height: int = 8, width: int = 12) -> Tensor:
+def make_images(height: int = 8, width: int = 12) -> Tensor:
     return torch.randn(2, 3, height, width)
 
 
@@ -71,7 +71,7 @@ def final_tokens(model: Any, images: Tensor, grid: tuple[int, int] = GRID) -> Te
 def test_the_model_is_blocks_learners_and_fusers_then_norm_mean_and_head(
     learner: str, fuse: bool
 ) -> None:
-    model, images = tiny(learner=learner, fuse=fuse), pictures()
+    model, images = tiny(learner=learner, fuse=fuse), make_images()
     tokens = final_tokens(model, images)
     assert tokens.shape == (2, 24 if fuse else 3, 16)
     torch.testing.assert_close(model(images), model.head(tokens.mean(dim=1)))
@@ -79,7 +79,7 @@ def test_the_model_is_blocks_learners_and_fusers_then_norm_mean_and_head(
 
 @torch.no_grad()
 def test_a_learner_in_front_of_the_first_block_sees_the_embedded_patches() -> None:
-    model, images = tiny(at=0), pictures()
+    model, images = tiny(at=0), make_images()
     x = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + model.pos_embed
     x = model.blocks[0].block(model.blocks[0].learner(x))
     expected = model.head(model.norm(model.blocks[1:](x)).mean(dim=1))
@@ -88,7 +88,7 @@ def test_a_learner_in_front_of_the_first_block_sees_the_embedded_patches() -> No
 
 @torch.no_grad()
 def test_without_tokens_it_is_timms_vision_transformer() -> None:
-    ours, images = tiny(num_tokens=0, fuse=True), pictures()
+    ours, images = tiny(num_tokens=0, fuse=True), make_images()
     options = {"global_pool": "avg", "class_token": False, "fc_norm": False}
     timms = VisionTransformer(**SHAPE, **options, act_layer="gelu_tanh").eval()
     timms.load_state_dict(ours.state_dict(), strict=True)
@@ -102,7 +102,7 @@ def test_without_tokens_it_is_timms_vision_transformer() -> None:
 def test_timms_arguments_reach_timm() -> None:
     kwargs = {"class_token": True, "reg_tokens": 2, "global_pool": "token", "qk_norm": True}
     kwargs |= {"init_values": 0.1, "mlp_ratio": 2, "act_layer": "gelu", "no_embed_class": True}
-    ours, images = randomized(TokenLearnerViT(**SHAPE, **kwargs)), pictures()
+    ours, images = randomized(TokenLearnerViT(**SHAPE, **kwargs)), make_images()
     timms = VisionTransformer(**SHAPE, **kwargs).eval()
     timms.load_state_dict(ours.state_dict(), strict=True)
     assert torch.equal(ours(images), timms(images))
@@ -111,7 +111,7 @@ def test_timms_arguments_reach_timm() -> None:
 @both_ways
 @torch.no_grad()
 def test_a_class_token_goes_around_the_learner(fuse: bool) -> None:
-    model, images = tiny(class_token=True, global_pool="token", fuse=fuse), pictures()
+    model, images = tiny(class_token=True, global_pool="token", fuse=fuse), make_images()
     assert model.num_prefix_tokens == 1
     x = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
     x = torch.cat([model.cls_token.expand(2, -1, -1), x], dim=1) + model.pos_embed
@@ -131,7 +131,7 @@ def test_a_class_token_goes_around_the_learner(fuse: bool) -> None:
 
 @torch.no_grad()
 def test_a_class_token_takes_no_part_in_the_mean_over_tokens() -> None:
-    model, images = tiny(class_token=True), pictures()
+    model, images = tiny(class_token=True), make_images()
     features = model.forward_features(images)
     assert features.shape == (2, 4, 16)
     torch.testing.assert_close(model(images), model.head(features[:, 1:].mean(dim=1)))
@@ -139,7 +139,7 @@ def test_a_class_token_takes_no_part_in_the_mean_over_tokens() -> None:
 
 @each_learner
 @torch.no_grad()
-def test_pictures_that_patches_do_not_fill_lose_their_rim(learner: str) -> None:
+def test_images_that_patches_do_not_fill_lose_their_rim(learner: str) -> None:
     model = tiny(learner=learner, img_size=(9, 15), patch_size=4, num_tokens=2)
     images = torch.randn(2, 3, 9, 15)
     assert model.patch_embed.grid_size == (2, 3)
@@ -172,7 +172,7 @@ each_pool = pytest.mark.parametrize("pool", POOLS)
 @each_pool
 @torch.no_grad()
 def test_every_pooling_is_what_its_name_says(pool: str, fuse: bool) -> None:
-    model, images = tiny(global_pool=pool, fuse=fuse), pictures()
+    model, images = tiny(global_pool=pool, fuse=fuse), make_images()
     assert model.global_pool == pool
     expected = model.head(POOLS[pool](final_tokens(model, images)))
     torch.testing.assert_close(model(images), expected)
@@ -181,7 +181,7 @@ def test_every_pooling_is_what_its_name_says(pool: str, fuse: bool) -> None:
 @each_pool
 @torch.no_grad()
 def test_reset_classifier_changes_the_pooling(pool: str) -> None:
-    model, images = tiny(global_pool="sum"), pictures()
+    model, images = tiny(global_pool="sum"), make_images()
     model.reset_classifier(4, pool)
     assert model.global_pool == pool
     assert model.num_classes == 4
@@ -192,7 +192,7 @@ def test_reset_classifier_changes_the_pooling(pool: str) -> None:
 
 @torch.no_grad()
 def test_the_sum_is_as_many_times_the_mean_as_there_are_tokens() -> None:
-    model, images = tiny(num_classes=0, global_pool="sum"), pictures()
+    model, images = tiny(num_classes=0, global_pool="sum"), make_images()
     summed = model(images)
     model.reset_classifier(0, "avg")
     torch.testing.assert_close(summed, 3 * model(images))
@@ -218,7 +218,7 @@ def test_the_sum_includes_prefix_tokens_only_if_told(include: bool) -> None:
 
 @torch.no_grad()
 def test_resetting_the_head_keeps_the_pooling_unless_told() -> None:
-    model, images = tiny(global_pool="sum"), pictures()
+    model, images = tiny(global_pool="sum"), make_images()
     model.reset_classifier(3)
     assert model.global_pool == "sum"
     expected = model.head(final_tokens(model, images).sum(1))
@@ -228,7 +228,7 @@ def test_resetting_the_head_keeps_the_pooling_unless_told() -> None:
 @both_ways
 @torch.no_grad()
 def test_pre_logits_are_tanh_of_a_linear_layer_in_front_of_the_head(fuse: bool) -> None:
-    model, images = tiny(representation_size=7, fuse=fuse), pictures()
+    model, images = tiny(representation_size=7, fuse=fuse), make_images()
     pooled = final_tokens(model, images).mean(1)
     represented = torch.tanh(pooled @ model.pre_logits.weight.T + model.pre_logits.bias)
     assert represented.shape == (2, 7)
@@ -250,7 +250,7 @@ def test_the_widths_are_told_as_timm_tells_them() -> None:
 @pytest.mark.parametrize("pool", [None, "sum", ""])
 @torch.no_grad()
 def test_the_head_behind_pre_logits_can_be_exchanged(pool: str | None, training: bool) -> None:
-    model, images = tiny(representation_size=7).double().train(training), pictures().double()
+    model, images = tiny(representation_size=7).double().train(training), make_images().double()
     before = model.pre_logits.weight.clone()
     model.reset_classifier(3, pool)
     assert torch.equal(model.pre_logits.weight, before)
@@ -262,7 +262,7 @@ def test_the_head_behind_pre_logits_can_be_exchanged(pool: str | None, training:
 
 @torch.no_grad()
 def test_without_classes_the_output_is_the_representation() -> None:
-    model, images = tiny(representation_size=7, num_classes=0), pictures()
+    model, images = tiny(representation_size=7, num_classes=0), make_images()
     features = model.forward_features(images)
     assert torch.equal(model(images), model.forward_head(features, pre_logits=True))
     model.reset_classifier(2)
@@ -275,7 +275,7 @@ def test_without_classes_the_output_is_the_representation() -> None:
 @both_ways
 @torch.no_grad()
 def test_features_and_head_are_the_model(fuse: bool) -> None:
-    model, images = tiny(fuse=fuse), pictures()
+    model, images = tiny(fuse=fuse), make_images()
     features = model.forward_features(images)
     torch.testing.assert_close(features, final_tokens(model, images))
     assert torch.equal(model.forward_head(features), model(images))
@@ -292,7 +292,7 @@ def test_dropout_stands_between_pre_logits_and_head() -> None:
     assert out.abs().max() > 1  # doubled: tanh alone stays below
 
 
-# --- initialisation ----------------------------------------------------------------------------
+# --- initialization ----------------------------------------------------------------------------
 
 
 @both_ways
@@ -323,7 +323,7 @@ def test_new_pre_logits_start_lecun_normal_in_front_of_a_head_of_0() -> None:
 
 
 @each_learner
-def test_learners_keep_their_own_initialisation(learner: str) -> None:
+def test_learners_keep_their_own_initialization(learner: str) -> None:
     torch.manual_seed(3)
     model = TokenLearnerViT(**TINY, learner=learner)
     torch.manual_seed(3)
@@ -337,7 +337,7 @@ def test_learners_keep_their_own_initialisation(learner: str) -> None:
 @each_learner
 @torch.no_grad()
 def test_a_new_fused_model_leaves_the_positions_exactly_as_they_are(learner: str) -> None:
-    model, images = TokenLearnerViT(**TINY, fuse=True, learner=learner).eval(), pictures()
+    model, images = TokenLearnerViT(**TINY, fuse=True, learner=learner).eval(), make_images()
     expected = model.norm(in_front_of_the_learner(model, images))
     assert torch.equal(model.forward_features(images), expected)
 
@@ -351,14 +351,14 @@ def test_new_parts_take_device_dtype_and_the_fusers_width() -> None:
     assert isinstance(linear.blocks[2].fuser.gates, nn.Linear)
 
 
-# --- pictures of any size ----------------------------------------------------------------------
+# --- images of any size ----------------------------------------------------------------------
 
 SIZES = [(12, 8), (16, 16), (10, 14)]
 each_size = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
 def built_for(size: tuple[int, int], model: Any, **kwargs: Any) -> Any:
-    """A model built for pictures of this size, with the other's weights, positions resampled."""
+    """A model built for images of this size, with the other's weights, positions resampled."""
     other = TokenLearnerViT(**(TINY | kwargs | {"img_size": size, "dynamic_img_size": False}))
     state = model.state_dict()
     grid = (size[0] // 2, size[1] // 2)
@@ -372,49 +372,49 @@ def built_for(size: tuple[int, int], model: Any, **kwargs: Any) -> Any:
 @each_learner
 @each_size
 @torch.no_grad()
-def test_a_picture_of_any_size_gives_what_a_model_built_for_it_gives(
+def test_a_image_of_any_size_gives_what_a_model_built_for_it_gives(
     size: tuple[int, int], learner: str, fuse: bool
 ) -> None:
     kwargs: dict[str, Any] = {"learner": learner, "fuse": fuse}
     model = tiny(**kwargs, dynamic_img_size=True)
-    images = pictures(*size)
+    images = make_images(*size)
     torch.testing.assert_close(model(images), built_for(size, model, **kwargs)(images))
 
 
 @pytest.mark.parametrize("fuse", [False, True])
 @torch.no_grad()
-def test_a_class_token_is_no_position_of_a_picture_of_another_size(fuse: bool) -> None:
+def test_a_class_token_is_no_position_of_a_image_of_another_size(fuse: bool) -> None:
     kwargs: dict[str, Any] = {"learner": "v1", "fuse": fuse, "class_token": True}
-    model, images = tiny(**kwargs, dynamic_img_size=True), pictures(12, 8)
+    model, images = tiny(**kwargs, dynamic_img_size=True), make_images(12, 8)
     torch.testing.assert_close(model(images), built_for((12, 8), model, **kwargs)(images))
 
 
 @torch.no_grad()
 def test_two_grids_of_as_many_positions_are_told_apart_by_v1() -> None:
     model = tiny(learner="v1", dynamic_img_size=True)
-    images, seen = pictures(12, 8), []
+    images, seen = make_images(12, 8), []
     hook = model.blocks[2].learner.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     model(images)
-    model(pictures(8, 12))
+    model(make_images(8, 12))
     hook.remove()
     assert seen == [(6, 4), (4, 6)]
 
 
 @torch.no_grad()
-def test_padded_pictures_have_the_padded_grid() -> None:
+def test_padded_images_have_the_padded_grid() -> None:
     model = tiny(learner="v1", dynamic_img_size=True, dynamic_img_pad=True)
-    images = pictures(9, 11)
+    images = make_images(9, 11)
     padded = nn.functional.pad(images, (0, 1, 0, 1))
     torch.testing.assert_close(model(images), model(padded))
 
 
 @both_ways
 @pytest.mark.parametrize("learner", ["v1", "v11"])
-def test_gradient_checkpointing_changes_no_number_of_pictures_of_any_size(
+def test_gradient_checkpointing_changes_no_number_of_images_of_any_size(
     learner: str, fuse: bool
 ) -> None:
     model = tiny(learner=learner, fuse=fuse, dynamic_img_size=True).train()
-    images, results = pictures(12, 16), []
+    images, results = make_images(12, 16), []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
@@ -433,7 +433,7 @@ def test_a_mask_over_positions_is_refused(
 ) -> None:
     model = tiny(learner=learner, dynamic_img_size=dynamic)
     with pytest.raises(ValueError, match="an attention mask over positions does not fit learned"):
-        model(pictures(), **mask)
+        model(make_images(), **mask)
 
 
 @both_ways
@@ -443,7 +443,7 @@ def test_set_input_size_makes_the_model_that_is_built_for_that_size(
     learner: str, fuse: bool
 ) -> None:
     kwargs: dict[str, Any] = {"learner": learner, "fuse": fuse}
-    model, images = tiny(**kwargs), pictures(12, 16)
+    model, images = tiny(**kwargs), make_images(12, 16)
     expected = built_for((12, 16), model, **kwargs)(images)
     model.set_input_size((12, 16))
     assert model.blocks[2].grid == (6, 8)
@@ -452,11 +452,11 @@ def test_set_input_size_makes_the_model_that_is_built_for_that_size(
 
 @pytest.mark.parametrize("size", [(12, 8), (10, 12), (7, 11)])
 @pytest.mark.parametrize("learner", ["v1", "v11"])
-def test_pictures_of_another_size_are_refused_unless_they_are_asked_for(
+def test_images_of_another_size_are_refused_unless_they_are_asked_for(
     learner: str, size: tuple[int, int]
 ) -> None:
     with pytest.raises(AssertionError, match="Input height"):
-        tiny(learner=learner)(pictures(*size))
+        tiny(learner=learner)(make_images(*size))
 
 
 @pytest.mark.parametrize("learner", ["v1", "v11"])
@@ -464,7 +464,7 @@ def test_pictures_of_another_size_are_refused_unless_they_are_asked_for(
 def test_learners_can_be_exchanged_in_a_model_for_any_size(learner: str) -> None:
     model = tiny(dynamic_img_size=True, learner="v11")
     insert(remove(model), 3, 2, learner=learner)
-    images = pictures(12, 8)
+    images = make_images(12, 8)
     expected = built_for((12, 8), model, learner=learner)(images)
     torch.testing.assert_close(model(images), expected)
 
@@ -489,7 +489,7 @@ def features_by_hooks(model: Any, images: Tensor) -> list[Tensor]:
 @each_learner
 @torch.no_grad()
 def test_intermediates_of_a_fused_model_are_maps_everywhere(learner: str, norm: bool) -> None:
-    model, images = tiny(fuse=True, learner=learner), pictures()
+    model, images = tiny(fuse=True, learner=learner), make_images()
     flat = features_by_hooks(model, images)
     flat = [model.norm(one) for one in flat] if norm else flat
     final, maps = model.forward_intermediates(images, norm=norm)
@@ -501,7 +501,7 @@ def test_intermediates_of_a_fused_model_are_maps_everywhere(learner: str, norm: 
 @each_learner
 @torch.no_grad()
 def test_intermediates_of_a_reduced_model_are_maps_and_then_tokens(learner: str) -> None:
-    model, images = tiny(learner=learner), pictures()
+    model, images = tiny(learner=learner), make_images()
     flat = features_by_hooks(model, images)
     assert [one.shape[1] for one in flat] == [24, 24, 3, 3]
     final, tokens = model.forward_intermediates(images, output_fmt="NLC")
@@ -514,7 +514,7 @@ def test_intermediates_of_a_reduced_model_are_maps_and_then_tokens(learner: str)
 
 @torch.no_grad()
 def test_intermediates_can_come_with_prefix_tokens_and_as_a_dictionary() -> None:
-    model, images = tiny(class_token=True), pictures()
+    model, images = tiny(class_token=True), make_images()
     flat = features_by_hooks(model, images)
     found = model.forward_intermediates(images, [1], return_prefix_tokens=True, output_dict=True)
     torch.testing.assert_close(found["image_intermediates_prefix"][0], flat[1][:, :1])
@@ -524,7 +524,7 @@ def test_intermediates_can_come_with_prefix_tokens_and_as_a_dictionary() -> None
 
 @torch.no_grad()
 def test_intermediate_layers_by_their_older_name_are_the_same() -> None:
-    model, images = tiny(), pictures()
+    model, images = tiny(), make_images()
     [last] = model.get_intermediate_layers(images, 1)
     torch.testing.assert_close(last, features_by_hooks(model, images)[-1])
 
@@ -539,25 +539,25 @@ def test_a_map_of_a_block_behind_the_learner_is_refused(indices: Any, named: str
         "indices below 2, output_fmt='NLC', or a model with fuse=True"
     )
     with pytest.raises(ValueError, match=message):
-        model.forward_intermediates(pictures(), indices)
+        model.forward_intermediates(make_images(), indices)
 
 
 @pytest.mark.parametrize("fmt", ["NCHW", "NLC"])
-def test_intermediates_of_v1_for_a_picture_of_another_size_are_refused(fmt: str) -> None:
+def test_intermediates_of_v1_for_a_image_of_another_size_are_refused(fmt: str) -> None:
     model = tiny(learner="v1", fuse=True, dynamic_img_size=True)
     message = (
-        r"V1's learner is built for a \(4, 6\) grid, the picture is \(12, 8\); call "
+        r"V1's learner is built for a \(4, 6\) grid, the image is \(12, 8\); call "
         r"set_input_size\(\(12, 8\)\), or build the model with learner='v11'"
     )
     with pytest.raises(ValueError, match=message):
-        model.forward_intermediates(pictures(12, 8), output_fmt=fmt)
-    final, _ = model.forward_intermediates(pictures(), output_fmt=fmt)
+        model.forward_intermediates(make_images(12, 8), output_fmt=fmt)
+    final, _ = model.forward_intermediates(make_images(), output_fmt=fmt)
     assert final.shape == (2, 24, 16)
 
 
 @torch.no_grad()
-def test_intermediates_of_v11_are_there_for_pictures_of_any_size() -> None:
-    model, images = tiny(fuse=True, dynamic_img_size=True), pictures(12, 16)
+def test_intermediates_of_v11_are_there_for_images_of_any_size() -> None:
+    model, images = tiny(fuse=True, dynamic_img_size=True), make_images(12, 16)
     flat = features_by_hooks(model, images)
     _, maps = model.forward_intermediates(images)
     for one, other in zip(maps, flat, strict=True):
@@ -586,7 +586,7 @@ def test_a_feature_pyramid_of_a_fused_model_goes_to_the_end() -> None:
 
 
 @torch.no_grad()
-def test_a_feature_pyramid_of_chosen_blocks_takes_pictures_of_any_size_in_front_of_v1() -> None:
+def test_a_feature_pyramid_of_chosen_blocks_takes_images_of_any_size_in_front_of_v1() -> None:
     kwargs = {"learner": "v1", "dynamic_img_size": True, "out_indices": (0, 2)}
     model: Any = timm.create_model(LEARNED, features_only=True, **kwargs)
     assert [m.shape for m in model(torch.randn(2, 1, 20, 36))] == [(2, 64, 5, 9)] * 2
@@ -631,7 +631,7 @@ def test_positions_are_without_weight_decay() -> None:
 @both_ways
 @torch.no_grad()
 def test_learners_can_be_taken_out_and_put_back(fuse: bool) -> None:
-    model, images = tiny(fuse=fuse, learner="v1"), pictures()
+    model, images = tiny(fuse=fuse, learner="v1"), make_images()
     expected, state = model(images), model.state_dict()
     remove(model)
     assert get_insertion(model) is None
@@ -645,7 +645,7 @@ def test_torch_compile_takes_the_whole_graph_of_v1_for_any_size() -> None:
     model = tiny(learner="v1", depth=2, at=1, dynamic_img_size=True)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    images = pictures(12, 8)
+    images = make_images(12, 8)
     torch.testing.assert_close(compiled(images), model(images))
 
 
@@ -697,7 +697,7 @@ def test_arguments_go_before_the_variants_own(
         ({"global_pool": "mean"}, "global_pool is 'mean', expected one of 'avg', 'max', 'sum'"),
         ({"num_tokens": -1}, "num_tokens is -1, expected an integer of 0 or more"),
         ({"num_tokens": True}, "num_tokens is True, expected an integer of 0"),
-        ({"num_tokens": 25}, "num_tokens is 25, but a picture has 24; ask for fewer"),
+        ({"num_tokens": 25}, "num_tokens is 25, but an image has 24; ask for fewer"),
         ({"at": 4}, "at is 4, expected a block from 0 to 3"),
         ({"at": -1}, "at is -1, expected a block from 0 to 3"),
         ({"at": 1.0}, "at is 1.0, expected"),
@@ -724,7 +724,7 @@ def test_a_pooling_that_is_not_known_is_refused_and_the_head_stays() -> None:
 @each_learner
 @torch.no_grad()
 def test_as_many_tokens_as_positions_fit(learner: str) -> None:
-    assert tiny(num_tokens=24, learner=learner)(pictures()).shape == (2, 5)
+    assert tiny(num_tokens=24, learner=learner)(make_images()).shape == (2, 5)
 
 
 def test_learners_are_of_the_kind_that_is_asked_for() -> None:
@@ -746,6 +746,6 @@ def test_learners_are_of_the_kind_that_is_asked_for() -> None:
 def test_logits_on_the_chosen_device_are_those_on_the_cpu(
     learner: str, fuse: bool, device: torch.device
 ) -> None:
-    model, images = tiny(learner=learner, fuse=fuse).double().eval(), pictures().double()
+    model, images = tiny(learner=learner, fuse=fuse).double().eval(), make_images().double()
     expected = model(images)
     torch.testing.assert_close(model.to(device)(images.to(device)).cpu(), expected)

@@ -105,14 +105,14 @@ def test_uniform_sampling_makes_each_chosen_frame_one_of_the_models(learner: str
 
 
 @torch.no_grad()
-def test_one_frame_is_a_picture() -> None:
+def test_one_frame_is_a_image() -> None:
     model = tiny(num_frames=2, learner="v1")
-    image = randomized(TokenLearnerViT(**_without_clip(TINY), learner="v1"))
+    image_model = randomized(TokenLearnerViT(**_without_clip(TINY), learner="v1"))
     state = model.state_dict()
     kernel = state["patch_embed.proj.weight"]
-    image.load_state_dict(state | {"patch_embed.proj.weight": kernel.sum(2)}, strict=True)
-    picture = torch.randn(2, 3, 8, 12)
-    torch.testing.assert_close(model(torch.stack([picture, picture], 2)), image(picture))
+    image_model.load_state_dict(state | {"patch_embed.proj.weight": kernel.sum(2)}, strict=True)
+    image = torch.randn(2, 3, 8, 12)
+    torch.testing.assert_close(model(torch.stack([image, image], 2)), image_model(image))
 
 
 def _without_clip(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def test_a_map_of_a_block_behind_the_learner_is_refused(indices: Any, named: str
         tiny().forward_intermediates(clips(), indices)
 
 
-def test_a_format_of_pictures_is_refused() -> None:
+def test_a_format_of_images_is_refused() -> None:
     with pytest.raises(ValueError, match="output_fmt is 'NCHW', expected one of 'NCTHW', 'NLC'"):
         tiny().forward_intermediates(clips(), output_fmt="NCHW")
 
@@ -396,7 +396,7 @@ def test_arguments_go_before_the_variants_own() -> None:
 
 
 def test_timms_feature_pyramids_are_refused() -> None:
-    message = "features_only is for pictures; build the video model without it and call forward_in"
+    message = "features_only is for images; build the video model without it and call forward_in"
     with pytest.raises(ValueError, match=message):
         timm.create_model(MINI, features_only=True)
 

@@ -47,7 +47,7 @@ def vit(host: str = "plain", **arguments: Any) -> VisionTransformer:
     return model
 
 
-def pictures(model: VisionTransformer, count: int = 3) -> Tensor:
+def make_images(model: VisionTransformer, count: int = 3) -> Tensor:
     return torch.randn(count, 1, *model.patch_embed.img_size, dtype=torch.float64)
 
 
@@ -60,7 +60,7 @@ def classified(model: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def heads_of(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of one picture, `n c` to thrice `heads n d`."""
+    """Queries, keys and values of one image, `n c` to thrice `heads n d`."""
     rows = attn.qkv(x).split(C, dim=-1)
     q, k, v = (part.unflatten(-1, (HEADS, C // HEADS)).transpose(0, 1) for part in rows)
     return attn.q_norm(q), attn.k_norm(k), v
@@ -117,7 +117,7 @@ def test_the_maps_of_region_means_pool_to_its_tokens() -> None:
 
 def test_region_means_have_attention_maps() -> None:
     model = baselines.average_pool(vit("wide"), 3, at=2)
-    maps = attention_maps(model, pictures(model))[2]
+    maps = attention_maps(model, make_images(model))[2]
     assert maps.shape == (3, 3, 3, 7)
     assert (maps[:, 0, :, 3:] == 0).all()
     assert torch.allclose(maps.sum((2, 3)), maps.new_ones(()))
@@ -126,7 +126,7 @@ def test_region_means_have_attention_maps() -> None:
 @each_host
 def test_average_pool_runs_the_later_blocks_on_prefix_and_means(host: str) -> None:
     model, k = vit(host), 6
-    images, p = pictures(model), model.num_prefix_tokens
+    images, p = make_images(model), model.num_prefix_tokens
     h, w = model.patch_embed.grid_size
     x = model.blocks[:2](embedded(model, images))
     means = [slow_means(one.reshape(h, w, C).detach().numpy(), 2, 3) for one in x[:, p:]]
@@ -137,7 +137,7 @@ def test_average_pool_runs_the_later_blocks_on_prefix_and_means(host: str) -> No
 
 def test_average_pool_costs_no_products() -> None:
     model = vit()
-    images, host = pictures(model), count_macs(model, pictures(model))
+    images, host = make_images(model), count_macs(model, make_images(model))
     assert count_macs(baselines.average_pool(model, 49, at=2), images) == host
 
 
@@ -145,7 +145,7 @@ def test_average_pool_costs_no_products() -> None:
 
 
 def looked_at(block: Any, x: Tensor, p: int) -> np.ndarray:
-    """Positions of one picture, `n c`, by the class token's weight in the full attention matrix."""
+    """Positions of one image, `n c`, by the class token's weight in the full attention matrix."""
     q, k, _ = heads_of(block.attn, block.norm1(x))
     logits = (q @ k.mT / (C // HEADS) ** 0.5).detach().numpy()
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -156,7 +156,7 @@ def looked_at(block: Any, x: Tensor, p: int) -> np.ndarray:
 @pytest.mark.parametrize("at", [1, 3])
 def test_top_k_keeps_what_the_full_attention_matrix_tells(host: str, at: int) -> None:
     model, k = vit(host), 6
-    images, p = pictures(model), model.num_prefix_tokens
+    images, p = make_images(model), model.num_prefix_tokens
     before = model.blocks[: at - 1](embedded(model, images))
     x = model.blocks[at - 1](before)
     kept = [
@@ -169,14 +169,14 @@ def test_top_k_keeps_what_the_full_attention_matrix_tells(host: str, at: int) ->
 
 def test_top_k_of_all_positions_is_the_host() -> None:
     model = vit("registers")
-    images = pictures(model)
+    images = make_images(model)
     expected = model(images)
     torch.testing.assert_close(baselines.top_k(model, 49, at=2)(images), expected)
 
 
 def test_top_k_costs_one_row_of_attention() -> None:
     model = vit()
-    images, host = pictures(model)[:1], count_macs(model, pictures(model)[:1])
+    images, host = make_images(model)[:1], count_macs(model, make_images(model)[:1])
     assert count_macs(baselines.top_k(model, 49, at=2), images) - host == C * 50
 
 
@@ -194,7 +194,7 @@ def test_top_k_takes_a_share_of_the_depth() -> None:
 
 
 def slow_match(keys: np.ndarray, r: int) -> list[tuple[int, int]]:
-    """The `r` best edges of one picture, keys `n d`, as pairs of positions."""
+    """The `r` best edges of one image, keys `n d`, as pairs of positions."""
     edges = []
     for i in range(0, len(keys), 2):
         scores = {}
@@ -220,7 +220,7 @@ def slow_merge(
 
 
 def slow_blocks(model: VisionTransformer, x: Tensor, schedule: list[int]) -> Tensor:
-    """All blocks on one picture, `n c`, with softmax weights times size in place of any mask."""
+    """All blocks on one image, `n c`, with softmax weights times size in place of any mask."""
     p, sizes = model.num_prefix_tokens, np.ones(len(x))
     for block, r in zip(model.blocks, schedule, strict=True):
         q, k, v = heads_of(block.attn, block.norm1(x))
@@ -280,7 +280,7 @@ def test_a_token_of_size_2_is_attended_to_like_two_of_it() -> None:
 @pytest.mark.parametrize("schedule", [[4, 4, 4, 4], [0, 5, 0, 2]], ids=str)
 def test_merge_is_equal_to_the_paper_in_loops(host: str, schedule: list[int]) -> None:
     model = vit(host)
-    images = pictures(model, 2)
+    images = make_images(model, 2)
     ends = [slow_blocks(model, one, schedule) for one in embedded(model, images)]
     expected = classified(model, torch.stack(ends))
     r: Any = schedule[0] if len(set(schedule)) == 1 else schedule
@@ -293,14 +293,14 @@ def test_merging_nothing_is_the_host(host: str, fused: bool) -> None:
     model = vit(host)
     for block in model.blocks:
         block.attn.fused_attn = fused
-    images = pictures(model)
+    images = make_images(model)
     expected = model(images)
     torch.testing.assert_close(baselines.merge(model, 0)(images), expected, rtol=0, atol=1e-6)
 
 
 def test_merging_nothing_is_the_host_in_training_with_its_drop_paths() -> None:
     model = vit("layer-scale-qk-norm", drop_path_rate=0.4, proj_drop_rate=0.2).train()
-    images = pictures(model)
+    images = make_images(model)
     torch.manual_seed(1)
     expected = model(images)
     torch.manual_seed(1)
@@ -317,7 +317,7 @@ def test_merging_tokens_that_are_alike_changes_nothing() -> None:
 
 def test_sizes_add_up_to_all_tokens_and_those_of_prefix_tokens_stay_1() -> None:
     model = vit("registers")
-    x = embedded(model, pictures(model))
+    x = embedded(model, make_images(model))
     y, sizes = baselines.merge(model, 9).blocks.with_sizes(x)
     assert y.shape[1] == sizes.shape[1] == 3 + 49 - 4 * 9
     assert (sizes.sum(1) == 3 + 49).all()
@@ -326,20 +326,20 @@ def test_sizes_add_up_to_all_tokens_and_those_of_prefix_tokens_stay_1() -> None:
 
 def test_no_block_merges_more_than_half_of_its_positions() -> None:
     model = vit()
-    x = embedded(model, pictures(model))
+    x = embedded(model, make_images(model))
     assert baselines.merge(model, 99).blocks(x).shape[1] == 1 + 4  # 49, 25, 13, 7, 4
 
 
 def test_sizes_are_exact_in_bfloat16_and_tokens_have_the_models_dtype() -> None:
     model = vit().bfloat16()
-    x = embedded(model, pictures(model).bfloat16())
+    x = embedded(model, make_images(model).bfloat16())
     y, sizes = baselines.merge(model, 9).blocks.with_sizes(x)
     assert (y.dtype, sizes.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_schedule_is_the_nearest_of_all_and_tells_its_true_cost() -> None:
     model = vit(img_size=(8, 20))  # 10 positions
-    images = pictures(model)
+    images = make_images(model)
     host, costs = count_macs(model, images[:1]), []
     for r in range(6):
         costs.append(count_macs(baselines.merge(model, r), images[:1]))
@@ -354,7 +354,7 @@ def test_a_schedule_is_the_nearest_of_all_and_tells_its_true_cost() -> None:
 def test_finding_a_schedule_leaves_the_model_as_it_was() -> None:
     model = vit(img_size=8)
     blocks = model.blocks
-    baselines.schedule_for(model, pictures(model), 0.5)
+    baselines.schedule_for(model, make_images(model), 0.5)
     assert model.blocks is blocks
 
 
@@ -364,7 +364,7 @@ def test_finding_a_schedule_leaves_the_model_as_it_was() -> None:
 @each_reduction
 def test_every_parameter_gets_a_gradient(reduce: Callable[..., VisionTransformer]) -> None:
     model = reduce(vit("layer-scale-qk-norm").train())
-    model(pictures(model)).square().sum().backward()
+    model(make_images(model)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -374,7 +374,7 @@ def test_every_parameter_gets_a_gradient(reduce: Callable[..., VisionTransformer
 @each_reduction
 def test_undo_gives_the_host_back(reduce: Callable[..., VisionTransformer]) -> None:
     model = vit()
-    images, parameters = pictures(model), dict(model.named_parameters())
+    images, parameters = make_images(model), dict(model.named_parameters())
     blocks, expected = list(model.blocks), model(images)
     assert not torch.allclose(reduce(model)(images), expected)
     assert baselines.undo(model) is model
@@ -388,7 +388,7 @@ def test_assigning_the_old_blocks_gives_the_host_back(
     reduce: Callable[..., VisionTransformer],
 ) -> None:
     model = vit()
-    images, blocks = pictures(model), nn.Sequential(*model.blocks)
+    images, blocks = make_images(model), nn.Sequential(*model.blocks)
     expected = model(images)
     reduce(model)(images)
     model.blocks = blocks
@@ -400,9 +400,9 @@ def test_nothing_is_held_from_one_call_to_the_next(
     reduce: Callable[..., VisionTransformer],
 ) -> None:
     model = reduce(vit())
-    images = pictures(model)
+    images = make_images(model)
     before, first = {*vars(model.blocks)}, model(images)
-    model(pictures(model, 5))
+    model(make_images(model, 5))
     assert torch.equal(model(images), first)
     assert not any(module._forward_hooks for module in model.modules())
     assert {*vars(model.blocks)} == before
@@ -411,7 +411,7 @@ def test_nothing_is_held_from_one_call_to_the_next(
 @each_reduction
 def test_a_copy_is_independent_and_equal(reduce: Callable[..., VisionTransformer]) -> None:
     model = reduce(vit())
-    images, twin = pictures(model), copy.deepcopy(model)
+    images, twin = make_images(model), copy.deepcopy(model)
     expected = model(images)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
@@ -437,7 +437,7 @@ def test_merge_keeps_the_names_of_all_weights() -> None:
 @each_reduction
 def test_compiled_models_give_the_same(reduce: Callable[..., VisionTransformer]) -> None:
     model = reduce(vit())
-    images = pictures(model)
+    images = make_images(model)
     with torch.no_grad():
         expected = model(images)
         torch.testing.assert_close(torch.compile(model, backend="eager")(images), expected)
@@ -462,7 +462,7 @@ def checkpointing() -> VisionTransformer:
         (lambda: baselines.RegionMeans(4, (4, 4))(torch.ones(1, 12, C)), "12 positions do not fit"),
         (lambda: baselines.top_k(vit(), 6, 0), "at is 0: no block before block 0 .* take at=1"),
         (lambda: baselines.top_k(vit(), 6, 0.1), "at is 0.1: no block before"),
-        (lambda: baselines.top_k(vit(), 50, 2), "num_tokens is 50, but a picture has 49"),
+        (lambda: baselines.top_k(vit(), 50, 2), "num_tokens is 50, but an image has 49"),
         (lambda: baselines.top_k(vit(), 0, 2), "num_tokens is 0"),
         (
             lambda: baselines.top_k(vit(class_token=False, global_pool="avg"), 6, 2),
@@ -504,4 +504,4 @@ def test_a_model_is_reduced_once(
 def test_code_that_takes_merged_blocks_one_by_one_fails() -> None:
     model = baselines.merge(vit(), 4)
     with pytest.raises(TypeError, match="MergedBlocks"):
-        model.forward_intermediates(pictures(model))
+        model.forward_intermediates(make_images(model))

@@ -136,7 +136,7 @@ def test_judges_tell_good_features_from_noise(scripts: dict[str, ModuleType]) ->
 def frozen(
     scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ModuleType:
-    """compare_frozen.py with a small host and few pictures in the place of the large ones."""
+    """compare_frozen.py with a small host and few images in the place of the large ones."""
 
     def drawings(root: Path, size: int) -> tuple[ImageDataset, ImageDataset]:
         generator = torch.Generator().manual_seed(0)

@@ -24,13 +24,13 @@ from markdown_blocks import (
     run_python_blocks,
 )
 from PIL import Image
+from tokenlearner_command import COMMANDS, main
 
 import draw_docs
 import tokenlearner
 from docs_hooks import PAGES
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.models.hosts import HOSTS
-from tokenlearner_command import COMMANDS, main
 
 DOCS = ROOT / "docs"
 WRITTEN = sorted(DOCS.rglob("*.md"))
@@ -141,7 +141,7 @@ def run_short(words: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the trainings, pictures and films that the guides' commands are about."""
+    """A folder with the trainings, images and videos that the guides' commands are about."""
     folder = tmp_path_factory.mktemp("guides")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
@@ -153,8 +153,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_short(["train", "--out", "runs/reduced", *insertion])
         shutil.copytree("runs/reduced", "tokenlearner-demo")
         run_short(["bench", "runs/host", "runs/reduced", "--json", "speed.json"])
-        Path("pictures").mkdir()
-        Image.effect_noise((40, 30), 60).save("pictures/noise.png")
+        Path("images").mkdir()
+        Image.effect_noise((40, 30), 60).save("images/noise.png")
         with av.open("clip.mkv", "w") as container:
             stream = container.add_stream("ffv1", rate=8)
             stream.width, stream.height, stream.pix_fmt = 48, 40, "gray"
@@ -239,9 +239,9 @@ def test_every_drawing_is_shown_on_a_page() -> None:
 
 def test_the_cost_of_blocks_adds_up_to_that_of_the_model() -> None:
     model = tokenlearner.create_model("vit_mini_patch4_tl8at3_28").to("meta")
-    picture = torch.empty(1, 1, 28, 28, device="meta")
-    found = draw_docs.cost_of_blocks(model, picture)
+    image = torch.empty(1, 1, 28, 28, device="meta")
+    found = draw_docs.cost_of_blocks(model, image)
     assert [tokens for tokens, _ in found] == [49, 49, 49, 8, 8, 8]
     patches, head = 49 * 4 * 4 * 64, 64 * 10
     blocks_gmacs = sum(cost for _, cost in found)
-    assert round(1e9 * blocks_gmacs) + patches + head == count_macs(model, picture)
+    assert round(1e9 * blocks_gmacs) + patches + head == count_macs(model, image)

@@ -44,7 +44,7 @@ def said(notebook: Any) -> list[str]:
     return [printed(notebook), *(text for kind, text in shown if kind.startswith("text/"))]
 
 
-def pictures(notebook: Any) -> list[str]:
+def make_images(notebook: Any) -> list[str]:
     data = [output.get("data", {}) for output in outputs(notebook)]
     return [each["image/png"] for each in data if "image/png" in each]
 
@@ -170,9 +170,9 @@ def test_it_is_small_enough_to_open_at_once() -> None:
 # --- what it shows ------------------------------------------------------------------------------
 
 
-def test_it_shows_the_pictures_the_curves_and_two_sheets_of_maps(notebook: Any) -> None:
-    assert len(pictures(notebook)) == 4
-    assert min(map(len, pictures(notebook))) > 10_000
+def test_it_shows_the_images_the_curves_and_two_sheets_of_maps(notebook: Any) -> None:
+    assert len(make_images(notebook)) == 4
+    assert min(map(len, make_images(notebook))) > 10_000
 
 
 def test_a_learned_token_is_the_weighted_mean(notebook: Any) -> None:
@@ -185,13 +185,13 @@ def test_the_blocks_behind_the_learner_see_8_tokens(notebook: Any) -> None:
 
 
 def test_both_models_learn(notebook: Any) -> None:
-    top1s = table(notebook, "costs-table")["top-1 on held-out pictures, %"]
+    top1s = table(notebook, "costs-table")["top-1 on held-out images, %"]
     assert len(top1s) == 2
     assert min(top1s) > 5 * CHANCE_PERCENT
 
 
 def test_fewer_tokens_cost_fewer_multiply_adds(notebook: Any) -> None:
-    assert table(notebook, "costs-table")["GMACs a picture"] == [0.0163, 0.0097, 0.59]
+    assert table(notebook, "costs-table")["GMACs an image"] == [0.0163, 0.0097, 0.59]
 
 
 def test_a_line_is_printed_for_every_epoch_and_no_more(notebook: Any) -> None:
@@ -247,7 +247,7 @@ def test_the_script_writes_outputs_in_place_and_strips_metadata(small: Any) -> N
 
 
 def test_the_script_draws_inline_whatever_the_environment_says(small: Any) -> None:
-    assert len(pictures(small)) == 1
+    assert len(make_images(small)) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no sockets in files")

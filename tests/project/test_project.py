@@ -34,8 +34,8 @@ READMES = sorted(ROOT.glob("README*.md"))
 IMPORT_ORDER = [
     "files", "checks", "checkpoints", "onednn", "layers", "modules", "fuser", "wrappers", "hosts",
     "insert", "saving", "card", "hub", "registry", "vit", "mixer", "clips", "video", "framevit",
-    "stream", "convert", "scenic", "adapt", "zoo", "transfer", "labelled", "loader", "pictures",
-    "fashion", "listing", "folders", "streamed", "shards", "readers", "films", "moving", "data",
+    "stream", "convert", "scenic", "adapt", "zoo", "transfer", "labeled", "loader", "images",
+    "fashion", "listing", "folders", "streamed", "shards", "readers", "videos", "moving", "data",
     "evaluate", "counting", "benchmark", "catalog", "distill", "calibrate", "options",
     "data_options", "recipe", "recipes", "augment", "objective", "engine", "loop", "start",
     "resume", "train", "plan", "sized", "tables", "plan_table", "machine", "bench_config",

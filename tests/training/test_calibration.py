@@ -118,8 +118,8 @@ CASES: dict[str, Case] = {
 each_case = pytest.mark.parametrize("name", CASES)
 
 
-def pictures(size: tuple[int, ...] = (3, 16, 16), n: int = N) -> Tensor:
-    """Pictures in which a few things vary, so that a few tokens can tell them."""
+def make_images(size: tuple[int, ...] = (3, 16, 16), n: int = N) -> Tensor:
+    """Images in which a few things vary, so that a few tokens can tell them."""
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(3, *size, generator=generator)
     return torch.einsum("bi,i...->b...", torch.randn(n, 3, generator=generator), directions)
@@ -158,7 +158,7 @@ class Run(NamedTuple):
 
 @cache
 def run(name: str) -> Run:
-    images, model = pictures(CASES[name].clips), inserted(name)
+    images, model = make_images(CASES[name].clips), inserted(name)
     before = copy.deepcopy(model)
     done = calibrate(model, images, steps=STEPS, batch_size=16, lr=LR)
     return Run(model, before, images, done)
@@ -211,8 +211,8 @@ def test_what_was_done_is_told() -> None:
     assert done.seconds > 0
 
 
-def test_the_error_is_that_of_all_pictures_together() -> None:
-    """Also where the last batch has a single picture, which has no variance."""
+def test_the_error_is_that_of_all_images_together() -> None:
+    """Also where the last batch has a single image, which has no variance."""
     model, before, images, _ = run("class token")
     images = images[:17]
     done = calibrate(copy.deepcopy(before), images, steps=1, batch_size=16)
@@ -238,7 +238,7 @@ def test_dropout_plays_no_part() -> None:
     def weights(training: bool) -> Tensor:
         torch.manual_seed(0)
         model = insert(vit(proj_drop_rate=0.5), 2, 1).train(training)
-        calibrate(model, pictures(), steps=2)
+        calibrate(model, make_images(), steps=2)
         return nn.utils.parameters_to_vector(new_parameters(model)).detach()
 
     assert torch.equal(weights(training=True), weights(training=False))
@@ -247,7 +247,7 @@ def test_dropout_plays_no_part() -> None:
 def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
     def weights(seed: int) -> Tensor:
         model = inserted("class token")
-        calibrate(model, pictures(), steps=3, batch_size=8, seed=seed)
+        calibrate(model, make_images(), steps=3, batch_size=8, seed=seed)
         return nn.utils.parameters_to_vector(new_parameters(model)).detach()
 
     assert torch.equal(weights(0), weights(0))
@@ -257,13 +257,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
 def test_the_global_random_state_is_left_alone() -> None:
     model = inserted("class token")
     state = torch.get_rng_state()
-    calibrate(model, pictures(), steps=1)
+    calibrate(model, make_images(), steps=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_every_step_is_reported() -> None:
     rows: list[dict[str, Any]] = []
-    calibrate(inserted("class token"), pictures(), steps=3, report=rows.append)
+    calibrate(inserted("class token"), make_images(), steps=3, report=rows.append)
     assert [(row["step"], row["steps"]) for row in rows] == [(1, 3), (2, 3), (3, 3)]
     assert all(row["loss"] > 0 and row["images_per_second"] > 0 for row in rows)
 
@@ -290,7 +290,7 @@ def test_losses_are_those_of_the_whole_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["class token", "first block", "hf tuples"])
 def test_the_result_is_that_of_training_the_whole_model(name: str) -> None:
-    images, model = pictures(), inserted(name)
+    images, model = make_images(), inserted(name)
     whole, host = copy.deepcopy(model), build(name)
     calibrate(model, images, steps=4, batch_size=8, lr=LR)
     first, order = min(wrapped_blocks(whole)), torch.Generator().manual_seed(0)
@@ -314,7 +314,7 @@ def test_blocks_in_front_run_once(at: int) -> None:
     model, calls = insert(vit().eval(), 2, at), [0, 0]
     for i in range(at):
         model.blocks[i].register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-    calibrate(model, pictures(), steps=5, batch_size=8)
+    calibrate(model, make_images(), steps=5, batch_size=8)
     assert calls == [3] * at + [0] * (2 - at)  # three batches, whatever the steps
 
 
@@ -322,7 +322,7 @@ def test_a_host_that_runs_blocks_again_for_the_gradient_gets_the_same() -> None:
     plain, again = inserted("class token"), inserted("class token")
     again.set_grad_checkpointing()
     for model in (plain, again):
-        calibrate(model, pictures(), steps=3, lr=LR)
+        calibrate(model, make_images(), steps=3, lr=LR)
     torch.testing.assert_close(parameters(again), parameters(plain), rtol=1e-5, atol=1e-6)
 
 
@@ -362,15 +362,15 @@ def test_the_models_state_is_given_back(state: str, stopped: bool) -> None:
     before = STATES[state](model)
     if stopped:
         with pytest.raises(KeyboardInterrupt):
-            calibrate(model, pictures(), steps=2, report=stop)
+            calibrate(model, make_images(), steps=2, report=stop)
     else:
-        calibrate(model, pictures(), steps=2)
+        calibrate(model, make_images(), steps=2)
     assert STATES[state](model) == before
 
 
 def test_blocks_are_back_when_the_model_fails_on_the_way() -> None:
     model = inserted("class token")
-    lesson = TeacherCache(build("class token"), pictures(), 1)
+    lesson = TeacherCache(build("class token"), make_images(), 1)
     blocks = [*model.blocks]
     model.blocks[2].register_forward_hook(lambda *_: stop({}))
     with pytest.raises(KeyboardInterrupt):
@@ -385,7 +385,7 @@ def test_blocks_are_back_when_the_model_fails_on_the_way() -> None:
 def test_the_tail_is_all_that_the_output_depends_on_behind_the_front(name: str) -> None:
     """Whatever gets a gradient when the front is known, and nothing else."""
     model = inserted(name)
-    lesson = TeacherCache(build(name), pictures(), 1)
+    lesson = TeacherCache(build(name), make_images(), 1)
     torch.stack(lesson.losses(model, torch.arange(8))).sum().backward()
     touched = {n for n, p in model.named_parameters() if p.grad is not None}
     tail = {id(p) for p in tail_parameters(model, 1)}
@@ -396,14 +396,14 @@ def test_the_tail_is_all_that_the_output_depends_on_behind_the_front(name: str) 
 
 def test_fitting_the_tail_brings_the_model_closer_than_its_learners_alone() -> None:
     model = copy.deepcopy(run("class token").model)
-    done = calibrate(model, pictures(), tail=True, steps=2 * STEPS, batch_size=16, lr=3e-3)
+    done = calibrate(model, make_images(), tail=True, steps=2 * STEPS, batch_size=16, lr=3e-3)
     assert done.error_after < 0.95 * run("class token").done.error_after
 
 
 def test_fitting_the_tail_leaves_the_front_bit_for_bit() -> None:
     model = inserted("class token")
     before = parameters(model)
-    calibrate(model, pictures(), tail=True, steps=2)
+    calibrate(model, make_images(), tail=True, steps=2)
     changed = {n for n, p in parameters(model).items() if not torch.equal(p, before[n])}
     assert not [n for n in changed if n.startswith(("patch", "pos", "cls", "blocks.0"))]
     assert {"head.weight", "norm.weight", "blocks.2.mlp.fc1.weight"} <= changed
@@ -414,7 +414,7 @@ def test_fitting_the_tail_leaves_the_front_bit_for_bit() -> None:
 
 def test_a_model_without_learners_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no learned tokens to calibrate; insert\(model\) adds"):
-        calibrate(vit(), pictures())
+        calibrate(vit(), make_images())
 
 
 def test_our_models_of_single_frames_are_refused_with_the_reason() -> None:
@@ -438,10 +438,10 @@ def test_nonsense_is_refused_and_changes_nothing(options: dict[str, Any], messag
     model = inserted("class token")
     before = parameters(model)
     with pytest.raises(ValueError, match=message):
-        calibrate(model, **{"images": pictures(), "steps": 1} | options)
+        calibrate(model, **{"images": make_images(), "steps": 1} | options)
     torch.testing.assert_close(parameters(model), before, rtol=0, atol=0)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_way_out() -> None:
     with pytest.raises(RuntimeError, match=r"loss is nan at step 1 of 2 of calibrating; insert an"):
-        calibrate(inserted("class token"), pictures() * float("nan"), steps=2)
+        calibrate(inserted("class token"), make_images() * float("nan"), steps=2)

@@ -32,9 +32,9 @@ STEPS, AN_EPOCH = 8, 4
 
 
 @pytest.fixture(autouse=True)
-def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        import_module("tokenlearner.training.run"), "load_data", running.quarter_pictures
+        import_module("tokenlearner.training.run"), "load_data", running.quarter_images
     )
 
 
@@ -73,7 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            import_module("tokenlearner.training.run"), "load_data", running.quarter_pictures
+            import_module("tokenlearner.training.run"), "load_data", running.quarter_images
         )
         train(recipe(out, **AT_RANDOM))
     return out

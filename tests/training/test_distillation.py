@@ -140,7 +140,7 @@ def test_gradients_go_to_the_student_only() -> None:
         ([(4, 3, 5)], [(4, 3, 5)] * 2, "features of 1 blocks, the teacher of 2; .*='logit'"),
         ([], [], "features of 0 blocks, the teacher of 0"),
         ([(4, 3, 5)], [(4, 3, 6)], "the student is 5 wide, the teacher 6; take .*='logit'"),
-        ([(1, 3, 5)], [(1, 3, 5)], "variance over the batch, and it has 1 picture; take batch"),
+        ([(1, 3, 5)], [(1, 3, 5)], "variance over the batch, and it has 1 image; take batch"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(

@@ -76,7 +76,7 @@ def test_without_accelerate_the_way_to_get_it_is_named(monkeypatch: pytest.Monke
     ("options", "message"),
     [
         ({"batch_size": 6, "grad_accum_steps": 4}, "batch_size is 6, which 1 processes and 4 grad"),
-        ({"batch_size": 5, "mixup": 0.2}, "and 5 pictures of a step .* a multiple of 2"),
+        ({"batch_size": 5, "mixup": 0.2}, "and 5 images of a step .* a multiple of 2"),
         ({"batch_size": 9, "cutmix": 1.0, "grad_accum_steps": 3}, "and 9 pic.* a multiple of 6"),
         ({"fsdp": True}, "fsdp shares a model out among processes, and there is one; start sev"),
     ],
@@ -120,7 +120,7 @@ def test_random_states_are_plain_and_bring_back_the_same_draws(tmp_path: Path) -
 @pytest.mark.parametrize(
     "kind", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, momentum=0.9)], ids=["AdamW", "SGD"]
 )
-def test_a_whole_state_is_a_copy_that_brings_back_weights_and_optimiser(kind: Any) -> None:
+def test_a_whole_state_is_a_copy_that_brings_back_weights_and_optimizer(kind: Any) -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizer, others = kind(model.parameters()), kind(other.parameters())
 

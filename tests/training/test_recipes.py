@@ -48,7 +48,7 @@ def read(recipe: str) -> dict[str, Any]:
 # what they say
 
 
-def test_there_are_recipes_for_pictures_films_and_distilling() -> None:
+def test_there_are_recipes_for_images_videos_and_distilling() -> None:
     assert {"imagenet1k_paper", "cifar10_keras", "kinetics400", "distill_inserted"} < {*RECIPES}
 
 
@@ -118,7 +118,7 @@ def test_a_pair_differs_in_its_learned_tokens_only(plain: str, learned: str) -> 
 # what they do
 
 
-def write_pictures(root: Path) -> None:
+def write_images(root: Path) -> None:
     for split, number in (("train", 4), ("val", 2)):
         for shade, name in enumerate(("dark", "light")):
             folder = root / split / name
@@ -128,7 +128,7 @@ def write_pictures(root: Path) -> None:
                 Image.new("RGB", (20, 18), (value, 90, value)).save(folder / f"{i}.jpg")
 
 
-def write_films(root: Path) -> None:
+def write_videos(root: Path) -> None:
     av = pytest.importorskip("av")
     for split, number in (("train", 2), ("val", 1)):
         lines = ["path,label"]
@@ -136,21 +136,21 @@ def write_films(root: Path) -> None:
             for i in range(number):
                 path = root / f"{split}-{name}-{i}.mkv"
                 path.parent.mkdir(exist_ok=True)
-                with av.open(str(path), "w") as film:
-                    stream: Any = film.add_stream("ffv1", rate=25)
+                with av.open(str(path), "w") as video:
+                    stream: Any = video.add_stream("ffv1", rate=25)
                     stream.width, stream.height, stream.pix_fmt = 24, 18, "gray"
                     for t in range(6):
                         value = 60 + 90 * shade + 9 * i + t
                         pixels = np.full((18, 24, 3), value, np.uint8)
                         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                        film.mux(stream.encode(frame))
-                    film.mux(stream.encode())
+                        video.mux(stream.encode(frame))
+                    video.mux(stream.encode())
                 lines.append(f"{path.name},{name}")
         (root / f"{split}.csv").write_text("\n".join(lines))
 
 
 def write_cifar(root: Path) -> None:
-    """CIFAR-10 as torchvision keeps it, with 2 pictures in each file."""
+    """CIFAR-10 as torchvision keeps it, with 2 images in each file."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
@@ -161,7 +161,7 @@ def write_cifar(root: Path) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of data sets in memory only a few pictures are used."""
+    """Of data sets in memory only a few images are used."""
     module = import_module("tokenlearner.data.factory")
     whole: Callable[..., Any] = module.load_data
 
@@ -178,20 +178,20 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
 AT_1 = {**TINY, "at": 1}
 CLIP = {**TINY, "num_frames": 4}
-FILMS = ["--images", "4", "--batch_size", "2", "--frames", "4", "--stride", "1"]
+VIDEOS = ["--images", "4", "--batch_size", "2", "--frames", "4", "--stride", "1"]
 SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {  # model_kwargs, other options
     "imagenet1k_paper": (AT_1, ["--img_size", "16"]),
     "imagenet1k_deit": (AT_1, ["--img_size", "16"]),
     "finetune_384": (AT_1, ["--img_size", "24", "--init_from", "from/model.safetensors"]),
     "cifar10_keras": (TINY, ["--img_size", "16", "--at", "1"]),
-    "kinetics400": (AT_1 | CLIP, ["--img_size", "16", "--init_from", "plain.safetensors", *FILMS]),
+    "kinetics400": (AT_1 | CLIP, ["--img_size", "16", "--init_from", "plain.safetensors", *VIDEOS]),
     "fashion_mnist": (TINY, []),
     "fashion_mnist_tl8": (AT_1, []),
     "distill_inserted": ({}, ["--model", "host", "--calibrate", "8"]),
     "moving_photographs": (TINY | {"tubelet_size": 4}, []),
     "moving_photographs_full": (TINY | {"tubelet_size": 4}, []),
 }
-WRITE = {"folder": write_pictures, "film": write_films, "torch/cifar10": write_cifar}
+WRITE = {"folder": write_images, "video-folder": write_videos, "torch/cifar10": write_cifar}
 QUICK = ["--images", "8", "--batch_size", "4", "--epochs", "1", "--warmup_steps", "0"]
 
 
@@ -226,7 +226,7 @@ def test_a_recipe_trains_and_is_judged_again_as_it_was(
 
 
 @pytest.mark.usefixtures("few")
-def test_films_can_be_judged_by_several_clips_and_crops(
+def test_videos_can_be_judged_by_several_clips_and_crops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -234,7 +234,7 @@ def test_films_can_be_judged_by_several_clips_and_crops(
     main(["eval", "runs/kinetics400", "--views", "2", "--crops", "3"])
     loss = capsys.readouterr().out.split("loss: ")[1].split()[0]
     clip = {"frames": 4, "stride": 1, "img_size": 16, "views": 2, "crops": 3}
-    [(views, labels)] = load_data("film", "test", root="data", **clip).batches(2)
+    [(views, labels)] = load_data("video-folder", "test", root="data", **clip).batches(2)
     logits = model(views.flatten(0, 1)).unflatten(0, (2, 6)).mean(1)
     assert float(loss) == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-4)
 

@@ -22,8 +22,8 @@ CLASSES = ("dark", "left", "right", "bright")
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 7}
 
 
-def quarter_pictures(name: str, split: str = "train", **_: Any) -> ImageDataset:
-    """Pictures whose bright half is their class: a few steps tell them apart."""
+def quarter_images(name: str, split: str = "train", **_: Any) -> ImageDataset:
+    """Images whose bright half is their class: a few steps tell them apart."""
     generator = torch.Generator().manual_seed(0 if split == "train" else 1)
     labels = torch.arange(64) % 4
     images = torch.randint(0, 60, (64, 1, 28, 28), generator=generator)
@@ -34,7 +34,7 @@ def quarter_pictures(name: str, split: str = "train", **_: Any) -> ImageDataset:
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", quarter_pictures)
+    monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", quarter_images)
 
 
 @pytest.fixture
@@ -64,13 +64,13 @@ def test_a_run_from_weights_keeps_their_classifier_if_it_is_told(
     saved = create_model("vit_mini_patch4_28", num_classes=4, in_chans=1, num_tokens=2, **TINY)
     save_model(saved, tmp_path / "saved")
     told = {"init_from": str(tmp_path / "saved" / "model.safetensors"), "keep_head": keep}
-    data, cpu = quarter_pictures("quarters"), torch.device("cpu")
+    data, cpu = quarter_images("quarters"), torch.device("cpu")
     model = prepare(changed(config, **told), data, cpu).model
     assert torch.equal(model.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
     assert torch.equal(model.head.weight, saved.head.weight) is keep
 
 
-def test_training_learns_what_the_pictures_show(config: TrainConfig) -> None:
+def test_training_learns_what_the_images_show(config: TrainConfig) -> None:
     history = train(changed(config, model_kwargs=None, lr=3e-3)).history
     assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
     assert history[-1]["test_top1_percent"] > 80
@@ -78,7 +78,7 @@ def test_training_learns_what_the_pictures_show(config: TrainConfig) -> None:
 
 def test_the_checkpoint_is_the_trained_model(config: TrainConfig) -> None:
     result = train(config)
-    images, _ = next(quarter_pictures("x", "test").batches(8))
+    images, _ = next(quarter_images("x", "test").batches(8))
     torch.testing.assert_close(load_model(config.out)(images), result.model(images), rtol=0, atol=0)
     assert not result.model.training
 
@@ -139,8 +139,8 @@ def test_a_finished_run_is_not_overwritten(config: TrainConfig) -> None:
         ({"images": 65}, "fashion-mnist-small has 64 images, 65 are asked for"),
         ({"model_kwargs": {"num_classes": 3}}, "has 3 classes, fashion-mnist-small has 4; take"),
         ({"model": "vit_mini_patch4_29"}, "there is no model 'vit_mini_patch4_29'; did you mean"),
-        ({"model": "vit_tiny_patch16_224"}, r"does not take pictures of \[1, 28, 28\]"),
-        ({"num_tokens": 50}, "num_tokens is 50, but a picture has 16"),
+        ({"model": "vit_tiny_patch16_224"}, r"does not take images of \[1, 28, 28\]"),
+        ({"num_tokens": 50}, "num_tokens is 50, but an image has 16"),
         ({"at": 6}, "at is 6, expected a block from 0 to 2"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not to be had here"),
         ({"device": "abacus"}, "device 'abacus' is not to be had here"),
@@ -213,7 +213,7 @@ def vector(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_model_with_inserted_tokens_is_read_back(insertion: TrainConfig, fuse: bool) -> None:
     result = train(changed(insertion, fuse=fuse))
-    images, _ = next(quarter_pictures("x", "test").batches(8))
+    images, _ = next(quarter_images("x", "test").batches(8))
     loaded = load_model(insertion.out)
     assert wrapped_blocks(loaded)[1].learner.num_tokens == 4
     torch.testing.assert_close(loaded(images), result.model(images), rtol=0, atol=0)
@@ -258,7 +258,7 @@ def test_labels_play_no_part_when_they_count_for_nothing(
     insertion: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shuffled(name: str, split: str = "train", **_: Any) -> ImageDataset:
-        data = quarter_pictures(name, split)
+        data = quarter_images(name, split)
         return replace(data, labels=data.labels.flip(0)) if split == "train" else data
 
     out = Path(insertion.out)
@@ -278,7 +278,7 @@ def test_the_same_config_inserts_and_trains_to_the_same_weights(insertion: Train
 
 
 @pytest.mark.usefixtures("short")
-def test_as_many_pictures_are_used_as_asked_for(insertion: TrainConfig) -> None:
+def test_as_many_images_are_used_as_asked_for(insertion: TrainConfig) -> None:
     result = train(changed(insertion, images=32))
     assert result.images == 32
     assert result.history[-1]["step"] == 4  # two epochs of two batches of 16
@@ -304,13 +304,13 @@ def test_a_model_built_new_is_taught_too_and_has_no_host(config: TrainConfig, ho
         ({"model": "vit_mini_patch4_28"}, "there is no vit_mini_patch4_28/model.safetensors; pass"),
         ({"model": "learned"}, r"has learned tokens already; call remove\(model\) first"),
         ({"model": "classes"}, "classes has 3 classes, fashion-mnist-small has 4; take a model"),
-        ({"model": "color"}, r"color does not take pictures of \[1, 28, 28\]"),
+        ({"model": "color"}, r"color does not take images of \[1, 28, 28\]"),
         ({"teacher": "classes"}, "classes has 3 classes, fashion-mnist-small has 4; take a model"),
         ({"teacher": "wide"}, "student is 16 wide, the teacher 24; take kd_distill_type='logit'"),
         ({"teacher": "deep"}, "features of 2 blocks, the teacher of 3; .*kd_distill_type='logit'"),
         ({"teacher": "resnet"}, "the teacher is a ResNet, which has no blocks .*'logit'"),
-        ({"batch_size": 1}, "the batch, and it has 1 picture; take batch_size=2 or more"),
-        ({"insert": 17}, "num_tokens is 17, but a picture has 16"),
+        ({"batch_size": 1}, "the batch, and it has 1 image; take batch_size=2 or more"),
+        ({"insert": 17}, "num_tokens is 17, but an image has 16"),
         ({"at": 3}, "at is 3, expected a block from 0 to 2"),
         ({"learner": "v2"}, "learner is 'v2', expected one of 'v11'"),
         ({"images": 1, "batch_size": 1, "kd_distill_type": "logit"}, "expected a tensor of 2 pic"),

@@ -104,7 +104,7 @@ def test_parameters_that_need_no_gradient_stay() -> None:
     assert torch.equal(run.model.patch_embed.proj.weight, before)
 
 
-def test_pictures_are_changed_before_they_are_looked_at() -> None:
+def test_images_are_changed_before_they_are_looked_at() -> None:
     seen: list[Tensor] = []
     model = vit()
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_changes_no_weights() -> None:
 
 
 def spoil(run: Trainer, step: int) -> None:
-    """Makes the pictures of one step such that no loss is finite."""
+    """Makes the images of one step such that no loss is finite."""
     read = run.data.take
 
     def take(index: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,7 +272,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weights(nan: str) -> None:
 
 
 class Files:
-    """The pictures as if in files, some of which are broken."""
+    """The images as if in files, some of which are broken."""
 
     def __init__(self, bad: set[int]):
         self.data, self.bad = data(), bad
@@ -428,12 +428,12 @@ def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     ],
     ids=str,
 )
-def test_an_optimiser_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+def test_an_optimizer_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loop(**options)
 
 
-def test_the_optimisers_means_decay_as_asked_for() -> None:
+def test_the_optimizers_means_decay_as_asked_for() -> None:
     assert {g["betas"] for g in loop(betas=[0.5, 0.6]).optimizer.param_groups} == {(0.5, 0.6)}
 
 
@@ -441,7 +441,7 @@ def test_the_optimisers_means_decay_as_asked_for() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_sigmoid_loss_is_summed_over_classes_and_averaged_over_pictures(
+def test_the_sigmoid_loss_is_summed_over_classes_and_averaged_over_images(
     smoothing: float,
 ) -> None:
     """By hand, as scenic and optax define it: -t log p - (1 - t) log(1 - p)."""
@@ -475,7 +475,7 @@ def test_the_loss_of_mixed_labels_is_the_mixed_loss(loss: str) -> None:
     torch.testing.assert_close(label_loss(asked, logits, 0.3 * one + 0.7 * other), expected)
 
 
-def test_pictures_and_labels_of_a_step_are_mixed() -> None:
+def test_images_and_labels_of_a_step_are_mixed() -> None:
     plain, _ = first_loss()
     seen: list[Tensor] = []
     run = Trainer(config(batch_size=16, mixup=0.8), vit(), data())
@@ -581,8 +581,8 @@ def test_a_state_does_not_change_with_the_loop_that_gave_it() -> None:
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_a_state_of_a_run_on_more_pictures_is_refused() -> None:
+def test_a_state_of_a_run_on_more_images_is_refused() -> None:
     state = loop().state()
     fewer = Trainer(config(), vit(), data(12))
-    with pytest.raises(ValueError, match="of a run on 16 pictures, noise has 12 now; bring back"):
+    with pytest.raises(ValueError, match="of a run on 16 images, noise has 12 now; bring back"):
         fewer.restore(state)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import running
 import torch
-from running import RUNS, STOPS, quarter_pictures, recipe, save_host, until
+from running import RUNS, STOPS, quarter_images, recipe, save_host, until
 
 from tokenlearner import TrainConfig, evaluate, load_model, train
 
@@ -26,7 +26,7 @@ WITHOUT_GRADIENT = "learner.attention_maps.3.bias"
 @pytest.fixture(scope="module", autouse=True)
 def small_data() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("tokenlearner.training.run"), "load_data", quarter_pictures)
+        patch.setattr(import_module("tokenlearner.training.run"), "load_data", quarter_images)
         yield
 
 
@@ -74,7 +74,7 @@ def assert_close(model: torch.nn.Module, other: torch.nn.Module, but: str = "non
 def test_two_processes_train_to_the_weights_of_one(name: str, folder: Path, tmp_path: Path) -> None:
     expected, model = alone(tmp_path / "one", RUNS[name]), load_model(folder / name)
     assert_close(model, expected, WITHOUT_GRADIENT if "adamw" in name else "none")
-    images, _ = next(quarter_pictures("x", "test").batches(33))
+    images, _ = next(quarter_images("x", "test").batches(33))
     torch.testing.assert_close(model(images), expected(images), rtol=0, atol=1e-5)
 
 
@@ -103,8 +103,8 @@ def test_metrics_are_those_of_one_process(folder: Path, tmp_path: Path) -> None:
             assert row[key] == pytest.approx(expected[key], abs=1e-5)
 
 
-def test_every_picture_is_judged_once_though_they_are_odd(folder: Path) -> None:
-    data = quarter_pictures("x", "test")
+def test_every_image_is_judged_once_though_they_are_odd(folder: Path) -> None:
+    data = quarter_images("x", "test")
     result = evaluate(running.create_judge(), data)
     assert len(data) % 2
     for process in range(2):

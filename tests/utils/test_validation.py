@@ -121,7 +121,7 @@ def test_other_channels_are_refused(make: Make) -> None:
 
 
 @each_learner
-def test_channels_first_are_recognised(make: Make) -> None:
+def test_channels_first_are_recognized(make: Make) -> None:
     for call in calls(make):
         with refused("channels come last, permute them there"):
             call(torch.ones(2, 8, 5, 7))

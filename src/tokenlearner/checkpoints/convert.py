@@ -31,8 +31,8 @@ class ConvertConfig:
         gelu: Whether the grouped V1.1 has a GELU, true since January 2022, false before.
         global_pool: How the tokens are pooled, avg (scenic's gap), max (gmp) or sum (gsp).
         num_frames: Frames that a video model sees; 1 for images.
-        height: Of the pictures; needed if they are not square.
-        width: Of the pictures; needed if they are not square.
+        height: Of the images; needed if they are not square.
+        width: Of the images; needed if they are not square.
     """
 
     checkpoint: str
@@ -123,6 +123,6 @@ def _img_size(told: dict[str, Any], config: ConvertConfig) -> tuple[int, int]:
         raise ValueError(
             f"{told['num_positions']} positions do not make {config.num_frames} frames of "
             f"{height} x {width} in patches of {patch_height} x {patch_width}; pass --height and "
-            "--width of the pictures, and --num_frames"
+            "--width of the images, and --num_frames"
         )
     return height, width

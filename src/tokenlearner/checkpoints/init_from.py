@@ -166,7 +166,7 @@ def _place(model: Any) -> tuple[int, Grid]:
 
 
 def _positions(source: Tensor, place: tuple[int, Grid], grid: Grid | None) -> Tensor:
-    """Position embeddings of one picture or of the same clip, for the frames of a model."""
+    """Position embeddings of one image or of the same clip, for the frames of a model."""
     frames, new = place
     n = source.shape[1]
     if grid is None and n == frames * math.prod(new):
@@ -175,7 +175,7 @@ def _positions(source: Tensor, place: tuple[int, Grid], grid: Grid | None) -> Te
     if grid is None and side * side != n:
         raise ValueError(
             f"{n} positions are no square, and no clip of {frames} frames of {new}; pass "
-            "grid=(height, width) of the picture that they come from"
+            "grid=(height, width) of the image that they come from"
         )
     one = resample_positions(source, grid or (side, side), new)
     return repeat(one, "1 n c -> 1 (t n) c", t=frames)

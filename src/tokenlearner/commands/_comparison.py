@@ -25,7 +25,7 @@ from ..utils.io import atomic_write, write_json
 from ..utils.modules import pick_device
 from ._console import console
 
-SHOWN = 6  # pictures on a sheet of maps, each of another class
+SHOWN = 6  # images on a sheet of maps, each of another class
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Candidate:
 
     Args:
         name: What the table calls it.
-        top1_percent: Accuracy on the held-out pictures.
+        top1_percent: Accuracy on the held-out images.
         cost: What it costs.
         history: Rows of metrics of its training here, if it was trained here.
     """
@@ -56,7 +56,7 @@ class ModelComparison:
 
     Args:
         pair: The two.
-        images: Held-out pictures that both classified.
+        images: Held-out images that both classified.
         remarks: What else there is to know of how they came to be, in sentences.
     """
 
@@ -71,8 +71,8 @@ class ModelComparison:
 
 
 ROWS: tuple[tuple[str, Callable[[Candidate], float | None]], ...] = (
-    ("top-1 on held-out pictures, %", lambda c: c.top1_percent),
-    ("GMACs a picture", lambda c: c.cost.gmacs),
+    ("top-1 on held-out images, %", lambda c: c.top1_percent),
+    ("GMACs an image", lambda c: c.cost.gmacs),
     ("images/s, inference", lambda c: c.cost.images_per_second.median),
     ("images/s, forward and backward", lambda c: c.cost.training_images_per_second.median),
     ("seconds of training", lambda c: c.train_seconds),
@@ -84,7 +84,7 @@ _MEMORY = "Memory at inference is set by the blocks before the tokens are learne
 
 
 def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparison:
-    """Compares what `train` made of a host with that host, on the held-out pictures.
+    """Compares what `train` made of a host with that host, on the held-out images.
 
     Prints the table and what to make of it, and writes both to `table.txt` in `config.out`, all
     numbers to `metrics.json`, and where the learned tokens look to `maps.png`.
@@ -113,7 +113,7 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     contest = ModelComparison((host, reduced), len(data), _how(config, result))
     out = Path(config.out)
     write_comparison(out, contest, asdict(config))
-    title = "Where the learned tokens look: held-out pictures"
+    title = "Where the learned tokens look: held-out images"
     held_out_images(out / "maps.png", result.model, data, one_of_each(data), title)
     return contest
 
@@ -129,7 +129,7 @@ def check_drawing() -> None:
 
 
 def measure_models(models: Mapping[str, nn.Module], data: LabeledDataset) -> dict[str, Cost]:
-    """Measures models in turn on the first pictures of a data set, on the models' device."""
+    """Measures models in turn on the first images of a data set, on the models' device."""
     device = next(next(iter(models.values())).parameters()).device
     images, _ = next(data.batches(64))
     return benchmark(models, images.to(device))
@@ -164,7 +164,7 @@ def write_comparison(out: Path, contest: ModelComparison, config: Mapping[str, A
 
 
 def one_of_each(data: LabeledDataset) -> list[int]:
-    """The first pictures of up to six classes, spread over all that there are."""
+    """The first images of up to six classes, spread over all that there are."""
     present = data.labels.unique()
     count = min(SHOWN, len(present))
     labels = present[torch.linspace(0, len(present) - 1, count).round().long()]
@@ -174,12 +174,12 @@ def one_of_each(data: LabeledDataset) -> list[int]:
 def held_out_images(
     path: Path, model: nn.Module, data: LabeledDataset, chosen: Sequence[int], title: str
 ) -> Path:
-    """Draws where a model's first learner looks on some pictures of a data set.
+    """Draws where a model's first learner looks on some images of a data set.
 
     Args:
         path: The PNG to write.
         model: A model with learned tokens.
-        data: Where the pictures are.
+        data: Where the images are.
         chosen: Which of them.
         title: What to write above the sheet.
     """
@@ -192,7 +192,7 @@ def held_out_images(
 
 
 def preprocessed(images: Tensor, data: LabeledDataset) -> Tensor:
-    """Pictures as a model takes them, `b c h w`, become what they look like, in [0, 1]."""
+    """Images as a model takes them, `b c h w`, become what they look like, in [0, 1]."""
     mean, std = torch.tensor([data.mean, data.std])[..., None, None]
     return (images * std + mean).clip(0, 1)
 
@@ -215,13 +215,13 @@ def _how(config: TrainConfig, result: TrainResult) -> list[str]:
     said = []
     if done := result.calibration:
         said.append(
-            f"Calibrating: {done.images} pictures without labels, {done.seconds:.0f} s; what is "
+            f"Calibrating: {done.images} images without labels, {done.seconds:.0f} s; what is "
             "missed of the variance of the host's features went from "
             f"{done.error_before:.0%} to {done.error_after:.0%}."
         )
     taught = f", taught by {config.teacher}" if config.teacher else ""
     labels = ", with their labels" if config.label_weight else "; their labels were not used"
-    said.append(f"Training: {config.epochs} epochs of {result.images} pictures{taught}{labels}.")
+    said.append(f"Training: {config.epochs} epochs of {result.images} images{taught}{labels}.")
     return said
 
 
@@ -233,7 +233,7 @@ def _accuracy(contest: ModelComparison) -> str:
     verdict = "which is more than chance" if abs(gap) > margin else "which chance could explain"
     return (
         f"Accuracy: {gap:+.1f} points, {verdict} (one seed; 95 % of chance lies within "
-        f"±{margin:.1f} for {contest.images} pictures)."
+        f"±{margin:.1f} for {contest.images} images)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures and films in files, cut and normalised as a model takes them, and as a person sees them.
+"""Images and videos in files, cut and normalized as a model takes them, and as a person sees them.
 
 Axes: `t` frames, `c h w`.
 """
@@ -22,20 +22,20 @@ from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..training.recipes import run_options
 from ..utils.validation import require
 
-VIDEO_FRAMES = 16  # that a model of pictures looks at, one by one
+VIDEO_FRAMES = 16  # that a model of images looks at, one by one
 STRIDE = 4  # as `tokenlearner train` has it
 
 
 @dataclass(frozen=True)
 class MapInput:
-    """A picture or a film.
+    """An image or a video.
 
     Args:
         name: What its sheets are called.
-        seen: float32 `t c h w` in [0, 1]; of a picture `t` is 1.
-        taken: What the model takes, with a batch axis: a picture or a clip, or for a model of
-            pictures the frames of a film as a batch.
-        is_film: Whether it is one.
+        seen: float32 `t c h w` in [0, 1]; of an image `t` is 1.
+        taken: What the model takes, with a batch axis: an image or a clip, or for a model of
+            images the frames of a video as a batch.
+        is_video: Whether it is one.
     """
 
     name: str
@@ -46,15 +46,15 @@ class MapInput:
 
 @dataclass(frozen=True)
 class InputPipeline:
-    """How a model takes pictures or clips.
+    """How a model takes images or clips.
 
     Args:
         size: `(c, h, w)`, of clips `(c, t, h, w)`.
         mean: Subtracted from pixels in [0, 1], one number a channel.
         std: Divided by, one number a channel.
-        crop_pct: Share of the resized picture's side that is kept.
-        frames: Frames of a film.
-        stride: Frames of the film from one to the next; 0 spreads them over the whole film.
+        crop_pct: Share of the resized image's side that is kept.
+        frames: Frames of a video.
+        stride: Frames of the video from one to the next; 0 spreads them over the whole video.
         time_first: Whether clips are `b t c h w` rather than `b c t h w`.
         told_by: Where mean, std and crop_pct are from.
     """
@@ -70,7 +70,7 @@ class InputPipeline:
 
     def __post_init__(self) -> None:
         c = self.size[0]
-        require(c in (1, 3), f"the model takes {c} channels; files have 3 (colour) or 1 (grey)")
+        require(c in (1, 3), f"the model takes {c} channels; files have 3 (color) or 1 (gray)")
         fits = len(self.mean) == len(self.std) == c and min(self.std) > 0
         require(
             fits,
@@ -80,7 +80,7 @@ class InputPipeline:
 
     @property
     def takes_clips(self) -> bool:
-        """Whether the model is one of films."""
+        """Whether the model is one of videos."""
         return len(self.size) == 4
 
     def read(self, path: Path, name: str) -> MapInput:
@@ -90,11 +90,11 @@ class InputPipeline:
             BrokenFile: It cannot be read.
         """
         if is_video(path):
-            seen = self._cut(self._film(path))
+            seen = self._cut(self._video(path))
         else:
             c, *_ = self.size
-            picture = decoded(partial(_open, path), str(path), c)
-            seen = self._plain(picture)[None]  # normalised by nothing yet
+            image = decoded(partial(_open, path), str(path), c)
+            seen = self._plain(image)[None]  # normalized by nothing yet
         mean, std = torch.tensor([self.mean, self.std])[..., None, None]
         taken = (seen - mean) / std
         if self.takes_clips:
@@ -103,7 +103,7 @@ class InputPipeline:
 
     @cached_property
     def _plain(self) -> Any:
-        """The transform with which `evaluate` reads pictures, but for the numbers."""
+        """The transform with which `evaluate` reads images, but for the numbers."""
         from timm.data import create_transform
 
         c, *_, h, w = self.size
@@ -115,13 +115,13 @@ class InputPipeline:
             interpolation="bicubic",
         )
 
-    def _film(self, path: Path) -> Tensor:
-        """The frames of a clip in the middle of a film, uint8 `t c h w`."""
+    def _video(self, path: Path) -> Tensor:
+        """The frames of a clip in the middle of a video, uint8 `t c h w`."""
         wanted = DataConfig(in_chans=self.size[0], frames=self.frames, stride=self.stride)
-        film = VideoFolderDataset(
-            "film", "test", (str(path),), torch.zeros(1).long(), ("",), wanted
+        video = VideoFolderDataset(
+            "video", "test", (str(path),), torch.zeros(1).long(), ("",), wanted
         )
-        return film.read(0)
+        return video.read(0)
 
     def _cut(self, frames: Tensor) -> Tensor:
         """Resizes frames until they cover the model's, and cuts out the middle; in [0, 1]."""
@@ -138,12 +138,12 @@ class InputPipeline:
 
 
 def is_video(path: Path) -> bool:
-    """Whether a file's name ends as that of a film."""
+    """Whether a file's name ends as that of a video."""
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 
 def list_inputs(source: str) -> dict[str, Path]:
-    """Finds the pictures and films of a folder, or the one file, each with a name of its own.
+    """Finds the images and videos of a folder, or the one file, each with a name of its own.
 
     Hidden files are left out, and so is what ends in no known extension.
 
@@ -153,7 +153,7 @@ def list_inputs(source: str) -> dict[str, Path]:
     from timm.data import get_img_extensions
 
     root = Path(source).expanduser()
-    require(root.exists(), f"there is no file or folder {source!r}; pass a picture, film or folder")
+    require(root.exists(), f"there is no file or folder {source!r}; pass an image, video or folder")
     known = (*get_img_extensions(), *VIDEO_EXTENSIONS)
     if root.is_file():
         ends = root.suffix.lower()
@@ -162,7 +162,7 @@ def list_inputs(source: str) -> dict[str, Path]:
     below = sorted(Path(at) / name for at, _, names in os.walk(root) for name in names)
     shown = [p for p in below if not any(x.startswith(".") for x in p.relative_to(root).parts)]
     paths = [p for p in shown if p.suffix.lower() in known]
-    require(bool(paths), f"{source} holds no picture or film, of any of {', '.join(known)}")
+    require(bool(paths), f"{source} holds no image or video, of any of {', '.join(known)}")
     named: dict[str, Path] = {}
     for path in paths:
         short = "-".join(path.relative_to(root).with_suffix("").parts)
@@ -180,7 +180,7 @@ def input_pipeline(
     frames: int | None = None,
     stride: int | None = None,
 ) -> InputPipeline:
-    """Finds out how a model takes its pictures or clips.
+    """Finds out how a model takes its images or clips.
 
     Mean, std and crop_pct are those of the data set that it was trained on, which train.json beside
     the checkpoint tells; otherwise those of its timm configuration.
@@ -189,13 +189,13 @@ def input_pipeline(
         model: Any model.
         size: As `load_sized` tells it.
         checkpoint: What the model was loaded from, if it was.
-        frames: Of a film, for a model of pictures; None is 16. A model of clips has its own.
-        stride: As in `Intake`; None is that of the training on films, 1 for a model that was
+        frames: Of a video, for a model of images; None is 16. A model of clips has its own.
+        stride: As in `Intake`; None is that of the training on videos, 1 for a model that was
             trained on other clips, or 4.
 
     Raises:
         ValueError: Frames are given for a model of clips, train.json or its data set cannot be
-            read, or the model's channels are not those of pictures.
+            read, or the model's channels are not those of images.
     """
     takes_clips = len(size) == 4
     if takes_clips and frames not in (None, size[1]):
@@ -219,7 +219,7 @@ def input_pipeline(
 
 
 def _stride(run: dict[str, Any], takes_clips: bool) -> int:
-    if run.get("data") == "film":
+    if run.get("data") in ("video-folder", "film"):
         return run.get("stride", STRIDE)
     return 1 if run and takes_clips else STRIDE  # clips in memory have all frames
 
@@ -228,12 +228,12 @@ Numbers = tuple[tuple[float, ...], tuple[float, ...], float, str]
 
 
 def _of_run(run: dict[str, Any], size: Sequence[int]) -> Numbers:
-    """What the data set of a run is normalised by."""
+    """What the data set of a run is normalized by."""
     name, c = run["data"], size[0]
     told_by = f"{name}, on which it was trained"
-    if name in ("folder", "film") or "/" in name:  # read from files, so ImageNet's
-        pictures = ImageFiles(name, "test", (), (c, size[-2], size[-1]))
-        return pictures.mean, pictures.std, run.get("crop_pct", 0.875), told_by
+    if name in ("folder", "video-folder", "film") or "/" in name:  # read from files, so ImageNet's
+        images = ImageFiles(name, "test", (), (c, size[-2], size[-1]))
+        return images.mean, images.std, run.get("crop_pct", 0.875), told_by
     data = load_data(name, "test", root=run.get("root"), in_chans=c)
     return data.mean, data.std, 1.0, told_by  # in memory, and nothing is cut off
 
@@ -250,7 +250,7 @@ def _of_config(model: nn.Module, c: int) -> Numbers:
 
 
 def _for_channels(numbers: Any, c: int) -> tuple[float, ...]:
-    """One number a channel; those of colour are averaged for grey."""
+    """One number a channel; those of color are averaged for gray."""
     return tuple(numbers) if len(numbers) == c else (sum(numbers) / len(numbers),) * c
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..evaluation.map_stats import AttentionStats
 from ._tables import plain_table
 
-ByKind = dict[str, dict[int, AttentionStats]]  # by "picture" and "film", then by block
+ByKind = dict[str, dict[int, AttentionStats]]  # by "image" and "video", then by block
 
 
 def stats_table(stats: ByKind) -> Any:
@@ -17,7 +17,7 @@ def stats_table(stats: ByKind) -> Any:
     table = plain_table(heads, no_wrap=True)
     for kind, by_block in stats.items():
         for i, one in by_block.items():
-            table.add_row(counted(one.pictures, kind), str(i), *_cells(one))
+            table.add_row(counted(one.images, kind), str(i), *_cells(one))
     return table
 
 
@@ -44,7 +44,7 @@ def stats_numbers(stats: ByKind) -> dict[str, Any]:
 
 
 def counted(n: int, what: str) -> str:
-    """A number and its noun, such as `2 films`."""
+    """A number and its noun, such as `2 videos`."""
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
@@ -53,7 +53,7 @@ def _cells(one: AttentionStats) -> list[str]:
     if one.alike:
         value, (first, second) = one.alike
         alike = f"{value:.2f} ({first}, {second})"
-    each = (one.entropy_bits, one.effective_share, one.over_frames, one.across_pictures)
+    each = (one.entropy_bits, one.effective_share, one.over_frames, one.across_images)
     means = [sum(values) / len(values) if values else None for values in each]
     return [str(len(one.pairs)), _two(one.overlap), alike, *map(_two, means)]
 

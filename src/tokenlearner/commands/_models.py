@@ -19,12 +19,12 @@ def load_sized(
 
     Args:
         name: One that `create_model` knows, ours or timm's, or a checkpoint of `save_model`.
-        img_size: Height and width of the pictures; 0 leaves them as the model has them.
+        img_size: Height and width of the images; 0 leaves them as the model has them.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         hosts_only: Refuse what `insert` does not know.
 
     Returns:
-        The model, and `c h w` of its pictures or `c t h w` of its clips.
+        The model, and `c h w` of its images or `c t h w` of its clips.
 
     Raises:
         ValueError: There is no such model or device, it cannot have the size, or it is no host.
@@ -51,6 +51,6 @@ def load_sized(
 
 
 def _embedding(model: Any) -> Any:
-    """What makes tokens of pictures, and has their size: of a ViT, a FrameViT or a Mixer."""
+    """What makes tokens of images, and has their size: of a ViT, a FrameViT or a Mixer."""
     owner = getattr(model, "encoder", model)
     return getattr(owner, "patch_embed", getattr(owner, "stem", None))

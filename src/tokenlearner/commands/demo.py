@@ -1,4 +1,4 @@
-"""The main job on real pictures: a small ViT against the same ViT on a few learned tokens."""
+"""The main job on real images: a small ViT against the same ViT on a few learned tokens."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ PHOTOGRAPH_SIDE = 112
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo trains; both models get the same pictures, recipe and seed.
+    """What the demo trains; both models get the same images, recipe and seed.
 
     Args:
         out: Folder for what it makes; if it exists, the next free name is taken.
         tokens: Learned tokens.
         at: Block in front of which they are learned, or a share of the depth.
-        epochs: Passes over the training pictures.
-        seed: Of the weights and of the pictures' order.
+        epochs: Passes over the training images.
+        seed: Of the weights and of the images' order.
 
     Raises:
         ValueError: A number is out of range.
@@ -133,19 +133,19 @@ def load_photographs() -> dict[str, Tensor]:
 def _draw(
     out: Path, model: nn.Module, held_out: ImageDataset, photographs: dict[str, Tensor]
 ) -> None:
-    """Draws the maps on one test picture of each of six classes, and on the photographs."""
+    """Draws the maps on one test image of each of six classes, and on the photographs."""
     chosen = [int((held_out.labels == label).nonzero()[0]) for label in (0, 1, 3, 5, 8, 9)]
-    title = "Where the learned tokens look: held-out pictures"
+    title = "Where the learned tokens look: held-out images"
     held_out_images(out / "maps-clothes.png", model, held_out, chosen, title)
     large: Any = copy.deepcopy(model).cpu()
     large.set_input_size((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
-    pictures = torch.stack(list(photographs.values()))
-    grey = (pictures.mean(1, keepdim=True) - held_out.mean[0]) / held_out.std[0]
-    [maps] = attention_maps(large, grey).values()
+    images = torch.stack(list(photographs.values()))
+    gray = (images.mean(1, keepdim=True) - held_out.mean[0]) / held_out.std[0]
+    [maps] = attention_maps(large, gray).values()
     title = (
         f"The same weights on photographs of {PHOTOGRAPH_SIDE} x {PHOTOGRAPH_SIDE}, a kind unseen"
     )
-    draw_maps(out / "maps-photographs.png", pictures, maps, list(photographs), title)
+    draw_maps(out / "maps-photographs.png", images, maps, list(photographs), title)
 
 
 def _draw_curves(path: Path, contenders: tuple[Candidate, ...]) -> None:
@@ -160,7 +160,7 @@ def _draw_curves(path: Path, contenders: tuple[Candidate, ...]) -> None:
         by_time.plot(seconds, [r["test_top1_percent"] for r in rows], marker, label=contender.name)
         epochs = [row["epoch"] for row in rows]
         loss.plot(epochs, [row["train_loss"] for row in rows], marker, label=contender.name)
-    by_time.set(xlabel="seconds of training", ylabel="top-1 on held-out pictures, %")
+    by_time.set(xlabel="seconds of training", ylabel="top-1 on held-out images, %")
     loss.set(xlabel="epoch", ylabel="training loss, nats", xticks=epochs)
     for axis in (by_time, loss):
         axis.grid(alpha=0.3)

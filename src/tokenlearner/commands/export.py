@@ -29,9 +29,9 @@ class ExportConfig:
         out: File to write, in a folder that is there.
         format: What to write, onnx or pt2; auto goes by the ending of the file's name.
         precision: float32, int8, or for pt2 bfloat16.
-        batch_size: Pictures to run model and file on; the file takes any number.
-        img_size: Height and width of the pictures; 0 leaves them as the model has them.
-        data: Data set whose held-out pictures model and file are judged by; empty takes pictures
+        batch_size: Images to run model and file on; the file takes any number.
+        img_size: Height and width of the images; 0 leaves them as the model has them.
+        data: Data set whose held-out images model and file are judged by; empty takes images
             that come with the package, or noise where they do not fit, and judges nothing.
         root: Folder or file in which to look for the data.
         rounds: Timed runs of model and file.
@@ -77,7 +77,7 @@ def export_table(config: ExportConfig) -> tuple[Any, ...]:
     """
     model, size = load_sized(config.model, config.img_size, config.device)
     device = next(model.parameters()).device
-    data, images, what = _pictures(config, size)
+    data, images, what = _images(config, size)
     made = export(
         model, config.path, images.to(device), precision=config.precision, rounds=config.rounds
     )
@@ -96,9 +96,7 @@ def export_table(config: ExportConfig) -> tuple[Any, ...]:
     return tuple(printed)
 
 
-def _pictures(
-    config: ExportConfig, size: Sequence[int]
-) -> tuple[LabeledDataset | None, Tensor, str]:
+def _images(config: ExportConfig, size: Sequence[int]) -> tuple[LabeledDataset | None, Tensor, str]:
     """The data to judge by, if any; one batch; and what that is."""
     channels, *frames, height, width = size
     fits = height == width and channels in (1, 3)
@@ -109,8 +107,7 @@ def _pictures(
         return None, *_batch(bundled.fitted(DataConfig(img_size=height, in_chans=channels)), config)
     require(
         fits,
-        f"{config.model} takes {_times(size)}, and data are squares of 1 or 3 colours; pass "
-        "no data",
+        f"{config.model} takes {_times(size)}, and data are squares of 1 or 3 colors; pass no data",
     )
     wanted = {"img_size": height, "in_chans": channels} | ({"frames": frames[0]} if frames else {})
     data = load_data(config.data, "test", root=config.root, **wanted)
@@ -124,17 +121,17 @@ def _pictures(
 
 def _batch(data: LabeledDataset, config: ExportConfig) -> tuple[Tensor, str]:
     images, _ = next(iter(data.batches(config.batch_size)))
-    return images, f"pictures of {data.name}, {_times(data.shape)}"
+    return images, f"images of {data.name}, {_times(data.shape)}"
 
 
 def _judged(
     model: nn.Module, made: Exported, data: LabeledDataset, images: Tensor, rounds: int
 ) -> list[Any]:
-    """Model and file side by side on all held-out pictures."""
+    """Model and file side by side on all held-out images."""
     models = {"model": model.eval(), "file": load_exported(made.path, images.device)}
     sizes = {"model": weights_mib(model), "file": made.size_mib}
     rows = precision_rows(models, sizes, data, images, rounds)
-    note = f"Top-1 of the {len(data)} held-out pictures of {data.name}."
+    note = f"Top-1 of the {len(data)} held-out images of {data.name}."
     return [_table(COLUMNS_OF_PRECISIONS, rows), note]
 
 

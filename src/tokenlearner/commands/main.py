@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 COMMANDS = {  # what each does; `tokenlearner.cli` has the functions
-    "demo": "train a small ViT with and without learned tokens on real pictures, and compare",
+    "demo": "train a small ViT with and without learned tokens on real images, and compare",
     "train": "train a named model on a named data set",
     "eval": "evaluate a checkpoint on a data set",
     "plan": "list where tokens can be learned, and how many, within a budget",
     "bench": "measure models side by side: multiply-adds, memory, speed, training",
     "report": "write one HTML file about a training, a comparison or a benchmark",
-    "maps": "draw where learned tokens look on pictures and films, and measure it",
-    "app": "serve a web page that shows where learned tokens look on your pictures and clips",
+    "maps": "draw where learned tokens look on images and videos, and measure it",
+    "app": "serve a web page that shows where learned tokens look on your images and clips",
     "export": "write a model to an ONNX file or a torch.export program, and compare the two",
     "models": "list the named models with their size and cost",
     "convert": "turn a checkpoint of scenic's (JAX) into a model, or back",
@@ -189,7 +189,7 @@ def _eval(arguments: Sequence[str]) -> None:
         found = evaluate(model, data, config.at_once(data.shape))
     except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ
         raise ValueError(
-            f"{config.checkpoint} cannot be judged by pictures of {list(data.shape)} ({error}); "
+            f"{config.checkpoint} cannot be judged by images of {list(data.shape)} ({error}); "
             "pass img_size and the rest as it was trained, or a smaller batch_size"
         ) from error
     shown = {name: value for name, value in asdict(found).items() if name != "broken" or value}
@@ -274,7 +274,7 @@ def _maps(arguments: Sequence[str]) -> None:
         module.MapsConfig,
         arguments,
         model="checkpoint that `train` or `save_model` wrote, or a model's name",
-        source="picture (png, jpg), film, or folder of them",
+        source="image (png, jpg), video, or folder of them",
         out="folder for sheets, animations and maps.json",
     )
     out.print(*module.run_maps(config), sep="\n")

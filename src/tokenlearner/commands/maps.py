@@ -1,4 +1,4 @@
-"""What `tokenlearner maps` does: pictures and films become sheets of maps, and numbers about them.
+"""What `tokenlearner maps` does: images and videos become sheets of maps, and numbers about them.
 
 Axes: `t` frames as the maps have them, `k` tokens, `h w` grid.
 """
@@ -38,7 +38,7 @@ ANIMATIONS: dict[str, tuple[str, ...]] = {
     "mp4": (".mp4",),
     "none": (),
 }
-MAX_TIME_STEPS = 8  # of a film that its sheet shows
+MAX_TIME_STEPS = 8  # of a video that its sheet shows
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class MapsConfig:
 
     Args:
         model: A checkpoint that `train` or `save_model` wrote, or a model's name (random weights).
-        source: A picture, a film, or a folder of them.
+        source: An image, a video, or a folder of them.
         out: Folder for the sheets, the animations and maps.json.
         img_size: Height and width of what the model sees; 0 leaves them as the model has them.
-        frames: Frames of a film that a model of pictures looks at; None is 16.
-        stride: Frames of the film from one of these to the next, 0 spreads them over the whole
-            film; None is as it was trained on films or clips, or 4.
-        animation: Of films: both, gif, mp4 or none.
+        frames: Frames of a video that a model of images looks at; None is 16.
+        stride: Frames of the video from one of these to the next, 0 spreads them over the whole
+            video; None is as it was trained on videos or clips, or 4.
+        animation: Of videos: both, gif, mp4 or none.
         frames_per_second: How fast the animations run.
         limit: Files of a folder to take, the first ones by name.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
@@ -95,8 +95,8 @@ def run_maps(
 
     Args:
         config: What to look at.
-        loaded: A model of yours, and `c h w` of its pictures or `c t h w` of its clips, in place of
-            loading `config.model`, which is then but a name. Pictures are normalised as its
+        loaded: A model of yours, and `c h w` of its images or `c t h w` of its clips, in place of
+            loading `config.model`, which is then but a name. Images are normalized as its
             `pretrained_cfg` says (`mean`, `std`, `crop_pct`), or by ImageNet's numbers.
 
     Returns:
@@ -115,7 +115,7 @@ def run_maps(
     intake = input_pipeline(model, size, saved, frames=config.frames, stride=config.stride)
     fitting = _fitting(paths, intake, config)
     drawn, broken = _look_and_draw(model, intake, fitting, config)
-    stats = {kind: _measured(drawn, films) for kind, films in (("picture", False), ("film", True))}
+    stats = {kind: _measured(drawn, videos) for kind, videos in (("image", False), ("video", True))}
     said = [*stats_remarks(stats), *(f"left out: {reason}" for reason in broken)]
     if len(paths) > len(fitting):
         more = counted(len(paths) - len(fitting), "more file")
@@ -147,7 +147,7 @@ def time_step_rows(seen: MapInput, maps: dict[int, Tensor], frame: int) -> list[
     """A row for each block, of the frame counted from 0; a tubelet's frames share its maps."""
     t = len(next(iter(maps.values())))
     tubelet = min(frame // (len(seen.seen) // t), t - 1)
-    when = f"frame {frame + 1}\n" if seen.is_film else ""
+    when = f"frame {frame + 1}\n" if seen.is_video else ""
     return [
         FigureRow(f"{when}block {i}", seen.seen[frame], one[tubelet]) for i, one in maps.items()
     ]
@@ -168,13 +168,13 @@ def _look_and_draw(
         maps = compute_maps(model, seen)
         _draw(seen, maps, has_gates(model), config)
         nothing = torch.empty(0)  # pixels are of no use from here on
-        drawn.append((MapInput(name, nothing, nothing, seen.is_film), maps))
+        drawn.append((MapInput(name, nothing, nothing, seen.is_video), maps))
     require(bool(drawn), f"nothing in {config.source} can be read: {(broken or [''])[0]}")
     return drawn, broken
 
 
 def _draw(seen: MapInput, maps: dict[int, Tensor], gates: bool, config: MapsConfig) -> None:
-    """Writes the sheet, and of a film the animations, with one scale."""
+    """Writes the sheet, and of a video the animations, with one scale."""
     t, frames = len(next(iter(maps.values()))), len(seen.seen)
     each = frames // t  # frames of a tubelet
     moments = [time_step_rows(seen, maps, frame) for frame in range(t * each)]
@@ -184,7 +184,7 @@ def _draw(seen: MapInput, maps: dict[int, Tensor], gates: bool, config: MapsConf
     scale = map_scale([row for moment in moments[::each] for row in moment], gates)
     base = Path(config.out).expanduser() / seen.name
     write_figure(f"{base}.png", rows, scale, seen.name)
-    if seen.is_film and (ends := ANIMATIONS[config.animation]):
+    if seen.is_video and (ends := ANIMATIONS[config.animation]):
         paths = [f"{base}{end}" for end in ends]
         write_animation(paths, moments, scale, seen.name, config.frames_per_second)
 
@@ -194,7 +194,7 @@ def _check_out(out: Path, source: Path) -> None:
     require(there.is_dir(), f"{out} cannot be made: {there} is a file; pass another folder")
     require(os.access(there, os.W_OK | os.X_OK), f"{there} cannot be written to; pass another out")
     inside = source.is_dir() and out.resolve().is_relative_to(source.resolve())
-    require(not inside, f"{out} is in {source}, whose pictures are read; pass a folder outside")
+    require(not inside, f"{out} is in {source}, whose images are read; pass a folder outside")
 
 
 def _check_tokens(model: nn.Module, name: str) -> None:
@@ -206,28 +206,28 @@ def _check_tokens(model: nn.Module, name: str) -> None:
 
 
 def _fitting(paths: dict[str, Path], intake: InputPipeline, config: MapsConfig) -> dict[str, Path]:
-    """The first files that the model takes; a model of clips takes no pictures."""
+    """The first files that the model takes; a model of clips takes no images."""
     found = {n: p for n, p in paths.items() if is_video(p) or not intake.takes_clips}
     require(
         bool(found),
-        f"{config.model} takes clips of {intake.frames} frames, but {config.source} holds pictures "
-        "only; pass a film",
+        f"{config.model} takes clips of {intake.frames} frames, but {config.source} holds images "
+        "only; pass a video",
     )
     found = dict([*found.items()][: config.limit])
     needs_av = any(map(is_video, found.values()))
     require(
         not needs_av or find_spec("av") is not None,
-        "films need PyAV; run pip install 'tokenlearner[video]'",
+        "videos need PyAV; run pip install 'tokenlearner[video]'",
     )
     return found
 
 
-def _measured(drawn: Sequence[DrawnFile], films: bool) -> dict[int, AttentionStats]:
-    """The numbers of each block, over all pictures or over all films."""
-    chosen = [maps for seen, maps in drawn if seen.is_film == films]
+def _measured(drawn: Sequence[DrawnFile], videos: bool) -> dict[int, AttentionStats]:
+    """The numbers of each block, over all images or over all videos."""
+    chosen = [maps for seen, maps in drawn if seen.is_video == videos]
     blocks = chosen[0] if chosen else {}
     return {
-        i: map_stats((torch.stack if films else torch.cat)([maps[i] for maps in chosen]))
+        i: map_stats((torch.stack if videos else torch.cat)([maps[i] for maps in chosen]))
         for i in blocks
     }
 
@@ -237,10 +237,10 @@ def _told(config: MapsConfig, gates: bool, intake: InputPipeline, n: int) -> lis
     scale = "gates from 0 to 1" if gates else "multiples of the even share 1/n"
     return [
         "overlap: of two tokens' maps, Bhattacharyya, 1 is the same map; bits: a map's entropy; "
-        "spread: the share of the picture that it covers; next, other: a token's overlap with "
+        "spread: the share of the image that it covers; next, other: a token's overlap with "
         "itself in the next frame, in another file. Means over tokens; maps.json has each.",
-        f"The sheets of {counted(n, 'file')} are in {config.out}; colours are {scale}.",
-        f"The model took {' x '.join(map(str, intake.size))}, normalised as {intake.told_by}.",
+        f"The sheets of {counted(n, 'file')} are in {config.out}; colors are {scale}.",
+        f"The model took {' x '.join(map(str, intake.size))}, normalized as {intake.told_by}.",
     ]
 
 

@@ -25,8 +25,8 @@ class PlanConfig:
         tokens: Numbers of tokens to try, with commas between them.
         learner: v11, v1, v1-mean or grouped.
         fuse: Put learned tokens back on all positions behind each block.
-        batch_size: Pictures at a time; changes the speed only.
-        img_size: Height and width of the pictures; 0 leaves them as the model has them.
+        batch_size: Images at a time; changes the speed only.
+        img_size: Height and width of the images; 0 leaves them as the model has them.
         rounds: Timed runs of each model.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
 

@@ -1,4 +1,4 @@
-"""What a run can be told of pictures: which ones, how they are read, how they are changed.
+"""What a run can be told of images: which ones, how they are read, how they are changed.
 
 The words are timm's wherever timm has one.
 """
@@ -13,21 +13,21 @@ from ..utils.validation import check_count, check_from_zero, check_rate, require
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What it is trained on, and how pictures and clips are read.
+    """What it is trained on, and how images and clips are read.
 
     Args:
         data: A name that `load_data` knows.
         root: Folder in which the data set is looked for.
         download: Fetch a data set that is not found, where torchvision can.
-        images: Training pictures to use, drawn by the seed; 0 is all.
+        images: Training images to use, drawn by the seed; 0 is all.
         img_size: Height and width in pixels; None is the data set's own, or 224.
-        in_chans: 3 for colour, 1 for grey; None is the data set's own, or 3.
-        crop_pct: Share of the resized picture's side that is kept for evaluation.
+        in_chans: 3 for color, 1 for gray; None is the data set's own, or 3.
+        crop_pct: Share of the resized image's side that is kept for evaluation.
         frames: Frames of a clip.
-        stride: Frames of the film from one frame of a clip to the next; 0 spreads a clip over it.
-        views: Clips of a film that are judged in evaluation, and averaged.
+        stride: Frames of the video from one frame of a clip to the next; 0 spreads a clip over it.
+        views: Clips of a video that are judged in evaluation, and averaged.
         crops: Squares of each of them: 1 or 3.
-        num_samples: Pictures of a stream that does not tell.
+        num_samples: Images of a stream that does not tell.
         num_classes: Classes of a stream that does not tell.
         workers: Processes that read files; None is one a processor, and none for data in memory.
         max_broken: Files that may be unreadable; they are left out, counted and reported.
@@ -50,7 +50,7 @@ class DataOptions:
     max_broken: int = 10
 
     def check_data(self) -> None:
-        """Refuses numbers out of range; the rest is for `labelled.Wanted` to say."""
+        """Refuses numbers out of range; the rest is for `labeled.Wanted` to say."""
         for name in ("images", "max_broken"):
             check_count(name, getattr(self, name), least=0)
         if self.workers is not None:
@@ -59,16 +59,16 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class AugmentOptions:
-    """How training pictures are changed at random, by timm; nothing is, unless asked for.
+    """How training images are changed at random, by timm; nothing is, unless asked for.
 
     Args:
-        scale: Smallest and largest share of a picture's area that is cut out, as [0.08, 1.0];
+        scale: Smallest and largest share of an image's area that is cut out, as [0.08, 1.0];
             None cuts out what evaluation does.
         ratio: Narrowest and widest shape of what is cut out.
-        hflip: Share of pictures that are mirrored.
+        hflip: Share of images that are mirrored.
         color_jitter: How much brightness, contrast and saturation change.
         aa: RandAugment or another of timm's policies, such as rand-m9-mstd0.5-inc1.
-        reprob: Share of pictures in which a rectangle is erased.
+        reprob: Share of images in which a rectangle is erased.
         mixup: Parameter of Mixup's distribution; 0 is none.
         cutmix: Parameter of CutMix's distribution; 0 is none.
         smoothing: Label smoothing, from 0 to below 1.
@@ -99,5 +99,5 @@ class AugmentOptions:
             )
         require(
             self.scale is None or self.scale[1] <= 1,
-            f"scale is {self.scale!r}, expected shares of a picture, up to 1.0",
+            f"scale is {self.scale!r}, expected shares of an image, up to 1.0",
         )

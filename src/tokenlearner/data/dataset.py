@@ -1,4 +1,4 @@
-"""What every data set of labelled pictures offers, and how they can be wanted."""
+"""What every data set of labeled images offers, and how they can be wanted."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..utils.validation import check_count, require
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How pictures and clips are wanted, as far as a data set leaves the choice.
+    """How images and clips are wanted, as far as a data set leaves the choice.
 
     Args:
         root: Folder or file in which to look.
         download: Fetch a set that is not found, where there is a way to.
         img_size: Height and width in pixels; None takes a set's own, or 224.
-        in_chans: 3 for colour, 1 for grey; None takes a set's own, or 3.
-        crop_pct: Share of the resized picture's side that is kept when judging.
+        in_chans: 3 for color, 1 for gray; None takes a set's own, or 3.
+        crop_pct: Share of the resized image's side that is kept when judging.
         frames: Frames of a clip.
-        stride: Frames of the film from one frame of a clip to the next; 0 spreads the clip evenly
-            over the whole film.
-        views: Clips of a film that are judged, spread over its length; their logits are averaged.
+        stride: Frames of the video from one frame of a clip to the next; 0 spreads the clip evenly
+            over the whole video.
+        views: Clips of a video that are judged, spread over its length; their logits are averaged.
         crops: Squares of each such clip that are judged: 1 is the middle, 3 are side by side.
-        num_samples: Pictures of a stream that does not tell.
+        num_samples: Images of a stream that does not tell.
         num_classes: Classes of a stream that does not tell.
         workers: Processes that read files.
 
@@ -56,7 +56,7 @@ class DataConfig:
             check_count(name, getattr(self, name), least=0)
         require(
             self.in_chans in (None, 1, 3),
-            f"in_chans is {self.in_chans!r}, expected 3 for colour or 1 for grey",
+            f"in_chans is {self.in_chans!r}, expected 3 for color or 1 for gray",
         )
         require(self.crops in (1, 3), f"crops is {self.crops!r}, expected 1 or 3")
         require(
@@ -66,11 +66,11 @@ class DataConfig:
 
 
 class UnreadableFile(ValueError):
-    """A picture or a clip that cannot be read; the message names the file and says why."""
+    """An image or a clip that cannot be read; the message names the file and says why."""
 
 
 class LabeledDataset(Protocol):
-    """One split of labelled pictures or clips, wherever they are kept."""
+    """One split of labeled images or clips, wherever they are kept."""
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class LabeledDataset(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """Of each picture, int64 `[n]`, 0 to `len(classes) - 1`."""
+        """Of each image, int64 `[n]`, 0 to `len(classes) - 1`."""
         ...
 
     @property
@@ -94,7 +94,7 @@ class LabeledDataset(Protocol):
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """What is subtracted, one number a channel, for pictures in [0, 1]."""
+        """What is subtracted, one number a channel, for images in [0, 1]."""
         ...
 
     @property
@@ -104,13 +104,13 @@ class LabeledDataset(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one picture as `batches` gives it: `(c, h, w)`, of a clip `(c, t, h, w)`."""
+        """Of one image as `batches` gives it: `(c, h, w)`, of a clip `(c, t, h, w)`."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Any:
-        """One picture as it is kept, a PIL image; of a clip its frames, uint8 `t c h w`.
+        """One image as it is kept, a PIL image; of a clip its frames, uint8 `t c h w`.
 
         Raises:
             BrokenFile: It cannot be read.
@@ -118,7 +118,7 @@ class LabeledDataset(Protocol):
         ...
 
     def plain(self, raw: Any) -> Tensor:
-        """What `read` gives as a model takes it, float32 `shape`, normalised, nothing at random.
+        """What `read` gives as a model takes it, float32 `shape`, normalized, nothing at random.
 
         Where a clip is judged by several views, they come first: `v c t h w`.
         """

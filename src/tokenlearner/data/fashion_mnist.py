@@ -24,8 +24,8 @@ FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-FASHION_MEAN, FASHION_STD = (0.286041,), (0.353024,)  # of the 60,000 full training pictures
-IDX_FILES = {  # split: pictures, labels; each may also end in .gz or .xz
+FASHION_MEAN, FASHION_STD = (0.286041,), (0.353024,)  # of the 60,000 full training images
+IDX_FILES = {  # split: images, labels; each may also end in .gz or .xz
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
@@ -36,13 +36,13 @@ _WAYS_OUT = "run `apt-get install dataset-fashion-mnist`, or pass download=True 
 
 
 def load_fashion_mnist_small(name: str, split: str, wanted: DataConfig) -> ImageDataset:
-    """The pictures that come with the package."""
+    """The images that come with the package."""
     bundled = Path(str(files("tokenlearner") / "assets" / "fashion_mnist_small"))
     return _read_fashion(name, split, wanted, [wanted.root or bundled], "pass no root")
 
 
 def load_fashion_mnist(name: str, split: str, wanted: DataConfig) -> ImageDataset:
-    """All pictures, from the usual places or the one that is named."""
+    """All images, from the usual places or the one that is named."""
     named, cache = os.environ.get("TOKENLEARNER_DATA"), _CACHE.expanduser()
     usual = [*([Path(named).expanduser()] if named else []), _DEBIAN, cache]
     places = [wanted.root] if wanted.root else usual
@@ -67,7 +67,7 @@ def _read_fashion(
 
 
 def _find_idx(split: str, places: Sequence[Path]) -> tuple[Path, Path] | None:
-    """Names the pictures and the labels in the first folder that holds both."""
+    """Names the images and the labels in the first folder that holds both."""
     for folder in (place / below for place in places for below in _IDX_FOLDERS):
         images, labels = (_find_file(folder / stem) for stem in IDX_FILES[split])
         if images and labels:

@@ -1,7 +1,7 @@
-"""Labelled pictures of other libraries: torchvision, Hugging Face datasets and WebDataset.
+"""Labeled images of other libraries: torchvision, Hugging Face datasets and WebDataset.
 
 `torch/NAME` is read through timm. `hfds/NAME` and `hfids/NAME` are read by `datasets` itself, since
-timm's readers have to be told which columns hold the pictures and the labels.
+timm's readers have to be told which columns hold the images and the labels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HELD_OUT = ("validation", "val", "valid", "test")  # the first that a set has is
 def load_library_dataset(
     name: str, split: str, wanted: DataConfig
 ) -> ImageFileDataset | StreamDataset:
-    """Gets ready to read the pictures of another library.
+    """Gets ready to read the images of another library.
 
     `torch/cifar10` is a set of torchvision in the folder `wanted.root`. `hfds/NAME` is one of the
     Hugging Face Hub, fetched unless HF_HUB_OFFLINE=1, or a local folder (`hfds//data/birds`);
@@ -60,12 +60,12 @@ class TorchvisionImages:
     dataset: Any
 
     def open(self, number: int) -> Image.Image:
-        """Decodes one of its pictures."""
+        """Decodes one of its images."""
         return self.dataset[number][0]
 
     def where(self, number: int) -> str:
-        """Names the picture by its number."""
-        return f"picture {number} of {self.name}"
+        """Names the image by its number."""
+        return f"image {number} of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class HubImages:
     column: str
 
     def open(self, number: int) -> Image.Image:
-        """Opens one of its pictures."""
+        """Opens one of its images."""
         return _opened(self.dataset[number][self.column])
 
     def where(self, number: int) -> str:
-        """Names the picture by its number."""
-        return f"picture {number} of {self.name}"
+        """Names the image by its number."""
+        return f"image {number} of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class HubRecords:
     ) -> Iterator[Record | UnreadableFile]:
         """Reads one row after the other."""
         for number, row in enumerate(self._part(process, num_processes, seed)):
-            where, label = f"picture {number} of {self.name}", row[self.label]
+            where, label = f"image {number} of {self.name}", row[self.label]
             if isinstance(label, int):
                 yield Record(where, partial(_opened, row[self.image]), label)
             else:
@@ -142,7 +142,7 @@ def _load_torch(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
 
 
 def _torch_labels(dataset: Any) -> Tensor:
-    """The labels of a set of torchvision, without its pictures where that is possible."""
+    """The labels of a set of torchvision, without its images where that is possible."""
     if hasattr(dataset, "targets"):  # QMNIST has rows, with the label first
         return torch.as_tensor(dataset.targets).long().reshape(len(dataset), -1)[:, 0]
     if hasattr(dataset, "index"):  # iNaturalist's pairs of label and file
@@ -157,7 +157,7 @@ def _load_hub(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
         names = sorted(set(values))
         number = {value: i for i, value in enumerate(names)}
         values = [number[value] for value in values]
-    require(None not in values, f"{name} {split} has pictures without a label; take another set")
+    require(None not in values, f"{name} {split} has images without a label; take another set")
     labels = torch.tensor(values, dtype=torch.int64)
     source = HubImages(f"{name} {split}", dataset, image)
     return file_dataset(name, split, wanted, source, labels, _classes(labels, names, wanted))
@@ -186,7 +186,7 @@ def _load_hub_stream(name: str, split: str, wanted: DataConfig) -> StreamDataset
 
 
 def _from_hub(name: str, split: str, wanted: DataConfig, streaming: bool) -> tuple[Any, str, str]:
-    """A split, its pictures not decoded, with the columns of pictures and labels."""
+    """A split, its images not decoded, with the columns of images and labels."""
     try:
         import datasets
     except ImportError as error:
@@ -213,7 +213,7 @@ def _from_hub(name: str, split: str, wanted: DataConfig, streaming: bool) -> tup
 
 
 def _columns(name: str, dataset: Any) -> tuple[str, str]:
-    """The columns of the pictures and of the labels: by kind, and by the usual name."""
+    """The columns of the images and of the labels: by kind, and by the usual name."""
     from datasets import ClassLabel, Image
 
     features = dataset.features or {}
@@ -223,7 +223,7 @@ def _columns(name: str, dataset: Any) -> tuple[str, str]:
     require(
         bool(images and labels),
         f"{name} has the columns {shortened([*features]) or 'none that it tells'}, expected one of "
-        "pictures and one of labels; take a set for classification",
+        "images and one of labels; take a set for classification",
     )
     image = "image" if "image" in images else images[0]
     return image, "label" if "label" in labels else labels[0]
@@ -245,7 +245,7 @@ def _classes(labels: Tensor, names: Sequence[Any] | None, wanted: DataConfig) ->
 
 
 def _opened(cell: Any) -> Image.Image:
-    """Opens what a column of pictures holds: bytes, or where they are."""
+    """Opens what a column of images holds: bytes, or where they are."""
     from PIL import Image
 
     if cell["bytes"]:

@@ -1,4 +1,4 @@
-"""Labelled pictures that stay in their files and are read one by one."""
+"""Labeled images that stay in their files and are read one by one."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .loader import eval_batches
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_OPENED = 10  # pictures that are opened when a set is loaded, until one can be read
+MAX_OPENED = 10  # images that are opened when a set is loaded, until one can be read
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """How pictures of files come out, wherever the files are.
+    """How images of files come out, wherever the files are.
 
     Args:
         name: What the data set is called.
         split: Which part of it this is.
         classes: The name of each label.
-        shape: `(c, h, w)` of a picture that a model takes; 3 channels, or 1 for grey.
-        crop_pct: Share of the resized picture's side that is kept.
+        shape: `(c, h, w)` of an image that a model takes; 3 channels, or 1 for gray.
+        crop_pct: Share of the resized image's side that is kept.
         workers: Processes that read for `batches`.
     """
 
@@ -45,20 +45,20 @@ class ImageFiles:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """ImageNet's, one number a channel; for grey the mean of these."""
+        """ImageNet's, one number a channel; for gray the mean of these."""
         from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
         return _for_channels(IMAGENET_DEFAULT_MEAN, self.shape[0])
 
     @property
     def std(self) -> tuple[float, ...]:
-        """ImageNet's, one number above 0 a channel; for grey the mean of these."""
+        """ImageNet's, one number above 0 a channel; for gray the mean of these."""
         from timm.data.constants import IMAGENET_DEFAULT_STD
 
         return _for_channels(IMAGENET_DEFAULT_STD, self.shape[0])
 
     def plain(self, raw: Image.Image) -> Tensor:
-        """A picture as `read` gives it, resized, its middle cut out, normalised: `c h w`.
+        """An image as `read` gives it, resized, its middle cut out, normalized: `c h w`.
 
         It is timm's transform for evaluation: the shorter side becomes the size divided by
         `crop_pct`, with bicubic interpolation.
@@ -79,7 +79,7 @@ class ImageFiles:
 
 
 class ImageSource(Protocol):
-    """Numbered pictures, wherever they are kept."""
+    """Numbered images, wherever they are kept."""
 
     def open(self, number: int) -> Image.Image:
         """One of them, perhaps not decoded yet."""
@@ -92,7 +92,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ImagePaths:
-    """Pictures that are files of their own."""
+    """Images that are files of their own."""
 
     paths: Sequence[str]
 
@@ -109,11 +109,11 @@ class ImagePaths:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageFileDataset(ImageFiles):
-    """One split of labelled pictures that are read one by one; `labelled.LabelledData`.
+    """One split of labeled images that are read one by one; `labeled.LabeledData`.
 
     Args:
         source: Opens them.
-        numbers: Which of the source's pictures these are, int64 `n`.
+        numbers: Which of the source's images these are, int64 `n`.
         labels: int64 `n`, 0 to `len(classes) - 1`.
     """
 
@@ -125,7 +125,7 @@ class ImageFileDataset(ImageFiles):
         return len(self.labels)
 
     def read(self, index: int) -> Image.Image:
-        """One picture in colour, or in grey when `shape` has one channel; see `decoded`.
+        """One image in color, or in gray when `shape` has one channel; see `decoded`.
 
         Raises:
             BrokenFile: It cannot be read.
@@ -144,20 +144,20 @@ class ImageFileDataset(ImageFiles):
         return eval_batches(self, batch_size, self.workers)
 
     def sample(self, n: int, seed: int = 0) -> ImageFileDataset:
-        """Returns `n` of the pictures, drawn by a seed; fewer are the first of more.
+        """Returns `n` of the images, drawn by a seed; fewer are the first of more.
 
         Raises:
             ValueError: There are not as many.
         """
-        require(1 <= n <= len(self), f"{self.name} has {len(self)} pictures, {n} are asked for")
+        require(1 <= n <= len(self), f"{self.name} has {len(self)} images, {n} are asked for")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
         return replace(self, numbers=self.numbers[order], labels=self.labels[order])
 
 
 def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Image.Image:
-    """Decodes a picture and returns it in RGB, or with `in_chans` 1 in grey.
+    """Decodes an image and returns it in RGB, or with `in_chans` 1 in gray.
 
-    Transparent pictures are laid on white, 16-bit greys keep their upper 8 bits. As in timm and
+    Transparent images are laid on white, 16-bit grays keep their upper 8 bits. As in timm and
     torchvision, a rotation that EXIF asks for is not made.
 
     Raises:
@@ -168,11 +168,11 @@ def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Ima
             return _in_mode(image, "L" if in_chans == 1 else "RGB")
     except Exception as error:  # what PIL raises on damaged bytes is anything from OSError on
         reason = f"{type(error).__name__}: {error}"
-        raise UnreadableFile(f"{where} cannot be read as a picture ({reason})") from error
+        raise UnreadableFile(f"{where} cannot be read as an image ({reason})") from error
 
 
 def first_read(candidates: Iterator[Callable[[], object]], what: str) -> None:
-    """Tries to read a few pictures, so that a set of none that can be read is refused at once."""
+    """Tries to read a few images, so that a set of none that can be read is refused at once."""
     broken = []
     for _, read in zip(range(MAX_OPENED), candidates, strict=False):
         try:
@@ -181,11 +181,11 @@ def first_read(candidates: Iterator[Callable[[], object]], what: str) -> None:
         except UnreadableFile as error:
             broken.append(str(error))
     reason = broken[0] if broken else "it is empty"
-    raise ValueError(f"{what}: none of the first {len(broken)} pictures can be read: {reason}")
+    raise ValueError(f"{what}: none of the first {len(broken)} images can be read: {reason}")
 
 
 def load_folder(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
-    """Gets ready to read the pictures of a folder, `wanted.root`.
+    """Gets ready to read the images of a folder, `wanted.root`.
 
     It holds `train` and one of `val`, `valid`, `validation` and `test`; the split "test" is the
     first of these that is there, so `val` goes before `test`, as in timm. Each is a folder with a
@@ -195,11 +195,11 @@ def load_folder(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
 
     Raises:
         ValueError: Something is missing, classes differ between splits, or none of the first few
-            pictures can be read.
+            images can be read.
     """
     from timm.data import get_img_extensions
 
-    require(wanted.root is not None, f"{name} needs the folder that holds the pictures; pass root")
+    require(wanted.root is not None, f"{name} needs the folder that holds the images; pass root")
     paths, labels, classes = list_labeled_files(
         Path(str(wanted.root)), split, tuple(get_img_extensions())
     )
@@ -215,10 +215,10 @@ def file_dataset(
     labels: Tensor,
     classes: tuple[str, ...],
 ) -> ImageFileDataset:
-    """All pictures of a source, as they are wanted.
+    """All images of a source, as they are wanted.
 
     Raises:
-        ValueError: None of the first few pictures can be read.
+        ValueError: None of the first few images can be read.
     """
     numbers = torch.arange(len(labels))
     data = ImageFileDataset(
@@ -229,24 +229,24 @@ def file_dataset(
 
 
 def dataset_args(wanted: DataConfig) -> dict[str, Any]:
-    """The arguments of `FilePictures` that can be asked for."""
+    """The arguments of `FileImages` that can be asked for."""
     size = wanted.img_size or 224
     shape = (wanted.in_chans or 3, size, size)
     return {"shape": shape, "crop_pct": wanted.crop_pct, "workers": wanted.workers}
 
 
-def _for_channels(colours: Sequence[float], c: int) -> tuple[float, ...]:
-    return tuple(colours) if c == 3 else (sum(colours) / len(colours),)
+def _for_channels(colors: Sequence[float], c: int) -> tuple[float, ...]:
+    return tuple(colors) if c == 3 else (sum(colors) / len(colors),)
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     from PIL import Image
 
-    if image.mode.startswith("I"):  # grey of 16 bits, which PIL would clip at 255
+    if image.mode.startswith("I"):  # gray of 16 bits, which PIL would clip at 255
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.has_transparency_data:
         drawn = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), drawn)
-    colour = image.convert("RGB")
-    return colour if mode == "RGB" else colour.convert(mode)
+    color = image.convert("RGB")
+    return color if mode == "RGB" else color.convert(mode)

@@ -1,4 +1,4 @@
-"""Labelled pictures that arrive in a stream, one after the other.
+"""Labeled images that arrive in a stream, one after the other.
 
 timm's readers of streams hide what is broken, and WebDataset's shuffles differently in every worker
 process that is started. These say what is broken, and the same seed gives the same.
@@ -25,12 +25,12 @@ from .loader import Batch, Transform
 if TYPE_CHECKING:
     from PIL import Image
 
-SHUFFLE_BUFFER = 1000  # pictures, not decoded, of which a worker draws the next
+SHUFFLE_BUFFER = 1000  # images, not decoded, of which a worker draws the next
 _WAY_OUT = "unpack it for the data set 'folder', or take hfds/ in place of hfids/"
 
 
 class Record(NamedTuple):
-    """One picture of a stream, not decoded yet."""
+    """One image of a stream, not decoded yet."""
 
     where: str
     open: Callable[[], Image.Image]
@@ -53,9 +53,9 @@ class RecordSource(Protocol):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StreamDataset(ImageFiles):
-    """One split of labelled pictures that come one after the other.
+    """One split of labeled images that come one after the other.
 
-    It offers what `labelled.LabelledData` does, except `read`, `sample` and `labels`, which need
+    It offers what `labeled.LabeledData` does, except `read`, `sample` and `labels`, which need
     an order. `stream` is for training.
 
     Args:
@@ -87,7 +87,7 @@ class StreamDataset(ImageFiles):
         Raises:
             ValueError: Always.
         """
-        self._refuse(f"give picture {index}")
+        self._refuse(f"give image {index}")
 
     def sample(self, n: int, seed: int = 0) -> StreamDataset:
         """Not possible.
@@ -95,10 +95,10 @@ class StreamDataset(ImageFiles):
         Raises:
             ValueError: Always.
         """
-        self._refuse(f"draw {n} pictures")
+        self._refuse(f"draw {n} images")
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields plain batches and their labels, each picture once, without what is broken."""
+        """Yields plain batches and their labels, each image once, without what is broken."""
         batches = self.plain_stream(batch_size)
         return ((batch.images, batch.labels) for batch in batches if len(batch.labels))
 
@@ -124,13 +124,13 @@ class StreamDataset(ImageFiles):
         broken or the parts are unequal, begins it again.
 
         Args:
-            change: A picture in colour or grey becomes what a model takes; None is `plain`.
-            batch_size: Pictures of a batch of this process.
+            change: An image in color or gray becomes what a model takes; None is `plain`.
+            batch_size: Images of a batch of this process.
             epoch: Counted from 0; each has an order of its own.
-            seed: Draws the orders, and every picture's changes.
+            seed: Draws the orders, and every image's changes.
             workers: Processes that read; no more are started than there are shards for.
             process: Number of this process, from 0.
-            num_processes: Processes that share the pictures.
+            num_processes: Processes that share the images.
 
         Raises:
             ValueError: The length is not known, there are fewer shards than processes, or nothing
@@ -146,8 +146,8 @@ class StreamDataset(ImageFiles):
         chunks = _Chunks(self, batch_size, change, (seed, epoch), process, num_processes)
         return islice(_of_size(chunks.load_for_ever(workers), batch_size), number)
 
-    def picture(self, record: Record | UnreadableFile) -> Image.Image:
-        """Decodes one picture, as `FileDataset.read` does.
+    def image(self, record: Record | UnreadableFile) -> Image.Image:
+        """Decodes one image, as `FileDataset.read` does.
 
         Raises:
             BrokenFile: It cannot be read, or its label is out of range.
@@ -166,13 +166,13 @@ class StreamDataset(ImageFiles):
 
 
 def check_stream(data: StreamDataset) -> StreamDataset:
-    """The same stream, of which a picture could be read.
+    """The same stream, of which an image could be read.
 
     Raises:
         ValueError: None of the first few can.
     """
     records = data.source.records(0, 1, None)
-    first_read((partial(data.picture, record) for record in records), f"{data.name} {data.split}")
+    first_read((partial(data.image, record) for record in records), f"{data.name} {data.split}")
     return data
 
 
@@ -225,12 +225,12 @@ class _Chunks(IterableDataset[Batch]):
     def _example(self, record: Record | UnreadableFile, number: int) -> tuple[Tensor, int]:
         if isinstance(record, UnreadableFile):
             raise record
-        picture, worker = self.data.picture(record), get_worker_info()
+        image, worker = self.data.image(record), get_worker_info()
         if self.change is None:
-            return self.data.plain(picture), record.label
+            return self.data.plain(image), record.label
         own = (self.process, worker.id if worker else 0, number)
         with fixed_seed(derive_seed(*self.seeds, *own)):
-            return self.change(picture), record.label
+            return self.change(image), record.label
 
     def _batch(
         self, images: Sequence[Tensor], labels: Sequence[int], broken: Sequence[str]
@@ -240,7 +240,7 @@ class _Chunks(IterableDataset[Batch]):
 
 
 def _of_size(chunks: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
-    """The same pictures in batches of one size, at the end one of what is left."""
+    """The same images in batches of one size, at the end one of what is left."""
     left = None
     for chunk in chunks:
         left = chunk if left is None else _joined(left, chunk)

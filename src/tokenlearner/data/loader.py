@@ -1,6 +1,6 @@
 """Batches of any data set, read by worker processes, the same whoever reads them.
 
-Every picture that is changed at random is changed by a seed of its own, so neither the number of
+Every image that is changed at random is changed by a seed of its own, so neither the number of
 workers nor that of processes, nor where a run was cut off, changes what a model sees.
 """
 
@@ -23,7 +23,7 @@ MAX_TRIES = 100  # files in a row that may be broken before a batch is given up
 
 
 class SampleKey(NamedTuple):
-    """Which picture, and what its random changes are drawn from."""
+    """Which image, and what its random changes are drawn from."""
 
     index: int
     seed: int = 0
@@ -31,10 +31,10 @@ class SampleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures that go through a model together.
+    """Images that go through a model together.
 
     Args:
-        images: float32 `b c h w`, of clips `b c t h w`, normalised.
+        images: float32 `b c h w`, of clips `b c t h w`, normalized.
         labels: int64 `b`.
         broken: What could not be read, in sentences that name the files.
     """
@@ -60,11 +60,11 @@ def load_batches(
     """Yields one batch for every list of keys.
 
     Args:
-        data: Where the pictures are.
-        keys: The pictures of each batch.
+        data: Where the images are.
+        keys: The images of each batch.
         change: What `data.read` gives becomes what a model takes; None is `data.plain`.
         workers: Processes that read; 0 reads in this one.
-        refill: Put the next picture in place of one that is broken; otherwise it is left out.
+        refill: Put the next image in place of one that is broken; otherwise it is left out.
         pin: Put batches in pinned memory, for a GPU.
 
     Raises:
@@ -87,7 +87,7 @@ def load_batches(
 def eval_batches(
     data: LabeledDataset, batch_size: int, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields pictures and labels of a whole data set in order, without what cannot be read."""
+    """Yields images and labels of a whole data set in order, without what cannot be read."""
     order = torch.arange(len(data)).split(batch_size)
     keys = [[SampleKey(int(i)) for i in part] for part in order]
     batches = load_batches(data, keys, workers=workers)
@@ -95,7 +95,7 @@ def eval_batches(
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of `n` pictures in an epoch, counted from 0: an epoch of its own for each seed."""
+    """The order of `n` images in an epoch, counted from 0: an epoch of its own for each seed."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epoch):
         torch.randperm(n, generator=generator)
@@ -115,9 +115,9 @@ def epoch_keys(
     """Yields the keys of an epoch's full batches, of each batch the part of one process.
 
     Args:
-        n: Pictures in the data set.
-        batch_size: Pictures of a batch, over all processes.
-        seed: Draws the order, and the seed of every picture.
+        n: Images in the data set.
+        batch_size: Images of a batch, over all processes.
+        seed: Draws the order, and the seed of every image.
         epoch: Counted from 0.
         start: Batches that are left out, since they were trained on.
         process: Counted from 0.
@@ -146,7 +146,7 @@ class _Examples(Dataset[Batch]):
         for key in keys:
             for index in self._candidates(key.index):
                 try:
-                    images.append(self._picture(SampleKey(index, key.seed)))
+                    images.append(self._image(SampleKey(index, key.seed)))
                     labels.append(index)
                     break
                 except UnreadableFile as error:
@@ -160,14 +160,14 @@ class _Examples(Dataset[Batch]):
         n = len(self.data)
         return [(index + i) % n for i in range(min(MAX_TRIES, n) if self.refill else 1)]
 
-    def _picture(self, key: SampleKey) -> Tensor:
-        with fixed_seed(key.seed):  # reading too may draw: the place of a clip in a film
+    def _image(self, key: SampleKey) -> Tensor:
+        with fixed_seed(key.seed):  # reading too may draw: the place of a clip in a video
             return (self.change or self.data.plain)(self.data.read(key.index))
 
     def _give_up(self, broken: Sequence[str]) -> None:
         if self.refill:
             raise ValueError(
-                f"{len(broken)} pictures of {self.data.name} in a row cannot be read, the first: "
+                f"{len(broken)} images of {self.data.name} in a row cannot be read, the first: "
                 f"{broken[0]}; mend the files"
             )
 

@@ -1,8 +1,8 @@
-"""A labelled set of motions in memory: a window slides over a real photograph.
+"""A labeled set of motions in memory: a window slides over a real photograph.
 
 It asks a model for nothing but the order of frames. A photograph goes on in its own mirror image
 in all directions, and a clip starts anywhere in it with the same chance whatever its class. So
-every single frame, first or last, is drawn from the same pictures in every class.
+every single frame, first or last, is drawn from the same images in every class.
 
 Source: the photographs that scikit-image ships, each CC0, in the public domain or without known
 copyright restrictions, as the docstrings of `skimage.data` say.
@@ -95,22 +95,22 @@ def _cut(photograph: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
 
 
 def _photographs(split: str) -> list[np.ndarray]:
-    """The photographs of a split in grey, `h w`, the shorter side being 256."""
+    """The photographs of a split in gray, `h w`, the shorter side being 256."""
     try:
         import skimage.data
     except ImportError as error:
         message = "moving photographs need scikit-image; run pip install 'tokenlearner[demo]'"
         raise ValueError(message) from error
-    return [_grey(getattr(skimage.data, name)()) for name in MOVING_PHOTOGRAPHS[split]]
+    return [_gray(getattr(skimage.data, name)()) for name in MOVING_PHOTOGRAPHS[split]]
 
 
-def _grey(pixels: np.ndarray) -> np.ndarray:
+def _gray(pixels: np.ndarray) -> np.ndarray:
     from PIL import Image
 
-    picture = Image.fromarray(pixels).convert("L")
-    scale = _SIDE / min(picture.size)
-    size = (round(picture.width * scale), round(picture.height * scale))
-    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
+    image = Image.fromarray(pixels).convert("L")
+    scale = _SIDE / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
 
 def _mean_and_std(photographs: list[np.ndarray]) -> tuple[float, float]:

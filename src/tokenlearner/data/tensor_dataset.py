@@ -1,6 +1,6 @@
-"""Labelled pictures or clips in memory.
+"""Labeled images or clips in memory.
 
-Axes: `n` pictures, `b` in a batch, `t` frames of a clip, `c h w`.
+Axes: `n` images, `b` in a batch, `t` frames of a clip, `c h w`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Holds one split of labelled pictures in memory and checks that they fit together.
+    """Holds one split of labeled images in memory and checks that they fit together.
 
-    `dataset[i]` is one picture, float32 `[c, h, w]` in [0, 1], and its label as an int, for a
-    `DataLoader` with its own transforms. `batches` gives normalised batches and is much quicker.
+    `dataset[i]` is one image, float32 `[c, h, w]` in [0, 1], and its label as an int, for a
+    `DataLoader` with its own transforms. `batches` gives normalized batches and is much quicker.
 
     Args:
         name: What the data set is called.
@@ -34,11 +34,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         images: uint8 `[n, c, h, w]`, of clips `[n, c, t, h, w]`, 0 to 255.
         labels: int64 `[n]`, 0 to `len(classes) - 1`.
         classes: The name of each label.
-        mean: What `batches` subtracts, one number a channel, for pictures in [0, 1].
+        mean: What `batches` subtracts, one number a channel, for images in [0, 1].
         std: What `batches` divides by, one number above 0 a channel.
 
     Raises:
-        ValueError: A shape, a dtype, a count or a label does not fit, or there is no picture.
+        ValueError: A shape, a dtype, a count or a label does not fit, or there is no image.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         require(
             images.ndim in (4, 5) and images.dtype == torch.uint8 and images.numel() > 0,
             f"{what}: the images are {images.dtype} {list(images.shape)}, expected torch.uint8 "
-            "[n, c, h, w] or of clips [n, c, t, h, w], none of them 0; give grey pictures a "
+            "[n, c, h, w] or of clips [n, c, t, h, w], none of them 0; give gray images a "
             "channel with images[:, None]",
         )
         n, c = images.shape[:2]
@@ -75,7 +75,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one picture: `(c, h, w)`, of a clip `(c, t, h, w)`."""
+        """Of one image: `(c, h, w)`, of a clip `(c, t, h, w)`."""
         return tuple(self.images.shape[1:])
 
     def __len__(self) -> int:
@@ -92,10 +92,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         generator: torch.Generator | None = None,
         drop_last: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields normalised batches of pictures and their labels, each picture once.
+        """Yields normalized batches of images and their labels, each image once.
 
         Args:
-            batch_size: Pictures in a batch; the last batch has what is left.
+            batch_size: Images in a batch; the last batch has what is left.
             shuffle: Draw a new order; otherwise the order is that of `images`.
             generator: Draws the order; None is torch's own. Unused without `shuffle`.
             drop_last: Leave out the last batch when it is not full.
@@ -117,25 +117,25 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return (self.take(part) for part in parts)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The pictures of those numbers, normalised, and their labels."""
-        return self._normalised(self.images[index]), self.labels[index]
+        """The images of those numbers, normalized, and their labels."""
+        return self._normalized(self.images[index]), self.labels[index]
 
     def read(self, index: int) -> Image.Image | Tensor:
-        """One picture as a PIL image; of a clip its frames, `t c h w`."""
+        """One image as a PIL image; of a clip its frames, `t c h w`."""
         from torchvision.transforms.functional import to_pil_image
 
-        picture = self.images[index]
-        return picture.transpose(0, 1) if picture.ndim == 4 else to_pil_image(picture)
+        image = self.images[index]
+        return image.transpose(0, 1) if image.ndim == 4 else to_pil_image(image)
 
     def plain(self, raw: Image.Image | Tensor) -> Tensor:
-        """What `read` gives, normalised: `c h w`, of a clip `c t h w`."""
+        """What `read` gives, normalized: `c h w`, of a clip `c t h w`."""
         from torchvision.transforms.functional import pil_to_tensor
 
         is_clip = isinstance(raw, Tensor)
-        return self._normalised((raw.transpose(0, 1) if is_clip else pil_to_tensor(raw))[None])[0]
+        return self._normalized((raw.transpose(0, 1) if is_clip else pil_to_tensor(raw))[None])[0]
 
     def fitted(self, wanted: DataConfig) -> ImageDataset:
-        """The same pictures at another size, or grey ones in three channels, if that is wanted."""
+        """The same images at another size, or gray ones in three channels, if that is wanted."""
         images, size, (c, *_) = self.images, wanted.img_size, self.shape
         require(
             wanted.in_chans in (None, c, 3 * c),
@@ -152,7 +152,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return replace(self, images=torch.cat([images] * times, 1), mean=mean, std=std)
 
     def sample(self, n: int, seed: int = 0) -> ImageDataset:
-        """Returns `n` of the pictures, drawn by a seed; fewer are the first of more.
+        """Returns `n` of the images, drawn by a seed; fewer are the first of more.
 
         Raises:
             ValueError: There are not as many.
@@ -161,7 +161,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
         return replace(self, images=self.images[order], labels=self.labels[order])
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         numbers = torch.tensor([self.mean, self.std], device=images.device)
         mean, std = numbers.reshape(2, 1, -1, *[1] * (images.ndim - 2))
         return (images.float() / 255 - mean) / std

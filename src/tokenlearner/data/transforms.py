@@ -1,4 +1,4 @@
-"""Training pictures and clips, changed at random: timm's transforms, torchvision's for clips."""
+"""Training images and clips, changed at random: timm's transforms, torchvision's for clips."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _STRONGEST = 10  # magnitude of RandAugment, in timm's words
 def train_transform(
     options: AugmentOptions, data: LabeledDataset, crop_pct: float = 0.875
 ) -> Transform | None:
-    """What makes of a picture as it is read one that is changed at random, ready for a model.
+    """What makes of an image as it is read one that is changed at random, ready for a model.
 
     Args:
         options: What is asked for. Of RandAugment's options clips take two, m and n.
-        data: The pictures, `c h w`, or clips, `c t h w`, all frames of which are changed alike.
+        data: The images, `c h w`, or clips, `c t h w`, all frames of which are changed alike.
         crop_pct: Share of the resized side that is kept where nothing is cut out at random.
 
     Returns:
@@ -41,11 +41,11 @@ def train_transform(
     """
     if not any(getattr(options, name) for name in _ASKED_FOR):
         return None
-    # Pictures in memory have their size; evaluation takes the whole of them.
+    # Images in memory have their size; evaluation takes the whole of them.
     kept = None if hasattr(data, "take") else crop_pct
     if len(data.shape) == 4:
         return _of_clips(options, data, kept)
-    return _of_pictures(options, data, kept)
+    return _of_images(options, data, kept)
 
 
 def mixup_transform(
@@ -84,9 +84,7 @@ def _check_policy(aa: str | None) -> None:
     )
 
 
-def _of_pictures(
-    options: AugmentOptions, data: LabeledDataset, crop_pct: float | None
-) -> Transform:
+def _of_images(options: AugmentOptions, data: LabeledDataset, crop_pct: float | None) -> Transform:
     from timm.data import create_transform
     from torchvision import transforms
 

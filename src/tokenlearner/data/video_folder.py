@@ -1,7 +1,7 @@
-"""Labelled films in files: of each only the frames of a clip are decoded, and what leads to them.
+"""Labeled videos in files: of each only the frames of a clip are decoded, and what leads to them.
 
-A film's frames are counted in the order in which they are shown, whatever their rate.
-Axes: `t` frames of a clip, `v` views of a film, `c h w`.
+A video's frames are counted in the order in which they are shown, whatever their rate.
+Axes: `t` frames of a clip, `v` views of a video, `c h w`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
 def load_video_folder(name: str, split: str, wanted: DataConfig) -> VideoFolderDataset:
-    """Gets ready to read the films of a folder, `wanted.root`.
+    """Gets ready to read the videos of a folder, `wanted.root`.
 
-    It is laid out as a folder of pictures, with films in it: see `folders.load_folder`.
+    It is laid out as a folder of images, with videos in it: see `folders.load_folder`.
 
     Raises:
         ValueError: PyAV or something in the folder is missing, classes differ between splits, or
-            none of the first few films can be read.
+            none of the first few videos can be read.
     """
     _check_av()
-    require(wanted.root is not None, f"{name} needs the folder that holds the films; pass root")
+    require(wanted.root is not None, f"{name} needs the folder that holds the videos; pass root")
     paths, labels, classes = list_labeled_files(Path(str(wanted.root)), split, VIDEO_EXTENSIONS)
     wanted = replace(wanted, img_size=wanted.img_size or 224, in_chans=wanted.in_chans or 3)
     data = VideoFolderDataset(name, split, tuple(paths), torch.tensor(labels), classes, wanted)
@@ -58,19 +58,19 @@ def load_video_folder(name: str, split: str, wanted: DataConfig) -> VideoFolderD
 
 @dataclass(frozen=True, eq=False)
 class VideoFolderDataset:
-    """One split of labelled films, which are read when they are asked for.
+    """One split of labeled videos, which are read when they are asked for.
 
     Clips of the split `"train"` start at random, drawn from torch's own generator; with stride 0
-    one frame is drawn from each of `frames` equal parts of the film. Clips of the split `"test"`
+    one frame is drawn from each of `frames` equal parts of the video. Clips of the split `"test"`
     lie at fixed places: one view in the middle, several from the start to the end; with stride 0
-    in the middle of each part. A film that is too short goes on with its last frame.
+    in the middle of each part. A video that is too short goes on with its last frame.
 
-    A film that a phone marked as turned is turned upright; marks of mirroring are not followed.
+    A video that a phone marked as turned is turned upright; marks of mirroring are not followed.
 
     Args:
         name: What the data set is called.
         split: `"train"` or `"test"`.
-        paths: The films.
+        paths: The videos.
         labels: int64 `[n]`, 0 to `len(classes) - 1`.
         classes: The name of each label.
         wanted: How clips are wanted, with `img_size` and `in_chans`.
@@ -85,12 +85,12 @@ class VideoFolderDataset:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """ImageNet's, of grey films the mean of these."""
+        """ImageNet's, of gray videos the mean of these."""
         return _MEAN if self.wanted.in_chans == 3 else (sum(_MEAN) / 3,)
 
     @property
     def std(self) -> tuple[float, ...]:
-        """ImageNet's, of grey films the mean of these."""
+        """ImageNet's, of gray videos the mean of these."""
         return _STD if self.wanted.in_chans == 3 else (sum(_STD) / 3,)
 
     @property
@@ -101,7 +101,7 @@ class VideoFolderDataset:
 
     @property
     def workers(self) -> int:
-        """Processes that read films."""
+        """Processes that read videos."""
         return self.wanted.workers
 
     def __len__(self) -> int:
@@ -111,16 +111,16 @@ class VideoFolderDataset:
         """Decodes a clip: uint8 `t c h w`, where several squares are judged `v t c h w`.
 
         Raises:
-            BrokenFile: The film cannot be read.
+            BrokenFile: The video cannot be read.
         """
         from av.error import FFmpegError
 
         path, (c, t, _, _) = self.paths[index], self.shape
         try:
             with ExitStack() as files:
-                film = _Film(files, path)
-                chosen = self._choose(len(film.times))
-                clips = film.pictures(chosen.flatten().tolist(), _PIXELS[c])
+                video = _Video(files, path)
+                chosen = self._choose(len(video.times))
+                clips = video.images(chosen.flatten().tolist(), _PIXELS[c])
         except (FFmpegError, OSError, ValueError) as error:
             message = f"{path} cannot be read ({error}); mend it, or take it out"
             raise UnreadableFile(message) from error
@@ -145,7 +145,7 @@ class VideoFolderDataset:
         return clips if len(clips) > 1 else clips[0]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields plain batches and labels in order, without films that cannot be read.
+        """Yields plain batches and labels in order, without videos that cannot be read.
 
         Clips lie at the places of the split `"test"`, so the same ones come every time.
 
@@ -159,12 +159,12 @@ class VideoFolderDataset:
         return eval_batches(replace(self, split="test"), batch_size, self.workers)
 
     def sample(self, n: int, seed: int = 0) -> VideoFolderDataset:
-        """Returns `n` of the films, drawn by a seed; fewer are the first of more.
+        """Returns `n` of the videos, drawn by a seed; fewer are the first of more.
 
         Raises:
             ValueError: There are not as many.
         """
-        require(1 <= n <= len(self), f"{self.name} has {len(self)} films, {n} are asked for")
+        require(1 <= n <= len(self), f"{self.name} has {len(self)} videos, {n} are asked for")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
         paths = tuple(self.paths[i] for i in order.tolist())
         return replace(self, paths=paths, labels=self.labels[order])
@@ -174,7 +174,7 @@ class VideoFolderDataset:
         return self.wanted.crops if self.split == "test" else 1
 
     def _choose(self, n: int) -> Tensor:
-        """The numbers of the frames of each view, `v t`, of a film of `n` frames."""
+        """The numbers of the frames of each view, `v t`, of a video of `n` frames."""
         t, stride, views = self.wanted.frames, self.wanted.stride, self.wanted.views
         steps = torch.arange(t, dtype=torch.float64)
         if self.split == "train":
@@ -202,12 +202,12 @@ def _check_av() -> None:
     try:
         import av  # noqa: F401
     except ImportError as error:
-        message = "reading films needs PyAV; run pip install 'tokenlearner[video]'"
+        message = "reading videos needs PyAV; run pip install 'tokenlearner[video]'"
         raise ValueError(message) from error
 
 
-class _Film:
-    """An open film, and the time at which each of its frames is shown, in order.
+class _Video:
+    """An open video, and the time at which each of its frames is shown, in order.
 
     Decoding starts at the last keyframe before a wanted frame. In files that do not keep the time
     of each frame, such as avi and mpg, it starts at the first frame and counts.
@@ -229,7 +229,7 @@ class _Film:
             self.times = list(range(len(packets)))
         self.keys = sorted(pts or 0 for pts, is_key in packets if is_key) if self.timed else []
 
-    def pictures(self, numbers: Sequence[int], pixels: str) -> Tensor:
+    def images(self, numbers: Sequence[int], pixels: str) -> Tensor:
         """Decodes the frames of those numbers, uint8 `t c h w`."""
         times = [self.times[number] for number in numbers]
         frames = self._at(sorted(set(times)))
@@ -292,6 +292,6 @@ class _Film:
         require(len(container.streams.video) > 0, "it has no video stream")
         stream = container.streams.video[0]
         require(stream.codec_context is not None, "there is no decoder for it")
-        # With threads a clip took as long or longer; films are read by several processes instead.
+        # With threads a clip took as long or longer; videos are read by several processes instead.
         stream.thread_type = "NONE"
         return container

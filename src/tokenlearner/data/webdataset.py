@@ -1,4 +1,4 @@
-"""WebDataset: labelled pictures in tar files, read as a stream."""
+"""WebDataset: labeled images in tar files, read as a stream."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def load_shards(name: str, split: str, wanted: DataConfig) -> StreamDataset:
     """Gets ready to read WebDataset's tar files in `wanted.root`.
 
     They are those that `_info.json` names for the split, in timm's format, or else are called
-    train-*.tar and val-*.tar (or valid, validation, test). A picture is a file that ends as timm
+    train-*.tar and val-*.tar (or valid, validation, test). An image is a file that ends as timm
     knows it, its label the number in the .cls file of the same name, or the number that the .json
     file calls what `alt_label` in _info.json says. `wanted.num_classes` tells how many classes
-    there are, `wanted.num_samples` how many pictures, if there is no _info.json.
+    there are, `wanted.num_samples` how many images, if there is no _info.json.
 
     Raises:
         ValueError: webdataset, the files or the number of classes are missing, or none of the
-            first few pictures can be read.
+            first few images can be read.
     """
     try:
         import webdataset  # noqa: F401
@@ -63,7 +63,7 @@ def load_shards(name: str, split: str, wanted: DataConfig) -> StreamDataset:
 
 @dataclass(frozen=True)
 class TarShards:
-    """The pictures of tar files, which are shared out whole.
+    """The images of tar files, which are shared out whole.
 
     Args:
         paths: The tar files.
@@ -118,7 +118,7 @@ class TarShards:
 
         found = [sample[key] for key in sample if is_img_extension(f".{key}")]
         if not found:
-            return UnreadableFile(f"{where} has no picture, expected a file such as .jpg")
+            return UnreadableFile(f"{where} has no image, expected a file such as .jpg")
         try:
             key = self.label_key
             label = int(json.loads(sample["json"])[key] if key else sample["cls"])

@@ -79,12 +79,12 @@ def export(
 ) -> Exported:
     """Writes a model to an ONNX file or a torch.export program, and compares it with the model.
 
-    The file takes float32 pictures of the size of `images`, any number of them, and gives one
+    The file takes float32 images of the size of `images`, any number of them, and gives one
     float32 tensor: the model's output, of transformers' models the logits or, without any, the
     features. It is run on `images` and on a batch of another size. The model is left as it is.
 
     Args:
-        model: Any model of pictures or clips.
+        model: Any model of images or clips.
         path: Ends in `.onnx`, or in `.pt2` for `torch.export.load`; its folder has to be there.
         images: One batch as the model takes it, on its device; nothing of it is written.
         precision: `"float32"`; `"int8"`, in `.pt2` as `narrow` has it, in `.onnx` by onnxruntime,
@@ -132,12 +132,12 @@ def _plain(model: nn.Module, images: Tensor) -> PlainModel:
     """The model as a file has it, with its own weights, once it is certain that it runs."""
     require(
         isinstance(images, Tensor) and images.ndim in (4, 5) and len(images) > 0,
-        f"images are {list(getattr(images, 'shape', []))}, expected a batch of pictures, "
+        f"images are {list(getattr(images, 'shape', []))}, expected a batch of images, "
         "b c h w, or of clips, b c t h w",
     )
     require(
         images.dtype == torch.float32,
-        f"images are {images.dtype}, expected torch.float32, normalised as the model takes them",
+        f"images are {images.dtype}, expected torch.float32, normalized as the model takes them",
     )
     plain = PlainModel(clone_structure(model)).eval()
     try:

@@ -28,7 +28,7 @@ class LoadedFile(nn.Module):
         run: The program or the session.
         inputs: Names and shapes; an axis with a name takes any size.
         outputs: Names and shapes.
-        device: Of the pictures.
+        device: Of the images.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Loade
 
     Args:
         path: Ends in `.onnx` or `.pt2`.
-        device: Of the pictures; a program runs where its model was.
+        device: Of the images; a program runs where its model was.
 
     Raises:
         ValueError: The name ends otherwise, there is no such file, it cannot be read, or a package

@@ -31,10 +31,10 @@ _KEPT = (  # learners and fusers cost little and decide much; torch's attention 
 
 
 class PlainModel(nn.Module):
-    """A model as a file has it: float32 pictures go in, and one float32 tensor comes out.
+    """A model as a file has it: float32 images go in, and one float32 tensor comes out.
 
     Args:
-        model: Any model of pictures or clips. Of what transformers returns the logits are taken,
+        model: Any model of images or clips. Of what transformers returns the logits are taken,
             without any the features.
     """
 
@@ -53,14 +53,14 @@ class PlainModel(nn.Module):
 
 
 def quantize(model: nn.Module, precision: str) -> PlainModel:
-    """Copies a model into another precision; float32 pictures go in and float32 logits come out.
+    """Copies a model into another precision; float32 images go in and float32 logits come out.
 
     `"bfloat16"` has weights and activations of 16 bits. `"int8"` has the weights of linear layers
     of at least 32 channels in 8 bits, one scale an output channel, and rounds their input to 8 bits
     as it comes; learners, fusers, other layers and torchvision's attention stay as they are.
 
     Args:
-        model: Any model of pictures or clips; it is left as it is.
+        model: Any model of images or clips; it is left as it is.
         precision: `"float32"`, `"bfloat16"` or `"int8"`, which needs torchao.
 
     Returns:
@@ -86,7 +86,7 @@ class PrecisionRow:
 
     precision: str
     top1_percent: float | None
-    """None where no labelled data was given."""
+    """None where no labeled data was given."""
     largest_difference: float
     """Of any logit, absolute."""
     latency_ms: Spread
@@ -108,13 +108,13 @@ def compare_precisions(
 
     Args:
         model: As in `narrow`.
-        data: Labelled pictures for the accuracy, or None.
+        data: Labeled images for the accuracy, or None.
         images: One batch for differences and latency, on the model's device.
         precisions: The first is what the others are compared with.
         rounds: Timed runs of each, after two that are not counted.
 
     Raises:
-        ValueError: As in `narrow`, or `evaluate`; or there is no precision or no picture.
+        ValueError: As in `narrow`, or `evaluate`; or there is no precision or no image.
     """
     require(len(precisions) > 0, "precisions is empty, expected one or more of " + str(PRECISIONS))
     for precision in precisions:
@@ -141,7 +141,7 @@ def precision_rows(
         rounds: As in `compare_precisions`.
 
     Raises:
-        ValueError: There is no picture, or fewer than 2 rounds.
+        ValueError: There is no image, or fewer than 2 rounds.
     """
     check_count("rounds", rounds, least=2)
     check_count("the count of images", len(images))

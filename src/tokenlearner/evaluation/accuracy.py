@@ -20,7 +20,7 @@ _NUMBERS = 2**25  # that go into a model at a time, or little more
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out, over `images` pictures."""
+    """What came out, over `images` images."""
 
     images: int
     loss: float
@@ -32,26 +32,26 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> Evaluation:
-    """Classifies every picture of `data` and returns loss and accuracy.
+    """Classifies every image of `data` and returns loss and accuracy.
 
     The model is put in evaluation mode for this and left in the mode it came in. Files that cannot
     be read are left out and counted. Where a clip is given in several views, their logits are
     averaged.
 
     Args:
-        model: Pictures `b c h w` to logits `b classes`, on any device.
-        data: Labelled pictures.
-        batch_size: Pictures at a time; changes the speed only.
+        model: Images `b c h w` to logits `b classes`, on any device.
+        data: Labeled images.
+        batch_size: Images at a time; changes the speed only.
 
     Raises:
-        ValueError: The model has fewer classes than the data, or no picture can be read.
+        ValueError: The model has fewer classes than the data, or no image can be read.
     """
     check_count("batch_size", batch_size)
     return mean_metrics(sum_metrics(model, data, batch_size), data)
 
 
 def eval_batch_size(shape: Sequence[int], squares: int = 1) -> int:
-    """How many pictures or clips of a shape, in so many views and crops, to judge at a time."""
+    """How many images or clips of a shape, in so many views and crops, to judge at a time."""
     return max(1, min(500, _NUMBERS // math.prod(shape)) // squares)
 
 
@@ -63,10 +63,10 @@ def sum_metrics(
     process: int = 0,
     num_processes: int = 1,
 ) -> Tensor:
-    """Counts the part of one of several processes: pictures, broken ones, loss, top-1, top-5.
+    """Counts the part of one of several processes: images, broken ones, loss, top-1, top-5.
 
     Every process runs the model as often as the others, which models that are shared out among
-    processes need; one that has no picture left runs it on a blank.
+    processes need; one that has no image left runs it on a blank.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(5, dtype=torch.float64)
@@ -89,7 +89,7 @@ def mean_metrics(sums: Tensor, data: LabeledDataset) -> Evaluation:
     """What `tally` counted, over all processes, becomes means.
 
     Raises:
-        ValueError: No picture could be read.
+        ValueError: No image could be read.
     """
     n, broken, loss, top1, top5 = sums.tolist()
     require(n > 0, f"none of the {int(broken)} files of {data.name} can be read; mend them")
@@ -112,7 +112,7 @@ def _batches(
 
 
 def _logits(model: nn.Module, images: Tensor, data: LabeledDataset) -> Tensor:
-    """Of pictures and clips, `b classes`; the mean over views, if there are several."""
+    """Of images and clips, `b classes`; the mean over views, if there are several."""
     if images.ndim == len(data.shape) + 1:
         return model(images).float()
     return model(images.flatten(0, 1)).float().unflatten(0, images.shape[:2]).mean(1)

@@ -19,7 +19,7 @@ from .map_figures import FigureRow, map_scale, write_figure
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """Runs `model` on pictures or clips and returns the maps of its learned tokens.
+    """Runs `model` on images or clips and returns the maps of its learned tokens.
 
     The model runs in evaluation mode; nothing is kept on it.
 
@@ -31,7 +31,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
         For each block at which tokens are learned its maps, `b k h w` on the grid of positions; of
         clips `b t k h w`. Where tokens are learned from tokens, the map is that of the positions
         they come from in the end: the two maps multiplied.
-        V1.1 maps sum to 1 over a picture, V1 maps are gates in (0, 1).
+        V1.1 maps sum to 1 over an image, V1 maps are gates in (0, 1).
 
     Raises:
         ValueError: The model has no learned tokens, or the grid cannot be told.
@@ -70,21 +70,21 @@ def has_gates(model: nn.Module) -> bool:
 
 
 def draw_maps(
-    path: str | Path, pictures: Tensor, maps: Tensor, names: Sequence[str], title: str
+    path: str | Path, images: Tensor, maps: Tensor, names: Sequence[str], title: str
 ) -> Path:
-    """Writes a sheet with a row for each picture: itself, its `k` maps over it, and their sum.
+    """Writes a sheet with a row for each image: itself, its `k` maps over it, and their sum.
 
-    One colour scale serves the whole sheet. It counts in multiples of the even share, so 1 means
+    One color scale serves the whole sheet. It counts in multiples of the even share, so 1 means
     that a position gets as much as any, and a bar beside the sheet says so.
 
     Args:
         path: The PNG to write.
-        pictures: `b c h w` in [0, 1], grey or colour.
+        images: `b c h w` in [0, 1], gray or color.
         maps: `b k h w` of one insertion point, each map summing to 1.
-        names: What to write beside each picture.
+        names: What to write beside each image.
         title: What to write above the sheet.
     """
-    rows = [FigureRow(*row) for row in zip(names, pictures, maps, strict=True)]
+    rows = [FigureRow(*row) for row in zip(names, images, maps, strict=True)]
     return write_figure(path, rows, map_scale(rows, gates=False), title)
 
 
@@ -92,7 +92,7 @@ def _grid(block: ReducedBlock, images: Tensor, n: int) -> Grid:
     grid = block.grid_of((images.shape[-2], images.shape[-1]))
     if grid is None or grid[0] * grid[1] != n:
         raise ValueError(
-            f"{n} positions do not fit the model's grid {grid}; build it for this picture size, "
+            f"{n} positions do not fit the model's grid {grid}; build it for this image size, "
             "or call model.set_input_size((height, width))"
         )
     return grid

@@ -23,7 +23,7 @@ class CatalogRow:
 
     name: str
     input_size: tuple[int, ...]
-    """Axes of one picture, `c h w`, or clip, `c t h w`."""
+    """Axes of one image, `c h w`, or clip, `c t h w`."""
     parameters: int
     gmacs: float
     """Multiply-adds of one input, counted as 1, in 1e9; GFLOPs are twice that."""

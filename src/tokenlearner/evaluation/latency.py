@@ -32,7 +32,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """Summarises at least two values."""
+        """Summarizes at least two values."""
         low, _, high = quantiles(values, n=4, method="inclusive")
         return cls(median(values), low, high)
 
@@ -46,7 +46,7 @@ class Cost:
 
     parameters: int
     gmacs: float
-    """Multiply-adds of one picture, counted as 1, in 1e9; GFLOPs are twice that."""
+    """Multiply-adds of one image, counted as 1, in 1e9; GFLOPs are twice that."""
     images_per_second: Spread
     speedup: Spread
     training_images_per_second: Spread
@@ -57,9 +57,9 @@ class Cost:
 
 
 def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, Cost]:
-    """Measures models on the same pictures, in turn, so that a busy machine slows all alike.
+    """Measures models on the same images, in turn, so that a busy machine slows all alike.
 
-    A training step is forward and backward of the mean output; there is no optimiser in it. The
+    A training step is forward and backward of the mean output; there is no optimizer in it. The
     models' modes and gradients are left as they were.
 
     Args:
@@ -68,7 +68,7 @@ def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15)
         rounds: Timed runs of each model, after two that are not counted.
 
     Raises:
-        ValueError: There is no model or no picture, or fewer than 2 rounds.
+        ValueError: There is no model or no image, or fewer than 2 rounds.
     """
     inference = time_models(models, images, rounds)
     training = time_models(models, images, rounds, training=True)
@@ -96,7 +96,7 @@ def time_models(
     training: bool = False,
     compiled: bool = False,
 ) -> dict[str, list[float]]:
-    """Measures a forward pass, or a training step, of models in turn on the same pictures.
+    """Measures a forward pass, or a training step, of models in turn on the same images.
 
     Args:
         models: As in `benchmark`.
@@ -114,7 +114,7 @@ def time_models(
     """
     check_count("rounds", rounds, least=2)
     if not models or not len(images):
-        raise ValueError(f"{len(models)} models and {len(images)} pictures, expected 1 or more")
+        raise ValueError(f"{len(models)} models and {len(images)} images, expected 1 or more")
     with ExitStack() as stack:
         runs: dict[str, Callable[[], object]] = {}
         for name, model in models.items():

@@ -1,8 +1,8 @@
 """Maps as a person sees them: sheets as PNG, and animations as GIF or MP4.
 
-One square is one position of the model's grid; nothing is smoothed. The colours are cividis, which
-rises evenly in lightness, so that it reads alike with colour blindness and in grey print. They lie
-over the picture, greyed and pale, and the bar beside a sheet shows them over middle grey.
+One square is one position of the model's grid; nothing is smoothed. The colors are cividis, which
+rises evenly in lightness, so that it reads alike with color blindness and in gray print. They lie
+over the image, grayed and pale, and the bar beside a sheet shows them over middle gray.
 Axes: `k` tokens, `h w` grid or pixels, `c` channels.
 """
 
@@ -20,33 +20,33 @@ from torch import Tensor
 from ..utils.io import atomic_write
 from ..utils.validation import require
 
-_COLOURS = "cividis"
-_OPAQUE = 0.65  # share of the map's colour; the rest is the picture
-_CONTRAST = 0.6  # of the picture beneath, so that it shifts a colour by a tenth of white at most
+_COLORS = "cividis"
+_OPAQUE = 0.65  # share of the map's color; the rest is the image
+_CONTRAST = 0.6  # of the image beneath, so that it shifts a color by a tenth of white at most
 _GATES_TOP, _LEAST_TOP = 1.0, 2.0  # the latter keeps even maps, all near 1, from looking like peaks
 
 
 @dataclass(frozen=True)
 class FigureRow:
-    """A picture and the maps that belong on it.
+    """An image and the maps that belong on it.
 
     Args:
         label: What to write beside it.
-        picture: `c h w` in [0, 1], grey or colour.
+        image: `c h w` in [0, 1], gray or color.
         maps: `k h w` on the grid of positions, as `attention_maps` gives them.
     """
 
     label: str
-    picture: Tensor
+    image: Tensor
     maps: Tensor
 
 
 @dataclass(frozen=True)
 class MapScale:
-    """What colours mean, from 0 up to `top`.
+    """What colors mean, from 0 up to `top`.
 
     Args:
-        top: What the brightest colour stands for; more than that looks the same.
+        top: What the brightest color stands for; more than that looks the same.
         gates: V1's gates, shown as they are; otherwise weights, as multiples of the even share.
     """
 
@@ -74,7 +74,7 @@ def map_scale(rows: Sequence[FigureRow], gates: bool) -> MapScale:
 
 
 def write_figure(path: str | Path, rows: Sequence[FigureRow], scale: MapScale, title: str) -> Path:
-    """Writes a PNG with a line for each row: the picture, its maps over it, and their sum.
+    """Writes a PNG with a line for each row: the image, its maps over it, and their sum.
 
     Raises:
         ValueError: matplotlib is missing, or there is no row.
@@ -127,15 +127,15 @@ def check_matplotlib() -> None:
         raise ValueError(message) from error
 
 
-def overlay(picture: Tensor, shown: Tensor, scale: MapScale) -> np.ndarray:
-    """Colours a map and lays it over a picture: `c h w`, `h w` of the grid -> `h w 3` in [0, 1].
+def overlay(image: Tensor, shown: Tensor, scale: MapScale) -> np.ndarray:
+    """Colors a map and lays it over an image: `c h w`, `h w` of the grid -> `h w 3` in [0, 1].
 
-    Where patches do not fill a picture, what is left at its right and lower edge stays uncoloured.
+    Where patches do not fill an image, what is left at its right and lower edge stays uncolored.
     """
-    grey = picture.float().mean(0).cpu().numpy()
-    seen = 0.5 + _CONTRAST * (grey - 0.5)
-    cell = [max(1, pixels // squares) for pixels, squares in zip(grey.shape, shown.shape)]  # noqa: B905
-    squares = np.kron(shown.numpy(), np.ones(cell))[: grey.shape[0], : grey.shape[1]]
+    gray = image.float().mean(0).cpu().numpy()
+    seen = 0.5 + _CONTRAST * (gray - 0.5)
+    cell = [max(1, pixels // squares) for pixels, squares in zip(gray.shape, shown.shape)]  # noqa: B905
+    squares = np.kron(shown.numpy(), np.ones(cell))[: gray.shape[0], : gray.shape[1]]
     pixels = np.repeat(seen[..., None], 3, axis=-1)
     covered = pixels[: squares.shape[0], : squares.shape[1]]
     covered[:] = _blended(squares / scale.top, covered)
@@ -145,25 +145,25 @@ def overlay(picture: Tensor, shown: Tensor, scale: MapScale) -> np.ndarray:
 def _blended(shares: np.ndarray, beneath: np.ndarray) -> np.ndarray:
     from matplotlib import colormaps
 
-    colours = colormaps[_COLOURS](np.clip(shares, 0, 1))[..., :3]
-    return _OPAQUE * colours + (1 - _OPAQUE) * beneath
+    colors = colormaps[_COLORS](np.clip(shares, 0, 1))[..., :3]
+    return _OPAQUE * colors + (1 - _OPAQUE) * beneath
 
 
 def _panels(row: FigureRow, scale: MapScale) -> list[np.ndarray]:
     """What stands in a line of a sheet, from left to right."""
-    colour = row.picture.float().cpu().expand(3, -1, -1).permute(1, 2, 0).clip(0, 1).numpy()
-    return [colour, *(overlay(row.picture, one, scale) for one in scale.shown(row.maps))]
+    color = row.image.float().cpu().expand(3, -1, -1).permute(1, 2, 0).clip(0, 1).numpy()
+    return [color, *(overlay(row.image, one, scale) for one in scale.shown(row.maps))]
 
 
 def _figure(rows: Sequence[FigureRow], scale: MapScale, title: str) -> tuple[Any, list[list[Any]]]:
     """A sheet that is ready to be drawn, and its images, row by row."""
     check_matplotlib()
-    require(len(rows) > 0, "there is no picture to draw; pass one or more")
+    require(len(rows) > 0, "there is no image to draw; pass one or more")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     most = max(len(row.maps) for row in rows)
-    height, width = rows[0].picture.shape[-2:]
+    height, width = rows[0].image.shape[-2:]
     tall = 1.22 * max(0.4, min(2.5, height / width))
     size = (1.25 * (most + 2) + 1.2, max(tall * len(rows) + 1.0, 2.2))
     figure = Figure(figsize=size, layout="constrained")
@@ -188,16 +188,16 @@ def _figure(rows: Sequence[FigureRow], scale: MapScale, title: str) -> tuple[Any
 
 
 def _titles(k: int) -> list[str]:
-    return ["picture", *map(str, range(1, k + 1)), f"sum / {k}"]
+    return ["image", *map(str, range(1, k + 1)), f"sum / {k}"]
 
 
 def _add_bar(figure: Any, axes: Any, scale: MapScale) -> None:
-    """The colours as they look over middle grey, and the numbers they stand for."""
+    """The colors as they look over middle gray, and the numbers they stand for."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    colours = ListedColormap(_blended(np.linspace(0, 1, 256), np.full((256, 3), 0.5)))
-    mappable = ScalarMappable(Normalize(0, scale.top), colours)
+    colors = ListedColormap(_blended(np.linspace(0, 1, 256), np.full((256, 3), 0.5)))
+    mappable = ScalarMappable(Normalize(0, scale.top), colors)
     more = "neither" if scale.gates else "max"
     bar = figure.colorbar(mappable, ax=axes, shrink=0.9, extend=more, aspect=15 * len(axes))
     bar.set_label(scale.label, fontsize=7)

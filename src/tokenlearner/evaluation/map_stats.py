@@ -6,7 +6,7 @@ the same map, 0 for maps that share no position. Unlike the cosine it does not l
 weights decide, and it bounds what tokens can differ by: at most `sqrt(1 - overlap^2)` of the weight
 is at other positions.
 
-Axes: `b` pictures or clips, `t` frames, `k` tokens, `h w` grid, `n` positions.
+Axes: `b` images or clips, `t` frames, `k` tokens, `h w` grid, `n` positions.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from torch import Tensor
 from ..utils.validation import require
 
 COLLAPSED = 0.99  # overlap from which on tokens share at least 86 % of their weight
-EVEN = 0.95  # effective share of the picture from which on a map is as good as average pooling
+EVEN = 0.95  # effective share of the image from which on a map is as good as average pooling
 
 
 @dataclass(frozen=True)
 class AttentionStats:
     """What the maps of one insertion point have in common; tokens are counted from 1."""
 
-    pictures: int
-    """Pictures or clips."""
+    images: int
+    """Images or clips."""
     frames: int
-    """Frames of each, as the maps have them; 1 for pictures."""
+    """Frames of each, as the maps have them; 1 for images."""
     grid: tuple[int, int]
     overlap: float | None
-    """Of two tokens in the same picture, the mean over pairs, 0 to 1; None for a single token."""
+    """Of two tokens in the same image, the mean over pairs, 0 to 1; None for a single token."""
     pairs: list[list[float]]
-    """The overlap of each token with each other one, mean over pictures and frames, `k k`."""
+    """The overlap of each token with each other one, mean over images and frames, `k k`."""
     entropy_bits: list[float]
     """Of each token's map, 0 to `log2(n)`."""
     effective_share: list[float]
-    """Of each token: the share of the picture over which it spreads, `2^entropy / n`, up to 1."""
+    """Of each token: the share of the image over which it spreads, `2^entropy / n`, up to 1."""
     over_frames: list[float] | None
     """Overlap of each token's map with its own in the next frame; None for single frames."""
-    across_pictures: list[float] | None
-    """Overlap of each token's map with its own in another picture; None for a single picture."""
+    across_images: list[float] | None
+    """Overlap of each token's map with its own in another image; None for a single image."""
 
     @property
     def alike(self) -> tuple[float, tuple[int, int]] | None:
@@ -55,7 +55,7 @@ class AttentionStats:
 
     @property
     def collapsed(self) -> list[list[int]]:
-        """Groups of tokens that look at the same thing in all pictures."""
+        """Groups of tokens that look at the same thing in all images."""
         groups: list[list[int]] = []
         for i, row in enumerate(self.pairs):
             joined = [g for g in groups if any(row[j] >= COLLAPSED for j in g)]
@@ -73,7 +73,7 @@ class AttentionStats:
         if even := [str(i + 1) for i, x in enumerate(self.effective_share) if x >= EVEN]:
             said.append(
                 f"the maps of some tokens are almost even ({', '.join(even)}): they spread over "
-                f"{EVEN:.0%} of the picture or more, as average pooling does"
+                f"{EVEN:.0%} of the image or more, as average pooling does"
             )
         return said
 
@@ -108,7 +108,7 @@ def map_stats(maps: Tensor) -> AttentionStats:
     k = len(pairs)
     bits = torch.special.entr(shares).sum(-1) / math.log(2)
     return AttentionStats(
-        pictures=len(clips),
+        images=len(clips),
         frames=clips.shape[1],
         grid=(maps.shape[-2], maps.shape[-1]),
         overlap=float((pairs.sum() - pairs.trace()) / (k * (k - 1))) if k > 1 else None,
@@ -116,7 +116,7 @@ def map_stats(maps: Tensor) -> AttentionStats:
         entropy_bits=bits.mean((0, 1)).tolist(),
         effective_share=(bits.exp2() / shares.shape[-1]).mean((0, 1)).tolist(),
         over_frames=_over_frames(root),
-        across_pictures=_across_pictures(root),
+        across_images=_across_images(root),
     )
 
 
@@ -132,8 +132,8 @@ def _over_frames(root: Tensor) -> list[float] | None:
     return (root[:, 1:] * root[:, :-1]).sum(-1).clamp(max=1).mean((0, 1)).tolist()
 
 
-def _across_pictures(root: Tensor) -> list[float] | None:
-    """The mean over all pairs of pictures, from the square of their sum: `b t k n -> k`."""
+def _across_images(root: Tensor) -> list[float] | None:
+    """The mean over all pairs of images, from the square of their sum: `b t k n -> k`."""
     b = len(root)
     if b < 2:
         return None

@@ -33,7 +33,7 @@ class Option:
     """The block in front of which tokens are learned; None is the host as it is."""
     num_tokens: int | None
     gmacs: float
-    """Multiply-adds of one picture, counted as 1, in 1e9; GFLOPs are twice that."""
+    """Multiply-adds of one image, counted as 1, in 1e9; GFLOPs are twice that."""
     macs_share: float
     """Multiply-adds as a share of the host's, which is 1."""
     latency_ms: Spread
@@ -75,7 +75,7 @@ def plan(
         budget: Share of what the host costs, above 0 and up to 1.
         measure: What the budget is a share of: `"macs"` (multiply-adds, alike on all machines) or
             `"latency"` (of this batch on this machine; noisy where other programs run).
-        num_tokens: Numbers of tokens to try; of the default those that a picture has.
+        num_tokens: Numbers of tokens to try; of the default those that an image has.
         learner: As in `insert`.
         fuse: As in `insert`.
         rounds: Timed runs of each model, after two that are not counted.
@@ -125,9 +125,9 @@ class _Trials:
         self.macs = cache(self._macs)
 
     def _macs(self, at: int | None, k: int | None) -> int:
-        """The multiply-adds of one picture; on the meta device nothing is computed."""
-        picture = torch.empty_like(self.images[:1], device="meta")
-        return count_macs(self._with_tokens(at, k, device="meta"), picture)
+        """The multiply-adds of one image; on the meta device nothing is computed."""
+        image = torch.empty_like(self.images[:1], device="meta")
+        return count_macs(self._with_tokens(at, k, device="meta"), image)
 
     def share(self, at: int | None, k: int | None) -> float:
         """The multiply-adds as a share of the host's."""

@@ -50,18 +50,18 @@ class PositionArgs:
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """The grid of a host that knows its picture and its patches, but no grid; height first."""
+    """The grid of a host that knows its image and its patches, but no grid; height first."""
 
     image_size: Grid
     patch_size: Grid
 
     @property
     def grid_size(self) -> Grid:
-        """Height and width in positions of a picture of the host's size."""
+        """Height and width in positions of an image of the host's size."""
         return self.dynamic_feat_size(self.image_size)
 
     def dynamic_feat_size(self, image_size: Grid) -> Grid:
-        """Height and width in positions of a picture of any size; the name is timm's."""
+        """Height and width in positions of an image of any size; the name is timm's."""
         (h, w), (patch_h, patch_w) = image_size, self.patch_size
         return h // patch_h, w // patch_w
 
@@ -169,7 +169,7 @@ class ReducedBlock(PositionFreeBlock):
         return None if isinstance(known, nn.Module | PatchGrid) else known
 
     def grid_of(self, image_size: tuple[int, int]) -> Grid | None:
-        """Height and width in positions of a picture of this size, as far as known."""
+        """Height and width in positions of an image of this size, as far as known."""
         (known,) = self._grid
         ask = getattr(known, "dynamic_feat_size", None)  # timm's, for hosts that take any size
         return self.grid if ask is None else ask(image_size)

@@ -102,7 +102,7 @@ def wide_conv3x3(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
 def mlp(
     in_channels: int, hidden: int | None, out_channels: int, dropout_rate: float, approximate: str
 ) -> nn.Module:
-    """Two linear layers with GELU and dropout, initialised as scenic's MlpBlock; or just one."""
+    """Two linear layers with GELU and dropout, initialized as scenic's MlpBlock; or just one."""
     check_rate(dropout_rate)
     gelu = nn.GELU(check_gelu(approximate))
     if hidden is None:

@@ -36,7 +36,7 @@ class TokenFuser(nn.Module):
         bottleneck_dim: Hidden width of the gates' MLP; None is the paper's single linear layer.
         dropout_rate: Dropout in the gates' MLP and of the result.
         use_normalization: LayerNorm before and after the mix; needed after sum pooling.
-        zero_init: What starts at 0, `"mix"` or `"norm"`; without normalisation it is the mix.
+        zero_init: What starts at 0, `"mix"` or `"norm"`; without normalization it is the mix.
         norm_eps: LayerNorm's epsilon.
         approximate: The GELU, `"none"` (exact) or `"tanh"`.
 
@@ -75,7 +75,7 @@ class TokenFuser(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Makes the fuser return 0 again; timm's models call this when they are initialised."""
+        """Makes the fuser return 0 again; timm's models call this when they are initialized."""
         nn.init.zeros_(self.mix.bias)
         if isinstance(self.mix_norm2, nn.LayerNorm) and self.zero_init == "norm":
             nn.init.xavier_uniform_(self.mix.weight)

@@ -115,7 +115,7 @@ class TokenLearner(_Learner):
 
     The defaults are those of the small PyTorch port that many started from. The official numbers
     are `use_sum_pooling=True, norm_eps=1e-6, approximate="tanh"`. Sum pooling makes tokens about
-    `n` times as large as V1.1 does, so it wants the fuser's normalisation.
+    `n` times as large as V1.1 does, so it wants the fuser's normalization.
 
     Args:
         in_channels: Channels `c` of the input.
@@ -244,7 +244,7 @@ class TokenLearnerV11(_Learner):
     Raises:
         ValueError: An argument is out of range.
 
-    Source: scenic `TokenLearnerModuleV11` since commit 09480e7, with its initialisation.
+    Source: scenic `TokenLearnerModuleV11` since commit 09480e7, with its initialization.
 
     >>> learner = TokenLearnerV11(in_channels=64, num_tokens=8)
     >>> learner(torch.ones(2, 196, 64)).shape, learner.attention(torch.ones(2, 14, 14, 64)).shape

@@ -72,7 +72,7 @@ def save_model(
 ) -> Path:
     """Writes a model and all that is needed to build it again, to a file or a folder.
 
-    The classes, the pooling and the size of pictures may have been changed since it was made, by
+    The classes, the pooling and the size of images may have been changed since it was made, by
     `reset_classifier` and `set_input_size`.
 
     Args:

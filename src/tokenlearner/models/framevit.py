@@ -4,7 +4,7 @@ The arrangement is that of RT-1: an image encoder turns every frame into tokens,
 runs on the tokens of the last frames; `stream.py` feeds it frame by frame.
 
 Names: `framevit_{size}_patch{p}_f{frames}_tl{tokens}at{block}_{resolution}`.
-Axes: `b` batch, `c` channels, `t` frames, `s` pictures of a frame, `k` tokens of a frame.
+Axes: `b` batch, `c` channels, `t` frames, `s` images of a frame, `k` tokens of a frame.
 Source: Brohan et al., arXiv 2212.06817, for the arrangement. Here the encoder is a ViT, attention
 is not causal, and there is no language.
 """
@@ -41,7 +41,7 @@ class FrameViT(HubModel, nn.Module):
         num_tokens: Tokens `k` of a frame.
         at: Blocks on the positions of a frame, as a number or a share of the depth.
         learner: As in `insert`.
-        tubelet_size: Pictures that make one frame; above 1 a frame is a tubelet.
+        tubelet_size: Images that make one frame; above 1 a frame is a tubelet.
         input_format: Axes of a clip, `"bcthw"` or `"btchw"`. It is never guessed.
         num_classes: Outputs of the classifier; 0 leaves it out.
         depth: Blocks in all.
@@ -177,11 +177,11 @@ class FrameViT(HubModel, nn.Module):
             raise ValueError(f"clips are {list(clips.shape)}, expected {axes}")
         if self.input_format == "btchw":
             clips = rearrange(clips, "b t c h w -> b c t h w")
-        pictures = clips.shape[2]  # no divmod: torch.compile has none for clips of any length
-        if pictures % self.tubelet_size or not self._fits(pictures // self.tubelet_size):
+        images = clips.shape[2]  # no divmod: torch.compile has none for clips of any length
+        if images % self.tubelet_size or not self._fits(images // self.tubelet_size):
             whole = f" in whole tubelets of {self.tubelet_size}" if self.tubelet_size > 1 else ""
             raise ValueError(
-                f"a clip has {pictures} frames, expected 1 to "
+                f"a clip has {images} frames, expected 1 to "
                 f"{self.num_frames * self.tubelet_size}{whole}; cut it, or build the model with "
                 "another num_frames"
             )
@@ -226,7 +226,7 @@ def build_framevit(name: str, pretrained: bool = False, **kwargs: Any) -> FrameV
         ValueError: Weights are asked for and there are none, or an argument is out of range.
     """
     if kwargs.get("features_only"):
-        raise ValueError("timm's features_only is for pictures; call encode for a frame's tokens")
+        raise ValueError("timm's features_only is for images; call encode for a frame's tokens")
     return build_variant(FrameViT, name, FRAMES[name], pretrained, kwargs)
 
 

@@ -29,7 +29,7 @@ class Host:
         num_prefix_tokens: Tokens in front of the positions.
         grid: What knows `grid_size`.
         frames: Frames in the sequence.
-        any_size: Whether pictures of several sizes are taken without the grid being told.
+        any_size: Whether images of several sizes are taken without the grid being told.
         of_positions: What a block is told of positions besides its input.
         pools_positions: Whether the head reads a mean of positions besides prefix tokens.
     """
@@ -56,7 +56,7 @@ class Place:
         num_prefix_tokens: Tokens in front of the positions.
         frames: Frames `t` in the sequence.
         grid: What knows the `grid_size` of a frame.
-        any_size: Whether pictures of several sizes are taken without the grid being told.
+        any_size: Whether images of several sizes are taken without the grid being told.
         of_positions: What a block is told of positions besides its input.
         pools_positions: Whether the head reads a mean of positions besides prefix tokens.
     """
@@ -184,7 +184,7 @@ def find_host(model: nn.Module) -> Place:
     """Finds the host in a model, which is the model itself or a part of it.
 
     Works with and without learned tokens. A part is taken if there is one host only: so the vision
-    tower of a model of pictures and text is found, and its text tower is no host.
+    tower of a model of images and text is found, and its text tower is no host.
 
     Args:
         model: Any module.

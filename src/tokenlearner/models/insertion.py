@@ -45,7 +45,7 @@ def insert(
     Args:
         model: A ViT of timm (EVA, DINOv3 and BEiT too), torchvision or transformers, or a model
             that has one as a part; `tokenlearner.hosts.HOSTS` lists them.
-        num_tokens: Tokens `k` to learn from a picture, or from a frame of a clip. Several numbers
+        num_tokens: Tokens `k` to learn from an image, or from a frame of a clip. Several numbers
             go with several places, and do not grow: `num_tokens=(16, 8), at=(0.25, 0.5)`.
         at: The learner runs in front of this block, counted from 0, or at this share of the depth.
             At a second place it learns from the tokens of the first; with `fuse`, from all
@@ -241,7 +241,7 @@ def _known_grid(place: Place, points: dict[int, int], grid: Grid | None) -> Any:
     n, k = math.prod(place.grid.grid_size), max(points.values())
     known = place.grid if grid is None else check_grid(grid, n)
     if k > n:
-        raise ValueError(f"num_tokens is {k}, but a picture has {n}; ask for fewer")
+        raise ValueError(f"num_tokens is {k}, but an image has {n}; ask for fewer")
     return known
 
 
@@ -260,9 +260,9 @@ def _check_v1(place: Place, points: dict[int, int], fuse: bool, grid: Grid | Non
         )
     if grid is None and place.any_size and not getattr(place.host, "tells_grid", False):
         raise ValueError(
-            "V1's convolutions need the grid, which a host that takes pictures of any size "
+            "V1's convolutions need the grid, which a host that takes images of any size "
             "(dynamic_img_size, interpolate_pos_encoding) does not tell; insert learner='v11', "
-            "which needs none, or pass grid=(height, width) if all pictures have one size"
+            "which needs none, or pass grid=(height, width) if all images have one size"
         )
 
 

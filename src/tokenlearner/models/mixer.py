@@ -36,7 +36,7 @@ _OFFICIAL: dict[str, Any] = {
 class TokenLearnerMixer(HubModel, MlpMixer):
     """An MLP-Mixer that runs on learned tokens from one of its blocks on.
 
-    timm's interface is intact. Pictures have one size, that of `img_size`, as in every Mixer.
+    timm's interface is intact. Images have one size, that of `img_size`, as in every Mixer.
 
     Args:
         num_tokens: Tokens `k` to learn; 0 is the plain Mixer.
@@ -83,7 +83,7 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         build: Any = _shorter_from(index, num_tokens, block_layer) if num_tokens else block_layer
         super().__init__(num_blocks=num_blocks, block_layer=build, **(_OFFICIAL | kwargs))
         end = num_blocks if fuse else index + 1
-        # after timm's initialisation, so that learners and fusers keep their own
+        # after timm's initialization, so that learners and fusers keep their own
         for i in range(index, end if num_tokens else index):
             new = LEARNERS[learner](self.embed_dim, num_tokens)
             self.blocks[i] = wrap(self.blocks[i], new, fuse, fuser_bottleneck_dim, grid=self.stem)
@@ -92,7 +92,7 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         """Runs everything but the head: `b c h w -> b k c`, or `b n c` fused or without tokens.
 
         Raises:
-            ValueError: The pictures do not have the model's size.
+            ValueError: The images do not have the model's size.
         """
         self._check_images(x)
         return super().forward_features(x)
@@ -109,7 +109,7 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         """As timm's: the features behind chosen blocks, with or without the final ones.
 
         Raises:
-            ValueError: The pictures do not have the model's size, or a feature map is asked for
+            ValueError: The images do not have the model's size, or a feature map is asked for
                 where only learned tokens remain.
         """
         self._check_images(x)
@@ -120,12 +120,12 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         )
 
     def _check_images(self, x: Tensor) -> None:
-        """Refuses pictures that the stem was not built for."""
+        """Refuses images that the stem was not built for."""
         size: Any = self.stem.img_size  # a pair, as the stem is built with one
         expected = (self.stem.proj.in_channels, *size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(
-                f"the pictures are {list(x.shape)}, expected [b, {', '.join(map(str, expected))}]; "
+                f"the images are {list(x.shape)}, expected [b, {', '.join(map(str, expected))}]; "
                 "a Mixer takes one size: resize them, or build it with another img_size or in_chans"
             )
 
@@ -140,7 +140,7 @@ def _shorter_from(
         nonlocal built
         if num_tokens > seq_len:
             raise ValueError(
-                f"num_tokens is {num_tokens}, but a picture has {seq_len} positions; ask for fewer"
+                f"num_tokens is {num_tokens}, but an image has {seq_len} positions; ask for fewer"
             )
         built += 1
         length = num_tokens if built > index else seq_len

@@ -40,7 +40,7 @@ def sized(size: str, patch: int, resolution: int, depth: int | None = None) -> d
 
 
 def variant_cfg(config: Mapping[str, Any], first_conv: str, **more: Any) -> dict[str, Any]:
-    """Returns what timm's data code asks of a variant: input size, normalisation, classifier."""
+    """Returns what timm's data code asks of a variant: input size, normalization, classifier."""
     size = config.get("img_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     channels = config.get("in_chans", 3)
@@ -104,7 +104,7 @@ def blocks_with_grid(config: Mapping[str, Any], depth: int) -> tuple[int, ...]:
 
 
 def source_channels(arguments: Mapping[str, Any]) -> int:
-    """The channels of the pictures that a checkpoint is for, as its config says."""
+    """The channels of the images that a checkpoint is for, as its config says."""
     return _told(arguments).get("in_chans", 3)
 
 

@@ -57,9 +57,9 @@ class TokenStream:
             ValueError: The frame does not fit the model or the frames before it.
         """
         one = frame.unsqueeze(self.model.input_format.index("t")) if frame.ndim == 4 else frame
-        if one.ndim == 5 and self._pictures(one) != self.model.tubelet_size:
+        if one.ndim == 5 and self._images(one) != self.model.tubelet_size:
             raise ValueError(
-                f"a frame is {list(frame.shape)}, expected {self.model.tubelet_size} pictures; "
+                f"a frame is {list(frame.shape)}, expected {self.model.tubelet_size} images; "
                 "push one frame or tubelet at a time"
             )
         if self._ring is not None and len(one) != len(self._ring):
@@ -92,5 +92,5 @@ class TokenStream:
         self._ring: Tensor | None = None
         self._seen = 0
 
-    def _pictures(self, frame: Tensor) -> int:
+    def _images(self, frame: Tensor) -> int:
         return frame.shape[self.model.input_format.index("t")]

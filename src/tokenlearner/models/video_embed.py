@@ -37,7 +37,7 @@ class ClipEmbed(nn.Module):
         bias: Whether the convolution has one.
         device: Of the parameters.
         dtype: Of the parameters.
-        unused: timm's arguments for pictures of any size, which clips cannot have; no others.
+        unused: timm's arguments for images of any size, which clips cannot have; no others.
 
     Raises:
         ValueError: An argument is out of range, or no patch or tubelet fits.
@@ -86,7 +86,7 @@ class ClipEmbed(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Starts the kernel anew; timm's models call this when they are initialised."""
+        """Starts the kernel anew; timm's models call this when they are initialized."""
         lecun_normal_(self.proj.weight)
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)

@@ -49,7 +49,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
         global_pool: `"avg"`, `"max"` or `"sum"` over the tokens (scenic's gap, gmp and gsp), or
             one of timm's others; `""` returns all tokens.
         kwargs: What timm's VisionTransformer takes. The defaults that differ from timm's: no class
-            token, the LayerNorm before pooling, tanh GELU, scenic's initialisation (a head of 0).
+            token, the LayerNorm before pooling, tanh GELU, scenic's initialization (a head of 0).
 
     Shape:
         `b c h w -> b classes`
@@ -60,7 +60,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
     Source: scenic `TokenLearnerViT`.
     """
 
-    tells_grid = True  # forward_features tells V1 the grid of pictures of any size
+    tells_grid = True  # forward_features tells V1 the grid of images of any size
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
 
         Raises:
             ValueError: A feature map is asked for where only learned tokens remain, or V1 would
-                have to know the grid of a picture that has not the model's size.
+                have to know the grid of an image that has not the model's size.
         """
         taken, _ = feature_take_indices(len(self.blocks), indices)
         if output_fmt == "NCHW":
@@ -127,7 +127,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
         size, needs_grid = tuple(x.shape[-2:]), self.dynamic_img_size and self._needs_grid()
         if needs_grid and self.patch_embed.dynamic_feat_size(size) != self.patch_embed.grid_size:
             raise ValueError(
-                f"V1's learner is built for a {self.patch_embed.grid_size} grid, the picture is "
+                f"V1's learner is built for a {self.patch_embed.grid_size} grid, the image is "
                 f"{size}; call set_input_size({size}), or build the model with learner='v11'"
             )
         return super().forward_intermediates(

@@ -32,7 +32,7 @@ class ViViT(TokenLearnerViT):
     """A video transformer with joint space-time attention, on `k` learned tokens a frame.
 
     For the headless representation model pass `num_classes=0, global_pool=""`: the output is then
-    `b (t k) c`, the normalised tokens of all frames.
+    `b (t k) c`, the normalized tokens of all frames.
 
     Args:
         num_frames: Frames of a clip, as in `ClipEmbed`.
@@ -87,7 +87,7 @@ class ViViT(TokenLearnerViT):
         """
         old, positions = self.patch_embed.grid_size, self.pos_embed
         timms: Any = super().set_input_size  # takes one number too
-        self.pos_embed = None  # timm would take the frames' positions for those of one picture
+        self.pos_embed = None  # timm would take the frames' positions for those of one image
         try:
             timms(img_size, patch_size)
         finally:
@@ -203,7 +203,7 @@ def build_vivit(name: str, pretrained: bool = False, **kwargs: Any) -> ViViT:
     """
     if kwargs.get("features_only"):
         raise ValueError(
-            "timm's features_only is for pictures; build the video model without it and call "
+            "timm's features_only is for images; build the video model without it and call "
             "forward_intermediates"
         )
     channels = source_channels(kwargs)

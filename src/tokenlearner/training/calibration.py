@@ -2,7 +2,7 @@
 
 A learner starts as noise, so a host on its tokens is much worse than it need be. Here the learners,
 and only they, are fitted so that later blocks compute from their tokens what they computed from all
-positions. A few hundred pictures and seconds to minutes are enough; the host's weights stay.
+positions. A few hundred images and seconds to minutes are enough; the host's weights stay.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Calibration:
     """What calibrating did.
 
     Args:
-        images: Pictures it looked at.
+        images: Images it looked at.
         steps: Updates of the learners.
         error_before: Share of the variance of later blocks' features that the model did not
             reproduce, as `feature_loss` counts it; noise may score above 1.
-        error_after: The same afterwards, on the same pictures.
+        error_after: The same afterwards, on the same images.
         seconds: Time that all of it took.
     """
 
@@ -57,21 +57,21 @@ def calibrate(
     seed: int = 0,
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> Calibration:
-    """Fits the learners of `model` to its host on pictures without labels; changes it in place.
+    """Fits the learners of `model` to its host on images without labels; changes it in place.
 
     The teacher is the model without its learners, so this comes before any other training. Blocks
-    in front of the first learner run once; only their output is kept, `n c` floats a picture.
+    in front of the first learner run once; only their output is kept, `n c` floats an image.
 
     Args:
         model: A host with learned tokens. What runs before them stays bit for bit; without `tail`
             so do all of the host's parameters.
-        images: A few hundred normalised pictures as the model takes them, `b c h w`, or clips.
-        tail: Fit all that runs behind the first learner too, which takes more pictures, a lower
+        images: A few hundred normalized images as the model takes them, `b c h w`, or clips.
+        tail: Fit all that runs behind the first learner too, which takes more images, a lower
             `lr` and a call without it before: the cheapest way to distil on a CPU.
         steps: Updates.
-        batch_size: Pictures an update.
+        batch_size: Images an update.
         lr: Highest learning rate of Adam, which falls to 0 as a cosine.
-        seed: Of the pictures' order.
+        seed: Of the images' order.
         report: Called after every step with `step`, `steps`, `loss` and `images_per_second`.
 
     Raises:
@@ -118,7 +118,7 @@ def tail_parameters(model: nn.Module, first: int) -> list[nn.Parameter]:
 
 
 class TeacherCache:
-    """What a host made of pictures from block `first` on, to be learnt by a model of its blocks.
+    """What a host made of images from block `first` on, to be learned by a model of its blocks.
 
     The student's blocks in front of `first` have to be the host's: they are not run again.
 
@@ -127,10 +127,10 @@ class TeacherCache:
         images: As in `calibrate`.
         first: Block at whose input the two part.
         whole: Teach all tokens behind the last block too; for students that keep all positions.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
 
     Raises:
-        ValueError: There are fewer than 2 pictures.
+        ValueError: There are fewer than 2 images.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class TeacherCache:
         whole: bool = False,
         batch_size: int = 64,
     ):
-        check_count("batch_size", batch_size, least=2)  # one picture has no variance
+        check_count("batch_size", batch_size, least=2)  # one image has no variance
         if not isinstance(images, Tensor) or len(images) < 2:
             what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images is {what}, expected a tensor of 2 pictures or more, b c h w")
+            raise ValueError(f"images is {what}, expected a tensor of 2 images or more, b c h w")
         self.images, self.first, self.whole = images, first, whole
         self.batch_size, self.parts = batch_size, torch.arange(len(images)).split(batch_size)
         place = find_host(host)
@@ -154,7 +154,7 @@ class TeacherCache:
         self.features, self.output = self._see(host)
 
     def run(self, student: nn.Module, index: Tensor) -> BlockOutputs:
-        """What a student makes of some of the pictures, beginning at block `first`."""
+        """What a student makes of some of the images, beginning at block `first`."""
         images = self.images[index]
         if self._front is None:
             return forward_with_features(student, images)
@@ -163,7 +163,7 @@ class TeacherCache:
             return forward_with_features(student, images, self.first)
 
     def losses(self, student: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-        """How far a student's features and output are off on some of the pictures."""
+        """How far a student's features and output are off on some of the images."""
         features, output = self._kept(self.run(student, index))
         return (
             feature_loss(features, [layer[index] for layer in self.features]),
@@ -172,7 +172,7 @@ class TeacherCache:
 
     @torch.no_grad()
     def error(self, student: nn.Module) -> float:
-        """How far the features are off on all pictures together."""
+        """How far the features are off on all images together."""
         with training_mode(student, training=False):
             features, _ = _joined([self._kept(self.run(student, part)) for part in self.parts])
         return feature_loss(features, self.features).item()
@@ -212,7 +212,7 @@ class TeacherCache:
 
     @torch.no_grad()
     def _see(self, host: nn.Module) -> tuple[list[Tensor], Tensor]:
-        """What the host makes of all pictures; what enters the first block is kept."""
+        """What the host makes of all images; what enters the first block is kept."""
         raw: list[Any] = []
         last = list(find_host(host).blocks)[: self.first][-1:]  # in front of the first, if any is
         hooks = [b.register_forward_hook(lambda _, __, out: raw.append(out)) for b in last]

@@ -31,7 +31,7 @@ _EPS = 1e-3  # of a layer's mean variance; keeps features that hardly vary from 
 
 @dataclass(frozen=True)
 class BlockOutputs:
-    """What a model made of pictures on the way to its output.
+    """What a model made of images on the way to its output.
 
     Args:
         output: Logits `b classes`, or features where the model has no classifier.
@@ -82,7 +82,7 @@ def feature_loss(
         pools_positions: As in `summary`.
 
     Raises:
-        ValueError: There are no features, not as many, or of another width, or of one picture.
+        ValueError: There are no features, not as many, or of another width, or of one image.
     """
     if len(student) != len(teacher) or not teacher:
         raise ValueError(
@@ -96,7 +96,7 @@ def feature_loss(
         )
     if len(teacher[0]) < 2:
         raise ValueError(
-            "features are measured by their variance over the batch, and it has 1 picture; take "
+            "features are measured by their variance over the batch, and it has 1 image; take "
             "batch_size=2 or more, or kd_distill_type='logit'"
         )
     kept = num_prefix_tokens, pools_positions

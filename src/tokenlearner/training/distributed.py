@@ -58,7 +58,7 @@ class Distributed:
         share = config.batch_size // self.num_processes
         require(
             not (config.mixup or config.cutmix) or share % 2 == 0,
-            f"mixup and cutmix mix pairs, and {share} pictures of a step in each process make no "
+            f"mixup and cutmix mix pairs, and {share} images of a step in each process make no "
             f"pairs; take a batch_size that is a multiple of {2 * parts}",
         )
         require(
@@ -146,16 +146,16 @@ class Distributed:
 
 
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """Weights and the optimiser's state, whole and by name, however they are shared out."""
+    """Weights and the optimizer's state, whole and by name, however they are shared out."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, optimiser = get_state_dict(model, optimizer, options=options)
-    return copy.deepcopy(weights), copy.deepcopy(optimiser)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    return copy.deepcopy(weights), copy.deepcopy(moments)
 
 
 def set_full_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, weights: Any, optimiser: Any
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: Any, moments: Any
 ) -> None:
     """The way back from `whole_state`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
@@ -165,7 +165,7 @@ def set_full_state(
         model,
         optimizer,
         model_state_dict=weights,
-        optim_state_dict=optimiser,
+        optim_state_dict=moments,
         options=options,
     )
 

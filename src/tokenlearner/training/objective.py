@@ -1,4 +1,4 @@
-"""What a step is made of: the model and its teacher, the loss, the optimiser, its rate."""
+"""What a step is made of: the model and its teacher, the loss, the optimizer, its rate."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Objective(nn.Module):
 def label_loss(config: TrainConfig, logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of labels `b`, or of mixed ones `b classes`.
 
-    Source: for "sigmoid", scenic `sigmoid_cross_entropy`: summed over classes, mean over pictures.
+    Source: for "sigmoid", scenic `sigmoid_cross_entropy`: summed over classes, mean over images.
     """
     logits = logits.float()
     mixed = labels.ndim == 2

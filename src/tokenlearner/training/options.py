@@ -1,6 +1,6 @@
 """What a training run can be told, in groups; `recipe.TrainConfig` has all of them.
 
-The words are timm's wherever timm has one. What is said of pictures is in `data_options.py`.
+The words are timm's wherever timm has one. What is said of images is in `data_options.py`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class ModelOptions:
             images for a model of video; a file, as model.safetensors in what train wrote.
         keep_head: Copy the classifier too; otherwise it starts new.
         head_bias: What every bias of a new classifier is, as -10 for the sigmoid loss.
-        drop_path: Rate at which pictures skip the last block of a model built new; earlier blocks
+        drop_path: Rate at which images skip the last block of a model built new; earlier blocks
             less often.
         insert: Learned tokens to insert into the trained model; they are calibrated first.
         at: Block in front of which tokens are learned, or a share of the depth.
         learner: v11, v1, v1-mean or grouped.
         fuse: Put learned tokens back on all positions behind each block.
-        calibrate: Training pictures, without labels, for calibrating; 0 leaves it out.
+        calibrate: Training images, without labels, for calibrating; 0 leaves it out.
     """
 
     model: str = "vit_mini_patch4_28"
@@ -60,7 +60,7 @@ class ModelOptions:
         for name in ("num_tokens", "insert", "calibrate"):
             check_count(name, getattr(self, name), least=0)
         check_rate(self.drop_path, "drop_path")
-        require(self.calibrate != 1, "calibrate is 1, expected 2 pictures or more, or 0 for none")
+        require(self.calibrate != 1, "calibrate is 1, expected 2 images or more, or 0 for none")
         built_new = ("num_tokens", "model_kwargs", "init_from", "head_bias", "drop_path")
         given = [name for name in built_new if getattr(self, name) not in (None, 0)]
         require(
@@ -121,11 +121,11 @@ class OptimOptions:
     """How weights change.
 
     Args:
-        epochs: Passes over the training pictures.
-        batch_size: Pictures a step, over all processes; what is left of an epoch makes no step.
+        epochs: Passes over the training images.
+        batch_size: Images a step, over all processes; what is left of an epoch makes no step.
         grad_accum_steps: Parts in which each process takes its share of a step.
-        opt: A name of timm's optimisers, such as adamw, lamb or sgd.
-        betas: Decay of Adam's means, as [0.9, 0.999]; None is the optimiser's own.
+        opt: A name of timm's optimizers, such as adamw, lamb or sgd.
+        betas: Decay of Adam's means, as [0.9, 0.999]; None is the optimizer's own.
         lr: Highest learning rate.
         weight_decay: Not for biases, norms and position embeddings.
         layer_decay: Factor of the learning rate from each block to the one before it.
@@ -197,10 +197,10 @@ class RunOptions:
         save_every: Steps from one checkpoint to the next; 0 is one after every epoch.
         nan: stop ends the run when the loss is not finite; skip leaves the step out, and counts.
         trackers: Also report to tensorboard, wandb or another of Accelerate's trackers.
-        seed: Of the weights and of the pictures' order.
+        seed: Of the weights and of the images' order.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         mixed_precision: no, bf16 or fp16.
-        fsdp: Share weights, gradients and optimiser out among processes (FSDP2); otherwise
+        fsdp: Share weights, gradients and optimizer out among processes (FSDP2); otherwise
             several processes hold all of them each (DDP).
         compile: Compile the model.
         onednn: Have oneDNN compute linear layers, which many CPUs do faster; of float32.

@@ -60,7 +60,7 @@ class EvalConfig(DataOptions):
     Args:
         checkpoint: File or folder that `tokenlearner train` wrote.
         split: train or test.
-        batch_size: Pictures at a time, changes the speed only; None is up to 500, fewer of
+        batch_size: Images at a time, changes the speed only; None is up to 500, fewer of
             large ones.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
 
@@ -86,7 +86,7 @@ class EvalConfig(DataOptions):
         return TrainConfig(**told).wanted
 
     def at_once(self, shape: Sequence[int]) -> int:
-        """How many pictures or clips, with all their views and crops, are judged at a time."""
+        """How many images or clips, with all their views and crops, are judged at a time."""
         return self.batch_size or eval_batch_size(shape, self.views * self.crops)
 
 

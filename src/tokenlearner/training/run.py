@@ -42,7 +42,7 @@ class TrainResult:
         model: In evaluation mode.
         checkpoint: Its weights.
         history: A row of metrics for every epoch.
-        images: Training pictures there were.
+        images: Training images there were.
         host: With insert, the model as it was before.
         calibration: With insert, what calibrating did, if it was asked for.
     """
@@ -180,7 +180,7 @@ class _Run:
                 write_metrics(self.config, self.history)
 
     def _judge(self, loop: Trainer) -> Evaluation:
-        """What the model makes of the held-out pictures, each process of its part."""
+        """What the model makes of the held-out images, each process of its part."""
         data, engine = self.held_out, self.engine
         part = engine.process, engine.num_processes
         squares = self.config.views * self.config.crops

@@ -34,7 +34,7 @@ class TrainingSetup:
 
 
 def prepare(config: TrainConfig, data: LabeledDataset, device: torch.device) -> TrainingSetup:
-    """Builds or loads the model and its teacher, and tries both on pictures."""
+    """Builds or loads the model and its teacher, and tries both on images."""
     host = None
     if config.insert:
         model = _trained(config.model, data)
@@ -84,7 +84,7 @@ def _trained(name: str, data: LabeledDataset) -> nn.Module:
 
 
 def _try_recipe(config: TrainConfig, model: nn.Module, data: LabeledDataset) -> None:
-    """Finds out before anything is written whether pictures and weights can change as is asked."""
+    """Finds out before anything is written whether images and weights can change as is asked."""
     per_epoch = len(data) // config.batch_size
     train_transform(config, data)
     make_schedule(config, make_optimizer(config, model), config.epochs * per_epoch, per_epoch)
@@ -104,14 +104,14 @@ def _try_teaching(
 
 
 def _try(name: str, model: nn.Module, data: LabeledDataset) -> None:
-    """Runs a model on one picture, and refuses it if it cannot, or has other classes."""
+    """Runs a model on one image, and refuses it if it cannot, or has other classes."""
     images, _ = next(data.batches(1))
     try:
         with torch.inference_mode():
             logits = model.cpu().eval()(images)
     except (AssertionError, RuntimeError) as error:
         size = list(data.shape)
-        message = f"{name} does not take pictures of {size}, as {data.name} has ({error})"
+        message = f"{name} does not take images of {size}, as {data.name} has ({error})"
         raise ValueError(message) from error
     if logits.shape[1] != len(data.classes):
         raise ValueError(

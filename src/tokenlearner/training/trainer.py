@@ -32,7 +32,7 @@ class Trainer:
     Args:
         config: The recipe.
         model: What trains: its parameters that need gradients.
-        data: Training pictures, and labels where they count.
+        data: Training images, and labels where they count.
         report: Called after every step.
         teaching: The teacher, if there is one.
         engine: This process; None makes one.
@@ -144,11 +144,11 @@ class Trainer:
         """Goes on where the loop was that gave this state.
 
         Raises:
-            ValueError: It trained on more or fewer pictures.
+            ValueError: It trained on more or fewer images.
         """
         require(
             state["images"] == len(self.data),
-            f"the checkpoint is of a run on {state['images']} pictures, {self.data.name} has "
+            f"the checkpoint is of a run on {state['images']} images, {self.data.name} has "
             f"{len(self.data)} now; bring back what there was, or pass another out",
         )
         set_full_state(self.model, self.optimizer, state["model"], state["optimizer"])
@@ -233,7 +233,7 @@ class Trainer:
             )
 
     def _update(self, batch: Batch) -> float:
-        """One step of the optimiser; returns the mean loss over all processes."""
+        """One step of the optimizer; returns the mean loss over all processes."""
         device, accelerator = self.engine.device, self.engine.accelerator
         images, labels = batch.images.to(device), batch.labels.to(device)
         if self.mix:

@@ -1,4 +1,4 @@
-"""What the page shows of one picture or clip, before it is drawn: prediction, maps, numbers, cost.
+"""What the page shows of one image or clip, before it is drawn: prediction, maps, numbers, cost.
 
 Axes: `t` frames as the maps have them, `k` tokens, `h w` grid, `c` classes.
 """
@@ -26,28 +26,28 @@ from ..maps import compute_maps, time_step_rows
 from .models import OfferedModel
 
 ALL_TOKENS = "sum"
-AT_ONCE = 32  # in the batch that is measured besides a single picture or clip
+AT_ONCE = 32  # in the batch that is measured besides a single image or clip
 _MOST_ROUNDS, _LEAST_ROUNDS, _SECONDS = 30, 3, 2.0  # each measurement takes about that long
 _MOST_SECONDS = 4.0  # of a batch, at worst
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model made of one picture or clip.
+    """What a model made of one image or clip.
 
     Args:
-        name: What the picture or clip is called.
+        name: What the image or clip is called.
         seen: `t c h w` in [0, 1], as the model got it.
-        is_film: Whether it is a clip.
+        is_video: Whether it is a clip.
         shares: Of each class by softmax, `c`, over the frames of a clip the mean.
         maps: `t k h w` for each block at which tokens are learned; none without learned tokens.
         stats: Numbers about them, for each block.
-        scale: What their colours mean.
+        scale: What their colors mean.
     """
 
     name: str
     seen: Tensor
-    is_film: bool
+    is_video: bool
     shares: Tensor
     maps: dict[int, Tensor]
     stats: dict[int, AttentionStats]
@@ -74,7 +74,7 @@ class Prediction:
             ValueError: There is no such frame.
         """
         require(1 <= frame <= self.frames, f"frame is {frame}, expected 1 to {self.frames}")
-        seen = MapInput(self.name, self.seen, self.seen, self.is_film)
+        seen = MapInput(self.name, self.seen, self.seen, self.is_video)
         return time_step_rows(seen, self.maps, frame - 1)
 
     def shown(self, block: str, token: str, frame: int) -> Tensor:
@@ -95,9 +95,9 @@ class MeasuredCost:
 
     name: str
     gmacs: float
-    """Multiply-adds of one picture or clip, counted as 1, in 1e9."""
+    """Multiply-adds of one image or clip, counted as 1, in 1e9."""
     latency_ms: Spread
-    """Of one picture or clip."""
+    """Of one image or clip."""
     speedup: Spread
     batch_latency_ms: Spread | None
     """Of `AT_ONCE` of them; None where that would take too long."""
@@ -110,7 +110,7 @@ class CostReport:
 
     Args:
         costs: Without learned tokens, then with them; one only where that cannot be.
-        rounds: Timed runs of each on a single picture or clip.
+        rounds: Timed runs of each on a single image or clip.
         size: Of that, such as `1 x 28 x 28`.
         machine: On what.
         remark: Why there is one cost only, if so.
@@ -124,7 +124,7 @@ class CostReport:
 
 
 def predict(offered: OfferedModel, seen: MapInput) -> Prediction:
-    """Runs a model on one picture or clip: its prediction, and its maps if it has any.
+    """Runs a model on one image or clip: its prediction, and its maps if it has any.
 
     Raises:
         ValueError: The model does not take it, or makes no finite numbers of it.
@@ -134,7 +134,7 @@ def predict(offered: OfferedModel, seen: MapInput) -> Prediction:
         maps = compute_maps(offered.model, seen) if offered.has_tokens else {}
         logits = offered.model(seen.taken.to(like)).float()
     require(bool(logits.isfinite().all()), f"{offered.name} makes no finite numbers of it")
-    stats = {i: map_stats(one[None] if seen.is_film else one) for i, one in maps.items()}
+    stats = {i: map_stats(one[None] if seen.is_video else one) for i, one in maps.items()}
     gates = has_gates(offered.model)
     each = len(seen.seen) // max(len(one) for one in maps.values()) if maps else 1
     moments = (
@@ -144,7 +144,7 @@ def predict(offered: OfferedModel, seen: MapInput) -> Prediction:
     return Prediction(
         name=seen.name,
         seen=seen.seen,
-        is_film=seen.is_film,
+        is_video=seen.is_video,
         shares=logits.softmax(-1).mean(0).cpu(),
         maps=maps,
         stats=stats,
@@ -153,7 +153,7 @@ def predict(offered: OfferedModel, seen: MapInput) -> Prediction:
 
 
 def measure_cost(offered: OfferedModel, taken: Tensor) -> CostReport:
-    """Measures one picture or clip with and without the learned tokens, in turn.
+    """Measures one image or clip with and without the learned tokens, in turn.
 
     Without them it is the same model with its learners taken out: it costs what the host costs,
     but was not trained so, and its prediction is of no use.

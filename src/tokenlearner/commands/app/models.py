@@ -1,4 +1,4 @@
-"""The models that the page offers, and the pictures that each can be tried on."""
+"""The models that the page offers, and the images that each can be tried on."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class OfferedModel:
     Args:
         name: What it is called there.
         model: In evaluation mode.
-        intake: How it takes pictures or clips.
+        intake: How it takes images or clips.
         classes: The names of its classes; None where they are not known.
         is_random: Whether its weights are as they started.
-        data: Held-out pictures or clips that it can be tried on.
+        data: Held-out images or clips that it can be tried on.
     """
 
     name: str
@@ -60,7 +60,7 @@ class OfferedModel:
 
     @property
     def examples(self) -> list[str]:
-        """The classes that there is an example of, the first held-out picture or clip of each."""
+        """The classes that there is an example of, the first held-out image or clip of each."""
         return list(self.data.classes[:_EXAMPLES]) if self.data is not None else []
 
     @property
@@ -82,7 +82,7 @@ class OfferedModel:
             return preprocess(raw, name, self.intake)
         clip = self.data.plain(raw)  # c t h w
         taken = clip.transpose(0, 1) if self.intake.time_first else clip
-        return MapInput(name, raw.float() / 255, taken[None], is_film=True)
+        return MapInput(name, raw.float() / 255, taken[None], is_video=True)
 
 
 def offered_sources(checkpoints: Sequence[str]) -> dict[str, str]:
@@ -106,7 +106,7 @@ def load_offered(checkpoints: Sequence[str], device: str) -> dict[str, OfferedMo
     """Loads the models of the page, those with learned tokens first.
 
     Raises:
-        ValueError: There is no such model or device, or it does not take pictures or clips.
+        ValueError: There is no such model or device, or it does not take images or clips.
     """
     models = [_load(name, source, device) for name, source in offered_sources(checkpoints).items()]
     models.sort(key=lambda one: not one.has_tokens)
@@ -129,7 +129,7 @@ def _load(name: str, source: str, device: str) -> OfferedModel:
 
 
 def _examples(run: dict[str, Any], intake: InputPipeline) -> Any:
-    """Held-out pictures of the set that a model was trained on, or of the package; or clips."""
+    """Held-out images of the set that a model was trained on, or of the package; or clips."""
     name, wanted = _BUNDLED, dict[str, Any]()
     if intake.takes_clips:
         c, t, size, _ = intake.size
@@ -148,7 +148,7 @@ def _classes(run: dict[str, Any], model: Any, data: Any) -> tuple[str, ...] | No
     names: Any = None
     if data is not None and run.get("data") == data.name:
         names = data.classes
-    elif run.get("data") in ("folder", "film"):
+    elif run.get("data") in ("folder", "video-folder", "film"):
         names = _classes_of_folder(run)
     names = names or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return tuple(names) if names and len(names) == n else None

@@ -68,7 +68,7 @@ class AppPage:
         first = next(iter(self.models.values()))
         most = self.limits
         self.model = gr.Dropdown([*self.models], value=first.name, label="Model", filterable=False)
-        self.file = gr.File(label="Picture or clip of yours", height=150, elem_id="tl-file")
+        self.file = gr.File(label="Image or clip of yours", height=150, elem_id="tl-file")
         gr.Markdown(
             f"PNG, JPEG, WebP, GIF, BMP, TIFF, or MP4, MOV, WebM, MKV, AVI; up to {most.mib} MiB, "
             f"{most.pixels / 1e6:g} million pixels, {most.frames} frames, {most.seconds} seconds. "
@@ -174,7 +174,7 @@ class AppPage:
         except Exception as error:
             return (*[gr.update()] * 4, _complaint(error))
         named = "all tokens" if token == ALL_TOKENS else f"token {token}"
-        when = f", frame {at} of {looked.frames}" if looked.is_film else ""
+        when = f", frame {at} of {looked.frames}" if looked.is_video else ""
         # The tokens are told only where they change, since the keyboard's focus would be lost.
         told = gr.update(choices=tokens, value=token) if is_block else gr.update()
         return *views, told, _status([f"{looked.name}{when}: {named}."], is_random)
@@ -196,7 +196,7 @@ class AppPage:
             return read_upload(path, offered.intake, self.limits)
         if example is not None:
             return offered.example(example), []
-        what = "clip" if offered.intake.takes_clips else "picture or clip"
+        what = "clip" if offered.intake.takes_clips else "image or clip"
         raise ValueError(f"choose a {what} to look at")
 
     def _drawn(

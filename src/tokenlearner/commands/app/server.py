@@ -1,4 +1,4 @@
-"""The web page that `tokenlearner app` serves: drop a picture, see where learned tokens look."""
+"""The web page that `tokenlearner app` serves: drop an image, see where learned tokens look."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .view import STYLE
 
 FIRST_PORT, _PORTS = 7860, 100
 _CUT_OFF = 4  # times the allowed size, at which an upload ends; below it the page says what fits
-_VISITORS = 20  # whose last picture is remembered
+_VISITORS = 20  # whose last image is remembered
 _SETTINGS = {  # of Gradio, which reads them when it is imported or started
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_RUN_HISTORY": "False",
@@ -38,7 +38,7 @@ _MONO = ["ui-monospace", "Consolas", "monospace"]
 
 @dataclass(frozen=True)
 class AppConfig:
-    """Serves a web page on which pictures and clips are looked at.
+    """Serves a web page on which images and clips are looked at.
 
     Args:
         checkpoints: Checkpoints, folders of `tokenlearner demo`, or names of models (random
@@ -49,7 +49,7 @@ class AppConfig:
         browser: Open the page in the browser.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         max_upload_mib: Size of a file that can be uploaded, in MiB.
-        max_pixels: Of a picture, or of a clip's frame.
+        max_pixels: Of an image, or of a clip's frame.
         max_frames: Of a clip.
         max_seconds: Of a clip.
 

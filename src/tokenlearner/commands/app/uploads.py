@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LEAST_SIDE, MOST_TIMES_AS_LONG = 4, 20  # a strip would become huge as its short side is enlarged
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # of pictures
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # of images
 _STARTS = {  # with what files of these kinds start
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -34,9 +34,9 @@ _STARTS = {  # with what files of these kinds start
     b"\x1aE\xdf\xa3": ".mkv",  # WebM too
 }
 _RIFF = {b"WEBP": "WEBP", b"AVI ": ".avi"}
-_STILLS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in the form of films
+_STILLS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # images in the form of videos
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")  # as FFmpeg calls them
-_KINDS = "a picture (PNG, JPEG, WebP, GIF, BMP, TIFF) or a clip (MP4, MOV, WebM, MKV, AVI)"
+_KINDS = "an image (PNG, JPEG, WebP, GIF, BMP, TIFF) or a clip (MP4, MOV, WebM, MKV, AVI)"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class UploadLimits:
 
     Args:
         mib: Size of the file, in MiB.
-        pixels: Of a picture, or of a frame.
+        pixels: Of an image, or of a frame.
         frames: Of a clip.
         seconds: Of a clip.
 
@@ -68,7 +68,7 @@ def read_upload(
 ) -> tuple[MapInput, list[str]]:
     """Checks a file and reads it as a model takes it.
 
-    A picture is turned as its EXIF data say. Of a picture that moves the first frame is taken.
+    An image is turned as its EXIF data say. Of an image that moves the first frame is taken.
 
     Args:
         path: The file; its name is only shown.
@@ -76,41 +76,41 @@ def read_upload(
         limits: What is refused.
 
     Returns:
-        The picture or clip, and sentences on what was done to it.
+        The image or clip, and sentences on what was done to it.
 
     Raises:
         ValueError: It is of another kind, too large, damaged, or not what the model takes.
     """
     name, kind = path.name, upload_kind(path, limits)
-    is_film = kind.startswith(".")
-    if not is_film:
+    is_video = kind.startswith(".")
+    if not is_video:
         require(
             not intake.takes_clips,
-            f"{name} is a picture, but this model takes clips of {intake.frames} frames; choose a "
+            f"{name} is an image, but this model takes clips of {intake.frames} frames; choose a "
             "clip, or another model",
         )
-        picture, said = _read_picture(path, kind, limits)
-        return preprocess(picture, name, intake), said
+        image, said = _read_image(path, kind, limits)
+        return preprocess(image, name, intake), said
     with TemporaryDirectory() as folder:
         file = Path(folder) / f"clip{kind}"
         shutil.copyfile(path, file)
         try:
-            n = _check_film(file, name, limits)
-            return intake.read(file, name), _of_film(n, intake)
+            n = _check_video(file, name, limits)
+            return intake.read(file, name), _of_video(n, intake)
         except UnreadableFile as error:
             raise UnreadableFile(str(error).replace(str(file), name)) from error
 
 
-def preprocess(picture: Image.Image, name: str, intake: InputPipeline) -> MapInput:
-    """Reads a decoded picture as a model takes it."""
+def preprocess(image: Image.Image, name: str, intake: InputPipeline) -> MapInput:
+    """Reads a decoded image as a model takes it."""
     with TemporaryDirectory() as folder:
-        file = Path(folder) / "picture.bmp"  # keeps every pixel, and is quick
-        picture.save(file)
+        file = Path(folder) / "image.bmp"  # keeps every pixel, and is quick
+        image.save(file)
         return intake.read(file, name)
 
 
 def upload_kind(path: Path, limits: UploadLimits) -> str:
-    """Names the kind of a file by its first bytes: PIL's format, or a film's extension.
+    """Names the kind of a file by its first bytes: PIL's format, or a video's extension.
 
     Raises:
         ValueError: It is empty, larger than allowed, or of no kind that is known.
@@ -126,19 +126,19 @@ def upload_kind(path: Path, limits: UploadLimits) -> str:
         start = file.read(16)
     if start[4:8] == b"ftyp":
         still = start[8:12] in _STILLS
-        require(not still, f"{path.name} is a HEIC or AVIF picture; save it as JPEG or PNG")
+        require(not still, f"{path.name} is a HEIC or AVIF image; save it as JPEG or PNG")
         return ".mp4"
     if start[:4] == b"RIFF" and start[8:12] in _RIFF:
         return _RIFF[start[8:12]]
     found = next((kind for begin, kind in _STARTS.items() if start.startswith(begin)), "")
     require(
-        bool(found), f"{path.name} is neither a picture nor a clip by its content; choose {_KINDS}"
+        bool(found), f"{path.name} is neither an image nor a clip by its content; choose {_KINDS}"
     )
     return found
 
 
-def _read_picture(path: Path, kind: str, limits: UploadLimits) -> tuple[Image.Image, list[str]]:
-    """Decodes a picture, in colour, once its size is known to be allowed."""
+def _read_image(path: Path, kind: str, limits: UploadLimits) -> tuple[Image.Image, list[str]]:
+    """Decodes an image, in color, once its size is known to be allowed."""
     from PIL import Image
 
     try:
@@ -151,9 +151,9 @@ def _read_picture(path: Path, kind: str, limits: UploadLimits) -> tuple[Image.Im
     with image:
         _check_size(path.name, image.size, limits)
         moving = getattr(image, "n_frames", 1) if kind in ("GIF", "WEBP", "PNG") else 1
-        picture = decoded(partial(_upright, image), path.name, 3)
+        upright = decoded(partial(_upright, image), path.name, 3)
     said = [f"{path.name} moves; its first frame of {moving} is shown."] if moving > 1 else []
-    return picture, said
+    return upright, said
 
 
 def _upright(image: Image.Image) -> Any:
@@ -162,8 +162,8 @@ def _upright(image: Image.Image) -> Any:
     return ImageOps.exif_transpose(image)
 
 
-def _check_film(file: Path, name: str, limits: UploadLimits) -> int:
-    """Counts the frames of a film; decodes those at which its size may change, each within limits.
+def _check_video(file: Path, name: str, limits: UploadLimits) -> int:
+    """Counts the frames of a video; decodes those at which its size may change, each within limits.
 
     Raises:
         ValueError: It has no frames, too many or too large ones, or cannot be read.
@@ -172,13 +172,13 @@ def _check_film(file: Path, name: str, limits: UploadLimits) -> int:
         import av
         from av.error import FFmpegError
     except ImportError as error:
-        message = "clips need PyAV; run pip install 'tokenlearner[video]', or choose a picture"
+        message = "clips need PyAV; run pip install 'tokenlearner[video]', or choose an image"
         raise ValueError(message) from error
     try:
         with av.open(str(file), metadata_errors="ignore") as container:
             known = container.format.name in _CONTAINERS
-            require(known, f"{name} is a film of another kind ({container.format.name})")
-            require(len(container.streams.video) > 0, f"{name} has no pictures, only sound")
+            require(known, f"{name} is a video of another kind ({container.format.name})")
+            require(len(container.streams.video) > 0, f"{name} has no images, only sound")
             seconds = (container.duration or 0) / av.time_base
             require(
                 seconds <= limits.seconds,
@@ -202,7 +202,7 @@ def _check_film(file: Path, name: str, limits: UploadLimits) -> int:
 
 
 def _check_keyframes(container: Any, name: str, limits: UploadLimits) -> None:
-    """Refuses a film whose frames grow on the way; FFmpeg itself allocates none above the limit."""
+    """Refuses a video whose frames grow on the way; FFmpeg itself allocates none above the limit."""
     from av.error import InvalidDataError
 
     stream = container.streams.video[0]
@@ -243,8 +243,8 @@ def _too_many_pixels(what: str, limits: UploadLimits) -> str:
     return f"{what} has more than the {most} that are allowed; make it smaller"
 
 
-def _of_film(n: int, intake: InputPipeline) -> list[str]:
-    """Which frames of a film are looked at."""
+def _of_video(n: int, intake: InputPipeline) -> list[str]:
+    """Which frames of a video are looked at."""
     if n < intake.frames:
         return [f"The clip has {n} frames; its last one is repeated up to {intake.frames}."]
     steps = "spread over all of it" if not intake.stride else f"{intake.stride} apart"

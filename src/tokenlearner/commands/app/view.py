@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: every picture has an alternative text, every name is escaped."""
+"""What the page shows, as HTML: every image has an alternative text, every name is escaped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .inference import ALL_TOKENS, AT_ONCE, CostReport, Prediction
 from .models import OfferedModel
 
 SHOWN_CLASSES = 5
-_LEAST_SIDE = 448  # to which small pictures are enlarged, without smoothing
+_LEAST_SIDE = 448  # to which small images are enlarged, without smoothing
 
 STYLE = """
 .tl-figures {display: flex; flex-wrap: wrap; gap: 16px}
@@ -67,7 +67,7 @@ def prediction_view(offered: OfferedModel, looked: Prediction, label: str | None
         f"</td><td>{100 * share:.1f} %</td></tr>"
         for share, number in zip(shares.tolist(), classes.tolist(), strict=True)
     ]
-    of_frames = looked.is_film and not offered.intake.takes_clips
+    of_frames = looked.is_video and not offered.intake.takes_clips
     over = f" Mean over {looked.frames} frames." if of_frames else ""
     known = f" A held-out example; its label is {label}." if label else ""
     unnamed = "" if offered.classes else " The classes' names are not known."
@@ -79,18 +79,18 @@ def prediction_view(offered: OfferedModel, looked: Prediction, label: str | None
 
 
 def map_view(looked: Prediction, block: str, token: str, frame: int) -> str:
-    """The picture, one token's map over it, and what its colours mean."""
+    """The image, one token's map over it, and what its colors mean."""
     row = looked.rows(frame)[looked.blocks.index(block)]
     shown, when = looked.shown(block, token, frame), _when(looked, frame)
     is_sum = token == ALL_TOKENS
     named = f"the mean of all {len(row.maps)} tokens" if is_sum else f"token {token}"
-    plain = row.picture.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    plain = row.image.expand(3, -1, -1).permute(1, 2, 0).numpy()
     size = " × ".join(map(str, looked.seen.shape[-2:]))
     before = f"{looked.name}{when}, as the model gets it: {size} pixels."
     where = _where(shown, looked.scale.gates)
-    over = overlay(row.picture, shown, looked.scale)
+    over = overlay(row.image, shown, looked.scale)
     left = _figure(plain, before, before, _LEAST_SIDE)
-    right = _figure(over, f"Map of {named} over the picture{when}. {where}", where, _LEAST_SIDE)
+    right = _figure(over, f"Map of {named} over the image{when}. {where}", where, _LEAST_SIDE)
     title = f"Where {'all tokens look' if is_sum else f'token {token} looks'}{when}"
     return _section(title, f"<div class=tl-figures>{left}{right}</div>{_bar(looked)}")
 
@@ -102,7 +102,7 @@ def sheet_view(looked: Prediction, frame: int) -> str:
         shown = [*looked.scale.shown(row.maps)]
         named = [*(f"token {i + 1}" for i in range(len(row.maps))), f"sum / {len(row.maps)}"]
         figures = "".join(
-            _figure(overlay(row.picture, one, looked.scale), f"Map of {name}. {where}", name, 140)
+            _figure(overlay(row.image, one, looked.scale), f"Map of {name}. {where}", name, 140)
             for name, one in zip(named, shown, strict=True)
             if (where := _where(one, looked.scale.gates))
         )
@@ -132,7 +132,7 @@ def numbers_view(looked: Prediction, frame: int) -> str:
     note = (
         "Overlap (Bhattacharyya) is 1 for the same map and 0 for maps that share no position; "
         "maps that are nearly even overlap by 0.9 and more. Most alike: the largest overlap with "
-        "another token. Spreads over: the share of the picture that a map covers in effect."
+        "another token. Spreads over: the share of the image that a map covers in effect."
     )
     return _section("In numbers", f"{''.join(parts)}<p>{note}</p>")
 
@@ -181,21 +181,21 @@ def _table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def _bar(looked: Prediction) -> str:
-    """The colours over middle grey, and what they stand for."""
+    """The colors over middle gray, and what they stand for."""
     ramp = torch.linspace(0, looked.scale.top, 256)[None]
     pixels = overlay(torch.full((1, 1, 256), 0.5), ramp, looked.scale)
     label = " ".join(looked.scale.label.split())
     top = f"{looked.scale.top:.3g}{'' if looked.scale.gates else ' or more'}"
-    alt = f"Colours from dark blue for 0 to yellow for {top}"
+    alt = f"Colors from dark blue for 0 to yellow for {top}"
     note = "One square is one position of the grid; nothing is smoothed."
     return (
         f'<div class="tl-bar"><span>0</span>{_image(pixels, alt, 1)}<span>{top}</span></div>'
-        f"<p>Colours: {escape(label)}. {note}</p>"
+        f"<p>Colors: {escape(label)}. {note}</p>"
     )
 
 
 def _when(looked: Prediction, frame: int) -> str:
-    return f", frame {frame} of {looked.frames}" if looked.is_film else ""
+    return f", frame {frame} of {looked.frames}" if looked.is_video else ""
 
 
 def _figure(pixels: Any, alt: str, caption: str, least: int) -> str:

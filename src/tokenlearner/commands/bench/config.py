@@ -32,17 +32,17 @@ class BenchConfig:
             with tokens inserted as in "vit_base_patch16_224+insert(8,6)": 8 tokens at block 6, or
             at a share of the depth such as 0.5; then fuse, and a learner such as v1. +onednn
             behind either has its linear layers computed by oneDNN.
-        batch_size: Pictures at a time for throughput and training; latency is that of one.
-        img_size: Height and width of the pictures; 0 leaves them as the models have them.
+        batch_size: Images at a time for throughput and training; latency is that of one.
+        img_size: Height and width of the images; 0 leaves them as the models have them.
         rounds: Timed runs of each model and measurement.
-        dtype: Of weights and pictures: float32, bfloat16 or float16.
+        dtype: Of weights and images: float32, bfloat16 or float16.
         threads: For torch on a CPU; 0 leaves them as they are.
         compile: Time what torch.compile makes of the models; multiply-adds and memory are counted
             without.
         training: Measure a training step (forward and backward) too.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         json: File for all numbers, for programs.
-        plot: PNG file for a picture of speed-ups.
+        plot: PNG file for an image of speed-ups.
 
     Raises:
         ValueError: A number is out of range, a model is named wrongly or twice, or a file has no

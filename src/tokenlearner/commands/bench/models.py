@@ -18,7 +18,7 @@ from .config import BenchModel
 def load_bench_models(
     candidates: Sequence[BenchModel], img_size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, nn.Module], list[int]]:
-    """Builds the models, and finds the size of pictures that all of them take.
+    """Builds the models, and finds the size of images that all of them take.
 
     Args:
         candidates: What to build.
@@ -27,7 +27,7 @@ def load_bench_models(
         dtype: What to turn them into.
 
     Returns:
-        The models by what they were named as, and the axes of one picture, `c h w`, or clip,
+        The models by what they were named as, and the axes of one image, `c h w`, or clip,
         `c t h w`.
 
     Raises:
@@ -46,7 +46,7 @@ def load_bench_models(
     if len({tuple(size) for size in sizes.values()}) > 1:
         told = ", ".join(f"{name} {' x '.join(map(str, s))}" for name, s in sizes.items())
         way = "measure them apart" if img_size else "pass img_size, or measure them apart"
-        raise ValueError(f"the models take pictures of different sizes ({told}); {way}")
+        raise ValueError(f"the models take images of different sizes ({told}); {way}")
     return models, next(iter(sizes.values()))
 
 
@@ -58,7 +58,7 @@ def _load(candidate: BenchModel, img_size: int, device: torch.device) -> tuple[A
         if not img_size:
             raise
         side = f"{img_size} x {img_size}"
-        message = f"{candidate.base} takes no pictures of {side} ({error}); pass another img_size"
+        message = f"{candidate.base} takes no images of {side} ({error}); pass another img_size"
         raise ValueError(message) from error
     if candidate.tokens:
         try:

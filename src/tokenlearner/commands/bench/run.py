@@ -35,7 +35,7 @@ class Measurement:
 
     Args:
         name: `latency`, `throughput` or `training`.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
         unit: `ms` of a batch, or `images/s`.
     """
 
@@ -63,7 +63,7 @@ class BenchRow:
     parameters: int
     weights_mib: float
     gmacs: float
-    """Multiply-adds of one picture, counted as 1, in 1e9."""
+    """Multiply-adds of one image, counted as 1, in 1e9."""
     gflops: float
     """Twice that."""
     macs_ratio: float
@@ -83,7 +83,7 @@ class BenchResult:
     read_gigabytes_per_second: float
     """How fast the device reads memory; what reads weights cannot be faster."""
     input_axes: list[int]
-    """Of one picture, `c h w`, or clip, `c t h w`."""
+    """Of one image, `c h w`, or clip, `c t h w`."""
     measurements: list[Measurement]
     rows: list[BenchRow]
 
@@ -97,7 +97,7 @@ def bench(config: BenchConfig, report: Callable[[str], object] = lambda line: No
 
     Raises:
         ValueError: There is no such model or device, tokens cannot be inserted, the models take
-            pictures of different sizes, or none of the size that is asked for.
+            images of different sizes, or none of the size that is asked for.
     """
     device, dtype = pick_device(config.device), DTYPES[config.dtype]
     with _threads(config.threads):

@@ -1,6 +1,6 @@
-"""Where the lines of a chart lie: numbers become places in a small picture, for the template.
+"""Where the lines of a chart lie: numbers become places in a small image, for the template.
 
-The picture is SVG, sharp at every size, and takes its colours from the page, light or dark.
+The image is SVG, sharp at every size, and takes its colors from the page, light or dark.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .parts import Chart, ChartLine, Mark, number_text
 WIDTH, HEIGHT = 380, 270
 _RIGHT, _TOP, _BOTTOM = 12, 12, 44  # margins
 _LABEL, _DIGIT = 32, 6.6  # the left margin: of the label, and of each digit beside the axis
-COLOURS = 7  # of the style sheet
-_SHAPES = (  # of markers around the origin; colour and shape together make 35 styles
+COLORS = 7  # of the style sheet
+_SHAPES = (  # of markers around the origin; color and shape together make 35 styles
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "M-3.6-3.6h7.2v7.2h-7.2z",
     "M0-4.8L4.6 3.6h-9.2z",
@@ -27,9 +27,9 @@ _DASHES = ("none", "7 4", "2 3", "9 3 2 3")
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a line looks: a colour's number, the shape of its markers, and its dashes."""
+    """How a line looks: a color's number, the shape of its markers, and its dashes."""
 
-    colour: int
+    color: int
     shape: str
     dashes: str
 
@@ -63,7 +63,7 @@ class DrawnLine:
 
 @dataclass(frozen=True)
 class DrawnChart:
-    """A chart as the template draws it, in units of the picture."""
+    """A chart as the template draws it, in units of the image."""
 
     left: float
     title: str
@@ -82,9 +82,9 @@ class DrawnChart:
 
 
 def line_style(number: int) -> LineStyle:
-    """The look that goes with a number; neighbours differ in colour, shape and dashes."""
+    """The look that goes with a number; neighbors differ in color, shape and dashes."""
     shape, dashes = _SHAPES[number % len(_SHAPES)], _DASHES[number % len(_DASHES)]
-    return LineStyle(number % COLOURS, shape, dashes)
+    return LineStyle(number % COLORS, shape, dashes)
 
 
 def drawn_chart(chart: Chart) -> DrawnChart | None:
@@ -180,7 +180,7 @@ def _spreads(mark: Mark, x: _Scale, y: _Scale) -> Iterator[tuple[float, float, f
 
 
 def _diagonal(x: _Scale, y: _Scale) -> tuple[float, float, float, float] | None:
-    """The part of `y = x` that is in the picture."""
+    """The part of `y = x` that is in the image."""
     low, high = max(x.axis.low, y.axis.low), min(x.axis.high, y.axis.high)
     return (x(low), y(low), x(high), y(high)) if low < high else None
 

@@ -35,7 +35,7 @@ def compare_tables(file: FoundFile) -> list[ReportTable]:
 
 
 def compare_charts(file: FoundFile) -> list[Chart]:
-    """Top-1 against the time of a picture, a chart for each batch size."""
+    """Top-1 against the time of an image, a chart for each batch size."""
     batches = dict.fromkeys(batch for _, costs in _budgets(file) for batch in _batches(costs))
     names = [*dict.fromkeys(name for _, costs in _budgets(file) for name in costs)]
     charts = []
@@ -44,7 +44,7 @@ def compare_charts(file: FoundFile) -> list[Chart]:
         for number, name in enumerate(names):
             marks = sorted(_marks(file, name, batch), key=lambda mark: mark.x)
             lines += [ChartLine(name, number, marks)] if marks else []
-        title, across = f"Top-1 against latency, batch {batch}", f"ms a picture, batch {batch}"
+        title, across = f"Top-1 against latency, batch {batch}", f"ms an image, batch {batch}"
         charts.append(Chart(title, across, "held-out top-1, %", lines))
     return [chart for chart in charts if chart.lines]
 

@@ -35,7 +35,7 @@ class Confusions:
         counts: int64 `[true, predicted]`.
         classes: Their names.
         data: The data set, and which part of it.
-        whole: Pictures that the part has.
+        whole: Images that the part has.
     """
 
     counts: Tensor
@@ -51,7 +51,7 @@ class Reevaluation:
     Args:
         name: Of the model.
         confusions: None where it could not be judged.
-        sheet: A PNG of its maps on held-out pictures, if it was asked for and can be drawn.
+        sheet: A PNG of its maps on held-out images, if it was asked for and can be drawn.
         problems: Why something is missing, in sentences.
     """
 
@@ -62,24 +62,24 @@ class Reevaluation:
 
 
 def reevaluate(
-    run: FoundRun, pictures: int, device: str, draw: bool, host: Path | None = None
+    run: FoundRun, images: int, device: str, draw: bool, host: Path | None = None
 ) -> Reevaluation:
-    """Judges a run's model on held-out pictures, as the run did, and draws its maps.
+    """Judges a run's model on held-out images, as the run did, and draws its maps.
 
     Nothing is fetched, and nothing that goes wrong stops it.
 
     Args:
         run: The training.
-        pictures: How many to judge at most, drawn by a seed.
+        images: How many to judge at most, drawn by a seed.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         draw: Whether to draw maps, if the model learns tokens.
-        host: Look at this one's weights in place of the run's, on the run's pictures.
+        host: Look at this one's weights in place of the run's, on the run's images.
     """
     problems: list[str] = []
     try:
         model, data = _load(run, host or run.folder, device)
         whole = len(data)
-        part = data.sample(pictures, 0) if whole > pictures else data
+        part = data.sample(images, 0) if whole > images else data
         counts = _confusion_counts(model, part)
         found = Confusions(counts, tuple(data.classes), f"{data.name}, {data.split}", whole)
     except Exception as error:  # whatever a damaged checkpoint or data set makes torch raise
@@ -99,7 +99,7 @@ def confusion_matrix(name: str, found: Confusions) -> Matrix:
     shown = _most_mistaken(counts)
     n, right = int(counts.sum()), int(counts.diagonal().sum())
     some = f" of {found.whole:,}, drawn by a seed" if n < found.whole else ""
-    remark = f"{n:,} pictures{some} ({found.data}); {100 * right / max(n, 1):.1f} % are right."
+    remark = f"{n:,} images{some} ({found.data}); {100 * right / max(n, 1):.1f} % are right."
     if len(shown) < len(found.classes):
         remark += f" Shown are the {len(shown)} of {len(found.classes)} classes mistaken most."
     rows = [[_cell(found, true, other) for other in shown] for true in shown]
@@ -108,7 +108,7 @@ def confusion_matrix(name: str, found: Confusions) -> Matrix:
 
 
 def _load(run: FoundRun, place: Path, device: str) -> tuple[nn.Module, LabeledDataset]:
-    """The model of a folder or a file, and the pictures that the run was judged by.
+    """The model of a folder or a file, and the images that the run was judged by.
 
     Raises:
         ValueError: One of both is not at hand.
@@ -149,9 +149,9 @@ def _batches(data: LabeledDataset) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _sheet(model: nn.Module, data: LabeledDataset) -> bytes:
-    """Draws the maps on a picture of each of some classes."""
+    """Draws the maps on an image of each of some classes."""
     require(len(data.shape) == 3, "these are clips; `tokenlearner maps` draws them")
-    title = "Where the learned tokens look: held-out pictures"
+    title = "Where the learned tokens look: held-out images"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "maps.png"
         return held_out_images(path, model, data, one_of_each(data), title).read_bytes()
@@ -187,7 +187,7 @@ def _worst(found: Confusions) -> ReportTable:
             rows.append(
                 [f"{found.classes[true]} taken for {found.classes[other]}", f"{count:,}", share]
             )
-    head = ("", "pictures", "% of the class")
+    head = ("", "images", "% of the class")
     return ReportTable(head, rows, "The most frequent confusions")
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of: sections of sentences, tables, charts, pictures and matrices.
+"""What a report is made of: sections of sentences, tables, charts, images and matrices.
 
 They are plain values, and the template in `assets/report` draws them. All text is escaped there.
 """
@@ -53,7 +53,7 @@ class ChartLine:
 
     Args:
         name: What the legend calls them.
-        style: Number of the colour, the dashes and the marker; a name has one in all charts.
+        style: Number of the color, the dashes and the marker; a name has one in all charts.
         marks: From left to right.
         joined: Whether a line goes through them.
     """
@@ -96,7 +96,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class MatrixCell:
-    """A share in colour: `text` on `ground`, and what it counts in words."""
+    """A share in color: `text` on `ground`, and what it counts in words."""
 
     text: str
     ground: str
@@ -134,7 +134,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     tables: list[ReportTable] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
-    pictures: list[Figure] = field(default_factory=list)
+    images: list[Figure] = field(default_factory=list)
     matrices: list[Matrix] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     folded: bool = False
@@ -142,7 +142,7 @@ class Section:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to tell."""
-        parts = (self.notes, self.tables, self.charts, self.pictures, self.matrices)
+        parts = (self.notes, self.tables, self.charts, self.images, self.matrices)
         return not any((*parts, self.problems))
 
     @property
@@ -152,18 +152,18 @@ class Section:
 
 
 def cividis(share: float) -> tuple[str, str]:
-    """The colour of a share from 0 to 1, and black or white, whichever is read on it."""
+    """The color of a share from 0 to 1, and black or white, whichever is read on it."""
     place = min(max(share, 0.0), 1.0) * (len(_CIVIDIS) // 3 - 1)
     first = min(int(place), len(_CIVIDIS) // 3 - 2)
     ends = (_CIVIDIS[3 * number : 3 * number + 3] for number in (first, first + 1))
-    colour = [round(a + (b - a) * (place - first)) for a, b in zip(*ends, strict=True)]
-    ink = "#000" if _luminance(colour) > _READ_IN_BLACK else "#fff"
-    return f"#{bytes(colour).hex()}", ink
+    color = [round(a + (b - a) * (place - first)) for a, b in zip(*ends, strict=True)]
+    ink = "#000" if _luminance(color) > _READ_IN_BLACK else "#fff"
+    return f"#{bytes(color).hex()}", ink
 
 
-def _luminance(colour: Sequence[int]) -> float:
-    """How light a colour of sRGB is, from 0 to 1, as WCAG defines it."""
-    shares = (part / 255 for part in colour)
+def _luminance(color: Sequence[int]) -> float:
+    """How light a color of sRGB is, from 0 to 1, as WCAG defines it."""
+    shares = (part / 255 for part in color)
     linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
     return sum(a * b for a, b in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
 

@@ -95,7 +95,7 @@ class Found:
 
     @property
     def folders(self) -> list[Path]:
-        """Where pictures may be: the contests' and the runs' folders, each once."""
+        """Where images may be: the contests' and the runs' folders, each once."""
         places = [file.path.parent for file in self.of_kind("contest")]
         return [*dict.fromkeys([*places, *(run.folder for run in self.runs)])]
 

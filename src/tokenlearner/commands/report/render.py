@@ -1,6 +1,6 @@
 """One HTML file that tells what ran and what came of it: `write_report(folder)`.
 
-It holds its pictures and its style, asks the network for nothing, and runs no script.
+It holds its images and its style, asks the network for nothing, and runs no script.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .reader import Found, FoundRun, read_source
 from .sections import all_sections, title_of
 
 REPORT = "report.html"
-_JUDGED = 2000  # pictures, unless another number is asked for
+_JUDGED = 2000  # images, unless another number is asked for
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ReportConfig:
         out: File to write, which ends in .html; of a folder it is report.html in it by default, of
             a JSON file its name with .html.
         title: What stands on top; the name of the source by default.
-        pictures: Held-out pictures at most that each saved model is judged by once more, for the
+        images: Held-out images at most that each saved model is judged by once more, for the
             confusion matrix; 0 leaves that out.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
 
@@ -45,11 +45,11 @@ class ReportConfig:
     source: str
     out: str = ""
     title: str = ""
-    pictures: int = _JUDGED
+    images: int = _JUDGED
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_count("pictures", self.pictures, least=0)
+        check_count("images", self.images, least=0)
 
 
 def write_report(
@@ -57,7 +57,7 @@ def write_report(
     out: str | Path | None = None,
     *,
     title: str = "",
-    pictures: int = _JUDGED,
+    images: int = _JUDGED,
     device: str = "auto",
 ) -> Path:
     """Writes a report of what the commands left in a folder or a file.
@@ -68,7 +68,7 @@ def write_report(
         source: As in `ReportConfig`.
         out: As in `ReportConfig`.
         title: As in `ReportConfig`.
-        pictures: As in `ReportConfig`.
+        images: As in `ReportConfig`.
         device: As in `ReportConfig`.
 
     Returns:
@@ -77,10 +77,10 @@ def write_report(
     Raises:
         ValueError: There is nothing to report on, or `out` does not end in .html.
     """
-    check_count("pictures", pictures, least=0)
+    check_count("images", images, least=0)
     found = read_source(source)
     path = _place(found, out)
-    looks, problems = _looks(found, pictures, device)
+    looks, problems = _looks(found, images, device)
     page = _page(title or title_of(found), all_sections(found, looks, problems))
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -97,20 +97,20 @@ def _place(found: Found, out: str | Path | None) -> Path:
     return found.source / REPORT if found.source.is_dir() else found.source.with_suffix(".html")
 
 
-def _looks(found: Found, pictures: int, device: str) -> tuple[list[Reevaluation], list[str]]:
-    """What the models of runs that are over make of held-out pictures; why there is none."""
+def _looks(found: Found, images: int, device: str) -> tuple[list[Reevaluation], list[str]]:
+    """What the models of runs that are over make of held-out images; why there is none."""
     runs = [run for run in found.runs if run.history]
-    if not pictures:
-        return [], ["Left out, since pictures is 0."] if runs else []
+    if not images:
+        return [], ["Left out, since images is 0."] if runs else []
     drawn = {folder for folder in found.folders if any(folder.glob("maps*.png"))}
     own = {(run.folder / WEIGHTS).resolve() for run in runs}
     looks = []
     for run in runs:
         if (host := _host(run)) and weights_file(host).resolve() not in own:
             named = replace(run, name=_host_name(found, run))
-            looks.append(reevaluate(named, pictures, device, draw=False, host=host))
+            looks.append(reevaluate(named, images, device, draw=False, host=host))
         has_maps = not drawn.isdisjoint((run.folder, run.folder.parent))
-        looks.append(reevaluate(run, pictures, device, draw=not has_maps))
+        looks.append(reevaluate(run, images, device, draw=not has_maps))
     return looks, []
 
 

@@ -22,8 +22,8 @@ from .tables import (
 )
 
 _CAPTIONS = {
-    "maps": "Held-out pictures and where each learned token looks.",
-    "maps-clothes": "Held-out pictures and where each learned token looks.",
+    "maps": "Held-out images and where each learned token looks.",
+    "maps-clothes": "Held-out images and where each learned token looks.",
     "maps-photographs": "The same weights on photographs of a kind that they never saw.",
 }
 
@@ -51,7 +51,7 @@ def all_sections(found: Found, looks: Sequence[Reevaluation], problems: list[str
 
 def _table(found: Found) -> Section:
     lead = (
-        "Held-out pictures are those that nothing was trained on; a ratio is the second model "
+        "Held-out images are those that nothing was trained on; a ratio is the second model "
         "against the first, speeds are medians (quartiles)."
     )
     section = Section("results", "Results", lead)
@@ -96,7 +96,7 @@ def _curves(found: Found) -> Section:
 
 
 def _names(found: Found) -> list[str]:
-    """Those of the contests' models, which have the same colour everywhere."""
+    """Those of the contests' models, which have the same color everywhere."""
     return [model["name"] for contest in found.of_kind("contest") for model in contest.models]
 
 
@@ -125,7 +125,7 @@ def _accuracy_and_speed(found: Found) -> Section:
 
 def _maps(found: Found, looks: Sequence[Reevaluation]) -> Section:
     lead = (
-        "Each column is one learned token. Yellow is where it takes much of the picture from, "
+        "Each column is one learned token. Yellow is where it takes much of the image from, "
         "dark blue where it takes nothing."
     )
     section = Section("maps", "Where the learned tokens look", lead)
@@ -136,11 +136,11 @@ def _maps(found: Found, looks: Sequence[Reevaluation]) -> Section:
                 section.problems.append(f"{path} is no complete PNG file and is left out")
                 continue
             caption = _CAPTIONS.get(path.stem, path.stem)
-            section.pictures.append(Figure(png, f"A sheet of maps. {caption}", caption))
+            section.images.append(Figure(png, f"A sheet of maps. {caption}", caption))
     for look in looks:
         if look.sheet:
             caption = f"{look.name}: {_CAPTIONS['maps'][0].lower()}{_CAPTIONS['maps'][1:]}"
-            section.pictures.append(Figure(look.sheet, f"A sheet of maps. {caption}", caption))
+            section.images.append(Figure(look.sheet, f"A sheet of maps. {caption}", caption))
     section.problems += [p for look in looks if look.confusions for p in look.problems]
     return section
 
@@ -152,7 +152,7 @@ def is_whole_png(data: bytes) -> bool:
 
 def _confusion(looks: Sequence[Reevaluation], problems: list[str]) -> Section:
     lead = (
-        "Rows are what a picture is, columns what it was taken for, in percent of the row; a "
+        "Rows are what an image is, columns what it was taken for, in percent of the row; a "
         "perfect model has 100 along the diagonal."
     )
     section = Section("confusion", "Confusion matrix", lead, problems=list(problems))

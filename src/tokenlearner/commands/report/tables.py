@@ -13,8 +13,8 @@ from .reader import FoundFile, FoundRun
 Row = Mapping[str, Any]
 
 _COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("top-1 on held-out pictures, %", ("top1_percent",)),
-    ("GMACs a picture", ("cost", "gmacs")),
+    ("top-1 on held-out images, %", ("top1_percent",)),
+    ("GMACs an image", ("cost", "gmacs")),
     ("images/s, inference", ("cost", "images_per_second")),
     ("images/s, forward and backward", ("cost", "training_images_per_second")),
     ("peak memory, inference, MiB", ("cost", "peak_memory_mib")),
