@@ -40,6 +40,7 @@ check: $(VENV)/.dev  ## format, lint, types and the project's own rules
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m pyright
+	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_project.py
 
 docs: $(VENV)/.dev  ## build the documentation into site/ and check every link

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
-from tokenlearner_command import main
+
+from tokenlearner.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 

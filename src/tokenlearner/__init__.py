@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .data.factory import load_data as load_data
     from .deploy.exporting import export as export
     from .evaluation.accuracy import evaluate as evaluate
-    from .evaluation.attention_maps import attention_maps as attention_maps
     from .evaluation.latency import benchmark as benchmark
+    from .evaluation.maps import attention_maps as attention_maps
     from .evaluation.planning import plan as plan
     from .layers.onednn import use_onednn as use_onednn
     from .layers.token_fuser import TokenFuser as TokenFuser

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenlearner_command import main
 from torch import nn
 
 from tokenlearner import load_model, save_model
 from tokenlearner.checkpoints.convert import ConvertConfig, convert_checkpoint
 from tokenlearner.checkpoints.readers import read_weights, write_flax
 from tokenlearner.checkpoints.scenic import nest, to_scenic
+from tokenlearner.commands.main import main
 from tokenlearner.models.factory import create_model
 
 Golden = Callable[[str], dict[str, np.ndarray]]

@@ -19,9 +19,9 @@ from PIL import Image
 from test_app_uploads import make_image, make_video
 from tiny import randomized
 
-from tokenlearner import app as app_module
 from tokenlearner import attention_maps, create_model, load_data, remove, save_model
 from tokenlearner.commands._inputs import InputPipeline
+from tokenlearner.commands.app import server as app_module
 from tokenlearner.commands.app.inference import ALL_TOKENS, measure_cost, predict
 from tokenlearner.commands.app.models import (
     RANDOM,

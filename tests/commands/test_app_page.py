@@ -166,7 +166,7 @@ def test_an_example_is_shown_with_prediction_maps_numbers_and_cost_at_once(page:
     assert "with learned tokens" in text
 
 
-def test_a_image_that_is_uploaded_is_looked_at(page: Any, tmp_path: Path) -> None:
+def test_an_image_that_is_uploaded_is_looked_at(page: Any, tmp_path: Path) -> None:
     upload(page, make_image(tmp_path / "mine.jpg"))
     until(page, lambda text: "mine.jpg: learned says" in text)
     assert "mine.jpg, as the model gets it: 28 × 28 pixels." in alts(page)

@@ -89,7 +89,7 @@ def refused(path: Path, intake: InputPipeline = GRAY) -> str:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
-def test_a_image_is_known_by_its_content_whatever_its_name(kind: str, tmp_path: Path) -> None:
+def test_an_image_is_known_by_its_content_whatever_its_name(kind: str, tmp_path: Path) -> None:
     assert upload_kind(make_image(tmp_path / "video.mp4", format=kind), LIMITS) == kind
 
 
@@ -165,14 +165,14 @@ def test_gray_of_16_bits_keeps_its_range(tmp_path: Path) -> None:
     )
 
 
-def test_a_image_is_what_the_model_takes_normalized(tmp_path: Path) -> None:
+def test_an_image_is_what_the_model_takes_normalized(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", Image.new("L", (8, 8), 51))
     seen, _ = read_upload(path, GRAY, LIMITS)
     torch.testing.assert_close(seen.seen, torch.full((1, 1, 8, 8), 0.2))
     torch.testing.assert_close(seen.taken, torch.full((1, 1, 8, 8), -0.6))
 
 
-def test_a_image_is_turned_as_its_camera_was(tmp_path: Path) -> None:
+def test_an_image_is_turned_as_its_camera_was(tmp_path: Path) -> None:
     upright = np.zeros((8, 8), np.uint8)
     upright[:4] = 255
     exif = Image.Exif()
@@ -183,7 +183,7 @@ def test_a_image_is_turned_as_its_camera_was(tmp_path: Path) -> None:
     assert seen.seen[0, 0, 4:].max() < 0.1
 
 
-def test_of_a_image_that_moves_the_first_frame_is_taken_and_told(tmp_path: Path) -> None:
+def test_of_an_image_that_moves_the_first_frame_is_taken_and_told(tmp_path: Path) -> None:
     frames = [Image.new("L", (8, 8), value) for value in (255, 0, 128)]
     path = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
     seen, said = read_upload(path, GRAY, LIMITS)
@@ -215,7 +215,7 @@ def test_a_long_image_that_is_allowed_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [30, 300])
-def test_a_image_that_is_cut_off_is_refused_with_its_name(kept: int, tmp_path: Path) -> None:
+def test_an_image_that_is_cut_off_is_refused_with_its_name(kept: int, tmp_path: Path) -> None:
     whole = make_image(tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(whole[:kept])
     told = refused(tmp_path / "a.jpg")

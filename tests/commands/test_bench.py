@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from tokenlearner_command import main
 
-from tokenlearner import bench_models, bench_run, create_model, insert, machine, save_model
+from tokenlearner import create_model, insert, save_model
+from tokenlearner.commands.bench import models as bench_models
+from tokenlearner.commands.bench import run as bench_run
 from tokenlearner.commands.bench.config import BenchConfig, parse_bench_model
 from tokenlearner.commands.bench.models import load_bench_models
 from tokenlearner.commands.bench.run import BenchResult, BenchRow, Measurement, Speed, bench
@@ -26,6 +27,8 @@ from tokenlearner.commands.bench.table import (
     size_table,
     speed_table,
 )
+from tokenlearner.commands.main import main
+from tokenlearner.evaluation import hardware as machine
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.evaluation.hardware import describe_machine, read_gigabytes_per_second
 from tokenlearner.evaluation.latency import Spread, peak_memory_mib

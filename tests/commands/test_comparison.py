@@ -136,7 +136,7 @@ def test_no_more_than_six_are_shown_spread_over_the_classes() -> None:
     assert data.labels[one_of_each(data)].tolist() == [0, 4, 8, 11, 15, 19]
 
 
-def test_classes_without_a_image_are_passed_over() -> None:
+def test_classes_without_an_image_are_passed_over() -> None:
     data = make_images(classes=4)
     kept = data.labels != 2
     part = replace(data, images=data.images[kept], labels=data.labels[kept])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tokenlearner import progress
+from tokenlearner.commands import _console as progress
 from tokenlearner.commands._console import (
     Pace,
     epoch_line,

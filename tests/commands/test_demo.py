@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from tokenlearner import data, load_model
+from tokenlearner import load_model
 from tokenlearner.commands.demo import DemoConfig, demo, load_photographs
 from tokenlearner.commands.report.render import write_report
+from tokenlearner.data import factory as data
 
 IMAGES = {"curves.png", "maps-clothes.png", "maps-photographs.png"}
 MADE = IMAGES | {"metrics.json", "report.html", "table.txt"}

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenlearner_command import COMMANDS, main
 
 import tokenlearner
-from tokenlearner import cli, create_model, save_model
-from tokenlearner.commands.main import train_options
+from tokenlearner import create_model, save_model
+from tokenlearner.commands import main as cli
+from tokenlearner.commands.main import COMMANDS, main, train_options
 from tokenlearner.training.checkpointing import TrainingInterrupted
 from tokenlearner.training.recipes import list_recipes
 

@@ -18,7 +18,8 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from tokenlearner import attention_maps, create_model, insert, load_data, map_run, save_model
+from tokenlearner import attention_maps, create_model, insert, load_data, save_model
+from tokenlearner.commands import maps as map_run
 from tokenlearner.commands._inputs import InputPipeline, input_pipeline, list_inputs
 from tokenlearner.commands._models import load_sized
 from tokenlearner.commands.maps import MapsConfig, run_maps
@@ -146,7 +147,7 @@ def test_files_of_one_name_get_sheets_of_their_own(tmp_path: Path) -> None:
 # --- as the model takes them --------------------------------------------------------------------
 
 
-def test_a_image_is_cut_as_evaluation_cuts_it_and_shown_as_it_was_cut(tmp_path: Path) -> None:
+def test_an_image_is_cut_as_evaluation_cuts_it_and_shown_as_it_was_cut(tmp_path: Path) -> None:
     path = make_image(tmp_path / "a.png")
     seen = INTAKE.read(path, "a")
     plain = timm.data.create_transform(
@@ -413,7 +414,7 @@ def test_a_model_of_other_channels_than_images_have_is_refused(tmp_path: Path) -
         input_pipeline(model, [2, 28, 28], None)
 
 
-def test_a_image_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
     config = MapsConfig("mine", str(make_image(tmp_path / "a.png")), str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"does not take \[1, 3, 20, 20\] .*; pass img_size"):
         run_maps(config, (create_model(MINI, num_tokens=3, in_chans=3), (3, 20, 20)))

@@ -35,8 +35,8 @@ CHECKSUM = re.compile(r"^ {4}([0-9a-f]{64})  (\S+)$", re.MULTILINE)
 def usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what this machine has in the places that are looked at."""
     monkeypatch.delenv("TOKENLEARNER_DATA", raising=False)
-    monkeypatch.setattr(tokenlearner.fashion, "_DEBIAN", tmp_path / "debian")
-    monkeypatch.setattr(tokenlearner.fashion, "_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tokenlearner.data.fashion_mnist, "_DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(tokenlearner.data.fashion_mnist, "_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -227,7 +227,7 @@ def test_a_broken_image_is_named_with_the_reason(root: Path, content: bytes) -> 
         load(root).read(4)
 
 
-def test_a_image_that_is_gone_is_broken(root: Path) -> None:
+def test_an_image_that_is_gone_is_broken(root: Path) -> None:
     data = load(root)
     (root / "train" / "dog" / "4.png").unlink()
     with pytest.raises(UnreadableFile, match=r"4\.png cannot be read .*FileNotFoundError"):

@@ -273,7 +273,7 @@ def test_a_set_without_a_readable_image_is_refused() -> None:
         next(load_batches(files(bad=range(12)), [[SampleKey(0)]], refill=True))
 
 
-def test_a_image_that_takes_a_place_is_changed_by_that_places_seed() -> None:
+def test_an_image_that_takes_a_place_is_changed_by_that_places_seed() -> None:
     asked = TrainConfig(reprob=1.0)
     change = train_transform(asked, files())
     filled = next(load_batches(files(bad=[3]), [[SampleKey(3, 7)]], change, refill=True))

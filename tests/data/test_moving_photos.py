@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenlearner import moving
+from tokenlearner.data import moving_photos as moving
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.moving_photos import MAX_SPEED, MOTIONS, MOVING_PHOTOGRAPHS, MOVING_SIZES
 from tokenlearner.data.tensor_dataset import ImageDataset

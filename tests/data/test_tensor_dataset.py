@@ -36,7 +36,7 @@ def test_those_that_are_taken_are_those_of_batches() -> None:
     torch.testing.assert_close(images, next(data.batches(5))[0][labels], rtol=0, atol=0)
 
 
-def test_a_image_is_read_as_an_image() -> None:
+def test_an_image_is_read_as_an_image() -> None:
     data = make_images(3)
     image = data.read(2)
     assert image.mode == "RGB"  # type: ignore[union-attr]

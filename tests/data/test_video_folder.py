@@ -20,7 +20,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 
-from tokenlearner import videos
+from tokenlearner.data import video_folder as videos
 from tokenlearner.data.dataset import DataConfig, UnreadableFile
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.loader import SampleKey, load_batches

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenlearner import streamed
+from tokenlearner.data import iterable as streamed
 from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.iterable import StreamDataset

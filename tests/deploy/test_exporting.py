@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from tokenlearner import create_model, evaluate, insert, load_data, load_model, save_model
-from tokenlearner import formats as formats_module
 from tokenlearner.commands._models import load_sized
 from tokenlearner.commands.export import (
     COLUMNS_OF_BATCHES,
@@ -27,6 +26,7 @@ from tokenlearner.commands.export import (
     ExportConfig,
     export_table,
 )
+from tokenlearner.deploy import formats as formats_module
 from tokenlearner.deploy.exporting import BatchCheck, Exported, export
 from tokenlearner.deploy.formats import load_exported, write_program
 from tokenlearner.deploy.quantization import PrecisionRow
@@ -355,7 +355,7 @@ def test_a_model_too_large_for_one_onnx_file_is_refused(
         export(Affine(), tmp_path / "a.onnx", ONES)
 
 
-def test_a_image_of_another_size_is_refused_by_its_model(tmp_path: Path) -> None:
+def test_an_image_of_another_size_is_refused_by_its_model(tmp_path: Path) -> None:
     message = r"does not run on images of \[2, 1, 28, 35\] \(.*set_input_size"
     with pytest.raises(ValueError, match=message):
         export(small_vit(), tmp_path / "a.onnx", torch.zeros(2, 1, 28, 35))

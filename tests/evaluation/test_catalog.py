@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenlearner_command import main
 
 from tokenlearner import create_model, list_models
+from tokenlearner.commands.main import main
 from tokenlearner.evaluation.catalog import catalog, catalog_markdown, catalog_text
 from tokenlearner.evaluation.flops import count_macs
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tokenlearner_command import main
 from torch import Tensor, nn
 
 from tokenlearner import create_model, insert, plan, save_model
+from tokenlearner.commands.main import main
 from tokenlearner.commands.plan import COLUMNS
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.evaluation.latency import Spread, speedup_spread, time_interleaved
@@ -439,6 +439,6 @@ def test_the_command_refuses_what_is_no_host(capsys: pytest.CaptureFixture[str])
     assert "is no model that tokens can be inserted in" in capsys.readouterr().err
 
 
-def test_of_the_default_numbers_of_tokens_those_are_tried_that_a_image_has() -> None:
+def test_of_the_default_numbers_of_tokens_those_are_tried_that_an_image_has() -> None:
     _, *options = plan(host(), IMAGES[:1], 1.0, rounds=2)
     assert [option.num_tokens for option in options] == [4, 8]  # 16 of 16 save nothing

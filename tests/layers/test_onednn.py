@@ -29,8 +29,7 @@ from tokenlearner import (
 )
 from tokenlearner.deploy.quantization import quantize
 from tokenlearner.evaluation.flops import count_macs
-from tokenlearner.layers.functional import as_a_compiler_sees_it
-from tokenlearner.layers.onednn import OneDNNLinear, gelu_of_linear
+from tokenlearner.layers.onednn import OneDNNLinear
 
 MINI = "vit_mini_patch4_28"
 
@@ -211,50 +210,29 @@ def test_a_model_of_fewer_bits_can_still_be_made(precision: str) -> None:
         torch.testing.assert_close(quantize(use_onednn(model), precision)(x), expected)
 
 
-# --- a learner's MLP without gradients ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("lead", [(8,), (3, 17)])
-def test_a_linear_layer_and_its_gelu_are_one_pass_with_the_same_numbers(
-    lead: tuple[int, ...], approximate: str
-) -> None:
-    linear, gelu, x = nn.Linear(48, 80), nn.GELU(approximate), 4 * torch.randn(*lead, 48)
-    expected = gelu_of_linear(gelu, linear, x)
-    assert torch.equal(expected, gelu(linear(x)))
-    with torch.no_grad():
-        out = gelu_of_linear(gelu, linear, x)
-        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-        assert products(lambda: gelu_of_linear(gelu, linear, x)) == 1
-    assert products(lambda: gelu_of_linear(gelu, linear, x)) == 0
+# --- the default path is torch's own --------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_a_learner_s_hooks_are_called_and_what_replaces_its_layers_is_used() -> None:
+def test_a_learner_runs_torch_s_own_operations_unless_asked_for_onednn() -> None:
     learner, x = TokenLearnerV11(48, 4), torch.randn(2, 9, 48)
-    assert products(lambda: learner(x)) == 1
-    expected, seen = learner(x), list[str]()
-    for layer in (0, 1):
-        hook = learner.attention_maps[layer].register_forward_hook(
-            lambda layer, args, out: seen.append(type(layer).__name__)
-        )
-        torch.testing.assert_close(learner(x), expected)
-        hook.remove()
-    assert seen == ["Linear", "GELU"]
+    assert products(lambda: learner(x)) == 0
+    exported = torch.export.export(learner, (x,)).module()
+    assert torch.equal(exported(x), learner(x))  # the same operations on the same machine
+    expected = learner(x)
+    use_onednn(learner)
+    assert products(lambda: learner(x)) == 2
+    torch.testing.assert_close(learner(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_replaces_a_learner_s_layers_is_used() -> None:
+    learner, x = TokenLearnerV11(48, 4), torch.randn(2, 9, 48)
+    expected = learner(x)
     learner.attention_maps[0] = nn.Sequential(learner.attention_maps[0])  # as LoRA does
     torch.testing.assert_close(learner(x), expected)
     learner.attention_maps[1] = nn.ReLU()
     assert not torch.allclose(learner(x), expected)
-
-
-def test_what_a_compiler_sees_is_torch_s_own_to_the_bit() -> None:
-    learner, x = TokenLearnerV11(48, 4), torch.randn(2, 9, 48)
-    expected = learner(x)
-    with torch.no_grad(), as_a_compiler_sees_it():
-        assert torch.equal(learner(x), expected)
-        assert products(lambda: learner(x)) == 0
-    with torch.no_grad():
-        assert products(lambda: learner(x)) == 1
 
 
 def test_what_counts_operations_sees_those_of_torch() -> None:
@@ -268,10 +246,10 @@ def test_what_counts_operations_sees_those_of_torch() -> None:
     "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
 )
 def test_a_trace_has_torch_s_own_layers() -> None:
-    linear, gelu, x = nn.Linear(48, 80).requires_grad_(False), nn.GELU(), torch.randn(9, 48)
+    linear, x = use_onednn(nn.Linear(48, 80).requires_grad_(False)), torch.randn(9, 48)
     with torch.no_grad():
-        traced = torch.jit.trace(lambda x: gelu_of_linear(gelu, linear, x), x)
-        assert products(lambda: gelu_of_linear(gelu, linear, x)) == 1
+        traced = torch.jit.trace(linear, x)
+        assert products(lambda: linear(x)) == 1
     assert "mkldnn" not in str(traced.graph)
 
 

@@ -13,8 +13,8 @@ from timm.models import group_parameters
 from tiny import check_compiled
 from torch import nn
 
-from tokenlearner.evaluation.attention_maps import attention_maps
 from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.evaluation.maps import attention_maps
 from tokenlearner.layers.blocks import ReducedBlock
 from tokenlearner.models.framevit import FRAMES, FrameViT
 

@@ -524,7 +524,7 @@ def test_maps_have_the_grid_of_the_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["eva_any_size", "hf_dinov2"])
-def test_maps_have_the_grid_of_a_image_of_another_size(name: str) -> None:
+def test_maps_have_the_grid_of_an_image_of_another_size(name: str) -> None:
     assert attention_maps(inserted(name), images(48, 24))[AT].shape == (2, K, 6, 3)
 
 
@@ -848,7 +848,7 @@ def test_a_model_that_reads_positions_takes_fused_tokens_only(
 
 
 @pytest.mark.parametrize("name", ["hf_vit_classes", "hf_videomae_classes", "beit", "torchvision"])
-def test_more_tokens_than_a_image_has_are_refused(name: str) -> None:
+def test_more_tokens_than_an_image_has_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="num_tokens is 17, but an image has 16"):
         insert(FAMILIES[name].model(), 17)
 

@@ -277,7 +277,7 @@ def test_learners_have_the_official_numbers(learner: str) -> None:
 
 
 @each_learner
-def test_learners_run_on_the_grid_of_a_image_that_is_not_square(learner: str) -> None:
+def test_learners_run_on_the_grid_of_an_image_that_is_not_square(learner: str) -> None:
     host = insert(vit(img_size=(16, 48)), 3, learner=learner)
     (block,) = wrapped_blocks(host).values()
     x = torch.randn(2, 1 + 12, 24)
@@ -444,7 +444,7 @@ def test_images_of_any_size_run_where_the_host_allows_them(learner: str) -> None
 
 
 @torch.no_grad()
-def test_v1_refuses_a_image_with_another_number_of_positions() -> None:
+def test_v1_refuses_an_image_with_another_number_of_positions() -> None:
     host = vit(dynamic_img_size=True)
     with pytest.raises(ValueError, match=r"8 positions do not fit a 4 x 4 grid|dynamic_img_size"):
         insert(host, 3, learner="v1")(images(16, 32))

@@ -19,10 +19,11 @@ from timm.optim import param_groups_layer_decay
 from tiny import check_compiled, randomized
 from torch import Tensor, nn
 
-from tokenlearner import attention_maps, mixer
+from tokenlearner import attention_maps
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.layers.blocks import FusedBlock, ReducedBlock
 from tokenlearner.layers.token_learner import LEARNERS
+from tokenlearner.models import mixer as mixer
 from tokenlearner.models.mixer import MIXERS, TokenLearnerMixer, build_mixer
 
 MINI = "mixer_mini_patch4_tl8at3_28"
@@ -105,7 +106,7 @@ def test_without_tokens_it_is_timms_mixer_with_tanh_gelu() -> None:
 
 
 @torch.no_grad()
-def test_v1_sees_the_grid_of_a_image_that_is_no_square() -> None:
+def test_v1_sees_the_grid_of_an_image_that_is_no_square() -> None:
     model, other = tiny(learner="v1"), tiny(learner="v1", img_size=(12, 8))
     assert (model.blocks[2].grid, other.blocks[2].grid) == ((4, 6), (6, 4))
     other.load_state_dict(model.state_dict(), strict=True)

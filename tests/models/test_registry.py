@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from tiny import randomized
 from torch import Tensor, nn
 
-from tokenlearner import registry
+from tokenlearner.models import registry as registry
 from tokenlearner.models.registry import SIZES, blocks_with_grid, build_variant, sized, variant_cfg
 from tokenlearner.models.vit import TokenLearnerViT, build_vit
 from tokenlearner.models.vivit import ViViT, build_vivit

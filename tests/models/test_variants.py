@@ -15,9 +15,10 @@ import torch
 from tiny import check_compiled, randomized
 from torch import Tensor, nn
 
-from tokenlearner import video, vit
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.layers.blocks import FusedBlock, ReducedBlock
+from tokenlearner.models import vit as vit
+from tokenlearner.models import vivit as video
 from tokenlearner.models.insertion import get_insertion, wrapped_blocks
 from tokenlearner.models.registry import SIZES
 from tokenlearner.models.vit import VARIANTS

@@ -372,7 +372,7 @@ def built_for(size: tuple[int, int], model: Any, **kwargs: Any) -> Any:
 @each_learner
 @each_size
 @torch.no_grad()
-def test_a_image_of_any_size_gives_what_a_model_built_for_it_gives(
+def test_an_image_of_any_size_gives_what_a_model_built_for_it_gives(
     size: tuple[int, int], learner: str, fuse: bool
 ) -> None:
     kwargs: dict[str, Any] = {"learner": learner, "fuse": fuse}
@@ -383,7 +383,7 @@ def test_a_image_of_any_size_gives_what_a_model_built_for_it_gives(
 
 @pytest.mark.parametrize("fuse", [False, True])
 @torch.no_grad()
-def test_a_class_token_is_no_position_of_a_image_of_another_size(fuse: bool) -> None:
+def test_a_class_token_is_no_position_of_an_image_of_another_size(fuse: bool) -> None:
     kwargs: dict[str, Any] = {"learner": "v1", "fuse": fuse, "class_token": True}
     model, images = tiny(**kwargs, dynamic_img_size=True), make_images(12, 8)
     torch.testing.assert_close(model(images), built_for((12, 8), model, **kwargs)(images))
@@ -543,7 +543,7 @@ def test_a_map_of_a_block_behind_the_learner_is_refused(indices: Any, named: str
 
 
 @pytest.mark.parametrize("fmt", ["NCHW", "NLC"])
-def test_intermediates_of_v1_for_a_image_of_another_size_are_refused(fmt: str) -> None:
+def test_intermediates_of_v1_for_an_image_of_another_size_are_refused(fmt: str) -> None:
     model = tiny(learner="v1", fuse=True, dynamic_img_size=True)
     message = (
         r"V1's learner is built for a \(4, 6\) grid, the image is \(12, 8\); call "

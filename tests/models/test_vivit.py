@@ -105,7 +105,7 @@ def test_uniform_sampling_makes_each_chosen_frame_one_of_the_models(learner: str
 
 
 @torch.no_grad()
-def test_one_frame_is_a_image() -> None:
+def test_one_frame_is_an_image() -> None:
     model = tiny(num_frames=2, learner="v1")
     image_model = randomized(TokenLearnerViT(**_without_clip(TINY), learner="v1"))
     state = model.state_dict()

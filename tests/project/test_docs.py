@@ -24,11 +24,11 @@ from markdown_blocks import (
     run_python_blocks,
 )
 from PIL import Image
-from tokenlearner_command import COMMANDS, main
 
 import draw_docs
 import tokenlearner
 from docs_hooks import PAGES
+from tokenlearner.commands.main import COMMANDS, main
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.models.hosts import HOSTS
 

@@ -430,7 +430,10 @@ def test_our_models_of_single_frames_are_refused_with_the_reason() -> None:
         ({"batch_size": 1}, "batch_size is 1, expected an integer of 2 or more"),
         ({"lr": 0.0}, "lr is 0.0, expected a number above 0"),
         ({"lr": float("inf")}, "lr is inf"),
-        ({"images": torch.zeros(1, 3, 16, 16)}, r"images is \[1, 3, 16, 16\], expected .* 2 pict"),
+        (
+            {"images": torch.zeros(1, 3, 16, 16)},
+            r"images is \[1, 3, 16, 16\], expected .* 2 images",
+        ),
         ({"images": [1, 2]}, "images is list, expected a tensor"),
     ],
 )

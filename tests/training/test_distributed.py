@@ -77,7 +77,7 @@ def test_without_accelerate_the_way_to_get_it_is_named(monkeypatch: pytest.Monke
     [
         ({"batch_size": 6, "grad_accum_steps": 4}, "batch_size is 6, which 1 processes and 4 grad"),
         ({"batch_size": 5, "mixup": 0.2}, "and 5 images of a step .* a multiple of 2"),
-        ({"batch_size": 9, "cutmix": 1.0, "grad_accum_steps": 3}, "and 9 pic.* a multiple of 6"),
+        ({"batch_size": 9, "cutmix": 1.0, "grad_accum_steps": 3}, "and 9 im.* a multiple of 6"),
         ({"fsdp": True}, "fsdp shares a model out among processes, and there is one; start sev"),
     ],
     ids=str,

@@ -17,10 +17,9 @@ import pytest
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from tokenlearner_command import main
 
 from tokenlearner import create_model, save_model, train
-from tokenlearner.commands.main import eval_options, train_options
+from tokenlearner.commands.main import eval_options, main, train_options
 from tokenlearner.data.factory import list_data, load_data
 from tokenlearner.models.vit import VARIANTS
 from tokenlearner.training.config import TrainConfig

@@ -313,7 +313,7 @@ def test_a_model_built_new_is_taught_too_and_has_no_host(config: TrainConfig, ho
         ({"insert": 17}, "num_tokens is 17, but an image has 16"),
         ({"at": 3}, "at is 3, expected a block from 0 to 2"),
         ({"learner": "v2"}, "learner is 'v2', expected one of 'v11'"),
-        ({"images": 1, "batch_size": 1, "kd_distill_type": "logit"}, "expected a tensor of 2 pic"),
+        ({"images": 1, "batch_size": 1, "kd_distill_type": "logit"}, "expected a tensor of 2 im"),
     ],
     ids=str,
 )

@@ -141,8 +141,9 @@ def _check_shapes(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
     ]
     if wrong:
         raise ValueError(
-            f"the weights do not fit the model: {shortened(wrong)}; build the model with the "
-            "width, channels and patch size that they come from, and leave keep_head out for other classes"
+            f"the weights do not fit the model: {shortened(wrong, 10)}; build the model with the "
+            "width, channels and patch size that they come from, and leave keep_head out for "
+            "other classes"
         )
 
 

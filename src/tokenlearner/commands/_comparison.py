@@ -16,9 +16,9 @@ from ..data.dataset import LabeledDataset
 from ..data.factory import load_data
 from ..data.loader import SampleKey, load_batches
 from ..evaluation.accuracy import evaluate
-from ..evaluation.attention_maps import attention_maps, draw_maps
 from ..evaluation.hardware import describe_machine
 from ..evaluation.latency import Cost, Spread, benchmark
+from ..evaluation.maps import attention_maps, draw_maps
 from ..training.config import TrainConfig
 from ..training.run import TrainResult
 from ..utils.io import atomic_write, write_json

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.factory import ImageDataset, load_data
-from ..evaluation.attention_maps import attention_maps, draw_maps
 from ..evaluation.latency import Cost
+from ..evaluation.maps import attention_maps, draw_maps
 from ..training.config import TrainConfig
 from ..training.run import TrainResult, train
 from ..utils.io import atomic_write, unique_path

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
-COMMANDS = {  # what each does; `tokenlearner.cli` has the functions
+COMMANDS = {
     "demo": "train a small ViT with and without learned tokens on real images, and compare",
     "train": "train a named model on a named data set",
     "eval": "evaluate a checkpoint on a data set",

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.dataset import UnreadableFile
-from ..evaluation.attention_maps import attention_maps, has_gates
 from ..evaluation.map_figures import (
     FigureRow,
     check_matplotlib,
@@ -25,6 +24,7 @@ from ..evaluation.map_figures import (
     write_figure,
 )
 from ..evaluation.map_stats import AttentionStats, map_stats
+from ..evaluation.maps import attention_maps, has_gates
 from ..models.insertion import wrapped_blocks
 from ..utils.io import write_json
 from ..utils.validation import check_choice, check_count, require

@@ -33,7 +33,8 @@ def load_data(
     in each also in the folders `fashion-mnist` and `FashionMNIST/raw`. `moving-photographs`
     (9,000 + 1,800 clips) is made of what scikit-image ships. These are `ImageDataset`.
 
-    `folder` and `video-folder` are your own images and videos, in `root`, by folders of classes or lists.
+    `folder` and `video-folder` are your own images and videos, in `root`, by folders of classes or
+    lists.
     `torch/NAME` is a set of torchvision's, `hfds/NAME` of Hugging Face datasets; `hfids/NAME` and
     `wds/` (WebDataset's tar files in `root`) are streams, which have no order. All of these are
     read image by image.
@@ -43,10 +44,10 @@ def load_data(
         split: `"train"` or `"test"`.
         root: Look in this folder and nowhere else.
         **wanted: `download=True` to fetch a set that is not found, `img_size=224`, and whatever
-            else `tokenlearner.labeled.Wanted` says.
+            else `tokenlearner.data.dataset.DataConfig` says.
 
     Returns:
-        A `tokenlearner.labeled.LabeledData`.
+        A `tokenlearner.data.dataset.LabeledDataset`.
 
     Raises:
         ValueError: An unknown name or split, or a set that is not found, not fetched or damaged.

@@ -206,7 +206,8 @@ def _from_hub(name: str, split: str, wanted: DataConfig, streaming: bool) -> tup
     part = next((splits[known] for known in names if known in splits), None)
     require(
         part is not None,
-        f"{name} has no split {split!r}, expected {' or '.join(names)} among its {shortened([*splits])}",
+        f"{name} has no split {split!r}, expected {' or '.join(names)} among its "
+        f"{shortened([*splits])}",
     )
     image, label = _columns(name, part)
     return part.cast_column(image, datasets.Image(decode=False)), image, label  # type: ignore[union-attr]

@@ -7,9 +7,9 @@ from ..utils.lazy import lazy_exports
 if TYPE_CHECKING:
     from .accuracy import Evaluation as Evaluation
     from .accuracy import evaluate as evaluate
-    from .attention_maps import attention_maps as attention_maps
     from .flops import count_macs as count_macs
     from .latency import benchmark as benchmark
+    from .maps import attention_maps as attention_maps
     from .planning import plan as plan
 
 __getattr__, __dir__, __all__ = lazy_exports(
@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "Evaluation",
             "evaluate",
         ),
-        "attention_maps": ("attention_maps",),
+        "maps": ("attention_maps",),
         "flops": ("count_macs",),
         "latency": ("benchmark",),
         "map_figures": (),

@@ -161,9 +161,9 @@ REFUSED: dict[str, str] = {  # classes, or files with all of theirs
     "timm.models.xcit": _GRID,
     "timm.models.levit": _GRID,
     "torchvision.models.video.mvit": _GRID,
-    "timm.models.mlp_mixer": f"{_MIXES}; tokenlearner.mixer.TokenLearnerMixer is built for them",
-    "tokenlearner.mixer": f"{_MIXES}; build it anew with num_tokens and at",
-    "tokenlearner.framevit": "learns tokens by itself; build it anew with num_tokens and at",
+    "timm.models.mlp_mixer": f"{_MIXES}; tokenlearner.models.TokenLearnerMixer is built for them",
+    "tokenlearner.models.mixer": f"{_MIXES}; build it anew with num_tokens and at",
+    "tokenlearner.models.framevit": "learns tokens by itself; build it anew with num_tokens and at",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Backbone": _MAPS,
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
     ".Dinov2WithRegistersBackbone": _MAPS,
@@ -235,7 +235,7 @@ def _known() -> str:
     known = "; ".join(f"{', '.join(names)} of {family}" for family, names in families.items())
     return (
         f"known: {known}. For others, wrap a block yourself with "
-        "tokenlearner.wrappers.ReducedBlock, or add a row to tokenlearner.hosts.HOSTS"
+        "tokenlearner.layers.blocks.ReducedBlock, or add a row to tokenlearner.models.hosts.HOSTS"
     )
 
 

@@ -44,7 +44,7 @@ def insert(
 
     Args:
         model: A ViT of timm (EVA, DINOv3 and BEiT too), torchvision or transformers, or a model
-            that has one as a part; `tokenlearner.hosts.HOSTS` lists them.
+            that has one as a part; `tokenlearner.models.hosts.HOSTS` lists them.
         num_tokens: Tokens `k` to learn from an image, or from a frame of a clip. Several numbers
             go with several places, and do not grow: `num_tokens=(16, 8), at=(0.25, 0.5)`.
         at: The learner runs in front of this block, counted from 0, or at this share of the depth.

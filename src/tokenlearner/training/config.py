@@ -22,8 +22,8 @@ class TrainConfig(
 ):
     """What to train, on what, and how.
 
-    Its options are those of `tokenlearner.options` and `tokenlearner.data_options`, all of them
-    optional: `TrainConfig(model=..., data=..., epochs=90)`.
+    Its options are those of `tokenlearner.training.options` and `tokenlearner.data.config`, all
+    of them optional: `TrainConfig(model=..., data=..., epochs=90)`.
 
     Raises:
         ValueError: A number is out of range, or options exclude each other.

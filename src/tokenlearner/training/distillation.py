@@ -46,7 +46,7 @@ def forward_with_features(model: nn.Module, images: Any, first: int = 0) -> Bloc
     """Runs a model and returns its output and that of every block from `first` on.
 
     Args:
-        model: A host of `tokenlearner.hosts`, with or without learned tokens.
+        model: A host of `tokenlearner.models.hosts`, with or without learned tokens.
         images: What the model takes.
         first: Block from which on features are wanted.
     """

@@ -86,7 +86,7 @@ def _trained(name: str, data: LabeledDataset) -> nn.Module:
 def _try_recipe(config: TrainConfig, model: nn.Module, data: LabeledDataset) -> None:
     """Finds out before anything is written whether images and weights can change as is asked."""
     per_epoch = len(data) // config.batch_size
-    train_transform(config, data)
+    train_transform(config, data, config.crop_pct)
     make_schedule(config, make_optimizer(config, model), config.epochs * per_epoch, per_epoch)
 
 

@@ -55,7 +55,7 @@ class Trainer:
         self.engine = engine or Distributed(config)
         self.per_epoch = len(data) // config.batch_size
         self.steps = config.epochs * self.per_epoch
-        self.change = train_transform(config, data)
+        self.change = train_transform(config, data, config.crop_pct)
         self.mix = mixup_transform(config, len(data.classes), config.seed)
         self.step = self.skipped = 0
         self.broken: set[str] = set()

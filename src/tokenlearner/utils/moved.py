@@ -1,4 +1,4 @@
-"""Import paths and names of version 0.3, working until 0.5 with a warning that names the new ones."""
+"""Import paths and names of version 0.3: they work until 0.5 and warn with the new ones."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ MODULES = {  # that were files of version 0.3
     "map_inputs": "commands._inputs",
     "map_run": "commands.maps",
     "map_table": "commands._map_table",
-    "maps": "evaluation.attention_maps",
+    "maps": "evaluation.maps",
     "mixer": "models.mixer",
     "modules": "layers.token_learner",
     "moving": "data.moving_photos",
@@ -249,7 +249,8 @@ class _Finder:
         package, _, module = name.partition(".")
         if package != "tokenlearner" or module not in (*ALIASES, *MODULES):
             return None
-        return ModuleSpec(name, _Loader())
+        loader: Any = _Loader()
+        return ModuleSpec(name, loader)
 
 
 class _Loader:

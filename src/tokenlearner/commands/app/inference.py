@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...evaluation.attention_maps import has_gates
 from ...evaluation.flops import count_macs
 from ...evaluation.hardware import describe_machine
 from ...evaluation.latency import Spread, speedup_spread, time_models
 from ...evaluation.map_figures import FigureRow, MapScale, map_scale
 from ...evaluation.map_stats import AttentionStats, map_stats
+from ...evaluation.maps import has_gates
 from ...models.insertion import remove
 from ...utils.modules import clone_structure
 from ...utils.validation import check_choice, require

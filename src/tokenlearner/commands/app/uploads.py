@@ -202,7 +202,7 @@ def _check_video(file: Path, name: str, limits: UploadLimits) -> int:
 
 
 def _check_keyframes(container: Any, name: str, limits: UploadLimits) -> None:
-    """Refuses a video whose frames grow on the way; FFmpeg itself allocates none above the limit."""
+    """Refuses a video whose frames grow on the way; FFmpeg allocates none above the limit."""
     from av.error import InvalidDataError
 
     stream = container.streams.video[0]

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokenlearner import TokenLearnerV11, attention_maps, insert, video  # noqa: F401  (video registers names)
-from tokenlearner.evaluation.attention_maps import draw_maps, has_gates
+from tokenlearner.evaluation.maps import draw_maps, has_gates
 from tokenlearner.layers.blocks import ReducedBlock
 from tokenlearner.layers.token_learner import LEARNERS
 
