@@ -209,8 +209,8 @@ def _rows(module: nn.Module) -> list[_Row]:
     if differing := sorted({row.key for row in rows} ^ module.state_dict().keys()):
         raise ValueError(
             f"scenic has no such {type(module).__name__}: {shortened(differing, 10)} would be "
-            "missing or left over. Build it with final_norm=True, fc_norm=False, class_token=False, and "
-            "without registers, LayerScale, qk_norm and the like"
+            "missing or left over. Build it with final_norm=True, fc_norm=False, "
+            "class_token=False, and without registers, LayerScale, qk_norm and the like"
         )
     return rows
 
