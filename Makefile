@@ -15,8 +15,10 @@ export GOMP_SPINCOUNT ?= 10000
 SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modules_speed.py \
 	modules_against.py streaming.py)
 
+NUMERIC_TESTS := $(addprefix tests/,layers models checkpoints evaluation training deploy)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-oldest check docs notebook bench compare format clean
+.PHONY: help install demo test test-slow test-isa test-oldest check docs notebook bench compare format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +34,13 @@ test: $(VENV)/.dev  ## run the tests, without the slow ones
 # Exit code 5 means that no test is marked slow; that is no failure.
 test-slow: $(VENV)/.dev  ## run the slow tests
 	$(BIN)/python -m pytest -n auto -m slow $(ARGS) || [ $$? -eq 5 ]
+
+# Numbers must not depend on the processor: the same tests with the kernels of two others.
+test-isa: $(VENV)/.dev  ## run the numeric tests with the kernels of other processors
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+		$(BIN)/python -m pytest -n auto -q $(NUMERIC_TESTS) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python -m pytest -n auto -q $(NUMERIC_TESTS) $(ARGS)
 
 test-oldest: $(VENV)/.dev  ## run the tests of hosts with the oldest timm and transformers
 	$(BIN)/python scripts/oldest.py -q -n auto $(ARGS)

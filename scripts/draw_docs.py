@@ -275,6 +275,29 @@ def draw_stream() -> Figure:
     return figure
 
 
+def draw_packages() -> Figure:
+    """The packages as floors of a house: a package imports from the floors below it."""
+    figure, ax = sheet(8.4, 4.75)
+    floors: list[list[tuple[str, str, str]]] = [
+        [("utils", "arguments, files, seeds", GRAY)],
+        [("layers", "the paper's modules", ORANGE), ("data", "images and videos", BLUE)],
+        [("models", "named models, hosts, insertion", ORANGE)],
+        [("checkpoints", "weights of others", GREEN), ("evaluation", "accuracy, cost, maps", SKY)],
+        [("deploy", "exported files, int8", GREEN), ("training", "train, distill, calibrate", BLUE)],
+        [("commands", "what `tokenlearner ...` runs", RED)],
+    ]
+    for floor, packages in enumerate(floors):
+        width = 6.4 / len(packages)
+        for i, (name, what, color) in enumerate(packages):
+            x, y = 0.35 + i * width, 0.15 + 0.77 * floor
+            box(ax, x, y, width - 0.1, 0.62, "", color)
+            ax.text(x + 0.15, y + 0.31, name, va="center", weight="bold")
+            ax.text(x + width - 0.25, y + 0.31, what, va="center", ha="right", fontsize=9)
+    arrow(ax, (7.15, 4.6), (7.15, 0.2))
+    ax.text(7.3, 2.4, "imports\ngo down", va="center", fontsize=10)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "how": draw_how,
     "cost": draw_cost,
@@ -282,6 +305,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "fuser": draw_fuser,
     "insertion": draw_insertion,
     "stream": draw_stream,
+    "packages": draw_packages,
 }
 
 

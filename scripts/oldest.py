@@ -19,7 +19,7 @@ TARGET = ROOT / "build" / "oldest"
 TESTED = ("timm", "transformers")
 BESIDES = ["huggingface_hub==0.34.0", "tokenizers==0.22.0"]  # what transformers 4.56 takes
 HTTP = ["requests", "urllib3", "idna", "certifi", "charset-normalizer"]  # huggingface_hub before 1
-TESTS = ["tests/test_hosts.py", "tests/test_insert.py"]
+TESTS = ["tests/models/test_hosts.py", "tests/models/test_insertion.py"]
 
 
 def lower_bound(package: str, pyproject: str) -> str:
