@@ -283,7 +283,10 @@ def draw_packages() -> Figure:
         [("layers", "the paper's modules", ORANGE), ("data", "images and videos", BLUE)],
         [("models", "named models, hosts, insertion", ORANGE)],
         [("checkpoints", "weights of others", GREEN), ("evaluation", "accuracy, cost, maps", SKY)],
-        [("deploy", "exported files, int8", GREEN), ("training", "train, distill, calibrate", BLUE)],
+        [
+            ("deploy", "exported files, int8", GREEN),
+            ("training", "train, distill, calibrate", BLUE),
+        ],
         [("commands", "what `tokenlearner ...` runs", RED)],
     ]
     for floor, packages in enumerate(floors):

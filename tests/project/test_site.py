@@ -16,7 +16,7 @@ import pytest
 from markdown_blocks import ROOT
 
 from check_site import check_site
-from docs_hooks import fenced_doctests, site_links
+from docs_hooks import site_links
 
 
 @pytest.fixture(scope="module")
@@ -53,41 +53,24 @@ def test_the_site_builds_without_a_warning_and_every_link_leads_somewhere(site: 
 
 
 @pytest.mark.slow
-def test_pages_fetch_nothing_from_elsewhere_and_complain_of_nothing(site: Path) -> None:
+def test_pages_fetch_nothing_from_elsewhere_fit_a_phone_and_can_be_searched(site: Path) -> None:
     from browser import chromium, complaints, requested
-
-    with served(site) as address, chromium() as browser:
-        for page in ("index.html", "paper.html", "migrating.html", "api/modules.html"):
-            browser.get(f"{address}/{page}")
-            assert all(url.startswith(address) for url in requested(browser))
-            assert complaints(browser) == []
-
-
-@pytest.mark.slow
-def test_on_a_phone_no_page_is_wider_than_the_screen(site: Path) -> None:
-    from browser import chromium
-
-    pages = sorted(site.rglob("*.html"))
-    with served(site) as address, chromium(500, 900) as browser:
-        for page in pages:
-            browser.get(f"{address}/{page.relative_to(site).as_posix()}")
-            width = "return [document.documentElement.scrollWidth, window.innerWidth]"
-            wide, screen = browser.execute_script(width)
-            assert wide <= screen, page.name
-
-
-@pytest.mark.slow
-def test_search_finds_a_page(site: Path) -> None:
-    from browser import chromium
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.wait import WebDriverWait
 
-    with served(site) as address, chromium() as browser:
+    with served(site) as address, chromium(500, 900) as browser:
+        for page in sorted(site.rglob("*.html")):
+            browser.get(f"{address}/{page.relative_to(site).as_posix()}")
+            width = "return [document.documentElement.scrollWidth, window.innerWidth]"
+            content, screen = browser.execute_script(width)
+            assert content <= screen, page.name
+            assert all(url.startswith(address) for url in requested(browser))
+            assert complaints(browser) == []
         browser.get(f"{address}/index.html?q=calibrate")
-        found = WebDriverWait(browser, 20).until(
+        results = WebDriverWait(browser, 20).until(
             lambda b: b.find_elements(By.CSS_SELECTOR, ".md-search-result__item a")
         )
-        assert any("distilling.html" in (link.get_attribute("href") or "") for link in found)
+        assert any("distilling.html" in (link.get_attribute("href") or "") for link in results)
 
 
 # --- the tools ---------------------------------------------------------------------------------
@@ -134,16 +117,6 @@ def test_a_broken_page_is_named(body: str, problem: str, tmp_path: Path) -> None
     assert check_site(write_site(tmp_path, body)) == [problem]
 
 
-def test_style_sheets_may_not_fetch_from_elsewhere(tmp_path: Path) -> None:
-    write_site(tmp_path, "")
-    (tmp_path / "a.css").write_text("a { background: url('https://x.org/a') }")
-    assert check_site(tmp_path) == ["a.css fetches https://x.org/a"]
-
-
-def test_a_folder_without_pages_is_a_problem(tmp_path: Path) -> None:
-    assert "make docs" in check_site(tmp_path)[0]
-
-
 def test_links_lead_to_the_pages_of_the_site() -> None:
     text = "[a](../benchmarks/README.md#killpy) ![b](../docs/compare.png) [c](maps.md)"
     assert site_links(text, "docs/training.md", "training.md") == (
@@ -155,24 +128,8 @@ def test_links_lead_to_the_pages_of_the_site() -> None:
     )
 
 
-def test_links_of_pages_in_folders_go_up() -> None:
-    assert site_links("[a](../maps.md)", "docs/api/files.md", "api/files.md") == "[a](../maps.md)"
-
-
-def test_code_is_left_as_it_is() -> None:
-    text = "```text\n[d](results/kill.json)\n```"
-    assert site_links(text, "benchmarks/README.md", "benchmarks.md") == text
-
-
 def test_a_link_to_a_file_that_does_not_exist_is_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert site_links("[a](../no.py)", "docs/maps.md", "maps.md") == "a"
     assert caplog.messages == ["docs/maps.md links to no.py, which does not exist"]
-
-
-def test_doctests_are_shown_as_code() -> None:
-    text = "Does it.\n\n>>> f(1)\n2\n>>> g()\n3\n\nSource: us."
-    assert fenced_doctests(text) == (
-        "Does it.\n\n```pycon\n>>> f(1)\n2\n>>> g()\n3\n```\n\nSource: us."
-    )
