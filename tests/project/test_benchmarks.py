@@ -339,6 +339,7 @@ def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
     script: ModuleType, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needed = {"compare_frozen": "--wheel a --drawings b", "accuracy": "--drawings b"}
+    needed["against_version"] = "src"
     with pytest.raises(SystemExit):
         run(script, f"{needed.get(script.__name__, '')} --device cuda:99")
     said = capsys.readouterr().err
