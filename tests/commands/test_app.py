@@ -42,6 +42,7 @@ from tokenlearner.commands.app.view import (
 )
 from tokenlearner.commands.maps import compute_maps
 from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.evaluation.latency import Seconds
 from tokenlearner.evaluation.map_figures import overlay
 from tokenlearner.utils.io import write_json
 
@@ -288,11 +289,11 @@ def test_every_run_that_is_reported_was_made(
 ) -> None:
     made: list[tuple[int, int]] = []
 
-    def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, Seconds]:
         made.append((len(images), rounds))
-        return {name: [0.001 * (i + 1)] * rounds for i, name in enumerate(models)}
+        return {name: Seconds([0.001 * (i + 1)] * rounds) for i, name in enumerate(models)}
 
-    monkeypatch.setattr("tokenlearner.commands.app.inference.seconds_in_turn", timed)
+    monkeypatch.setattr("tokenlearner.commands.app.inference.time_models", timed)
     report = measure_cost(with_tokens, with_tokens.example("Trouser").taken)
     assert made == [(1, 2), (1, 30), (32, 10)]
     assert report.rounds == 30
@@ -305,11 +306,11 @@ def test_a_slow_model_is_measured_a_few_times_and_not_in_a_batch(
 ) -> None:
     made: list[tuple[int, int]] = []
 
-    def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, Seconds]:
         made.append((len(images), rounds))
-        return {name: [1.0] * rounds for name in models}
+        return {name: Seconds([1.0] * rounds) for name in models}
 
-    monkeypatch.setattr("tokenlearner.commands.app.inference.seconds_in_turn", timed)
+    monkeypatch.setattr("tokenlearner.commands.app.inference.time_models", timed)
     report = measure_cost(with_tokens, with_tokens.example("Trouser").taken)
     assert made == [(1, 2), (1, 3)]
     assert "–" in cost_view(report)

@@ -17,7 +17,7 @@ from ..data.factory import load_data
 from ..data.loader import SampleKey, load_batches
 from ..evaluation.accuracy import evaluate
 from ..evaluation.hardware import describe_machine
-from ..evaluation.latency import Cost, Spread, benchmark
+from ..evaluation.latency import Cost, benchmark
 from ..evaluation.maps import attention_maps, draw_maps
 from ..training.config import TrainConfig
 from ..training.run import TrainResult
@@ -241,13 +241,9 @@ def _speed(pair: tuple[Candidate, Candidate]) -> str:
     first, second = (contender.cost for contender in pair)
     return (
         f"Speed: {first.gmacs / second.gmacs:.2f} times fewer multiply-adds; inference "
-        f"{_spread(second.speedup)}, training {_spread(second.training_speedup)} times as fast "
+        f"{second.speedup:.2f}, training {second.training_speedup:.2f} times as fast "
         "(quartiles, in turn)."
     )
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
 
 
 def _number(value: float | None) -> str:

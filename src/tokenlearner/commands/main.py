@@ -47,7 +47,7 @@ class ModelsConfig:
     """
 
     pattern: str = "*"
-    catalog_markdown: bool = False
+    markdown: bool = False
 
 
 def run(name: str, arguments: Sequence[str]) -> None:

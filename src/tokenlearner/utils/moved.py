@@ -187,7 +187,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "set_random_states": "utils.random:set_random_states",
     "set_whole_state": "training.distributed:set_full_state",
     "some": "utils.validation:shortened",
-    "speed_ratio": "evaluation.latency:speedup_spread",
+    "Spread": "evaluation.latency:Timing",
     "square": "layers.functional:square_grid",
     "summary": "models.outputs:summarize_tokens",
     "tally": "evaluation.accuracy:sum_metrics",
