@@ -165,7 +165,7 @@ def test_a_model_of_another_set_is_not_given_the_names_of_the_examples(tmp_path:
 def test_an_example_is_what_the_model_is_judged_on(with_tokens: OfferedModel) -> None:
     data = load_data("fashion-mnist-small", "test")
     index = int((data.labels == 1).nonzero()[0])
-    expected, _ = data.take(torch.tensor([index]))
+    expected, _ = data.get_batch(torch.tensor([index]))
     torch.testing.assert_close(with_tokens.example("Trouser").taken, expected)
 
 
@@ -181,7 +181,7 @@ def test_a_model_of_clips_is_tried_on_the_clips_it_is_judged_on(order: str) -> N
     intake = InputPipeline((1, 4, 16, 16), data.mean, data.std, 1.0, 4, 1, order == "btchw", "")
     model = OfferedModel("clips", torch.nn.Identity(), intake, data.classes, False, data)
     seen = model.example("right")
-    expected, _ = data.take((data.labels == 1).nonzero()[:1, 0])
+    expected, _ = data.get_batch((data.labels == 1).nonzero()[:1, 0])
     taken = seen.taken.transpose(1, 2) if order == "btchw" else seen.taken
     torch.testing.assert_close(taken, expected)
     assert (seen.seen.shape, seen.is_video) == ((4, 1, 16, 16), True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import LabeledDataset
+from ..data.dataset import LabeledDataset, MapDataset, require_order
 from ..data.factory import load_data
 from ..data.loader import SampleKey, load_batches
 from ..evaluation.accuracy import evaluate
@@ -99,7 +99,7 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     if result.host is None:
         raise ValueError("there is no host to compare with; train with insert, or take the demo")
     check_drawing()
-    data = load_data(config.data, "test", **config.wanted)
+    data = load_data(config, "test")
     names = ("host", f"{config.insert} learned tokens")
     models = dict(zip(names, (result.host, result.model), strict=True))
     console().print("measuring both in turn ...")
@@ -114,6 +114,7 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     out = Path(config.out)
     write_comparison(out, contest, asdict(config))
     title = "Where the learned tokens look: held-out images"
+    data = require_order(data, "list its labels")
     held_out_images(out / "maps.png", result.model, data, one_of_each(data), title)
     return contest
 
@@ -163,7 +164,7 @@ def write_comparison(out: Path, contest: ModelComparison, config: Mapping[str, A
     )
 
 
-def one_of_each(data: LabeledDataset) -> list[int]:
+def one_of_each(data: MapDataset) -> list[int]:
     """The first images of up to six classes, spread over all that there are."""
     present = data.labels.unique()
     count = min(SHOWN, len(present))
@@ -172,7 +173,7 @@ def one_of_each(data: LabeledDataset) -> list[int]:
 
 
 def held_out_images(
-    path: Path, model: nn.Module, data: LabeledDataset, chosen: Sequence[int], title: str
+    path: Path, model: nn.Module, data: MapDataset, chosen: Sequence[int], title: str
 ) -> Path:
     """Draws where a model's first learner looks on some images of a data set.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import DataConfig, LabeledDataset
+from ..data.dataset import LabeledDataset
 from ..data.factory import load_data
 from ..deploy.exporting import BatchCheck, Exported, export
 from ..deploy.formats import SUFFIXES, check_target, load_exported
@@ -104,7 +104,7 @@ def _images(config: ExportConfig, size: Sequence[int]) -> tuple[LabeledDataset |
         if not fits or frames:
             return None, torch.randn(config.batch_size, *size), f"noise, {_times(size)}"
         bundled = load_data("fashion-mnist-small", "test").sample(config.batch_size)
-        return None, *_batch(bundled.fitted(DataConfig(img_size=height, in_chans=channels)), config)
+        return None, *_batch(bundled.resized(height, channels), config)
     require(
         fits,
         f"{config.model} takes {_times(size)}, and data are squares of 1 or 3 colors; pass no data",

@@ -113,9 +113,11 @@ PACKAGES = {  # that were files of version 0.3 under the same name
 
 NAMES = {  # that version 0.3 had in one of these files
     "_MLP": "torch.nn:Sequential",
+    "AugmentOptions": "data.config:AugmentConfig",
     "Asked": "training.checkpointing:StopSignal",
     "BrokenFile": "data.dataset:UnreadableFile",
     "Change": "data.loader:Transform",
+    "DataOptions": "data.config:DataConfig",
     "Engine": "training.distributed:Distributed",
     "FILM_EXTENSIONS": "data.video_folder:VIDEO_EXTENSIONS",
     "FileDataset": "data.image_folder:ImageFileDataset",
@@ -144,8 +146,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "TeachingOptions": "training.options:DistillOptions",
     "TorchPictures": "data.hub_datasets:TorchvisionImages",
     "UnplacedBlock": "layers.blocks:PositionFreeBlock",
-    "Wanted": "data.dataset:DataConfig",
-    "as_wanted": "data.image_folder:dataset_args",
+    "Wanted": "data.config:DataConfig",
     "check_grid_remains": "models.insertion:check_has_grid",
     "check_place": "training.checkpointing:check_run_folder",
     "checked": "data.iterable:check_stream",
