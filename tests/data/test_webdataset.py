@@ -359,7 +359,7 @@ def test_the_number_of_classes_is_asked_for(root: Path) -> None:
 
 
 def test_what_needs_an_order_is_refused_with_a_hint(root: Path) -> None:
-    with pytest.raises(ValueError, match="wds/ is a stream .*draw 3 images.*'folder'"):
+    with pytest.raises(ValueError, match=r"wds/ is a stream .*draw 3 images.*'folder'"):
         require_order(load(root), "draw 3 images")
 
 
