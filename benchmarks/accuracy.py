@@ -96,7 +96,7 @@ def row(out: Path, name: str, tokens: str, seeds: list[int]) -> dict[str, Any]:
     ]
     first = place(out, name, tokens, seeds[0])
     config = TrainConfig(**json.loads((first / "train.json").read_text(encoding="utf-8")))
-    shape = load_data(config.data, "test", **config.wanted).shape
+    shape = load_data(config, "test").shape
     return {
         "data": name,
         "tokens": tokens,

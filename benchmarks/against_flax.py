@@ -27,7 +27,7 @@ from tokenlearner import create_model, export, remove, use_onednn
 from tokenlearner.checkpoints.scenic import to_scenic
 from tokenlearner.deploy.formats import load_exported
 from tokenlearner.deploy.quantization import quantize
-from tokenlearner.evaluation.latency import Spread, speedup_spread, time_interleaved
+from tokenlearner.evaluation.latency import Timing, time_interleaved
 
 NAME = "vit_base_patch16_tl8at6_224"
 PACKAGES = ("jax", "flax")
@@ -123,12 +123,12 @@ FORMS: dict[str, Callable[[nn.Module, Tensor], Form]] = {
     "bfloat16": in_bfloat16,
     "bfloat16-frozen": partial(in_bfloat16, frozen=True),
 }
-NARROW = ("bfloat16", "bfloat16-frozen")
+REDUCED = ("bfloat16", "bfloat16-frozen")
 
 
-def checked(label: str, form: Form, right: Tensor, quantize: bool) -> None:
+def checked(label: str, form: Form, right: Tensor, reduced: bool) -> None:
     """Refuses a form whose numbers are others; 16 bits have 3 digits."""
-    tolerance = 0.05 if quantize else 1e-3
+    tolerance = 0.05 if reduced else 1e-3
     torch.testing.assert_close(
         form.read(form.run()),
         right,
@@ -148,7 +148,7 @@ def measure(options: Namespace, batch: int) -> list[dict[str, Any]]:
         right = model(images).cpu()
         for kind in dict.fromkeys(("eager", *options.forms)):
             form = FORMS[kind](model, images)
-            checked(f"{name}, {kind}", form, right, narrow=kind in NARROW)
+            checked(f"{name}, {kind}", form, right, reduced=kind in REDUCED)
             runs[name, kind] = form.run
     seconds = time_interleaved(runs, options.rounds)
     return [
@@ -157,21 +157,17 @@ def measure(options: Namespace, batch: int) -> list[dict[str, Any]]:
             "form": kind,
             "batch": batch,
             "latency_ms": in_ms(own),
-            "times_as_fast_as_eager": asdict(speedup_spread(seconds[name, "eager"], own)),
-            "times_as_fast_as_plain": asdict(speedup_spread(seconds["plain", kind], own)),
+            "times_as_fast_as_eager": asdict(own.speedup_over(seconds[name, "eager"])),
+            "times_as_fast_as_plain": asdict(own.speedup_over(seconds["plain", kind])),
         }
         for (name, kind), own in seconds.items()
     ]
 
 
 def line(row: dict[str, Any]) -> str:
-    ratios = [cell(Spread(**row[f"times_as_fast_as_{one}"])) for one in ("eager", "plain")]
+    ratios = [f"{Timing(**row[f'times_as_fast_as_{one}']):.2f}" for one in ("eager", "plain")]
     head = f"| {row['model']}, {row['form']} | {row['batch']}"
     return f"{head} | {row['latency_ms']['median']:.0f} | {' | '.join(ratios)} |"
-
-
-def cell(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
 
 
 def main() -> None:

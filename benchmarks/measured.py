@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenlearner.evaluation.hardware import describe_machine
-from tokenlearner.evaluation.latency import Spread
+from tokenlearner.evaluation.latency import Seconds
 from tokenlearner.utils.io import write_json
 from tokenlearner.utils.modules import pick_device
 
@@ -82,9 +82,9 @@ def write_results(path: str | Path | None, script: str, found: Mapping[str, Any]
         write_json(path, {"command": command(script), **found})
 
 
-def in_ms(seconds: list[float]) -> dict[str, float]:
+def in_ms(seconds: Seconds) -> dict[str, float]:
     """The median and the quartiles of what was timed, as a program reads them."""
-    return asdict(Spread.of([1000 * s for s in seconds]))
+    return asdict(seconds.latency_ms)
 
 
 def compiled(

@@ -23,12 +23,11 @@ from measured import add_device, closing, compiled, in_ms, machine, write_result
 from torch import Tensor, nn
 
 from tokenlearner import create_model, remove, use_onednn
-from tokenlearner.commands._tables import quartiles
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.evaluation.latency import (
-    Spread,
+    Seconds,
+    Timing,
     peak_memory_mib,
-    speedup_spread,
     time_interleaved,
 )
 
@@ -99,10 +98,10 @@ def runner(
     return training(model, images, options.optimizer, forward)
 
 
-def ratio(slow: Callable[[], None], fast: Callable[[], None], rounds: int) -> tuple[Spread, float]:
+def ratio(slow: Callable[[], None], fast: Callable[[], None], rounds: int) -> tuple[Timing, float]:
     """How many times as fast the second is, and the seconds it takes (median)."""
     seconds = time_interleaved({"slow": slow, "fast": fast}, rounds)
-    return speedup_spread(seconds["slow"], seconds["fast"]), median(seconds["fast"])
+    return seconds["fast"].speedup_over(seconds["slow"]), median(seconds["fast"])
 
 
 def measure(name: str, options: Namespace) -> Iterator[dict[str, Any]]:
@@ -121,14 +120,14 @@ def measure(name: str, options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def compared(
-    seconds: dict[str, list[float]], macs: dict[str, int], peaks: dict[str, float]
+    seconds: dict[str, Seconds], macs: dict[str, int], peaks: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
     """Every contender against the plain model, by time, multiply-adds and memory."""
     against = [(label, "plain") for label in seconds]
     against += [(label, "plain" + ONEDNN) for label in seconds if label.endswith(ONEDNN)][1:]
     for label, plain in against:
         own = seconds[label]
-        speedup, of_macs = speedup_spread(seconds[plain], own), macs["plain"] / macs[label]
+        speedup, of_macs = own.speedup_over(seconds[plain]), macs["plain"] / macs[label]
         yield {
             "model": label,
             "against": plain,
@@ -149,7 +148,7 @@ def line(row: dict[str, Any]) -> str:
     cells = [
         f"{row['model']}{against}, {row['what']}{form}, {row['batch']}",
         f"{row['macs_ratio']:.2f}",
-        quartiles(Spread(**row["speedup"]), 2),
+        f"{Timing(**row['speedup']):.2f}",
         f"{row['share_of_macs_ratio']:.2f}",
         f"{latency:.{0 if latency >= 100 else 1}f}",
         f"{row['peak_memory_mib']:.1f}",

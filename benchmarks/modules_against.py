@@ -23,8 +23,7 @@ from torch import Tensor
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from tokenlearner.checkpoints.scenic import to_scenic
-from tokenlearner.commands._tables import quartiles
-from tokenlearner.evaluation.latency import Spread, speedup_spread, time_interleaved
+from tokenlearner.evaluation.latency import Timing, time_interleaved
 
 LEARNERS: dict[str, Callable[[int], Any]] = {  # with the official numbers, as the others have them
     "V1": lambda c: TokenLearner(c, TOKENS, True, norm_eps=1e-6, approximate="tanh"),
@@ -142,18 +141,15 @@ def measure(name: str, shape: str, what: str, options: Namespace) -> Iterator[di
             "input": list(x.shape),
             "form": form,
             "latency_ms": in_ms(own),
-            "times_as_fast_as_ours": asdict(speedup_spread(seconds["ours"], own)),
+            "times_as_fast_as_ours": asdict(own.speedup_over(seconds["ours"])),
         }
 
 
 def line(row: dict[str, Any]) -> str:
     axes = " x ".join(map(str, row["input"]))
-    cells = [quartiles(Spread(**row["latency_ms"])), quartiles(_ratio(row), 2)]
+    latency, ratio = Timing(**row["latency_ms"]), Timing(**row["times_as_fast_as_ours"])
+    cells = [f"{latency:.1f}", f"{ratio:.2f}"]
     return f"| {row['learner']}, {row['form']}, {row['pass']} | {axes} | {' | '.join(cells)} |"
-
-
-def _ratio(row: dict[str, Any]) -> Spread:
-    return Spread(**row["times_as_fast_as_ours"])
 
 
 def main() -> None:

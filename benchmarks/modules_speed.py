@@ -20,7 +20,7 @@ from modules_memory import textbook
 from torch import Tensor
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
-from tokenlearner.evaluation.latency import speedup_spread, time_interleaved
+from tokenlearner.evaluation.latency import time_interleaved
 
 SHAPES = {"64 x 32 x 32 x 128": (64, 32, 32, 128), "8 x 14 x 14 x 768": (8, 14, 14, 768)}
 SHAPES["8 x 24 x 24 x 1024"] = (8, 24, 24, 1024)
@@ -82,11 +82,11 @@ def row(name: str, shape: str, dtype: str, backward: bool, options: Namespace) -
     else:
         runs = {form: forward(f, x) for form, f in forms.items()}
     seconds = time_interleaved({**runs, "bound": bound(name, x, backward)}, options.rounds)
-    faster = speedup_spread(seconds["textbook"], seconds["ours"])
-    slower = speedup_spread(seconds["ours"], seconds["bound"])
+    faster = seconds["ours"].speedup_over(seconds["textbook"])
+    slower = seconds["bound"].speedup_over(seconds["ours"])
     what = "forward and backward" if backward else "forward"
     ms = 1000 * median(seconds["ours"])
-    cells = [f"{s.median:.1f} ({s.low:.1f}-{s.high:.1f})" for s in (faster, slower)]
+    cells = [f"{ratio:.1f}" for ratio in (faster, slower)]
     return f"| {name}, {dtype}, {what} | {shape} | {' | '.join(cells)} | {ms:.1f} |"
 
 

@@ -19,9 +19,8 @@ from scaling_plot import plot_scaling
 from torch import Tensor, nn
 
 from tokenlearner import create_model, remove
-from tokenlearner.commands._tables import quartiles
 from tokenlearner.evaluation.flops import count_macs
-from tokenlearner.evaluation.latency import Spread, peak_memory_mib, speedup_spread, time_models
+from tokenlearner.evaluation.latency import Timing, peak_memory_mib, time_models
 from tokenlearner.models.insertion import wrapped_blocks
 from tokenlearner.utils.modules import clone_structure
 
@@ -62,7 +61,7 @@ def measure(axis: str, value: int, options: Namespace) -> dict[str, Any]:
     peaks = {k: peak_memory_mib(m, images) for k, m in models.items()}
     training = {k: peak_memory_mib(m, images, training=True) for k, m in models.items()}
     seconds = time_models(models, images, options.rounds)
-    speedup = speedup_spread(seconds["plain"], seconds["learned"])
+    speedup = seconds["learned"].speedup_over(seconds["plain"])
     return {
         "axis": axis,
         "value": value,
@@ -106,8 +105,8 @@ def line(point: dict[str, Any]) -> str:
     plain, learned = point["forms"]["plain"], point["forms"]["learned"]
     cells = [f"{point['axis']} {point['value']}"]
     cells += [f"{one['gmacs']:.3g}" for one in (plain, learned)]
-    cells += [quartiles(Spread(**one["latency_ms"])) for one in (plain, learned)]
-    cells += [quartiles(Spread(**point["speedup"]), 2), f"{point['share_of_macs_ratio']:.2f}"]
+    cells += [f"{Timing(**one['latency_ms']):.1f}" for one in (plain, learned)]
+    cells += [f"{Timing(**point['speedup']):.2f}", f"{point['share_of_macs_ratio']:.2f}"]
     for key in ("peak_memory_mib", "training_peak_memory_mib"):
         cells += [f"{one[key]:.{1 if one[key] < 100 else 0}f}" for one in (plain, learned)]
     return f"| {' | '.join(cells)} |"

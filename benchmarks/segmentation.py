@@ -148,7 +148,7 @@ def draw(path: Path, models: dict[str, Segmenter], shown: int = 6) -> None:
 
     data = load_data("fashion-mnist-small", "test")
     firsts = [int((data.labels == k).nonzero()[0]) for k in range(shown)]
-    images, labels = data.take(torch.tensor(firsts))
+    images, labels = data.get_batch(torch.tensor(firsts))
     said = {name: judged(model, images) for name, model in models.items()}
     columns = {"truth": truth(images, labels, data), **said}
     figure = Figure(figsize=(1.5 * (1 + len(columns)), 1.55 * shown), layout="constrained")

@@ -42,6 +42,7 @@ from tokenlearner.commands.app.view import (
 )
 from tokenlearner.commands.maps import compute_maps
 from tokenlearner.evaluation.flops import count_macs
+from tokenlearner.evaluation.latency import Seconds
 from tokenlearner.evaluation.map_figures import overlay
 from tokenlearner.utils.io import write_json
 
@@ -164,7 +165,7 @@ def test_a_model_of_another_set_is_not_given_the_names_of_the_examples(tmp_path:
 def test_an_example_is_what_the_model_is_judged_on(with_tokens: OfferedModel) -> None:
     data = load_data("fashion-mnist-small", "test")
     index = int((data.labels == 1).nonzero()[0])
-    expected, _ = data.take(torch.tensor([index]))
+    expected, _ = data.get_batch(torch.tensor([index]))
     torch.testing.assert_close(with_tokens.example("Trouser").taken, expected)
 
 
@@ -180,7 +181,7 @@ def test_a_model_of_clips_is_tried_on_the_clips_it_is_judged_on(order: str) -> N
     intake = InputPipeline((1, 4, 16, 16), data.mean, data.std, 1.0, 4, 1, order == "btchw", "")
     model = OfferedModel("clips", torch.nn.Identity(), intake, data.classes, False, data)
     seen = model.example("right")
-    expected, _ = data.take((data.labels == 1).nonzero()[:1, 0])
+    expected, _ = data.get_batch((data.labels == 1).nonzero()[:1, 0])
     taken = seen.taken.transpose(1, 2) if order == "btchw" else seen.taken
     torch.testing.assert_close(taken, expected)
     assert (seen.seen.shape, seen.is_video) == ((4, 1, 16, 16), True)
@@ -288,11 +289,11 @@ def test_every_run_that_is_reported_was_made(
 ) -> None:
     made: list[tuple[int, int]] = []
 
-    def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, Seconds]:
         made.append((len(images), rounds))
-        return {name: [0.001 * (i + 1)] * rounds for i, name in enumerate(models)}
+        return {name: Seconds([0.001 * (i + 1)] * rounds) for i, name in enumerate(models)}
 
-    monkeypatch.setattr("tokenlearner.commands.app.inference.seconds_in_turn", timed)
+    monkeypatch.setattr("tokenlearner.commands.app.inference.time_models", timed)
     report = measure_cost(with_tokens, with_tokens.example("Trouser").taken)
     assert made == [(1, 2), (1, 30), (32, 10)]
     assert report.rounds == 30
@@ -305,11 +306,11 @@ def test_a_slow_model_is_measured_a_few_times_and_not_in_a_batch(
 ) -> None:
     made: list[tuple[int, int]] = []
 
-    def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, Seconds]:
         made.append((len(images), rounds))
-        return {name: [1.0] * rounds for name in models}
+        return {name: Seconds([1.0] * rounds) for name in models}
 
-    monkeypatch.setattr("tokenlearner.commands.app.inference.seconds_in_turn", timed)
+    monkeypatch.setattr("tokenlearner.commands.app.inference.time_models", timed)
     report = measure_cost(with_tokens, with_tokens.example("Trouser").taken)
     assert made == [(1, 2), (1, 3)]
     assert "–" in cost_view(report)

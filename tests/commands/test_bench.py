@@ -31,7 +31,7 @@ from tokenlearner.commands.main import main
 from tokenlearner.evaluation import hardware as machine
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.evaluation.hardware import describe_machine, read_gigabytes_per_second
-from tokenlearner.evaluation.latency import Spread, peak_memory_mib
+from tokenlearner.evaluation.latency import Seconds, Timing, peak_memory_mib
 from tokenlearner.layers.onednn import OneDNNLinear
 
 MINI = "vit_mini_patch4_28"
@@ -251,7 +251,7 @@ def test_a_model_without_transformer_blocks_is_measured_too() -> None:
 
 
 class Stopwatch:
-    """In place of `seconds_in_turn`: the seconds are known, and what was asked for is kept."""
+    """In place of `time_models`: the seconds are known, and what was asked for is kept."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[int], int, dict[str, bool]]] = []
@@ -259,13 +259,13 @@ class Stopwatch:
     def __call__(self, models: Any, images: Any, rounds: int, **told: bool) -> dict[str, Any]:
         self.calls.append(([*images.shape], rounds, told))
         seconds = len(images) * (3.0 if told["training"] else 1.0)
-        return {name: [seconds / (i + 1)] * rounds for i, name in enumerate(models)}
+        return {name: Seconds([seconds / (i + 1)] * rounds) for i, name in enumerate(models)}
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
     stopwatch = Stopwatch()
-    monkeypatch.setattr(bench_run, "seconds_in_turn", stopwatch)
+    monkeypatch.setattr(bench_run, "time_models", stopwatch)
     monkeypatch.setattr(bench_run, "read_gigabytes_per_second", lambda device: 10.0)
     return stopwatch
 
@@ -292,8 +292,8 @@ def test_speeds_are_in_their_units_and_against_the_first(watch: Stopwatch) -> No
         "throughput": 2,
         "training": pytest.approx(2 / 3),
     }
-    assert {speed.speedup for speed in first.values()} == {Spread(1, 1, 1)}
-    assert {speed.speedup for speed in second.values()} == {Spread(2, 2, 2)}
+    assert {speed.speedup for speed in first.values()} == {Timing(1, 1, 1)}
+    assert {speed.speedup for speed in second.values()} == {Timing(2, 2, 2)}
 
 
 def test_a_row_has_what_is_counted(watch: Stopwatch) -> None:
@@ -314,7 +314,7 @@ def test_images_that_a_model_cannot_take_are_refused_before_anything_is_timed(
     watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = torch.nn.Conv2d(3, 2, 3)
-    monkeypatch.setattr(bench_run, "load_candidates", lambda *_: ({"net": net}, [3, 2, 2]))
+    monkeypatch.setattr(bench_run, "load_bench_models", lambda *_: ({"net": net}, [3, 2, 2]))
     with pytest.raises(ValueError, match=r"net cannot take 3 x 2 x 2 \(.*; pass another img_size"):
         bench(BenchConfig(["net"], rounds=2))
     assert not watch.calls
@@ -365,7 +365,7 @@ def test_the_machine_is_described() -> None:
 
 
 def test_reading_speed_is_bytes_in_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "times_in_turn", lambda runs, rounds: {"sum": [9.0, 0.5, 0.25]})
+    monkeypatch.setattr(machine, "time_interleaved", lambda runs, rounds: {"sum": [9.0, 0.5, 0.25]})
     monkeypatch.setattr(machine, "_READ_BYTES", 4000)
     assert read_gigabytes_per_second(CPU) == 4000 / 1e9 / 0.5
 
@@ -374,7 +374,7 @@ def test_reading_speed_is_bytes_in_the_median_time(monkeypatch: pytest.MonkeyPat
 
 
 def made(
-    ratio: float = 2.0, weights_mib: float = 1.0, batch_size: int = 8, **speedups: float | Spread
+    ratio: float = 2.0, weights_mib: float = 1.0, batch_size: int = 8, **speedups: float | Timing
 ) -> BenchResult:
     """A host of 100 ms, 10 images a second in any batch, and a model that is so much faster."""
     measurements = [
@@ -384,13 +384,13 @@ def made(
     ]
     whole = {"latency": 100.0, "throughput": 10.0, "training": 10.0}
 
-    def row(name: str, ratio: float, speedups: dict[str, float | Spread]) -> BenchRow:
+    def row(name: str, ratio: float, speedups: dict[str, float | Timing]) -> BenchRow:
         speeds = {}
         for what, value in whole.items():
             given = speedups.get(what, 1.0)
-            spread = given if isinstance(given, Spread) else Spread(given, given, given)
+            spread = given if isinstance(given, Timing) else Timing(given, given, given)
             own = value / spread.median if what == "latency" else value * spread.median
-            speeds[what] = Speed(Spread(own, own, own), spread, spread.median / ratio)
+            speeds[what] = Speed(Timing(own, own, own), spread, spread.median / ratio)
         gmacs = 4 / ratio
         return BenchRow(name, 10, weights_mib, gmacs, 2 * gmacs, ratio, 5.0, 6.0, speeds)
 
@@ -409,7 +409,7 @@ def test_where_the_multiply_adds_become_speed_nothing_is_said() -> None:
 
 
 def test_less_than_0_95_of_what_is_promised_is_said() -> None:
-    [note] = bench_notes(made(2.0, **even(1.9) | {"training": Spread(1.89, 1.8, 1.95)}))
+    [note] = bench_notes(made(2.0, **even(1.9) | {"training": Timing(1.89, 1.8, 1.95)}))
     assert note == (
         "vit+insert(8) has 2.00 times fewer multiply-adds than vit, but gains less in training at "
         "batch 8: 1.89 (1.80–1.95) times as fast, 0.94 of that."
@@ -417,7 +417,7 @@ def test_less_than_0_95_of_what_is_promised_is_said() -> None:
 
 
 def test_slower_than_the_first_is_said_to_not_pay_even_where_little_is_promised() -> None:
-    [note] = bench_notes(made(1.02, **even(1.0) | {"throughput": Spread(0.99, 0.98, 1.0)}))
+    [note] = bench_notes(made(1.02, **even(1.0) | {"throughput": Timing(0.99, 0.98, 1.0)}))
     assert "but does not pay in throughput at batch 8: 0.99 (0.98–1.00) times as fast" in note
 
 
@@ -431,13 +431,13 @@ def test_one_line_has_all_that_does_not_pay() -> None:
 
 
 def test_quartiles_that_reach_what_is_promised_are_called_noise() -> None:
-    [note] = bench_notes(made(2.0, **even(2.0) | {"training": Spread(1.5, 1.2, 2.0)}))
+    [note] = bench_notes(made(2.0, **even(2.0) | {"training": Timing(1.5, 1.2, 2.0)}))
     assert note.endswith("1.50 (1.20–2.00) times as fast, 0.75 of that, within the noise.")
 
 
 def test_a_faster_form_of_the_same_model_needs_no_note() -> None:
     assert bench_notes(made(1.0, **even(1.2))) == []
-    [note] = bench_notes(made(1.0, **even(1.2) | {"training": Spread(0.9, 0.8, 1.0)}))
+    [note] = bench_notes(made(1.0, **even(1.2) | {"training": Timing(0.9, 0.8, 1.0)}))
     assert "there is no reduction that could pay" in note
 
 
@@ -497,7 +497,7 @@ def test_the_table_of_sizes_has_what_is_counted() -> None:
 
 
 def test_the_table_of_speeds_has_a_part_for_each_measurement() -> None:
-    given = made(2.0, latency=Spread(1.6, 1.5, 1.75), throughput=2.0, training=1.9)
+    given = made(2.0, latency=Timing(1.6, 1.5, 1.75), throughput=2.0, training=1.9)
     lines = [re.split(r" {2,}", line.strip()) for line in text_of(speed_table(given)).splitlines()]
     assert [line for line in lines if len(line) > 1 or line[0].endswith(("ms", "/s"))] == [
         ["median (quartiles)", "speed-up", "of MACs"],

@@ -22,7 +22,7 @@ from tokenlearner.commands._comparison import (
     write_comparison,
 )
 from tokenlearner.data.factory import ImageDataset
-from tokenlearner.evaluation.latency import Cost, Spread
+from tokenlearner.evaluation.latency import Cost, Timing
 from tokenlearner.training.calibration import Calibration
 from tokenlearner.training.run import TrainResult
 
@@ -30,8 +30,8 @@ TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size
 
 
 def cost(scale: float) -> Cost:
-    spread = Spread(10 * scale, 9 * scale, 11 * scale)
-    return Cost(1000, 2 / scale, spread, spread, spread, spread, 5.0, 6.0)
+    timing = Timing(10 * scale, 9 * scale, 11 * scale)
+    return Cost(1000, 2 / scale, timing, timing, timing, timing, 5.0, 6.0)
 
 
 def contender(name: str, top1: float, scale: float = 1.0, epochs: int = 0) -> Candidate:
@@ -59,7 +59,7 @@ def test_notes_are_the_accuracy_the_remarks_the_speed_and_the_memory() -> None:
     accuracy, remark, speed, memory = contest().notes
     assert accuracy.startswith("Accuracy: -2.0 points, which is more than chance")
     assert remark == "Training: short."
-    assert speed.startswith("Speed: 2.00 times fewer multiply-adds; inference 20.00 (18.00 to 22.0")
+    assert speed.startswith("Speed: 2.00 times fewer multiply-adds; inference 20.00 (18.00–22.0")
     assert memory.startswith("Memory at inference")
 
 

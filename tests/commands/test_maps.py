@@ -23,7 +23,7 @@ from tokenlearner.commands import maps as map_run
 from tokenlearner.commands._inputs import InputPipeline, input_pipeline, list_inputs
 from tokenlearner.commands._models import load_sized
 from tokenlearner.commands.maps import MapsConfig, run_maps
-from tokenlearner.data.dataset import DataConfig
+from tokenlearner.data.config import DataConfig
 from tokenlearner.data.video_folder import VideoFolderDataset
 
 MINI, MIXER = "vit_mini_patch4_28", "mixer_mini_patch4_tl8at3_28"
@@ -163,10 +163,10 @@ def test_a_video_is_cut_as_the_data_set_of_videos_cuts_it(
     tmp_path: Path, size: tuple[int, int]
 ) -> None:
     path = make_video(tmp_path / "a.mkv", *size)
-    wanted = DataConfig(img_size=16, in_chans=3, frames=4, stride=2, crop_pct=0.875)
-    data = VideoFolderDataset("video", "test", (str(path),), torch.zeros(1).long(), ("",), wanted)
+    config = DataConfig(img_size=16, in_chans=3, frames=4, stride=2, crop_pct=0.875)
+    data = VideoFolderDataset("video", "test", (str(path),), torch.zeros(1).long(), ("",), config)
     intake = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, 4, 2, False, "")
-    torch.testing.assert_close(intake.read(path, "").taken[0], data.plain(data.read(0)))
+    torch.testing.assert_close(intake.read(path, "").taken[0], data.eval_transform(data.load(0)))
 
 
 def test_of_frames_that_are_not_square_the_middle_is_taken(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_changing_a_batch_does_not_change_the_data_set() -> None:
 
 
 def test_a_batch_size_below_1_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="batch_size is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="batch_size is 0"):
         make_images().batches(0)
 
 
@@ -335,7 +335,7 @@ def test_a_sample_leaves_the_data_set_and_the_global_random_state_alone() -> Non
 
 @pytest.mark.parametrize("n", [0, 11])
 def test_a_sample_of_no_or_too_many_images_is_refused(n: int) -> None:
-    with pytest.raises(ValueError, match=f"made-up has 10 images, {n} are asked for"):
+    with pytest.raises(ValueError, match=f"n is {n}.* 10 images"):
         make_images().sample(n)
 
 

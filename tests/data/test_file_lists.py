@@ -131,7 +131,7 @@ def test_a_list_and_a_folder_can_be_the_two_splits(tmp_path: Path) -> None:
         ("path,label\nb.png,cat\n\na.png,\n", "has line 4 without a path and a label"),
         ("path,label\na.png,cat,1\n", "has line 2 without"),
         ("path,label\na.png,cat\nz.png,dog\n", r"not there: \S+z.png \(line 3\); correct"),
-        ("path,label\n" + "z.png,cat\n" * 8, r"\(line 6\) ... \(8 in all\); correct"),
+        ("path,label\n" + "z.png,cat\n" * 8, r"\(line 6\), ... \(8 in all\)"),
         ('path,label\n"a.png,' + "x" * 140_000, "cannot be read as a list .*field larger"),
     ],
     ids=["empty", "no header", "no row", "one cell", "no label", "3 cells", "gone", "many", "csv"],

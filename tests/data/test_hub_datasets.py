@@ -54,7 +54,7 @@ def stream(name: str, split: str = "train", **wanted: object) -> StreamDataset:
 
 
 def values(data: ImageFileDataset) -> list[int]:
-    return [data.read(i).getpixel((0, 0))[0] for i in range(len(data))]  # type: ignore[index]
+    return [data.load(i).getpixel((0, 0))[0] for i in range(len(data))]  # type: ignore[index]
 
 
 # torchvision
@@ -101,7 +101,7 @@ def test_cifar_is_read_in_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     data = load("torch/cifar10", root=tmp_path)
-    assert data.read(3).getpixel((0, 0)) == (3, 50, 99)
+    assert data.load(3).getpixel((0, 0)) == (3, 50, 99)
     assert (data.labels.tolist(), data.classes) == ([0, 1, 2, 3, 4], tuple("abcdefghij"))
 
 
@@ -184,7 +184,7 @@ def test_a_broken_torchvision_image_is_named(
     data = load("torch/mnist", root=tmp_path)
     monkeypatch.setattr(type(data.source.dataset), "__getitem__", lambda self, i: 1 / 0)  # type: ignore[attr-defined]
     with pytest.raises(UnreadableFile, match=r"image 1 of torch/mnist train cannot be read .*Zero"):
-        data.read(1)
+        data.load(1)
 
 
 def test_a_torchvision_set_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def seen(data: StreamDataset, size: int = 4, **options: object) -> list[int]:
     """The labels of an epoch, which are those of their images."""
     found = []
     usual = {"epoch": 0, "seed": 0, "workers": 0}
-    for batch in data.stream(value, size, **{**usual, **options}):  # type: ignore[arg-type]
+    for batch in data.train_batches(value, size, **{**usual, **options}):  # type: ignore[arg-type]
         assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels)
         found += batch.labels.tolist()
     return found
@@ -393,13 +393,13 @@ def test_a_stream_has_classes_and_is_judged_in_order(parquet: Path) -> None:
 
 def test_a_broken_image_of_a_stream_is_reported(folder: Path) -> None:
     (folder / "train" / "cat" / "1.png").write_bytes(b"no image")
-    (batch,) = stream(f"hfids/{folder}").plain_stream(9)
+    (batch,) = stream(f"hfids/{folder}").eval_batches(9)
     assert len(batch.labels) == 5
-    assert re.match(r"image \d of hfids/\S+ train cannot be read", batch.broken[0])
+    assert re.match(r"image \d of hfids/\S+ train cannot be read", batch.unreadable[0])
 
 
 def test_the_length_of_a_stream_is_asked_for(parquet: Path) -> None:
-    with pytest.raises(ValueError, match="does not tell how long it is; pass num_samples"):
+    with pytest.raises(ValueError, match="num_samples"):
         len(stream(f"hfids/{parquet}"))
 
 

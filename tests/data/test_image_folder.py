@@ -48,7 +48,7 @@ def load(root: Path, split: str = "train", **wanted: object) -> ImageFileDataset
 
 def values(data: ImageFileDataset) -> list[int]:
     """The gray values of the images, which tell which they are."""
-    return [data.read(i).getpixel((0, 0))[0] for i in range(len(data))]  # type: ignore[index]
+    return [data.load(i).getpixel((0, 0))[0] for i in range(len(data))]  # type: ignore[index]
 
 
 def as_file(image: Image.Image, kind: str, **options: object) -> Callable[[], Image.Image]:
@@ -79,7 +79,7 @@ def test_a_list_has_images_and_labels(root: Path) -> None:
 
 def test_images_are_color_at_224_unless_told_otherwise(root: Path) -> None:
     data = load_data("folder", root=root)
-    assert data.shape == data.plain(data.read(0)).shape == (3, 224, 224)
+    assert data.shape == data.eval_transform(data.load(0)).shape == (3, 224, 224)
 
 
 def test_mean_and_std_are_those_of_imagenet(root: Path) -> None:
@@ -91,7 +91,9 @@ def test_gray_takes_the_mean_of_imagenets_numbers(root: Path) -> None:
     assert data.mean == pytest.approx([np.mean(MEAN)])
     assert data.std == pytest.approx([np.mean(STD)])
     expected = (20 / 255 - np.mean(MEAN)) / np.mean(STD)
-    assert data.plain(data.read(2)).numpy() == pytest.approx(np.full((1, 16, 16), expected))
+    assert data.eval_transform(data.load(2)).numpy() == pytest.approx(
+        np.full((1, 16, 16), expected)
+    )
 
 
 def test_plain_is_timms_transform_for_evaluation(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_plain_is_timms_transform_for_evaluation(tmp_path: Path) -> None:
     theirs = create_transform(
         32, interpolation="bicubic", crop_pct=0.8, mean=data.mean, std=data.std
     )
-    torch.testing.assert_close(data.plain(data.read(0)), theirs(Image.fromarray(noise)))  # type: ignore[operator]
+    torch.testing.assert_close(data.eval_transform(data.load(0)), theirs(Image.fromarray(noise)))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -120,7 +122,7 @@ def test_batches_leave_out_what_cannot_be_read(root: Path) -> None:
 
 
 def test_a_batch_size_below_1_is_refused_at_once(root: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="batch_size is 0"):
         load(root).batches(0)
 
 
@@ -146,7 +148,7 @@ def test_a_sample_of_a_sample_stays_in_it(root: Path) -> None:
 
 @pytest.mark.parametrize("n", [0, 7])
 def test_a_sample_of_no_or_too_many_images_is_refused(root: Path, n: int) -> None:
-    with pytest.raises(ValueError, match=f"folder has 6 images, {n} are asked for"):
+    with pytest.raises(ValueError, match=f"n is {n}.* 6 images"):
         load(root).sample(n)
 
 
@@ -224,14 +226,14 @@ def test_a_broken_image_is_named_with_the_reason(root: Path, content: bytes) -> 
     with pytest.raises(
         UnreadableFile, match=re.escape(str(path)) + r" cannot be read .*\(\w+: .+\)"
     ):
-        load(root).read(4)
+        load(root).load(4)
 
 
 def test_an_image_that_is_gone_is_broken(root: Path) -> None:
     data = load(root)
     (root / "train" / "dog" / "4.png").unlink()
     with pytest.raises(UnreadableFile, match=r"4\.png cannot be read .*FileNotFoundError"):
-        data.read(4)
+        data.load(4)
 
 
 def test_a_set_is_loaded_when_one_of_the_first_ten_can_be_read(root: Path) -> None:

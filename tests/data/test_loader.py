@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from tokenlearner import TrainConfig
-from tokenlearner.data.dataset import UnreadableFile
+from tokenlearner.data.dataset import Batch, MapDataset, UnreadableFile
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.data.loader import (
     MAX_TRIES,
-    Batch,
     SampleKey,
     epoch_keys,
     epoch_order,
@@ -36,31 +35,30 @@ def make_images(n: int = 12) -> ImageDataset:
     return ImageDataset("noise", "train", images, torch.arange(n), classes, (0.5,) * 3, (0.2,) * 3)
 
 
-@dataclass(frozen=True)
-class Files:
-    """Images as if in files, some of which are broken."""
-
-    data: ImageDataset
-    bad: frozenset[int] = frozenset()
+class Files(MapDataset):
+    """Images as if in files, some of which are unreadable."""
 
     name, split = "files", "train"
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("take", "data", "__setstate__"):  # no set in memory
-            raise AttributeError(name)
-        return getattr(self.data, name)
+    def __init__(self, data: ImageDataset, bad: Iterable[int] = ()):
+        self.data, self.bad = data, set(bad)
+        for name in ("labels", "classes", "mean", "std", "shape"):
+            setattr(self, name, getattr(data, name))
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def read(self, index: int) -> Any:
+    def load(self, index: int) -> Any:
         if index in self.bad:
             raise UnreadableFile(f"{index}.jpg is empty")
-        return self.data.read(index)
+        return self.data.load(index)
+
+    def eval_transform(self, raw: Any) -> Tensor:
+        return self.data.eval_transform(raw)
+
+    def select(self, indices: Tensor) -> Files:
+        return Files(self.data.select(indices))
 
 
 def files(n: int = 12, bad: Iterable[int] = ()) -> Any:
-    return Files(make_images(n), frozenset(bad))
+    return Files(make_images(n), bad)
 
 
 def indices(keys: Iterable[list[SampleKey]]) -> list[list[int]]:
@@ -183,7 +181,7 @@ def read(data: Any, *, workers: int = 0, processes: int = 1, **options: Any) -> 
     ]
     batches = [batch for step in zip(*parts, strict=True) for batch in step]
     images, labels = (torch.cat([getattr(b, k) for b in batches]) for k in ("images", "labels"))
-    return Batch(images, labels, sum((batch.broken for batch in batches), ()))
+    return Batch(images, labels, sum((batch.unreadable for batch in batches), ()))
 
 
 def test_random_changes_are_the_same_whoever_reads() -> None:
@@ -196,7 +194,7 @@ def test_random_changes_are_the_same_whoever_reads() -> None:
 
 def test_the_changes_are_random_ones() -> None:
     batch = read(files())
-    plain = torch.stack([make_images().take(label[None])[0][0] for label in batch.labels])
+    plain = torch.stack([make_images().get_batch(label[None])[0][0] for label in batch.labels])
     assert not (batch.images == plain).flatten(1).all(1).any()
 
 
@@ -210,8 +208,8 @@ def test_reading_leaves_the_random_states_alone() -> None:
 class Drawing(Files):
     """Files of which a random part is read, as of videos."""
 
-    def read(self, index: int) -> Any:
-        return super().read(int(torch.randint(12, ())))
+    def load(self, index: int) -> Any:
+        return super().load(int(torch.randint(12, ())))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -243,9 +241,9 @@ def test_plain_batches_are_all_images_in_order() -> None:
 
 def test_in_training_the_next_image_takes_the_place_of_a_broken_one() -> None:
     keys = [[SampleKey(3), SampleKey(11), SampleKey(5)]]
-    batch = next(load_batches(files(bad=[3, 4, 11]), keys, refill=True))
+    batch = next(load_batches(files(bad=[3, 4, 11]), keys, replace_unreadable=True))
     assert batch.labels.tolist() == [5, 0, 5]
-    assert batch.broken == ("3.jpg is empty", "4.jpg is empty", "11.jpg is empty")
+    assert batch.unreadable == ("3.jpg is empty", "4.jpg is empty", "11.jpg is empty")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -254,29 +252,31 @@ def test_in_judging_a_broken_one_is_left_out(workers: int) -> None:
     batches = list(load_batches(files(bad=[3]), keys, workers=workers))
     assert [batch.labels.tolist() for batch in batches] == [[4], [2], []]
     assert [len(batch.images) for batch in batches] == [1, 1, 0]
-    assert all(batch.broken == ("3.jpg is empty",) for batch in batches)
+    assert all(batch.unreadable == ("3.jpg is empty",) for batch in batches)
 
 
 def test_as_many_broken_in_a_row_as_are_tried_are_refused() -> None:
     n = MAX_TRIES + 5
     data = files(n, bad=range(MAX_TRIES))
-    message = (
-        f"{MAX_TRIES} images of files in a row cannot be read, the first: 0.jpg is empty; mend"
-    )
+    message = f"{MAX_TRIES} images of files in a row cannot be read, the first: 0.jpg is empty"
     with pytest.raises(ValueError, match=message):
-        next(load_batches(data, [[SampleKey(0)]], refill=True))
-    assert next(load_batches(data, [[SampleKey(1)]], refill=True)).labels.tolist() == [MAX_TRIES]
+        next(load_batches(data, [[SampleKey(0)]], replace_unreadable=True))
+    assert next(load_batches(data, [[SampleKey(1)]], replace_unreadable=True)).labels.tolist() == [
+        MAX_TRIES
+    ]
 
 
 def test_a_set_without_a_readable_image_is_refused() -> None:
     with pytest.raises(ValueError, match="12 images of files in a row cannot be read"):
-        next(load_batches(files(bad=range(12)), [[SampleKey(0)]], refill=True))
+        next(load_batches(files(bad=range(12)), [[SampleKey(0)]], replace_unreadable=True))
 
 
 def test_an_image_that_takes_a_place_is_changed_by_that_places_seed() -> None:
     asked = TrainConfig(reprob=1.0)
     change = train_transform(asked, files())
-    filled = next(load_batches(files(bad=[3]), [[SampleKey(3, 7)]], change, refill=True))
+    filled = next(
+        load_batches(files(bad=[3]), [[SampleKey(3, 7)]], change, replace_unreadable=True)
+    )
     own = next(load_batches(files(), [[SampleKey(4, 7)]], change))
     assert torch.equal(filled.images, own.images)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenlearner.data.dataset import DataConfig
 from tokenlearner.data.factory import ImageDataset
 
 
@@ -24,28 +23,28 @@ def test_images_and_clips_read_one_by_one_are_those_of_batches(
 ) -> None:
     data = make_images(c, *frames)
     (images, labels) = next(data.batches(5))
-    one_by_one = torch.stack([data.plain(data.read(i)) for i in range(5)])
+    one_by_one = torch.stack([data.eval_transform(data.load(i)) for i in range(5)])
     torch.testing.assert_close(one_by_one, images, rtol=0, atol=0)
     assert labels.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_those_that_are_taken_are_those_of_batches() -> None:
     data = make_images(3)
-    images, labels = data.take(torch.tensor([4, 0, 4]))
+    images, labels = data.get_batch(torch.tensor([4, 0, 4]))
     assert labels.tolist() == [4, 0, 4]
     torch.testing.assert_close(images, next(data.batches(5))[0][labels], rtol=0, atol=0)
 
 
 def test_an_image_is_read_as_an_image() -> None:
     data = make_images(3)
-    image = data.read(2)
+    image = data.load(2)
     assert image.mode == "RGB"  # type: ignore[union-attr]
     assert image.getpixel((7, 5)) == tuple(data.images[2, :, 5, 7].tolist())  # type: ignore[union-attr]
 
 
 def test_a_clip_is_read_as_frames() -> None:
     data = make_images(3, 4)
-    frames = data.read(2)
+    frames = data.load(2)
     assert isinstance(frames, torch.Tensor)
     assert frames.shape == (4, 3, 6, 8)
     assert torch.equal(frames[1], data.images[2, :, 1])
@@ -53,12 +52,12 @@ def test_a_clip_is_read_as_frames() -> None:
 
 def test_a_set_that_is_as_wanted_stays() -> None:
     data = make_images()
-    assert torch.equal(data.fitted(DataConfig()).images, data.images)
+    assert torch.equal(data.resized().images, data.images)
 
 
 def test_images_are_resized_whole() -> None:
     data = make_images(3)
-    fitted = data.fitted(DataConfig(img_size=4))
+    fitted = data.resized(4)
     expected = F.interpolate(data.images.float(), (4, 4), mode="bilinear", antialias=True)
     assert fitted.shape == (3, 4, 4)
     assert (fitted.images.float() - expected).abs().max() <= 0.5
@@ -66,15 +65,15 @@ def test_images_are_resized_whole() -> None:
 
 def test_gray_images_are_given_in_three_equal_channels() -> None:
     data = make_images()
-    fitted = data.fitted(DataConfig(in_chans=3))
+    fitted = data.resized(in_chans=3)
     assert torch.equal(fitted.images, data.images.expand(-1, 3, -1, -1))
     assert (fitted.mean, fitted.std) == ((0.1,) * 3, (0.5,) * 3)
 
 
 def test_color_is_not_made_gray() -> None:
-    with pytest.raises(ValueError, match="noise has 3 channels, 1 are wanted; pass in_chans=3"):
-        make_images(3).fitted(DataConfig(in_chans=1))
+    with pytest.raises(ValueError, match="in_chans is 1, but noise has 3"):
+        make_images(3).resized(in_chans=1)
 
 
 def test_clips_keep_their_size() -> None:
-    assert make_images(1, 4).fitted(DataConfig(img_size=4)).shape == (1, 4, 6, 8)
+    assert make_images(1, 4).resized(4).shape == (1, 4, 6, 8)

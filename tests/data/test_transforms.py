@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenlearner import TrainConfig
+from tokenlearner.data.config import DataConfig
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.data.image_folder import ImageFileDataset
 from tokenlearner.data.loader import Transform
@@ -33,11 +34,11 @@ def change_of(data: Any, **options: Any) -> Transform:
 def changed(data: Any, seed: int = 0, **options: Any) -> Tensor:
     """The first image as training sees it."""
     with fixed_seed(seed):
-        return change_of(data, **options)(data.read(0))
+        return change_of(data, **options)(data.load(0))
 
 
 def plain(data: Any) -> Tensor:
-    return data.plain(data.read(0))
+    return data.eval_transform(data.load(0))
 
 
 EACH: list[dict[str, Any]] = [
@@ -85,7 +86,7 @@ def test_mirroring_is_exact(size: tuple[int, int], frames: int) -> None:
 def test_half_of_the_images_are_mirrored() -> None:
     data = make_images()
     change, mirrored = change_of(data, hflip=0.5), plain(data).flip(-1)
-    hits = [torch.allclose(change(data.read(0)), mirrored) for _ in range(100)]
+    hits = [torch.allclose(change(data.load(0)), mirrored) for _ in range(100)]
     assert 30 < sum(hits) < 70
 
 
@@ -93,10 +94,9 @@ class Files(ImageFileDataset):
     """One file, wider than high."""
 
     def __init__(self, size: int, crop_pct: float):
-        object.__setattr__(self, "shape", (3, size, size))
-        object.__setattr__(self, "crop_pct", crop_pct)
+        object.__setattr__(self, "config", DataConfig(img_size=size, crop_pct=crop_pct))
 
-    def read(self, index: int) -> Any:
+    def load(self, index: int) -> Any:
         from PIL import Image
 
         y, x = np.mgrid[:50, :80]

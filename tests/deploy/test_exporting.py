@@ -30,7 +30,7 @@ from tokenlearner.deploy import formats as formats_module
 from tokenlearner.deploy.exporting import BatchCheck, Exported, export
 from tokenlearner.deploy.formats import load_exported, write_program
 from tokenlearner.deploy.quantization import PrecisionRow
-from tokenlearner.evaluation.latency import Spread
+from tokenlearner.evaluation.latency import Timing
 
 slow = pytest.mark.slow
 MINI = "vit_mini_patch4_28"
@@ -478,7 +478,7 @@ def test_the_command_names_file_size_and_both_ends(shown: tuple[Path, str]) -> N
 def test_the_command_says_where_a_zero_head_leaves_nothing_to_compare(
     saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, ms = tmp_path / "a.pt2", Spread(1, 1, 1)
+    path, ms = tmp_path / "a.pt2", Timing(1, 1, 1)
 
     def exported(model: nn.Module, path: Path, images: Tensor, **_: Any) -> Exported:
         assert images.shape == (8, 1, 28, 28)
@@ -495,15 +495,15 @@ def test_clips_are_exported_on_noise(tmp_path: Path) -> None:
 
 
 def test_a_row_has_the_numbers_of_its_batch() -> None:
-    model, file = Spread(12.34, 12, 13), Spread(3.21, 3, 4)
-    check = BatchCheck(8, 1.23e-6, 4.56, model, file, Spread(3.84, 3, 4))
+    model, file = Timing(12.34, 12, 13), Timing(3.21, 3, 4)
+    check = BatchCheck(8, 1.23e-6, 4.56, model, file, Timing(3.84, 3, 4))
     assert [cell(check) for cell in COLUMNS_OF_BATCHES.values()] == [
         *("8", "1.2e-06", "4.6", "12.3 (12.0–13.0)", "3.2 (3.0–4.0)", "3.84"),
     ]
 
 
 def test_a_row_has_the_numbers_of_its_precision() -> None:
-    row = PrecisionRow("int8", None, 0.5, Spread(3.21, 3, 4), Spread(2, 1, 3), 1.26)
+    row = PrecisionRow("int8", None, 0.5, Timing(3.21, 3, 4), Timing(2, 1, 3), 1.26)
     assert [cell(row) for cell in COLUMNS_OF_PRECISIONS.values()] == [
         *("int8", "–", "5.0e-01", "3.2 (3.0–4.0)", "2.00", "1.3"),
     ]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenlearner import evaluate
-from tokenlearner.data.dataset import UnreadableFile
+from tokenlearner.data.dataset import Batch, IterableDataset, MapDataset, UnreadableFile
 from tokenlearner.data.factory import ImageDataset
-from tokenlearner.data.loader import Batch
 from tokenlearner.evaluation.accuracy import mean_metrics, sum_metrics
 
 
@@ -81,26 +80,25 @@ def test_a_batch_size_of_zero_is_refused() -> None:
 # --- views, broken files, several processes -----------------------------------------------------
 
 
-class Files:
+class Files(MapDataset):
     """The same images as if in files; `bad` are broken, and there may be several views."""
 
     def __init__(self, data: ImageDataset, bad: Iterable[int] = (), views: int = 1):
         self.bad, self.views = set(bad), views
         for name in ("name", "split", "labels", "classes", "mean", "std", "shape", "images"):
             setattr(self, name, getattr(data, name))
-        self._plain = data.plain
-        self._read = data.read
+        self.data = data
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def select(self, indices: Tensor) -> Files:
+        return Files(self.data.select(indices), self.bad, self.views)
 
-    def read(self, index: int) -> Any:
+    def load(self, index: int) -> Any:
         if index in self.bad:
             raise UnreadableFile(f"{index}.jpg is empty")
-        return self._read(index)
+        return self.data.load(index)
 
-    def plain(self, raw: Any) -> Tensor:
-        image = self._plain(raw)
+    def eval_transform(self, raw: Any) -> Tensor:
+        image = self.data.eval_transform(raw)
         if self.views == 1:
             return image
         return torch.stack([(image + i / 255) for i in range(self.views)])
@@ -166,17 +164,23 @@ def test_a_blank_is_not_counted() -> None:
     )
 
 
-class Stream(Files):
+class Stream(IterableDataset):
     """Images without an order, which no process has a part of."""
 
-    stream = None
+    name, classes, shape = "stream", ("a", "b"), (1, 2, 2)
 
-    def plain_stream(self, batch_size: int) -> Any:
+    def __len__(self) -> int:
+        return 3
+
+    def train_batches(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def eval_batches(self, batch_size: int, process: int = 0, num_processes: int = 1) -> Any:
         batches = make_images([0, 1, 2], [0, 1, 0]).batches(batch_size)
         return (Batch(*pair) for pair in batches)
 
 
 def test_all_processes_see_the_whole_of_a_stream() -> None:
-    data: Any = Stream(make_images([0], [0]))
+    data = Stream()
     for process in range(2):
         assert mean_metrics(sum_metrics(Told(), data, 2, process, 2), data).images == 3

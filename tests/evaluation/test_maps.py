@@ -13,7 +13,8 @@ from matplotlib.image import imread
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokenlearner import TokenLearnerV11, attention_maps, insert, video  # noqa: F401  (video registers names)
+import tokenlearner.models.vivit  # noqa: F401  (registers names)
+from tokenlearner import TokenLearnerV11, attention_maps, insert
 from tokenlearner.evaluation.maps import draw_maps, has_gates
 from tokenlearner.layers.blocks import ReducedBlock
 from tokenlearner.layers.token_learner import LEARNERS

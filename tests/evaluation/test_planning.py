@@ -19,7 +19,7 @@ from tokenlearner import create_model, insert, plan, save_model
 from tokenlearner.commands.main import main
 from tokenlearner.commands.plan import COLUMNS
 from tokenlearner.evaluation.flops import count_macs
-from tokenlearner.evaluation.latency import Spread, speedup_spread, time_interleaved
+from tokenlearner.evaluation.latency import Seconds, Timing, time_interleaved
 from tokenlearner.evaluation.planning import Option
 from tokenlearner.utils.modules import clone_structure
 
@@ -86,7 +86,7 @@ def test_a_number_of_tokens_that_no_block_suits_is_left_out() -> None:
 def test_the_host_comes_first_and_costs_all_of_itself(options: list[Any]) -> None:
     first = options[0]
     assert (first.at, first.num_tokens, first.macs_share) == (None, None, 1)
-    assert first.speedup == Spread(1, 1, 1)
+    assert first.speedup == Timing(1, 1, 1)
     assert first.latency_share == first.of_macs_ratio == 1
 
 
@@ -215,7 +215,7 @@ def test_latency_and_speed_are_those_of_the_whole_batch(clock: list[float]) -> N
     model = timed(clock)
     first, option = plan(model, IMAGES, 0.7, measure="latency", num_tokens=[4], rounds=3)
     assert option.at == 2
-    assert first.latency_ms == Spread(68_000, 68_000, 68_000)
+    assert first.latency_ms == Timing(68_000, 68_000, 68_000)
     assert option.latency_ms.median == 44_000  # 2 x 17 + 2 x 5 tokens, a second each
     assert option.images_per_second.median == 2 / 44
     assert option.speedup.median == 68 / 44
@@ -303,7 +303,7 @@ def test_runs_are_timed_in_turn_and_every_other_round_goes_backwards(clock: list
 
 
 def test_a_ratio_of_speeds_is_taken_round_by_round() -> None:
-    assert speedup_spread([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == Spread(3, 2.5, 3.5)
+    assert Seconds([1.0, 10.0, 1.0]).speedup_over(Seconds([2.0, 30.0, 4.0])) == Timing(3, 2.5, 3.5)
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_no_cell_goes_on_in_the_next_line(mini: tuple[list[list[str]], str]) -> 
 
 
 def test_a_row_of_the_table_has_the_numbers_of_its_option() -> None:
-    ms, rate, speedup = Spread(1234.56, 1200, 1300), Spread(3.24, 3.1, 3.3), Spread(1.5, 1.4, 1.6)
+    ms, rate, speedup = Timing(1234.56, 1200, 1300), Timing(3.24, 3.1, 3.3), Timing(1.5, 1.4, 1.6)
     option = Option(6, 8, 2.4304, 0.5285, ms, rate, speedup)
     row = {name: cell(option) for name, cell in COLUMNS.items()}
     assert row == {
@@ -402,7 +402,7 @@ def test_a_checkpoint_is_planned_for_at_another_size(
     rows, note = printed(str(saved), "--img_size", "40", "--tokens", "4")
     model = create_model(MINI, depth=3, in_chans=2, img_size=40)
     assert rows[0][2] == f"{count_macs(model, torch.zeros(1, 2, 40, 40)) / 1e9:.3f}"
-    assert ": 1 x 2 x 40 x 40 on " in note.replace("\n", " ")
+    assert ": 1 x 2 x 40 x 40 on " in " ".join(note.split())
 
 
 def test_a_video_model_is_planned_for_on_clips() -> None:

@@ -217,7 +217,7 @@ class OneProcess:
 @pytest.mark.parametrize("script", ["segmentation"], indirect=True)
 def test_segmentation_labels_pixels_by_class_and_brightness(script: ModuleType) -> None:
     data = load_data("fashion-mnist-small", "test")
-    images, labels = data.take(torch.tensor([3, 4]))
+    images, labels = data.get_batch(torch.tensor([3, 4]))
     pixels = script.truth(images, labels, data)
     bright = data.images[[3, 4], 0] > script.BRIGHT
     assert torch.equal(pixels, bright * (1 + labels[:, None, None]))

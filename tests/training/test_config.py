@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from tokenlearner import TrainConfig
-from tokenlearner.data.dataset import DataConfig
 
 
 @pytest.mark.parametrize(
@@ -148,10 +146,3 @@ def test_a_reader_is_left_where_there_are_more_processes_than_processors(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert TrainConfig().reading_workers == 1
-
-
-def test_every_option_of_data_reaches_what_is_wanted() -> None:
-    told = TrainConfig(img_size=64, root="a", workers=1, views=3, num_samples=7).wanted
-    expected = {"img_size": 64, "root": "a", "workers": 1, "views": 3, "num_samples": 7}
-    assert expected.items() <= told.items()
-    assert set(told) - {"root"} <= {field.name for field in fields(DataConfig)}

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokenlearner import TrainConfig
-from tokenlearner.data.dataset import UnreadableFile
+from tokenlearner.data.dataset import MapDataset, UnreadableFile
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.layers.onednn import OneDNNLinear
 from tokenlearner.training.distillation import Distillation
@@ -203,13 +203,13 @@ def test_a_loss_that_is_not_finite_changes_no_weights() -> None:
 
 def spoil(run: Trainer, step: int) -> None:
     """Makes the images of one step such that no loss is finite."""
-    read = run.data.take
+    read = run.data.get_batch
 
     def take(index: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = read(index)
         return images * (math.nan if run.step == step else 1), labels
 
-    object.__setattr__(run.data, "take", take)
+    object.__setattr__(run.data, "get_batch", take)
 
 
 def test_a_step_whose_loss_is_not_finite_can_be_left_out() -> None:
@@ -271,21 +271,24 @@ def test_a_gradient_that_is_not_finite_changes_no_weights(nan: str) -> None:
     assert vector(run.model).isfinite().all()
 
 
-class Files:
+class Files(MapDataset):
     """The images as if in files, some of which are broken."""
 
     def __init__(self, bad: set[int]):
         self.data, self.bad = data(), bad
-        for name in ("name", "labels", "classes", "shape", "plain"):
+        for name in ("name", "labels", "classes", "shape"):
             setattr(self, name, getattr(self.data, name))
 
-    def __len__(self) -> int:
-        return len(self.data)
+    def eval_transform(self, raw: Any) -> Tensor:
+        return self.data.eval_transform(raw)
 
-    def read(self, index: int) -> Any:
+    def select(self, indices: Tensor) -> Any:
+        raise NotImplementedError
+
+    def load(self, index: int) -> Any:
         if index in self.bad:
             raise UnreadableFile(f"{index}.jpg is empty")
-        return self.data.read(index)
+        return self.data.load(index)
 
 
 def of_files(bad: set[int], **changes: Any) -> Trainer:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import LabeledDataset
+from ..data.dataset import LabeledDataset, MapDataset, require_order
 from ..data.factory import load_data
 from ..data.loader import SampleKey, load_batches
 from ..evaluation.accuracy import evaluate
 from ..evaluation.hardware import describe_machine
-from ..evaluation.latency import Cost, Spread, benchmark
+from ..evaluation.latency import Cost, benchmark
 from ..evaluation.maps import attention_maps, draw_maps
 from ..training.config import TrainConfig
 from ..training.run import TrainResult
@@ -99,7 +99,7 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     if result.host is None:
         raise ValueError("there is no host to compare with; train with insert, or take the demo")
     check_drawing()
-    data = load_data(config.data, "test", **config.wanted)
+    data = load_data(config, "test")
     names = ("host", f"{config.insert} learned tokens")
     models = dict(zip(names, (result.host, result.model), strict=True))
     console().print("measuring both in turn ...")
@@ -114,6 +114,7 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     out = Path(config.out)
     write_comparison(out, contest, asdict(config))
     title = "Where the learned tokens look: held-out images"
+    data = require_order(data, "list its labels")
     held_out_images(out / "maps.png", result.model, data, one_of_each(data), title)
     return contest
 
@@ -163,7 +164,7 @@ def write_comparison(out: Path, contest: ModelComparison, config: Mapping[str, A
     )
 
 
-def one_of_each(data: LabeledDataset) -> list[int]:
+def one_of_each(data: MapDataset) -> list[int]:
     """The first images of up to six classes, spread over all that there are."""
     present = data.labels.unique()
     count = min(SHOWN, len(present))
@@ -172,7 +173,7 @@ def one_of_each(data: LabeledDataset) -> list[int]:
 
 
 def held_out_images(
-    path: Path, model: nn.Module, data: LabeledDataset, chosen: Sequence[int], title: str
+    path: Path, model: nn.Module, data: MapDataset, chosen: Sequence[int], title: str
 ) -> Path:
     """Draws where a model's first learner looks on some images of a data set.
 
@@ -241,13 +242,9 @@ def _speed(pair: tuple[Candidate, Candidate]) -> str:
     first, second = (contender.cost for contender in pair)
     return (
         f"Speed: {first.gmacs / second.gmacs:.2f} times fewer multiply-adds; inference "
-        f"{_spread(second.speedup)}, training {_spread(second.training_speedup)} times as fast "
+        f"{second.speedup:.2f}, training {second.training_speedup:.2f} times as fast "
         "(quartiles, in turn)."
     )
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
 
 
 def _number(value: float | None) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..data.factory import load_data
-from ..data.image_folder import ImageFiles, decoded
+from ..data.image_folder import decoded, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..training.recipes import run_options
 from ..utils.validation import require
@@ -87,7 +87,7 @@ class InputPipeline:
         """Reads a file.
 
         Raises:
-            BrokenFile: It cannot be read.
+            UnreadableFile: It cannot be read.
         """
         if is_video(path):
             seen = self._cut(self._video(path))
@@ -117,11 +117,13 @@ class InputPipeline:
 
     def _video(self, path: Path) -> Tensor:
         """The frames of a clip in the middle of a video, uint8 `t c h w`."""
-        wanted = DataConfig(in_chans=self.size[0], frames=self.frames, stride=self.stride)
-        video = VideoFolderDataset(
-            "video", "test", (str(path),), torch.zeros(1).long(), ("",), wanted
+        config = DataConfig(
+            in_chans=1 if self.size[0] == 1 else 3, frames=self.frames, stride=self.stride
         )
-        return video.read(0)
+        video = VideoFolderDataset(
+            "video", "test", (str(path),), torch.zeros(1).long(), ("",), config
+        )
+        return video.load(0)
 
     def _cut(self, frames: Tensor) -> Tensor:
         """Resizes frames until they cover the model's, and cuts out the middle; in [0, 1]."""
@@ -219,7 +221,7 @@ def input_pipeline(
 
 
 def _stride(run: dict[str, Any], takes_clips: bool) -> int:
-    if run.get("data") in ("video-folder", "film"):
+    if run.get("data") == "video-folder":
         return run.get("stride", STRIDE)
     return 1 if run and takes_clips else STRIDE  # clips in memory have all frames
 
@@ -231,9 +233,8 @@ def _of_run(run: dict[str, Any], size: Sequence[int]) -> Numbers:
     """What the data set of a run is normalized by."""
     name, c = run["data"], size[0]
     told_by = f"{name}, on which it was trained"
-    if name in ("folder", "video-folder", "film") or "/" in name:  # read from files, so ImageNet's
-        images = ImageFiles(name, "test", (), (c, size[-2], size[-1]))
-        return images.mean, images.std, run.get("crop_pct", 0.875), told_by
+    if name in ("folder", "video-folder") or "/" in name:  # read from files, so ImageNet's
+        return *imagenet_mean_std(c), run.get("crop_pct", 0.875), told_by
     data = load_data(name, "test", root=run.get("root"), in_chans=c)
     return data.mean, data.std, 1.0, told_by  # in memory, and nothing is cut off
 

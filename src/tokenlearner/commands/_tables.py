@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..evaluation.latency import Spread
-
 
 def plain_table(heads: Iterable[str], **how: Any) -> Any:
     """Makes an empty table with a line under its head, whose columns stand to the right.
@@ -20,9 +18,3 @@ def plain_table(heads: Iterable[str], **how: Any) -> Any:
 
     columns = (Column(head, justify="right", **how) for head in heads)
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-
-
-def quartiles(spread: Spread, digits: int = 1) -> str:
-    """Prints a median and the quartiles around it."""
-    middle, low, high = (f"{v:.{digits}f}" for v in (spread.median, spread.low, spread.high))
-    return f"{middle} ({low}–{high})"

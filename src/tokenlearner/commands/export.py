@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import DataConfig, LabeledDataset
+from ..data.dataset import LabeledDataset
 from ..data.factory import load_data
 from ..deploy.exporting import BatchCheck, Exported, export
 from ..deploy.formats import SUFFIXES, check_target, load_exported
 from ..deploy.quantization import PrecisionRow, precision_rows, weights_mib
 from ..utils.validation import check_choice, check_count, require
 from ._models import load_sized
-from ._tables import plain_table, quartiles
+from ._tables import plain_table
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _images(config: ExportConfig, size: Sequence[int]) -> tuple[LabeledDataset |
         if not fits or frames:
             return None, torch.randn(config.batch_size, *size), f"noise, {_times(size)}"
         bundled = load_data("fashion-mnist-small", "test").sample(config.batch_size)
-        return None, *_batch(bundled.fitted(DataConfig(img_size=height, in_chans=channels)), config)
+        return None, *_batch(bundled.resized(height, channels), config)
     require(
         fits,
         f"{config.model} takes {_times(size)}, and data are squares of 1 or 3 colors; pass no data",
@@ -158,15 +158,15 @@ COLUMNS_OF_BATCHES: dict[str, Callable[[BatchCheck], str]] = {
     "batch": lambda check: str(check.batch_size),
     "difference": lambda check: f"{check.largest_difference:.1e}",
     "of at most": lambda check: f"{check.largest_output:.2g}",
-    "model, ms": lambda check: quartiles(check.model_latency_ms),
-    "file, ms": lambda check: quartiles(check.latency_ms),
+    "model, ms": lambda check: f"{check.model_latency_ms:.1f}",
+    "file, ms": lambda check: f"{check.latency_ms:.1f}",
     "speed-up": lambda check: f"{check.speedup.median:.2f}",
 }
 COLUMNS_OF_PRECISIONS: dict[str, Callable[[PrecisionRow], str]] = {
     "": lambda row: row.precision,
     "top-1, %": lambda row: "–" if row.top1_percent is None else f"{row.top1_percent:.2f}",
     "difference": lambda row: f"{row.largest_difference:.1e}",
-    "ms a batch": lambda row: quartiles(row.latency_ms),
+    "ms a batch": lambda row: f"{row.latency_ms:.1f}",
     "speed-up": lambda row: f"{row.speedup.median:.2f}",
     "MiB": lambda row: f"{row.size_mib:.1f}",
 }

@@ -47,7 +47,7 @@ class ModelsConfig:
     """
 
     pattern: str = "*"
-    catalog_markdown: bool = False
+    markdown: bool = False
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
@@ -184,7 +184,7 @@ def _eval(arguments: Sequence[str]) -> None:
 
     config = EvalConfig(**eval_options(arguments))
     model = load_model(config.checkpoint).to(pick_device(config.device))
-    data = load_data(config.data, config.split, **config.wanted)
+    data = load_data(config, config.split)
     try:
         found = evaluate(model, data, config.at_once(data.shape))
     except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ

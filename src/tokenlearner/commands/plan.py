@@ -11,7 +11,7 @@ import torch
 from ..evaluation.planning import Option, check_plan, plan
 from ..utils.validation import check_count
 from ._models import load_sized
-from ._tables import plain_table, quartiles
+from ._tables import plain_table
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ COLUMNS: dict[str, Callable[[Option], str]] = {
     "tokens": lambda option: str(option.num_tokens or "–"),
     "GMACs": lambda option: f"{option.gmacs:.3f}",
     "share": lambda option: f"{option.macs_share:.2f}",
-    "ms a batch": lambda option: quartiles(option.latency_ms),
+    "ms a batch": lambda option: f"{option.latency_ms:.1f}",
     "speed-up": lambda option: f"{option.speedup.median:.2f}",
     "of MACs": lambda option: f"{option.of_macs_ratio:.2f}",
     "images/s": lambda option: f"{option.images_per_second.median:.1f}",

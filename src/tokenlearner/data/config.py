@@ -1,4 +1,4 @@
-"""What a run can be told of images: which ones, how they are read, how they are changed.
+"""Options of the data: which images or clips, how they are read, how they are augmented.
 
 The words are timm's wherever timm has one.
 """
@@ -6,31 +6,39 @@ The words are timm's wherever timm has one.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from ..utils.validation import check_count, check_from_zero, check_rate, require
+from ..utils.validation import check_count, check_from_zero, check_literals, check_rate, require
+
+OLD_NAMES = {"film": "video-folder"}  # of version 0.3, which still work
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """What it is trained on, and how images and clips are read.
+class DataConfig:
+    """Which images or clips, and how they are read.
 
     Args:
         data: A name that `load_data` knows.
         root: Folder in which the data set is looked for.
-        download: Fetch a data set that is not found, where torchvision can.
+        download: Fetch a data set that is missing, where torchvision can.
         images: Training images to use, drawn by the seed; 0 is all.
         img_size: Height and width in pixels; None is the data set's own, or 224.
         in_chans: 3 for color, 1 for gray; None is the data set's own, or 3.
         crop_pct: Share of the resized image's side that is kept for evaluation.
         frames: Frames of a clip.
         stride: Frames of the video from one frame of a clip to the next; 0 spreads a clip over it.
-        views: Clips of a video that are judged in evaluation, and averaged.
-        crops: Squares of each of them: 1 or 3.
-        num_samples: Images of a stream that does not tell.
-        num_classes: Classes of a stream that does not tell.
+        views: Clips of a video in evaluation, spread over its length; their logits are averaged.
+        crops: Squares of each of them: 1 is the middle, 3 lie side by side.
+        num_samples: Images of a stream of unknown length.
+        num_classes: Classes of a stream that does not list them.
         workers: Processes that read files; None is one a processor, and none for data in memory.
         max_broken: Files that may be unreadable; they are left out, counted and reported.
+
+    Raises:
+        ValueError: A number is out of range.
     """
 
     data: str = "fashion-mnist-small"
@@ -38,28 +46,58 @@ class DataOptions:
     download: bool = False
     images: int = 0
     img_size: int | None = None
-    in_chans: int | None = None
+    in_chans: Literal[1, 3] | None = None
     crop_pct: float = 0.875
     frames: int = 8
     stride: int = 4
     views: int = 1
-    crops: int = 1
+    crops: Literal[1, 3] = 1
     num_samples: int | None = None
     num_classes: int | None = None
     workers: int | None = None
     max_broken: int = 10
 
+    def __post_init__(self) -> None:
+        self.check_data()
+
     def check_data(self) -> None:
-        """Refuses numbers out of range; the rest is for `labeled.Wanted` to say."""
-        for name in ("images", "max_broken"):
-            check_count(name, getattr(self, name), least=0)
+        """Checks the ranges, and replaces an old name of a data set by its new one."""
+        object.__setattr__(self, "data", OLD_NAMES.get(self.data, self.data))
+        for name in ("img_size", "frames", "views", "num_samples", "num_classes"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name in ("images", "stride", "workers", "max_broken"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least=0)
+        check_literals(self)
+        require(
+            0 < self.crop_pct <= 1,
+            f"crop_pct is {self.crop_pct!r}, expected a share above 0, up to 1",
+        )
+
+    @property
+    def folder(self) -> Path | None:
+        """`root` as a path."""
+        return None if self.root is None else Path(self.root).expanduser()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(c, h, w)` of an image or a frame that is read from a file."""
+        size = self.img_size or 224
+        return self.in_chans or 3, size, size
+
+    @property
+    def reading_workers(self) -> int:
+        """Processes that read files, in each process that trains."""
         if self.workers is not None:
-            check_count("workers", self.workers, least=0)
+            return self.workers
+        share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return max(1, (os.cpu_count() or 1) // share)
 
 
 @dataclass(frozen=True)
-class AugmentOptions:
-    """How training images are changed at random, by timm; nothing is, unless asked for.
+class AugmentConfig:
+    """How training images are augmented, by timm and torchvision; by default not at all.
 
     Args:
         scale: Smallest and largest share of an image's area that is cut out, as [0.08, 1.0];
@@ -72,6 +110,9 @@ class AugmentOptions:
         mixup: Parameter of Mixup's distribution; 0 is none.
         cutmix: Parameter of CutMix's distribution; 0 is none.
         smoothing: Label smoothing, from 0 to below 1.
+
+    Raises:
+        ValueError: A number is out of range.
     """
 
     scale: list[float] | None = None
@@ -84,8 +125,11 @@ class AugmentOptions:
     cutmix: float = 0.0
     smoothing: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.check_augment()
+
     def check_augment(self) -> None:
-        """Refuses numbers out of range."""
+        """Checks the ranges."""
         check_rate(self.smoothing, "smoothing")
         check_from_zero(self, "color_jitter", "mixup", "cutmix")
         for name in ("hflip", "reprob"):

@@ -1,133 +1,192 @@
-"""What every data set of labeled images offers, and how they can be wanted."""
+"""The two kinds of labeled data: map-style, read in any order, and iterable, read as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..utils.validation import check_count, require
 
 
+class UnreadableFile(ValueError):
+    """An image or a clip that cannot be read; the message names the file and the reason."""
+
+
 @dataclass(frozen=True)
-class DataConfig:
-    """How images and clips are wanted, as far as a data set leaves the choice.
+class Batch:
+    """Images that go through a model together.
 
     Args:
-        root: Folder or file in which to look.
-        download: Fetch a set that is not found, where there is a way to.
-        img_size: Height and width in pixels; None takes a set's own, or 224.
-        in_chans: 3 for color, 1 for gray; None takes a set's own, or 3.
-        crop_pct: Share of the resized image's side that is kept when judging.
-        frames: Frames of a clip.
-        stride: Frames of the video from one frame of a clip to the next; 0 spreads the clip evenly
-            over the whole video.
-        views: Clips of a video that are judged, spread over its length; their logits are averaged.
-        crops: Squares of each such clip that are judged: 1 is the middle, 3 are side by side.
-        num_samples: Images of a stream that does not tell.
-        num_classes: Classes of a stream that does not tell.
-        workers: Processes that read files.
-
-    Raises:
-        ValueError: A number is out of range.
+        images: float32 `b c h w`, of clips `b c t h w`, normalized.
+        labels: int64 `b`.
+        unreadable: For each file that cannot be read its name and the reason.
     """
 
-    root: Path | None = None
-    download: bool = False
-    img_size: int | None = None
-    in_chans: int | None = None
-    crop_pct: float = 0.875
-    frames: int = 8
-    stride: int = 4
-    views: int = 1
-    crops: int = 1
-    num_samples: int | None = None
-    num_classes: int | None = None
+    images: Tensor
+    labels: Tensor
+    unreadable: tuple[str, ...] = ()
+
+    def pin_memory(self) -> Batch:
+        """Returns it in memory from which a GPU copies faster."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
+
+
+class _Labeled(ABC):
+    """One split of labeled images or clips.
+
+    Attributes:
+        name: What the data set is called.
+        split: `"train"` or `"test"`.
+        classes: The name of each label.
+        mean: Subtracted from images in [0, 1], one number a channel.
+        std: Divided by, one number above 0 a channel.
+        shape: `(c, h, w)` of an image in a batch, `(c, t, h, w)` of a clip.
+        workers: Processes that read files for evaluation.
+        in_memory: Whether all of it is in memory, at its final size.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shape: tuple[int, ...]
     workers: int = 0
+    in_memory: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("img_size", "frames", "views", "num_samples", "num_classes"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        for name in ("stride", "workers"):
-            check_count(name, getattr(self, name), least=0)
-        require(
-            self.in_chans in (None, 1, 3),
-            f"in_chans is {self.in_chans!r}, expected 3 for color or 1 for gray",
-        )
-        require(self.crops in (1, 3), f"crops is {self.crops!r}, expected 1 or 3")
-        require(
-            0 < self.crop_pct <= 1,
-            f"crop_pct is {self.crop_pct!r}, expected a share above 0, up to 1",
-        )
-
-
-class UnreadableFile(ValueError):
-    """An image or a clip that cannot be read; the message names the file and says why."""
-
-
-class LabeledDataset(Protocol):
-    """One split of labeled images or clips, wherever they are kept."""
-
-    @property
-    def name(self) -> str:
-        """What the data set is called."""
-        ...
-
-    @property
-    def split(self) -> str:
-        """Which part of it this is: `"train"` or `"test"`."""
-        ...
-
-    @property
-    def labels(self) -> Tensor:
-        """Of each image, int64 `[n]`, 0 to `len(classes) - 1`."""
-        ...
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The name of each label."""
-        ...
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """What is subtracted, one number a channel, for images in [0, 1]."""
-        ...
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """What is divided by, one number a channel."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one image as `batches` gives it: `(c, h, w)`, of a clip `(c, t, h, w)`."""
-        ...
-
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Any:
-        """One image as it is kept, a PIL image; of a clip its frames, uint8 `t c h w`.
+    @abstractmethod
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images and labels for evaluation, each image once, without unreadable ones."""
+
+
+class MapDataset(_Labeled):
+    """Labeled images or clips with an order, read by their index.
+
+    A data set of one's own has to have the attributes, `labels`, `__len__`, `load`,
+    `eval_transform` and `select`.
+
+    Attributes:
+        labels: int64 `[n]`, 0 to `len(classes) - 1`.
+    """
+
+    labels: Tensor
+
+    @abstractmethod
+    def load(self, index: int) -> Any:
+        """Reads one image, a PIL image, or the frames of a clip, uint8 `t c h w`.
 
         Raises:
-            BrokenFile: It cannot be read.
+            UnreadableFile: It cannot be read.
         """
-        ...
 
-    def plain(self, raw: Any) -> Tensor:
-        """What `read` gives as a model takes it, float32 `shape`, normalized, nothing at random.
+    @abstractmethod
+    def eval_transform(self, raw: Any) -> Tensor:
+        """Makes of what `load` returns the input of a model, float32 `shape`, without randomness.
 
-        Where a clip is judged by several views, they come first: `v c t h w`.
+        Several views of a clip come first: `v c t h w`.
         """
-        ...
+
+    @abstractmethod
+    def select(self, indices: Tensor) -> MapDataset:
+        """Returns a data set of these images."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def get_batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns images as `eval_transform` makes them, and their labels.
+
+        Raises:
+            UnreadableFile: One cannot be read.
+        """
+        indices = torch.as_tensor(indices)
+        images = [self.eval_transform(self.load(index)) for index in indices.tolist()]
+        return torch.stack(images), self.labels[indices]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields plain batches and their labels, in order, without what cannot be read."""
-        ...
+        """Yields images and labels in order.
 
-    def sample(self, n: int, seed: int = 0) -> LabeledDataset:
-        """Returns `n` of them, drawn by a seed; fewer are the first of more."""
-        ...
+        Raises:
+            ValueError: `batch_size` is below 1.
+        """
+        check_count("batch_size", batch_size)
+        return map(self.get_batch, torch.arange(len(self)).split(batch_size))
+
+    def sample(self, n: int, seed: int = 0) -> MapDataset:
+        """Returns `n` of the images, drawn by a seed; fewer are the first of more.
+
+        Raises:
+            ValueError: There are not as many.
+        """
+        require(1 <= n <= len(self), f"n is {n}, but {self.name} has {len(self)} images")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.select(order[:n])
+
+
+class IterableDataset(_Labeled):
+    """Labeled images that come one after the other, in no order that could be chosen."""
+
+    @abstractmethod
+    def eval_batches(
+        self, batch_size: int, process: int = 0, num_processes: int = 1
+    ) -> Iterator[Batch]:
+        """Yields one process's part for evaluation, each image once, and what is unreadable."""
+
+    @abstractmethod
+    def train_batches(
+        self,
+        transform: Any,
+        batch_size: int,
+        *,
+        epoch: int,
+        seed: int,
+        workers: int,
+        process: int = 0,
+        num_processes: int = 1,
+    ) -> Iterator[Batch]:
+        """Yields an epoch's full batches of one process, shuffled by epoch and seed.
+
+        Args:
+            transform: Makes of an image the input of a model; None is that of evaluation.
+            batch_size: Images of a batch of this process.
+            epoch: Counted from 0.
+            seed: Draws the order and every image's augmentation.
+            workers: Processes that read.
+            process: Number of this process, from 0.
+            num_processes: Processes that share the images.
+        """
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images and labels, each image once, without unreadable ones.
+
+        Raises:
+            ValueError: `batch_size` is below 1.
+        """
+        check_count("batch_size", batch_size)
+        batches = self.eval_batches(batch_size)
+        return ((batch.images, batch.labels) for batch in batches if len(batch.labels))
+
+
+LabeledDataset = MapDataset | IterableDataset
+
+
+def require_order(data: LabeledDataset, purpose: str) -> MapDataset:
+    """Returns a data set whose images can be chosen.
+
+    Raises:
+        ValueError: It is a stream; the message says what `purpose` is not possible.
+    """
+    if not isinstance(data, MapDataset):
+        raise ValueError(
+            f"{data.name} is a stream without an order, it cannot {purpose}; unpack it for the "
+            "data set 'folder', or take hfds/ in place of hfids/"
+        )
+    return data

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.validation import require
-from .dataset import DataConfig, LabeledDataset
+from .config import DataConfig
+from .dataset import LabeledDataset
 from .fashion_mnist import load_fashion_mnist, load_fashion_mnist_small
 from .hub_datasets import load_library_dataset
 from .image_folder import load_folder
@@ -19,11 +20,15 @@ from .tensor_dataset import ImageDataset as ImageDataset
 from .video_folder import load_video_folder
 
 SPLITS = ("train", "test")
-OLD_NAMES = {"film": "video-folder"}  # of version 0.3, which still work
 
 
 def load_data(
-    name: str, split: str = "train", *, root: str | Path | None = None, **wanted: Any
+    name: str | DataConfig,
+    split: str = "train",
+    *,
+    root: str | Path | None = None,
+    workers: int | None = 0,
+    **options: Any,
 ) -> Any:
     """Reads the data set called `name`, or gets ready to read it image by image.
 
@@ -41,29 +46,33 @@ def load_data(
 
     Args:
         name: One of `list_data()`; one that ends in `/` goes on with a name of that library's.
+            Or a `DataConfig`, which has all options but the split.
         split: `"train"` or `"test"`.
         root: Look in this folder and nowhere else.
-        **wanted: `download=True` to fetch a set that is not found, `img_size=224`, and whatever
-            else `tokenlearner.data.dataset.DataConfig` says.
+        workers: Processes that read files for `batches`; None is one a processor.
+        **options: `download=True` to fetch a set that is missing, `img_size=224`, and the other
+            options of `tokenlearner.data.config.DataConfig`.
 
     Returns:
-        A `tokenlearner.data.dataset.LabeledDataset`.
+        A `tokenlearner.data.dataset.MapDataset`, or of a stream an `IterableDataset`.
 
     Raises:
-        ValueError: An unknown name or split, or a set that is not found, not fetched or damaged.
+        ValueError: An unknown name or split, or a set that is missing, not fetched or damaged.
 
     Source: Fashion-MNIST, Xiao, Rasul and Vollgraf, arXiv:1708.07747, MIT License, (c) Zalando SE.
 
     >>> load_data("fashion-mnist-small", "test").images.shape
     torch.Size([2000, 1, 28, 28])
     """
-    names, splits = ", ".join(_LOADERS), ", ".join(SPLITS)
-    name = OLD_NAMES.get(name, name)
+    config = name
+    if not isinstance(config, DataConfig):
+        folder = None if root is None else str(root)
+        config = DataConfig(config, folder, workers=workers, **options)
+    name, names, splits = config.data, ", ".join(_LOADERS), ", ".join(SPLITS)
     key = name if name in _LOADERS else name.partition("/")[0] + "/"
     require(key in _LOADERS, f"unknown data set {name!r}, expected one of: {names}")
     require(split in SPLITS, f"{name} has no split {split!r}, expected one of: {splits}")
-    place = None if root is None else Path(root).expanduser()
-    return _LOADERS[key](name, split, DataConfig(root=place, **wanted))
+    return _LOADERS[key](name, split, config)
 
 
 def list_data() -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..utils.validation import require
-from .dataset import DataConfig
+from .config import DataConfig
 from .tensor_dataset import ImageDataset
 
 FASHION_CLASSES = (
@@ -35,24 +35,24 @@ _CACHE = Path("~/.cache/tokenlearner")
 _WAYS_OUT = "run `apt-get install dataset-fashion-mnist`, or pass download=True or another root"
 
 
-def load_fashion_mnist_small(name: str, split: str, wanted: DataConfig) -> ImageDataset:
+def load_fashion_mnist_small(name: str, split: str, config: DataConfig) -> ImageDataset:
     """The images that come with the package."""
     bundled = Path(str(files("tokenlearner") / "assets" / "fashion_mnist_small"))
-    return _read_fashion(name, split, wanted, [wanted.root or bundled], "pass no root")
+    return _read_fashion(name, split, config, [config.folder or bundled], "pass no root")
 
 
-def load_fashion_mnist(name: str, split: str, wanted: DataConfig) -> ImageDataset:
+def load_fashion_mnist(name: str, split: str, config: DataConfig) -> ImageDataset:
     """All images, from the usual places or the one that is named."""
     named, cache = os.environ.get("TOKENLEARNER_DATA"), _CACHE.expanduser()
     usual = [*([Path(named).expanduser()] if named else []), _DEBIAN, cache]
-    places = [wanted.root] if wanted.root else usual
-    if wanted.download and not _find_idx(split, places):
-        _download_fashion(wanted.root or cache)
-    return _read_fashion(name, split, wanted, places, _WAYS_OUT)
+    places = [config.folder] if config.folder else usual
+    if config.download and not _find_idx(split, places):
+        _download_fashion(config.folder or cache)
+    return _read_fashion(name, split, config, places, _WAYS_OUT)
 
 
 def _read_fashion(
-    name: str, split: str, wanted: DataConfig, places: Sequence[Path], way_out: str
+    name: str, split: str, config: DataConfig, places: Sequence[Path], way_out: str
 ) -> ImageDataset:
     paths = _find_idx(split, places)
     if not paths:
@@ -63,7 +63,7 @@ def _read_fashion(
         )
     images, labels = _read_idx(paths[0], dims=3)[:, None], _read_idx(paths[1], dims=1).long()
     data = ImageDataset(name, split, images, labels, FASHION_CLASSES, FASHION_MEAN, FASHION_STD)
-    return data.fitted(wanted)
+    return data.resized(config.img_size, config.in_chans)
 
 
 def _find_idx(split: str, places: Sequence[Path]) -> tuple[Path, Path] | None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..utils.validation import require, shortened
-from .dataset import DataConfig, UnreadableFile
-from .image_folder import ImageFileDataset, dataset_args, file_dataset
+from .config import DataConfig
+from .dataset import UnreadableFile
+from .image_folder import ImageFileDataset, file_dataset
 from .iterable import SHUFFLE_BUFFER, Record, StreamDataset, check_stream
 from .webdataset import load_shards
 
@@ -30,13 +31,13 @@ HELD_OUT = ("validation", "val", "valid", "test")  # the first that a set has is
 
 
 def load_library_dataset(
-    name: str, split: str, wanted: DataConfig
+    name: str, split: str, config: DataConfig
 ) -> ImageFileDataset | StreamDataset:
     """Gets ready to read the images of another library.
 
-    `torch/cifar10` is a set of torchvision in the folder `wanted.root`. `hfds/NAME` is one of the
+    `torch/cifar10` is a set of torchvision in the folder `config.root`. `hfds/NAME` is one of the
     Hugging Face Hub, fetched unless HF_HUB_OFFLINE=1, or a local folder (`hfds//data/birds`);
-    `wanted.root` is where `datasets` keeps it. `hfids/NAME` is the same in a stream, and `wds/`
+    `config.root` is where `datasets` keeps it. `hfids/NAME` is the same in a stream, and `wds/`
     are WebDataset's tar files, see `load_shards`. The split "test" is the held-out part that
     timm takes of a torchvision set; of others it is `validation` before `test`.
 
@@ -49,7 +50,7 @@ def load_library_dataset(
         bool(inner) or kind == "wds",
         f"{name!r} names no data set; write one behind the stroke, such as torch/cifar10",
     )
-    return _KINDS[kind](name, split, wanted)
+    return _KINDS[kind](name, split, config)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class HubRecords:
         return split_dataset_by_node(whole, rank=process, world_size=num_processes)
 
 
-def _load_torch(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
+def _load_torch(name: str, split: str, config: DataConfig) -> ImageFileDataset:
     from timm.data import create_dataset
 
     inner = name.partition("/")[2].lower()
@@ -127,18 +128,18 @@ def _load_torch(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
     require(
         inner in TORCH_SETS, f"timm reads no torchvision set {inner!r}, expected one of {known}"
     )
-    require(wanted.root is not None, f"{name} needs torchvision's folder of data; pass root")
-    place, part = str(wanted.root), "train" if split == "train" else "validation"
+    require(config.root is not None, f"{name} needs torchvision's folder of data; pass root")
+    place, part = str(config.folder), "train" if split == "train" else "validation"
     try:
-        found: Any = create_dataset(name, place, part, download=wanted.download)
+        found: Any = create_dataset(name, place, part, download=config.download)
     except Exception as error:  # torchvision raises RuntimeError, OSError, and what it runs into
         raise ValueError(
             f"torchvision cannot read {inner} in {place} ({error}); pass download=True or "
             "another root"
         ) from error
     labels, source = _torch_labels(found), TorchvisionImages(f"{name} {split}", found)
-    classes = _classes(labels, getattr(found, "classes", None), wanted)
-    return file_dataset(name, split, wanted, source, labels, classes)
+    classes = _classes(labels, getattr(found, "classes", None), config)
+    return file_dataset(name, split, config, source, labels, classes)
 
 
 def _torch_labels(dataset: Any) -> Tensor:
@@ -150,8 +151,8 @@ def _torch_labels(dataset: Any) -> Tensor:
     return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
 
 
-def _load_hub(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
-    dataset, image, label = _from_hub(name, split, wanted, streaming=False)
+def _load_hub(name: str, split: str, config: DataConfig) -> ImageFileDataset:
+    dataset, image, label = _from_hub(name, split, config, streaming=False)
     values, names = list(dataset[label]), _names(dataset, label)
     if values and isinstance(values[0], str):
         names = sorted(set(values))
@@ -160,39 +161,39 @@ def _load_hub(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
     require(None not in values, f"{name} {split} has images without a label; take another set")
     labels = torch.tensor(values, dtype=torch.int64)
     source = HubImages(f"{name} {split}", dataset, image)
-    return file_dataset(name, split, wanted, source, labels, _classes(labels, names, wanted))
+    return file_dataset(name, split, config, source, labels, _classes(labels, names, config))
 
 
-def _load_hub_stream(name: str, split: str, wanted: DataConfig) -> StreamDataset:
-    dataset, image, label = _from_hub(name, split, wanted, streaming=True)
+def _load_hub_stream(name: str, split: str, config: DataConfig) -> StreamDataset:
+    dataset, image, label = _from_hub(name, split, config, streaming=True)
     told = (dataset.info.splits or {}).get(str(dataset.split))
     num_samples = told.num_examples if told else None
     names = _names(dataset, label)
     require(
-        bool(names or wanted.num_classes),
+        bool(names or config.num_classes),
         f"{name} does not tell how many classes it has; pass num_classes",
     )
-    classes = tuple(names or map(str, range(wanted.num_classes or 0)))
+    classes = tuple(names or map(str, range(config.num_classes or 0)))
     return check_stream(
         StreamDataset(
             name,
             split,
             classes,
-            **dataset_args(wanted),
+            config,
             source=HubRecords(f"{name} {split}", dataset, image, label),
-            num_samples=num_samples or wanted.num_samples,
+            num_samples=num_samples or config.num_samples,
         )
     )
 
 
-def _from_hub(name: str, split: str, wanted: DataConfig, streaming: bool) -> tuple[Any, str, str]:
+def _from_hub(name: str, split: str, config: DataConfig, streaming: bool) -> tuple[Any, str, str]:
     """A split, its images not decoded, with the columns of images and labels."""
     try:
         import datasets
     except ImportError as error:
         message = f"{name} needs datasets; run pip install 'tokenlearner[data]'"
         raise ValueError(message) from error
-    place = None if wanted.root is None else str(wanted.root)
+    place = None if config.folder is None else str(config.folder)
     try:
         splits: Any = datasets.load_dataset(
             name.partition("/")[2], cache_dir=place, streaming=streaming
@@ -234,13 +235,13 @@ def _names(dataset: Any, column: str) -> list[str] | None:
     return getattr(dataset.features[column], "names", None)
 
 
-def _classes(labels: Tensor, names: Sequence[Any] | None, wanted: DataConfig) -> tuple[str, ...]:
+def _classes(labels: Tensor, names: Sequence[Any] | None, config: DataConfig) -> tuple[str, ...]:
     """The names of all labels; numbers where there are none."""
     require(
         int(labels.min()) >= 0, f"a label is {int(labels.min())}, expected 0 or more; such a "
         "split is for submissions, take another set",
     )  # fmt: skip
-    least = max(int(labels.max()) + 1, wanted.num_classes or 0)
+    least = max(int(labels.max()) + 1, config.num_classes or 0)
     known = [", ".join(n) if isinstance(n, tuple) else str(n) for n in names or []]
     return tuple(known + [str(number) for number in range(len(known), least)])
 

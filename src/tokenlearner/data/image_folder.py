@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.validation import require
-from .dataset import DataConfig, UnreadableFile
+from .config import DataConfig
+from .dataset import MapDataset, UnreadableFile
 from .file_lists import list_labeled_files
 from .loader import eval_batches
 
@@ -23,42 +22,52 @@ if TYPE_CHECKING:
 MAX_OPENED = 10  # images that are opened when a set is loaded, until one can be read
 
 
+def imagenet_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns ImageNet's mean and std, one number a channel; for gray the means of these."""
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (mean, std) if channels == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
+
+
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """How images of files come out, wherever the files are.
+    """What data sets of image files have in common.
 
     Args:
         name: What the data set is called.
         split: Which part of it this is.
         classes: The name of each label.
-        shape: `(c, h, w)` of an image that a model takes; 3 channels, or 1 for gray.
-        crop_pct: Share of the resized image's side that is kept.
-        workers: Processes that read for `batches`.
+        config: Their size, channels and crop, and the processes that read for `batches`.
     """
 
     name: str
     split: str
     classes: tuple[str, ...]
-    shape: tuple[int, int, int] = (3, 224, 224)
-    crop_pct: float = 0.875
-    workers: int = 0
+    config: DataConfig = field(repr=False)
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """ImageNet's, one number a channel; for gray the mean of these."""
-        from timm.data.constants import IMAGENET_DEFAULT_MEAN
-
-        return _for_channels(IMAGENET_DEFAULT_MEAN, self.shape[0])
+        """ImageNet's; for gray the mean of these."""
+        return imagenet_mean_std(self.shape[0])[0]
 
     @property
     def std(self) -> tuple[float, ...]:
-        """ImageNet's, one number above 0 a channel; for gray the mean of these."""
-        from timm.data.constants import IMAGENET_DEFAULT_STD
+        """ImageNet's; for gray the mean of these."""
+        return imagenet_mean_std(self.shape[0])[1]
 
-        return _for_channels(IMAGENET_DEFAULT_STD, self.shape[0])
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(c, h, w)` of an image."""
+        return self.config.image_shape
 
-    def plain(self, raw: Image.Image) -> Tensor:
-        """An image as `read` gives it, resized, its middle cut out, normalized: `c h w`.
+    @property
+    def workers(self) -> int:
+        """Processes that read files."""
+        return self.config.reading_workers
+
+    def eval_transform(self, raw: Image.Image) -> Tensor:
+        """Resizes and normalizes an image of `load`, and cuts its middle out: `c h w`.
 
         It is timm's transform for evaluation: the shorter side becomes the size divided by
         `crop_pct`, with bicubic interpolation.
@@ -71,7 +80,7 @@ class ImageFiles:
 
         return create_transform(
             self.shape,
-            crop_pct=self.crop_pct,
+            crop_pct=self.config.crop_pct,
             mean=self.mean,
             std=self.std,
             interpolation="bicubic",
@@ -82,11 +91,11 @@ class ImageSource(Protocol):
     """Numbered images, wherever they are kept."""
 
     def open(self, number: int) -> Image.Image:
-        """One of them, perhaps not decoded yet."""
+        """Opens one of them; it may not be decoded yet."""
         ...
 
     def where(self, number: int) -> str:
-        """What an error calls it."""
+        """Returns its name for an error."""
         ...
 
 
@@ -108,8 +117,8 @@ class ImagePaths:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ImageFileDataset(ImageFiles):
-    """One split of labeled images that are read one by one; `labeled.LabeledData`.
+class ImageFileDataset(ImageFiles, MapDataset):
+    """One split of labeled images that are read one by one.
 
     Args:
         source: Opens them.
@@ -121,37 +130,27 @@ class ImageFileDataset(ImageFiles):
     numbers: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> Image.Image:
-        """One image in color, or in gray when `shape` has one channel; see `decoded`.
+    def load(self, index: int) -> Image.Image:
+        """Decodes one image in color, or in gray when `shape` has one channel; see `decoded`.
 
         Raises:
-            BrokenFile: It cannot be read.
+            UnreadableFile: It cannot be read.
         """
         number = int(self.numbers[index])
         where = self.source.where(number)
         return decoded(lambda: self.source.open(number), where, self.shape[0])
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields plain batches and their labels, in order, without what cannot be read.
+        """Yields images and labels in order, without unreadable ones.
 
         Raises:
             ValueError: `batch_size` is below 1.
         """
-        require(batch_size >= 1, f"batch_size is {batch_size}, expected 1 or more")
         return eval_batches(self, batch_size, self.workers)
 
-    def sample(self, n: int, seed: int = 0) -> ImageFileDataset:
-        """Returns `n` of the images, drawn by a seed; fewer are the first of more.
-
-        Raises:
-            ValueError: There are not as many.
-        """
-        require(1 <= n <= len(self), f"{self.name} has {len(self)} images, {n} are asked for")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
-        return replace(self, numbers=self.numbers[order], labels=self.labels[order])
+    def select(self, indices: Tensor) -> ImageFileDataset:
+        """Returns a data set of these images."""
+        return replace(self, numbers=self.numbers[indices], labels=self.labels[indices])
 
 
 def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Image.Image:
@@ -161,7 +160,7 @@ def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Ima
     torchvision, a rotation that EXIF asks for is not made.
 
     Raises:
-        BrokenFile: PIL raises something; the message has `where` and the reason.
+        UnreadableFile: PIL raises something; the message has `where` and the reason.
     """
     try:
         with opened() as image:
@@ -172,20 +171,24 @@ def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Ima
 
 
 def first_read(candidates: Iterator[Callable[[], object]], what: str) -> None:
-    """Tries to read a few images, so that a set of none that can be read is refused at once."""
-    broken = []
+    """Reads the first of a few images that can be read, so that a mistake shows at once.
+
+    Raises:
+        ValueError: None can.
+    """
+    unreadable = []
     for _, read in zip(range(MAX_OPENED), candidates, strict=False):
         try:
             read()
             return
         except UnreadableFile as error:
-            broken.append(str(error))
-    reason = broken[0] if broken else "it is empty"
-    raise ValueError(f"{what}: none of the first {len(broken)} images can be read: {reason}")
+            unreadable.append(str(error))
+    reason = unreadable[0] if unreadable else "it is empty"
+    raise ValueError(f"{what}: none of the first {len(unreadable)} images can be read: {reason}")
 
 
-def load_folder(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
-    """Gets ready to read the images of a folder, `wanted.root`.
+def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
+    """Lists the images of a folder, `config.root`.
 
     It holds `train` and one of `val`, `valid`, `validation` and `test`; the split "test" is the
     first of these that is there, so `val` goes before `test`, as in timm. Each is a folder with a
@@ -199,44 +202,32 @@ def load_folder(name: str, split: str, wanted: DataConfig) -> ImageFileDataset:
     """
     from timm.data import get_img_extensions
 
-    require(wanted.root is not None, f"{name} needs the folder that holds the images; pass root")
-    paths, labels, classes = list_labeled_files(
-        Path(str(wanted.root)), split, tuple(get_img_extensions())
-    )
-    source = ImagePaths(paths)
-    return file_dataset(name, split, wanted, source, torch.tensor(labels), classes)
+    if config.folder is None:
+        raise ValueError(f"{name} needs the folder that holds the images; pass root")
+    extensions = tuple(get_img_extensions())
+    paths, labels, classes = list_labeled_files(config.folder, split, extensions)
+    return file_dataset(name, split, config, ImagePaths(paths), torch.tensor(labels), classes)
 
 
 def file_dataset(
     name: str,
     split: str,
-    wanted: DataConfig,
+    config: DataConfig,
     source: ImageSource,
     labels: Tensor,
     classes: tuple[str, ...],
 ) -> ImageFileDataset:
-    """All images of a source, as they are wanted.
+    """Returns a data set of all images of a source.
 
     Raises:
         ValueError: None of the first few images can be read.
     """
     numbers = torch.arange(len(labels))
     data = ImageFileDataset(
-        name, split, classes, **dataset_args(wanted), source=source, numbers=numbers, labels=labels
+        name, split, classes, config, source=source, numbers=numbers, labels=labels
     )
-    first_read((partial(data.read, index) for index in range(len(data))), f"{name} {split}")
+    first_read((partial(data.load, index) for index in range(len(data))), f"{name} {split}")
     return data
-
-
-def dataset_args(wanted: DataConfig) -> dict[str, Any]:
-    """The arguments of `FileImages` that can be asked for."""
-    size = wanted.img_size or 224
-    shape = (wanted.in_chans or 3, size, size)
-    return {"shape": shape, "crop_pct": wanted.crop_pct, "workers": wanted.workers}
-
-
-def _for_channels(colors: Sequence[float], c: int) -> tuple[float, ...]:
-    return tuple(colors) if c == 3 else (sum(colors) / len(colors),)
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -10,23 +10,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils import data as torch_data
+from torch.utils.data import DataLoader, get_worker_info
 
 from ..utils.random import derive_seed, fixed_seed
 from ..utils.validation import check_count, require
-from .dataset import UnreadableFile
+from .dataset import Batch, IterableDataset, UnreadableFile
 from .image_folder import ImageFiles, decoded, first_read
-from .loader import Batch, Transform
+from .loader import Transform
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SHUFFLE_BUFFER = 1000  # images, not decoded, of which a worker draws the next
-_WAY_OUT = "unpack it for the data set 'folder', or take hfds/ in place of hfids/"
 
 
 class Record(NamedTuple):
@@ -52,11 +52,8 @@ class RecordSource(Protocol):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StreamDataset(ImageFiles):
+class StreamDataset(ImageFiles, IterableDataset):
     """One split of labeled images that come one after the other.
-
-    It offers what `labeled.LabeledData` does, except `read`, `sample` and `labels`, which need
-    an order. `stream` is for training.
 
     Args:
         source: Where they come from.
@@ -65,51 +62,22 @@ class StreamDataset(ImageFiles):
 
     source: RecordSource = field(repr=False)
     num_samples: int | None = None
-    streams = True
 
     def __len__(self) -> int:
         if self.num_samples is None:
-            raise ValueError(f"{self.name} does not tell how long it is; pass num_samples")
+            raise ValueError(f"{self.name} has an unknown length; pass num_samples")
         return self.num_samples
 
-    @property
-    def labels(self) -> Tensor:
-        """Not known before the end.
-
-        Raises:
-            ValueError: Always.
-        """
-        self._refuse("list its labels")
-
-    def read(self, index: int) -> Image.Image:
-        """Not possible.
-
-        Raises:
-            ValueError: Always.
-        """
-        self._refuse(f"give image {index}")
-
-    def sample(self, n: int, seed: int = 0) -> StreamDataset:
-        """Not possible.
-
-        Raises:
-            ValueError: Always.
-        """
-        self._refuse(f"draw {n} images")
-
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields plain batches and their labels, each image once, without what is broken."""
-        batches = self.plain_stream(batch_size)
-        return ((batch.images, batch.labels) for batch in batches if len(batch.labels))
-
-    def plain_stream(self, batch_size: int) -> Iterator[Batch]:
-        """Yields what `batches` does, and what could not be read."""
+    def eval_batches(
+        self, batch_size: int, process: int = 0, num_processes: int = 1
+    ) -> Iterator[Batch]:
+        """Yields every image once, and what is unreadable; every process reads all of them."""
         check_count("batch_size", batch_size)
         return _of_size(_Chunks(self, batch_size).load(self.workers), batch_size)
 
-    def stream(
+    def train_batches(
         self,
-        change: Transform | None,
+        transform: Transform | None,
         batch_size: int,
         *,
         epoch: int,
@@ -124,7 +92,7 @@ class StreamDataset(ImageFiles):
         broken or the parts are unequal, begins it again.
 
         Args:
-            change: An image in color or gray becomes what a model takes; None is `plain`.
+            transform: Makes of an image the input of a model; None is `eval_transform`.
             batch_size: Images of a batch of this process.
             epoch: Counted from 0; each has an order of its own.
             seed: Draws the orders, and every image's changes.
@@ -143,14 +111,14 @@ class StreamDataset(ImageFiles):
             "smaller ones, or start fewer processes",
         )
         number = len(self) // (batch_size * num_processes)
-        chunks = _Chunks(self, batch_size, change, (seed, epoch), process, num_processes)
+        chunks = _Chunks(self, batch_size, transform, (seed, epoch), process, num_processes)
         return islice(_of_size(chunks.load_for_ever(workers), batch_size), number)
 
     def image(self, record: Record | UnreadableFile) -> Image.Image:
-        """Decodes one image, as `FileDataset.read` does.
+        """Decodes one image, as `ImageFileDataset.load` does.
 
         Raises:
-            BrokenFile: It cannot be read, or its label is out of range.
+            UnreadableFile: It cannot be read, or its label is out of range.
         """
         if isinstance(record, UnreadableFile):
             raise record
@@ -160,9 +128,6 @@ class StreamDataset(ImageFiles):
                 f"{record.where} has label {record.label}, expected 0 to {top}; pass num_classes"
             )
         return decoded(record.open, record.where, self.shape[0])
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(f"{self.name} is a stream without an order, it cannot {what}; {_WAY_OUT}")
 
 
 def check_stream(data: StreamDataset) -> StreamDataset:
@@ -177,12 +142,12 @@ def check_stream(data: StreamDataset) -> StreamDataset:
 
 
 @dataclass(frozen=True, eq=False)
-class _Chunks(IterableDataset[Batch]):
+class _Chunks(torch_data.IterableDataset[Batch]):
     """What a worker does: its part of the stream in batches, the last of what is left."""
 
     data: StreamDataset
     batch_size: int
-    change: Transform | None = None
+    transform: Transform | None = None
     seeds: tuple[int, ...] = ()
     process: int = 0
     num_processes: int = 1
@@ -203,7 +168,7 @@ class _Chunks(IterableDataset[Batch]):
                 found += len(chunk.labels)
                 yield chunk
             what = f"{self.data.name} {self.data.split}"
-            require(found > 0, f"nothing in {what} can be read; mend the files")
+            require(found > 0, f"nothing in {what} can be read; replace the files")
 
     def __iter__(self) -> Iterator[Batch]:
         seed = derive_seed(*self.seeds) if self.seeds else None
@@ -226,11 +191,11 @@ class _Chunks(IterableDataset[Batch]):
         if isinstance(record, UnreadableFile):
             raise record
         image, worker = self.data.image(record), get_worker_info()
-        if self.change is None:
-            return self.data.plain(image), record.label
+        if self.transform is None:
+            return self.data.eval_transform(image), record.label
         own = (self.process, worker.id if worker else 0, number)
         with fixed_seed(derive_seed(*self.seeds, *own)):
-            return self.change(image), record.label
+            return self.transform(image), record.label
 
     def _batch(
         self, images: Sequence[Tensor], labels: Sequence[int], broken: Sequence[str]
@@ -245,15 +210,15 @@ def _of_size(chunks: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
     for chunk in chunks:
         left = chunk if left is None else _joined(left, chunk)
         if len(left.labels) >= batch_size:
-            yield Batch(left.images[:batch_size], left.labels[:batch_size], left.broken)
+            yield Batch(left.images[:batch_size], left.labels[:batch_size], left.unreadable)
             left = Batch(left.images[batch_size:], left.labels[batch_size:])
-    if left is not None and (len(left.labels) or left.broken):
+    if left is not None and (len(left.labels) or left.unreadable):
         yield left
 
 
 def _joined(first: Batch, second: Batch) -> Batch:
-    broken = first.broken + second.broken
+    unreadable = first.unreadable + second.unreadable
     if not len(first.labels):
-        return replace(second, broken=broken)
+        return replace(second, unreadable=unreadable)
     images = torch.cat([first.images, second.images])
-    return Batch(images, torch.cat([first.labels, second.labels]), broken)
+    return Batch(images, torch.cat([first.labels, second.labels]), unreadable)

@@ -1,14 +1,13 @@
 """Batches of any data set, read by worker processes, the same whoever reads them.
 
-Every image that is changed at random is changed by a seed of its own, so neither the number of
-workers nor that of processes, nor where a run was cut off, changes what a model sees.
+Every image is augmented by a seed of its own, so neither the number of workers nor that of
+processes, nor where a run was cut off, changes what a model is trained on.
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,45 +15,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..utils.random import derive_seed, fixed_seed
-from .dataset import LabeledDataset, UnreadableFile
+from ..utils.validation import check_count
+from .dataset import Batch, MapDataset, UnreadableFile
 
 Transform = Callable[[Any], Tensor]
-MAX_TRIES = 100  # files in a row that may be broken before a batch is given up
+MAX_TRIES = 100  # files in a row that may be unreadable
 
 
 class SampleKey(NamedTuple):
-    """Which image, and what its random changes are drawn from."""
+    """An image, and the seed that its augmentation is drawn from."""
 
     index: int
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Images that go through a model together.
-
-    Args:
-        images: float32 `b c h w`, of clips `b c t h w`, normalized.
-        labels: int64 `b`.
-        broken: What could not be read, in sentences that name the files.
-    """
-
-    images: Tensor
-    labels: Tensor
-    broken: tuple[str, ...] = ()
-
-    def pin_memory(self) -> Batch:
-        """The same in memory from which a GPU copies faster."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken)
-
-
 def load_batches(
-    data: LabeledDataset,
+    data: MapDataset,
     keys: Iterable[Sequence[SampleKey]],
-    change: Transform | None = None,
+    transform: Transform | None = None,
     *,
     workers: int = 0,
-    refill: bool = False,
+    replace_unreadable: bool = False,
     pin: bool = False,
 ) -> Iterator[Batch]:
     """Yields one batch for every list of keys.
@@ -62,18 +43,20 @@ def load_batches(
     Args:
         data: Where the images are.
         keys: The images of each batch.
-        change: What `data.read` gives becomes what a model takes; None is `data.plain`.
+        transform: Makes of what `data.load` returns the input of a model; None is
+            `data.eval_transform`.
         workers: Processes that read; 0 reads in this one.
-        refill: Put the next image in place of one that is broken; otherwise it is left out.
+        replace_unreadable: Put the next image in place of an unreadable one; otherwise it is left
+            out.
         pin: Put batches in pinned memory, for a GPU.
 
     Raises:
-        ValueError: With refill, too many files in a row are broken.
+        ValueError: With replace_unreadable, too many files in a row are unreadable.
     """
     sampler: Any = _Lists(keys)
     return iter(
         DataLoader(
-            _Examples(data, change, refill),
+            _Examples(data, transform, replace_unreadable),
             batch_sampler=sampler,
             collate_fn=_same,
             num_workers=workers,
@@ -85,9 +68,14 @@ def load_batches(
 
 
 def eval_batches(
-    data: LabeledDataset, batch_size: int, workers: int = 0
+    data: MapDataset, batch_size: int, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields images and labels of a whole data set in order, without what cannot be read."""
+    """Yields images and labels of a whole data set in order, without unreadable ones.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+    check_count("batch_size", batch_size)
     order = torch.arange(len(data)).split(batch_size)
     keys = [[SampleKey(int(i)) for i in part] for part in order]
     batches = load_batches(data, keys, workers=workers)
@@ -133,42 +121,40 @@ def epoch_keys(
 
 
 class _Examples(Dataset[Batch]):
-    """What a worker does: a list of keys becomes a batch."""
+    """Makes a batch of a list of keys, in a worker."""
 
-    def __init__(self, data: LabeledDataset, change: Transform | None, refill: bool):
-        self.data, self.change, self.refill = data, change, refill
+    def __init__(self, data: MapDataset, transform: Transform | None, replace_unreadable: bool):
+        self.data, self.transform = data, transform or data.eval_transform
+        self.replace_unreadable = replace_unreadable
+        self.whole = data.in_memory and transform is None
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Batch:
-        take = getattr(self.data, "take", None)  # a set in memory gives whole batches
-        if take and self.change is None and keys:
-            return Batch(*take(torch.tensor([key.index for key in keys])))
-        images, labels, broken = [], [], []
+        if self.whole and keys:
+            return Batch(*self.data.get_batch([key.index for key in keys]))
+        images, labels, unreadable = [], [], []
         for key in keys:
             for index in self._candidates(key.index):
                 try:
-                    images.append(self._image(SampleKey(index, key.seed)))
+                    with fixed_seed(key.seed):  # reading draws too: where a clip starts in a video
+                        images.append(self.transform(self.data.load(index)))
                     labels.append(index)
                     break
                 except UnreadableFile as error:
-                    broken.append(str(error))
+                    unreadable.append(str(error))
             else:
-                self._give_up(broken)
+                self._give_up(unreadable)
         stacked = torch.stack(images) if images else torch.empty(0, *self.data.shape)
-        return Batch(stacked, self.data.labels[labels], tuple(broken))
+        return Batch(stacked, self.data.labels[labels], tuple(unreadable))
 
     def _candidates(self, index: int) -> Sequence[int]:
         n = len(self.data)
-        return [(index + i) % n for i in range(min(MAX_TRIES, n) if self.refill else 1)]
+        return [(index + i) % n for i in range(min(MAX_TRIES, n) if self.replace_unreadable else 1)]
 
-    def _image(self, key: SampleKey) -> Tensor:
-        with fixed_seed(key.seed):  # reading too may draw: the place of a clip in a video
-            return (self.change or self.data.plain)(self.data.read(key.index))
-
-    def _give_up(self, broken: Sequence[str]) -> None:
-        if self.refill:
+    def _give_up(self, unreadable: Sequence[str]) -> None:
+        if self.replace_unreadable:
             raise ValueError(
-                f"{len(broken)} images of {self.data.name} in a row cannot be read, the first: "
-                f"{broken[0]}; mend the files"
+                f"{len(unreadable)} images of {self.data.name} in a row cannot be read, the first: "
+                f"{unreadable[0]}; replace the files"
             )
 
 

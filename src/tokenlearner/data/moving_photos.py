@@ -16,7 +16,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..utils.validation import require
-from .dataset import DataConfig
+from .config import DataConfig
 from .tensor_dataset import ImageDataset
 
 # What moves as the class says, from frame to frame, is what one sees; the window goes the other
@@ -45,23 +45,23 @@ _SIDE = 256  # the shorter one of a photograph
 _SEEDS = {"train": 0, "test": 1}
 
 
-def load_moving_photos(name: str, split: str, wanted: DataConfig) -> ImageDataset:
+def load_moving_photos(name: str, split: str, config: DataConfig) -> ImageDataset:
     """Cuts the clips of a split out of its photographs, the same ones every time.
 
-    Of `wanted`, `frames`, `img_size` (32 if it is None) and `in_chans` (1 if it is None) are used.
+    Of `config`, `frames`, `img_size` (32 if it is None) and `in_chans` (1 if it is None) are used.
     Classes are equally frequent; mean and std are those of the training photographs.
 
     Raises:
         ValueError: scikit-image is missing, or a clip is larger than a photograph.
     """
-    size = wanted.img_size or 32
+    size = config.img_size or 32
     require(size <= _SIDE, f"{name} is cut out of photographs: img_size is {size}, up to {_SIDE}")
     train = _photographs("train")
     photographs = train if split == "train" else _photographs(split)
     labels = np.arange(MOVING_SIZES[split]) % len(MOTIONS)
     draw = np.random.default_rng(_SEEDS[split])
     shapes = np.array([photograph.shape for photograph in photographs])
-    which, places = _draw_paths(labels, shapes, wanted.frames, draw)
+    which, places = _draw_paths(labels, shapes, config.frames, draw)
     clips = np.empty((*places.shape[:2], size, size), np.uint8)
     for number, photograph in enumerate(photographs):
         chosen = which == number
@@ -69,7 +69,7 @@ def load_moving_photos(name: str, split: str, wanted: DataConfig) -> ImageDatase
     mean, std = _mean_and_std(train)
     images, classes = torch.from_numpy(clips)[:, None], tuple(MOTIONS)
     data = ImageDataset(name, split, images, torch.from_numpy(labels), classes, (mean,), (std,))
-    return data.fitted(wanted)
+    return data.resized(in_chans=config.in_chans)
 
 
 def _draw_paths(

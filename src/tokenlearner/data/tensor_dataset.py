@@ -5,7 +5,7 @@ Axes: `n` images, `b` in a batch, `t` frames of a clip, `c h w`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..utils.validation import require
-from .dataset import DataConfig
+from ..utils.validation import check_count, require
+from .dataset import MapDataset
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
 @dataclass(frozen=True, eq=False)
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(MapDataset, Dataset[tuple[Tensor, int]]):
     """Holds one split of labeled images in memory and checks that they fit together.
 
     `dataset[i]` is one image, float32 `[c, h, w]` in [0, 1], and its label as an int, for a
@@ -48,6 +48,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    in_memory = True
 
     def __post_init__(self) -> None:
         what, images, labels = f"{self.name} {self.split}", self.images, self.labels
@@ -78,9 +79,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """Of one image: `(c, h, w)`, of a clip `(c, t, h, w)`."""
         return tuple(self.images.shape[1:])
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index].float() / 255, int(self.labels[index])
 
@@ -107,59 +105,62 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             ValueError: `batch_size` is below 1, or `drop_last` would leave no batch.
         """
         n = len(self)
-        require(batch_size >= 1, f"batch_size is {batch_size}, expected 1 or more")
+        check_count("batch_size", batch_size)
         require(
             batch_size <= n or not drop_last,
             f"{n} images make no batch of {batch_size}; pass batch_size={n} or drop_last=False",
         )
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         parts = order[: n - n % batch_size if drop_last else n].split(batch_size)
-        return (self.take(part) for part in parts)
+        return map(self.get_batch, parts)
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of those numbers, normalized, and their labels."""
-        return self._normalized(self.images[index]), self.labels[index]
+    def get_batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the images at those indices, normalized, and their labels."""
+        indices = torch.as_tensor(indices)
+        return self._normalized(self.images[indices]), self.labels[indices]
 
-    def read(self, index: int) -> Image.Image | Tensor:
-        """One image as a PIL image; of a clip its frames, `t c h w`."""
+    def load(self, index: int) -> Image.Image | Tensor:
+        """Returns one image as a PIL image, or the frames of a clip, uint8 `t c h w`."""
         from torchvision.transforms.functional import to_pil_image
 
         image = self.images[index]
         return image.transpose(0, 1) if image.ndim == 4 else to_pil_image(image)
 
-    def plain(self, raw: Image.Image | Tensor) -> Tensor:
-        """What `read` gives, normalized: `c h w`, of a clip `c t h w`."""
+    def eval_transform(self, raw: Image.Image | Tensor) -> Tensor:
+        """Normalizes what `load` returns: `c h w`, of a clip `c t h w`."""
         from torchvision.transforms.functional import pil_to_tensor
 
         is_clip = isinstance(raw, Tensor)
         return self._normalized((raw.transpose(0, 1) if is_clip else pil_to_tensor(raw))[None])[0]
 
-    def fitted(self, wanted: DataConfig) -> ImageDataset:
-        """The same images at another size, or gray ones in three channels, if that is wanted."""
-        images, size, (c, *_) = self.images, wanted.img_size, self.shape
+    def resized(self, size: int | None = None, in_chans: int | None = None) -> ImageDataset:
+        """Returns the images at another height and width, or gray ones in three channels.
+
+        Args:
+            size: Height and width in pixels; clips keep theirs. None keeps those of images.
+            in_chans: The number of channels, or three times as many; None keeps them.
+
+        Raises:
+            ValueError: `in_chans` is another number.
+        """
+        images, (c, *_) = self.images, self.shape
         require(
-            wanted.in_chans in (None, c, 3 * c),
-            f"{self.name} has {c} channels, {wanted.in_chans} are wanted; pass in_chans={c}",
+            in_chans in (None, c, 3 * c),
+            f"in_chans is {in_chans}, but {self.name} has {c} channels; pass in_chans={c}",
         )
-        times = (wanted.in_chans or c) // c
+        times = (in_chans or c) // c
         if size and images.ndim == 4 and self.shape[1:] != (size, size):
-            resized = [
+            parts = [
                 F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
                 for part in images.split(1000)
             ]
-            images = torch.cat([part.round().clamp(0, 255).byte() for part in resized])
+            images = torch.cat([part.round().clamp(0, 255).byte() for part in parts])
         mean, std = self.mean * times, self.std * times
         return replace(self, images=torch.cat([images] * times, 1), mean=mean, std=std)
 
-    def sample(self, n: int, seed: int = 0) -> ImageDataset:
-        """Returns `n` of the images, drawn by a seed; fewer are the first of more.
-
-        Raises:
-            ValueError: There are not as many.
-        """
-        require(1 <= n <= len(self), f"{self.name} has {len(self)} images, {n} are asked for")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
-        return replace(self, images=self.images[order], labels=self.labels[order])
+    def select(self, indices: Tensor) -> ImageDataset:
+        """Returns a data set of these images."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def _normalized(self, images: Tensor) -> Tensor:
         numbers = torch.tensor([self.mean, self.std], device=images.device)

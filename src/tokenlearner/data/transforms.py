@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..utils.random import derive_seed, fixed_seed
 from ..utils.validation import require
-from .config import AugmentOptions
+from .config import AugmentConfig
 from .dataset import LabeledDataset
 from .loader import Transform
 
@@ -24,7 +24,7 @@ _STRONGEST = 10  # magnitude of RandAugment, in timm's words
 
 
 def train_transform(
-    options: AugmentOptions, data: LabeledDataset, crop_pct: float = 0.875
+    options: AugmentConfig, data: LabeledDataset, crop_pct: float = 0.875
 ) -> Transform | None:
     """What makes of an image as it is read one that is changed at random, ready for a model.
 
@@ -34,7 +34,7 @@ def train_transform(
         crop_pct: Share of the resized side that is kept where nothing is cut out at random.
 
     Returns:
-        None where nothing is asked for: `data.plain` will do.
+        None where nothing is asked for: `data.eval_transform` will do.
 
     Raises:
         ValueError: timm or torchvision does not know the policy.
@@ -42,14 +42,14 @@ def train_transform(
     if not any(getattr(options, name) for name in _ASKED_FOR):
         return None
     # Images in memory have their size; evaluation takes the whole of them.
-    kept = None if hasattr(data, "take") else crop_pct
+    kept = None if data.in_memory else crop_pct
     if len(data.shape) == 4:
         return _of_clips(options, data, kept)
     return _of_images(options, data, kept)
 
 
 def mixup_transform(
-    options: AugmentOptions, num_classes: int, seed: int
+    options: AugmentConfig, num_classes: int, seed: int
 ) -> Callable[..., Any] | None:
     """Mixup and CutMix of a batch, as `(images, labels, step) -> (images, targets b classes)`.
 
@@ -84,7 +84,7 @@ def _check_policy(aa: str | None) -> None:
     )
 
 
-def _of_images(options: AugmentOptions, data: LabeledDataset, crop_pct: float | None) -> Transform:
+def _of_images(options: AugmentConfig, data: LabeledDataset, crop_pct: float | None) -> Transform:
     from timm.data import create_transform
     from torchvision import transforms
 
@@ -118,7 +118,7 @@ def _of_images(options: AugmentOptions, data: LabeledDataset, crop_pct: float | 
     return transforms.Compose([crop, policy, final])
 
 
-def _of_clips(options: AugmentOptions, data: LabeledDataset, crop_pct: float | None) -> Transform:
+def _of_clips(options: AugmentConfig, data: LabeledDataset, crop_pct: float | None) -> Transform:
     from torchvision.transforms import v2
 
     size, steps = data.shape[-2:], list[Any]()

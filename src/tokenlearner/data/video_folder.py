@@ -12,7 +12,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from ..utils.random import fixed_seed
 from ..utils.validation import require
-from .dataset import DataConfig, UnreadableFile
+from .config import DataConfig
+from .dataset import MapDataset, UnreadableFile
 from .file_lists import list_labeled_files
-from .image_folder import first_read
+from .image_folder import first_read, imagenet_mean_std
 from .loader import eval_batches
 
 if TYPE_CHECKING:
@@ -31,33 +31,32 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v")
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as timm has them
 _PIXELS = {3: "rgb24", 1: "gray"}
 # Files that keep the time of each frame. FFmpeg guesses it for others, and after a jump otherwise.
 _TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
-def load_video_folder(name: str, split: str, wanted: DataConfig) -> VideoFolderDataset:
-    """Gets ready to read the videos of a folder, `wanted.root`.
+def load_video_folder(name: str, split: str, config: DataConfig) -> VideoFolderDataset:
+    """Lists the videos of a folder, `config.root`.
 
-    It is laid out as a folder of images, with videos in it: see `folders.load_folder`.
+    It is laid out as a folder of images, with videos in it: see `image_folder.load_folder`.
 
     Raises:
         ValueError: PyAV or something in the folder is missing, classes differ between splits, or
             none of the first few videos can be read.
     """
     _check_av()
-    require(wanted.root is not None, f"{name} needs the folder that holds the videos; pass root")
-    paths, labels, classes = list_labeled_files(Path(str(wanted.root)), split, VIDEO_EXTENSIONS)
-    wanted = replace(wanted, img_size=wanted.img_size or 224, in_chans=wanted.in_chans or 3)
-    data = VideoFolderDataset(name, split, tuple(paths), torch.tensor(labels), classes, wanted)
+    if config.folder is None:
+        raise ValueError(f"{name} needs the folder that holds the videos; pass root")
+    paths, labels, classes = list_labeled_files(config.folder, split, VIDEO_EXTENSIONS)
+    data = VideoFolderDataset(name, split, tuple(paths), torch.tensor(labels), classes, config)
     with fixed_seed(0):
-        first_read((partial(data.read, i) for i in range(len(data))), f"{name} {split}")
+        first_read((partial(data.load, i) for i in range(len(data))), f"{name} {split}")
     return data
 
 
 @dataclass(frozen=True, eq=False)
-class VideoFolderDataset:
+class VideoFolderDataset(MapDataset):
     """One split of labeled videos, which are read when they are asked for.
 
     Clips of the split `"train"` start at random, drawn from torch's own generator; with stride 0
@@ -73,7 +72,7 @@ class VideoFolderDataset:
         paths: The videos.
         labels: int64 `[n]`, 0 to `len(classes) - 1`.
         classes: The name of each label.
-        wanted: How clips are wanted, with `img_size` and `in_chans`.
+        config: Size, channels, frames and views of clips.
     """
 
     name: str
@@ -81,37 +80,34 @@ class VideoFolderDataset:
     paths: tuple[str, ...] = field(repr=False)
     labels: Tensor = field(repr=False)
     classes: tuple[str, ...]
-    wanted: DataConfig
+    config: DataConfig = field(repr=False)
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """ImageNet's, of gray videos the mean of these."""
-        return _MEAN if self.wanted.in_chans == 3 else (sum(_MEAN) / 3,)
+        """ImageNet's; for gray the mean of these."""
+        return imagenet_mean_std(self.shape[0])[0]
 
     @property
     def std(self) -> tuple[float, ...]:
-        """ImageNet's, of gray videos the mean of these."""
-        return _STD if self.wanted.in_chans == 3 else (sum(_STD) / 3,)
+        """ImageNet's; for gray the mean of these."""
+        return imagenet_mean_std(self.shape[0])[1]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one clip: `(c, t, h, w)`."""
-        c, size = self.wanted.in_chans or 3, self.wanted.img_size or 224
-        return c, self.wanted.frames, size, size
+        c, h, w = self.config.image_shape
+        return c, self.config.frames, h, w
 
     @property
     def workers(self) -> int:
         """Processes that read videos."""
-        return self.wanted.workers
+        return self.config.reading_workers
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, index: int) -> Tensor:
-        """Decodes a clip: uint8 `t c h w`, where several squares are judged `v t c h w`.
+    def load(self, index: int) -> Tensor:
+        """Decodes a clip: uint8 `t c h w`, with several views or crops `v t c h w`.
 
         Raises:
-            BrokenFile: The video cannot be read.
+            UnreadableFile: The video cannot be read.
         """
         from av.error import FFmpegError
 
@@ -122,13 +118,13 @@ class VideoFolderDataset:
                 chosen = self._choose(len(video.times))
                 clips = video.images(chosen.flatten().tolist(), _PIXELS[c])
         except (FFmpegError, OSError, ValueError) as error:
-            message = f"{path} cannot be read ({error}); mend it, or take it out"
+            message = f"{path} cannot be read ({error}); replace it, or take it out"
             raise UnreadableFile(message) from error
         clips = clips.unflatten(0, (-1, t))
         return clips if len(clips) * self._crops > 1 else clips[0]
 
-    def plain(self, raw: Tensor) -> Tensor:
-        """What `read` gives, as a model is judged on it: `c t h w`, of several squares first `v`.
+    def eval_transform(self, raw: Tensor) -> Tensor:
+        """Resizes, crops and normalizes a clip: `c t h w`, of several squares `v c t h w`.
 
         One crop is the middle of the frames at `img_size / crop_pct`; three lie side by side along
         the longer side, the shorter one being `img_size`. The crops of a view follow one another.
@@ -136,7 +132,7 @@ class VideoFolderDataset:
         from torchvision.transforms.v2 import functional as TF
 
         size, views = self.shape[-1], raw[None] if raw.ndim == 4 else raw
-        short = size if self._crops == 3 else round(size / self.wanted.crop_pct)
+        short = size if self._crops == 3 else round(size / self.config.crop_pct)
         resized = TF.resize(views, [short], antialias=True)
         squares = _three(resized) if self._crops == 3 else TF.center_crop(resized, [size])[:, None]
         clips = squares.flatten(0, 1).transpose(1, 2)
@@ -145,9 +141,9 @@ class VideoFolderDataset:
         return clips if len(clips) > 1 else clips[0]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields plain batches and labels in order, without videos that cannot be read.
+        """Yields clips and labels in order, without unreadable videos.
 
-        Clips lie at the places of the split `"test"`, so the same ones come every time.
+        Clips are those of the split `"test"`, so they are the same every time.
 
         Shape:
             float32 `b c t h w`, with several views or crops `b v c t h w`, and int64 `b`.
@@ -155,27 +151,20 @@ class VideoFolderDataset:
         Raises:
             ValueError: `batch_size` is below 1.
         """
-        require(batch_size >= 1, f"batch_size is {batch_size}, expected 1 or more")
         return eval_batches(replace(self, split="test"), batch_size, self.workers)
 
-    def sample(self, n: int, seed: int = 0) -> VideoFolderDataset:
-        """Returns `n` of the videos, drawn by a seed; fewer are the first of more.
-
-        Raises:
-            ValueError: There are not as many.
-        """
-        require(1 <= n <= len(self), f"{self.name} has {len(self)} videos, {n} are asked for")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
-        paths = tuple(self.paths[i] for i in order.tolist())
-        return replace(self, paths=paths, labels=self.labels[order])
+    def select(self, indices: Tensor) -> VideoFolderDataset:
+        """Returns a data set of these videos."""
+        paths = tuple(self.paths[i] for i in indices.tolist())
+        return replace(self, paths=paths, labels=self.labels[indices])
 
     @property
     def _crops(self) -> int:
-        return self.wanted.crops if self.split == "test" else 1
+        return self.config.crops if self.split == "test" else 1
 
     def _choose(self, n: int) -> Tensor:
         """The numbers of the frames of each view, `v t`, of a video of `n` frames."""
-        t, stride, views = self.wanted.frames, self.wanted.stride, self.wanted.views
+        t, stride, views = self.config.frames, self.config.stride, self.config.views
         steps = torch.arange(t, dtype=torch.float64)
         if self.split == "train":
             drawn = torch.rand(1, 1 if stride else t, dtype=torch.float64)

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch.utils.data import get_worker_info
 
 from ..utils.validation import require, shortened
-from .dataset import DataConfig, UnreadableFile
+from .config import DataConfig
+from .dataset import UnreadableFile
 from .file_lists import FOLDERS
-from .image_folder import dataset_args
 from .iterable import SHUFFLE_BUFFER, Record, StreamDataset, check_stream
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-def load_shards(name: str, split: str, wanted: DataConfig) -> StreamDataset:
-    """Gets ready to read WebDataset's tar files in `wanted.root`.
+def load_shards(name: str, split: str, config: DataConfig) -> StreamDataset:
+    """Gets ready to read WebDataset's tar files in `config.root`.
 
     They are those that `_info.json` names for the split, in timm's format, or else are called
     train-*.tar and val-*.tar (or valid, validation, test). An image is a file that ends as timm
     knows it, its label the number in the .cls file of the same name, or the number that the .json
-    file calls what `alt_label` in _info.json says. `wanted.num_classes` tells how many classes
-    there are, `wanted.num_samples` how many images, if there is no _info.json.
+    file calls what `alt_label` in _info.json says. `config.num_classes` tells how many classes
+    there are, `config.num_samples` how many images, if there is no _info.json.
 
     Raises:
         ValueError: webdataset, the files or the number of classes are missing, or none of the
@@ -42,21 +42,21 @@ def load_shards(name: str, split: str, wanted: DataConfig) -> StreamDataset:
     except ImportError as error:
         message = f"{name} needs webdataset; run pip install 'tokenlearner[data]'"
         raise ValueError(message) from error
-    root = wanted.root
+    root = config.folder
     require(root is not None, f"{name} needs the folder that holds the tar files; pass root")
     info = _info_of(Path(str(root)), split)
     require(
-        wanted.num_classes is not None,
+        config.num_classes is not None,
         f"{name} does not tell how many classes it has; pass num_classes",
     )
     return check_stream(
         StreamDataset(
             name,
             split,
-            tuple(map(str, range(wanted.num_classes or 0))),
-            **dataset_args(wanted),
+            tuple(map(str, range(config.num_classes or 0))),
+            config,
             source=TarShards(info.paths, info.label_key),
-            num_samples=info.num_samples or wanted.num_samples,
+            num_samples=info.num_samples or config.num_samples,
         )
     )
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.latency import Spread, speedup_spread, time_interleaved
+from ..evaluation.latency import Timing, time_interleaved
 from ..utils.io import atomic_write
 from ..utils.modules import clone_structure
 from ..utils.validation import check_above_zero, check_count, require
@@ -41,11 +41,11 @@ class BatchCheck:
     """Of any output to the model's, absolute."""
     largest_output: float
     """Of the model, absolute. Where it is 0, as an untrained head has it, nothing was compared."""
-    model_latency_ms: Spread
+    model_latency_ms: Timing
     """Of the model as it was given, in PyTorch without `torch.compile`."""
-    latency_ms: Spread
+    latency_ms: Timing
     """Of the file."""
-    speedup: Spread
+    speedup: Timing
     """How many times as fast as the model the file is, round by round."""
 
 
@@ -195,7 +195,7 @@ def _compare(plain: nn.Module, loaded: nn.Module, batch: Tensor, rounds: int) ->
         batch_size=len(batch),
         largest_difference=largest_difference(expected, came),
         largest_output=expected.abs().max().item(),
-        model_latency_ms=Spread.of([1000 * s for s in seconds["model"]]),
-        latency_ms=Spread.of([1000 * s for s in seconds["file"]]),
-        speedup=speedup_spread(seconds["model"], seconds["file"]),
+        model_latency_ms=seconds["model"].latency_ms,
+        latency_ms=seconds["file"].latency_ms,
+        speedup=seconds["file"].speedup_over(seconds["model"]),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import LabeledDataset
 from ..evaluation.accuracy import eval_batch_size, evaluate
-from ..evaluation.latency import Spread, speedup_spread, time_interleaved
+from ..evaluation.latency import Timing, time_interleaved
 from ..layers.token_fuser import TokenFuser
 from ..layers.token_learner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from ..models.hosts import find_host
@@ -89,9 +89,9 @@ class PrecisionRow:
     """None where no labeled data was given."""
     largest_difference: float
     """Of any logit, absolute."""
-    latency_ms: Spread
+    latency_ms: Timing
     """Of the whole batch."""
-    speedup: Spread
+    speedup: Timing
     size_mib: float
     """Of the weights, or of the file."""
 
@@ -155,8 +155,8 @@ def precision_rows(
             precision=name,
             top1_percent=None if data is None else _top1(model, data),
             largest_difference=largest_difference(outputs[first], outputs[name]),
-            latency_ms=Spread.of([1000 * s for s in seconds[name]]),
-            speedup=speedup_spread(seconds[first], seconds[name]),
+            latency_ms=seconds[name].latency_ms,
+            speedup=seconds[name].speedup_over(seconds[first]),
             size_mib=sizes_mib[name],
         )
         for name, model in models.items()

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from .accuracy import Evaluation as Evaluation
     from .accuracy import evaluate as evaluate
     from .flops import count_macs as count_macs
+    from .latency import Cost as Cost
+    from .latency import Seconds as Seconds
+    from .latency import Timing as Timing
     from .latency import benchmark as benchmark
     from .maps import attention_maps as attention_maps
     from .planning import plan as plan
@@ -21,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ),
         "maps": ("attention_maps",),
         "flops": ("count_macs",),
-        "latency": ("benchmark",),
+        "latency": ("Cost", "Seconds", "Timing", "benchmark"),
         "map_figures": (),
         "map_stats": (),
         "planning": ("plan",),

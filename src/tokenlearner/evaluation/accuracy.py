@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.dataset import LabeledDataset
-from ..data.loader import Batch, SampleKey, load_batches
+from ..data.dataset import Batch, IterableDataset, LabeledDataset
+from ..data.loader import SampleKey, load_batches
 from ..utils.modules import training_mode
 from ..utils.validation import check_count, require
 
@@ -73,7 +73,7 @@ def sum_metrics(
     with training_mode(model, training=False):
         for batch in _batches(data, batch_size, process, num_processes):
             images, labels = batch.images.to(device), batch.labels.to(device)
-            sums[1] += len(batch.broken)
+            sums[1] += len(batch.unreadable)
             if not len(images):
                 model(torch.zeros(1, *data.shape, device=device))
                 continue
@@ -100,15 +100,15 @@ def _batches(
     data: LabeledDataset, batch_size: int, process: int, num_processes: int
 ) -> Iterator[Batch]:
     """This process's part, as many batches as any other's."""
-    if stream := getattr(data, "plain_stream", None):  # it has no order to be split by
-        return stream(batch_size)
+    if isinstance(data, IterableDataset):
+        return data.eval_batches(batch_size, process, num_processes)
     own = range(process, len(data), num_processes)
     most = -(-len(data) // num_processes)
     keys = [
         [SampleKey(index) for index in own[first : first + batch_size]]
         for first in range(0, most, batch_size)
     ]
-    return load_batches(data, keys, workers=getattr(data, "workers", 0))
+    return load_batches(data, keys, workers=data.workers)
 
 
 def _logits(model: nn.Module, images: Tensor, data: LabeledDataset) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,18 +23,42 @@ Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The median of several runs, and the quartiles around it."""
+class Timing:
+    """The median of several runs, and the quartiles around it.
+
+    >>> f"{Timing.of([5.0, 1.0, 2.0, 3.0, 4.0]):.1f}"
+    '3.0 (2.0–4.0)'
+    """
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> Timing:
         """Summarizes at least two values."""
         low, _, high = quantiles(values, n=4, method="inclusive")
         return cls(median(values), low, high)
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
+
+
+class Seconds(list[float]):
+    """The seconds of a model's runs, one number a round."""
+
+    @property
+    def latency_ms(self) -> Timing:
+        """The time of a run."""
+        return Timing.of([1000 * s for s in self])
+
+    def per_second(self, count: int) -> Timing:
+        """Returns how many images a second there are, if a run takes `count` of them."""
+        return Timing.of([count / s for s in self])
+
+    def speedup_over(self, reference: Seconds) -> Timing:
+        """Returns how many times as fast these runs are as others of the same rounds."""
+        return Timing.of([r / s for r, s in zip(reference, self, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -47,10 +71,10 @@ class Cost:
     parameters: int
     gmacs: float
     """Multiply-adds of one image, counted as 1, in 1e9; GFLOPs are twice that."""
-    images_per_second: Spread
-    speedup: Spread
-    training_images_per_second: Spread
-    training_speedup: Spread
+    images_per_second: Timing
+    speedup: Timing
+    training_images_per_second: Timing
+    training_speedup: Timing
     peak_memory_mib: float
     """Tensors alive at once beyond model and input, at inference on the whole batch."""
     training_peak_memory_mib: float
@@ -77,10 +101,10 @@ def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15)
         name: Cost(
             parameters=sum(p.numel() for p in model.parameters()),
             gmacs=count_macs(model, images[:1]) / 1e9,
-            images_per_second=Spread.of([len(images) / s for s in inference[name]]),
-            speedup=speedup_spread(inference[first], inference[name]),
-            training_images_per_second=Spread.of([len(images) / s for s in training[name]]),
-            training_speedup=speedup_spread(training[first], training[name]),
+            images_per_second=inference[name].per_second(len(images)),
+            speedup=inference[name].speedup_over(inference[first]),
+            training_images_per_second=training[name].per_second(len(images)),
+            training_speedup=training[name].speedup_over(training[first]),
             peak_memory_mib=peak_memory_mib(model, images),
             training_peak_memory_mib=peak_memory_mib(model, images, training=True),
         )
@@ -95,7 +119,7 @@ def time_models(
     *,
     training: bool = False,
     compiled: bool = False,
-) -> dict[str, list[float]]:
+) -> dict[str, Seconds]:
     """Measures a forward pass, or a training step, of models in turn on the same images.
 
     Args:
@@ -130,7 +154,7 @@ def peak_memory_mib(model: nn.Module, images: Tensor, *, training: bool = False)
     Args:
         model: As in `benchmark`; it is not compiled for this.
         images: As in `benchmark`.
-        training: As in `seconds_in_turn`.
+        training: As in `time_models`.
     """
     with _ready(model, training):
         return live_peak_mib(partial(_step if training else _pass, model, model, images))
@@ -166,9 +190,7 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
 
-def time_interleaved(
-    runs: Mapping[Key, Callable[[], object]], rounds: int
-) -> dict[Key, list[float]]:
+def time_interleaved(runs: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, Seconds]:
     """Measures runs one after the other, round by round, so that a busy machine slows all alike.
 
     Every other round goes backwards, so that none always runs behind the same one. Each run is
@@ -181,7 +203,7 @@ def time_interleaved(
     Returns:
         The seconds of each run, one number a round.
     """
-    seconds: dict[Key, list[float]] = {name: [] for name in runs}
+    seconds = {name: Seconds() for name in runs}
     for i in range(rounds + 2):
         for name in runs if i % 2 else reversed([*runs]):
             _synchronize()
@@ -189,23 +211,10 @@ def time_interleaved(
             runs[name]()
             _synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: values[2:] for name, values in seconds.items()}
-
-
-def speedup_spread(first: list[float], other: list[float]) -> Spread:
-    """How many times as fast the other one is, from the seconds of the same rounds."""
-    return Spread.of([a / b for a, b in zip(first, other, strict=True)])
+    return {name: Seconds(values[2:]) for name, values in seconds.items()}
 
 
 def _synchronize() -> None:
-    """Waits for the accelerator, of whatever kind; torch before 2.6 has no word for all of them."""
-    accelerator: Any = getattr(torch, "accelerator", None)
-    if accelerator is not None:
-        if accelerator.is_available():
-            accelerator.synchronize()
-        return
-    for kind in (torch.cuda, torch.xpu):
-        if kind.is_available():
-            kind.synchronize()
-    if torch.backends.mps.is_available():
-        torch.mps.synchronize()
+    """Waits for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

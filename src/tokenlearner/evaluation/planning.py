@@ -20,7 +20,7 @@ from ..models.insertion import insert
 from ..utils.modules import clone_structure
 from ..utils.validation import check_choice, check_count
 from .flops import count_macs
-from .latency import Spread, speedup_spread, time_interleaved
+from .latency import Seconds, Timing, time_interleaved
 
 DEFAULT_TOKENS = (4, 8, 16, 32)
 
@@ -36,10 +36,10 @@ class Option:
     """Multiply-adds of one image, counted as 1, in 1e9; GFLOPs are twice that."""
     macs_share: float
     """Multiply-adds as a share of the host's, which is 1."""
-    latency_ms: Spread
+    latency_ms: Timing
     """Of the whole batch."""
-    images_per_second: Spread
-    speedup: Spread
+    images_per_second: Timing
+    speedup: Timing
     """How many times as fast as the host, round by round."""
 
     @property
@@ -133,14 +133,14 @@ class _Trials:
         """The multiply-adds as a share of the host's."""
         return self.macs(at, k) / self.macs(*_HOST)
 
-    def seconds(self, pairs: Sequence[Pair]) -> dict[Pair, list[float]]:
+    def seconds(self, pairs: Sequence[Pair]) -> dict[Pair, Seconds]:
         """Times the host and all pairs in turn."""
         models = {pair: self._with_tokens(*pair) for pair in (_HOST, *pairs)}
         with torch.inference_mode():
             runs = {pair: partial(model, self.images) for pair, model in models.items()}
             return time_interleaved(runs, self.rounds)
 
-    def options(self, seconds: dict[Pair, list[float]]) -> list[Option]:
+    def options(self, seconds: dict[Pair, Seconds]) -> list[Option]:
         """What the host and the pairs cost that were timed."""
         return [
             Option(
@@ -148,9 +148,9 @@ class _Trials:
                 num_tokens=k,
                 gmacs=self.macs(at, k) / 1e9,
                 macs_share=self.share(at, k),
-                latency_ms=Spread.of([1000 * s for s in own]),
-                images_per_second=Spread.of([len(self.images) / s for s in own]),
-                speedup=speedup_spread(seconds[_HOST], own),
+                latency_ms=own.latency_ms,
+                images_per_second=own.per_second(len(self.images)),
+                speedup=own.speedup_over(seconds[_HOST]),
             )
             for (at, k), own in seconds.items()
         ]
@@ -186,10 +186,10 @@ def _within_latency(trials: _Trials, budget: float, sizes: Sequence[int]) -> lis
     raise _nothing_fits(budget, "latency", seen)
 
 
-def _shares(seconds: dict[Pair, list[float]]) -> dict[Pair, float]:
+def _shares(seconds: dict[Pair, Seconds]) -> dict[Pair, float]:
     """What each pair takes of the host's time."""
     host, *pairs = seconds
-    return {pair: 1 / speedup_spread(seconds[host], seconds[pair]).median for pair in pairs}
+    return {pair: 1 / seconds[pair].speedup_over(seconds[host]).median for pair in pairs}
 
 
 def _estimate(budget: float, last: int, low: float, high: float) -> int:

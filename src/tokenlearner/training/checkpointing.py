@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..data.config import OLD_NAMES
 from ..utils.io import atomic_write
 from .config import TrainConfig
 
@@ -153,6 +154,7 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, found = asdict(TrainConfig()) | json.loads(state["config"]), state["format"]
+        saved["data"] = OLD_NAMES.get(saved["data"], saved["data"])
     except Exception as error:  # torch raises what it likes on damaged files
         raise ValueError(
             f"{path} is no checkpoint of a run ({error}); move it away to start anew"

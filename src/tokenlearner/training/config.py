@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Any
 
-from ..data.config import AugmentOptions, DataOptions
+from ..data.config import AugmentConfig, DataConfig
 from ..utils.validation import require
 from .options import DistillOptions, ModelOptions, OptimOptions, RunOptions
-
-_OF_DATA = (
-    *("img_size", "in_chans", "crop_pct", "frames", "stride", "views", "crops"),
-    *("num_samples", "num_classes", "download"),
-)
 
 
 @dataclass(frozen=True)
 class TrainConfig(
-    AugmentOptions, DistillOptions, OptimOptions, DataOptions, ModelOptions, RunOptions
+    AugmentConfig, DistillOptions, OptimOptions, DataConfig, ModelOptions, RunOptions
 ):
     """What to train, on what, and how.
 
@@ -58,22 +51,3 @@ class TrainConfig(
             not (self.fsdp and self.ema_decay),
             "a moving average of weights that are shared out (fsdp) is not supported; pass either",
         )
-
-    @property
-    def wanted(self) -> dict[str, Any]:
-        """What `load_data` is told, besides name and split."""
-        told = {name: getattr(self, name) for name in _OF_DATA}
-        return {
-            "root": self.root,
-            "download": self.download,
-            "workers": self.reading_workers,
-            **told,
-        }
-
-    @property
-    def reading_workers(self) -> int:
-        """Processes that read files, in each process that trains."""
-        if self.workers is not None:
-            return self.workers
-        share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return max(1, (os.cpu_count() or 1) // share)

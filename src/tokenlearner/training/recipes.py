@@ -15,11 +15,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..data.config import DataOptions
+from ..data.config import OLD_NAMES, DataConfig
 from ..data.factory import SPLITS
 from ..evaluation.accuracy import eval_batch_size
 from ..utils.validation import check_choice, check_count, require
-from .config import TrainConfig
 
 DATASET_OPTIONS = ("root", "num_samples", "num_classes")  # of no use for another data set
 TRAINING_ONLY = ("images", "max_broken")  # options of data that are about training
@@ -54,7 +53,7 @@ def header_lines(path: Path) -> Iterator[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(DataOptions):
+class EvalConfig(DataConfig):
     """Evaluates a checkpoint on a data set.
 
     Args:
@@ -79,12 +78,6 @@ class EvalConfig(DataOptions):
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
 
-    @property
-    def wanted(self) -> dict[str, Any]:
-        """What `load_data` is told, besides name and split."""
-        told = {name: getattr(self, name) for name in DataOptions.__dataclass_fields__}
-        return TrainConfig(**told).wanted
-
     def at_once(self, shape: Sequence[int]) -> int:
         """How many images or clips, with all their views and crops, are judged at a time."""
         return self.batch_size or eval_batch_size(shape, self.views * self.crops)
@@ -104,8 +97,9 @@ def run_options(checkpoint: str) -> dict[str, Any]:
         return {}
     try:
         run: Any = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in DataOptions.__dataclass_fields__ if name not in TRAINING_ONLY]
-        return {"data": run["data"]} | {name: run[name] for name in names if name in run}
+        names = [name for name in DataConfig.__dataclass_fields__ if name not in TRAINING_ONLY]
+        options = {"data": run["data"]} | {name: run[name] for name in names if name in run}
+        return options | {"data": OLD_NAMES.get(options["data"], options["data"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         message = f"{path} is not as train wrote it ({error!r}); mend it or move it away"
         raise ValueError(message) from error

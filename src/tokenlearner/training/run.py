@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.dataset import LabeledDataset
+from ..data.dataset import IterableDataset, LabeledDataset, require_order
 from ..data.factory import SPLITS, load_data
 from ..evaluation.accuracy import Evaluation, eval_batch_size, mean_metrics, sum_metrics
 from ..models.factory import save_model
@@ -81,8 +81,11 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
     check_run_folder(config)
     engine = Distributed(config)
     saved = read_checkpoint(config)
-    data, held_out = (load_data(config.data, part, **config.wanted) for part in SPLITS)
-    data = data.sample(config.images, config.seed) if config.images else data
+    data, held_out = (load_data(config, part) for part in SPLITS)
+    if config.images:
+        data = require_order(data, f"draw {config.images} images").sample(
+            config.images, config.seed
+        )
     require(
         data.classes == held_out.classes,
         f"{data.name} trains on {len(data.classes)} classes and is judged by "
@@ -185,7 +188,7 @@ class _Run:
         part = engine.process, engine.num_processes
         squares = self.config.views * self.config.crops
         sums = sum_metrics(loop.judged, data, eval_batch_size(data.shape, squares), *part)
-        if not hasattr(data, "stream"):  # of a stream all saw all
+        if not isinstance(data, IterableDataset):  # each process evaluated all of a stream
             sums = engine.sum(sums.to(engine.device)).cpu()
         return mean_metrics(sums, data)
 

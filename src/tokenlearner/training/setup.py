@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.init_from import init_from
-from ..data.dataset import LabeledDataset
+from ..data.dataset import LabeledDataset, require_order
 from ..data.transforms import train_transform
 from ..models.factory import create_model, load_model
 from ..models.insertion import insert
@@ -135,6 +135,7 @@ def calibrate_inserted(
     if not (config.insert and config.calibrate):
         return None
     device = next(model.parameters()).device
-    sample = data.sample(min(config.calibrate, len(data)), config.seed)
+    count = min(config.calibrate, len(data))
+    sample = require_order(data, f"draw {count} images").sample(count, config.seed)
     images, _ = next(sample.batches(len(sample)))
     return calibrate(model, images.to(device), seed=config.seed, report=report)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.dataset import LabeledDataset
-from ..data.loader import Batch, epoch_keys, load_batches
+from ..data.dataset import Batch, IterableDataset, LabeledDataset
+from ..data.loader import epoch_keys, load_batches
 from ..data.transforms import mixup_transform, train_transform
 from ..layers.onednn import use_onednn
 from ..utils.random import random_states, set_random_states
@@ -55,7 +55,7 @@ class Trainer:
         self.engine = engine or Distributed(config)
         self.per_epoch = len(data) // config.batch_size
         self.steps = config.epochs * self.per_epoch
-        self.change = train_transform(config, data, config.crop_pct)
+        self.transform = train_transform(config, data, config.crop_pct)
         self.mix = mixup_transform(config, len(data.classes), config.seed)
         self.step = self.skipped = 0
         self.broken: set[str] = set()
@@ -186,8 +186,8 @@ class Trainer:
         """This process's part of what is left of the epoch."""
         config, engine = self.config, self.engine
         part = {"process": engine.process, "num_processes": engine.num_processes}
-        if stream := getattr(self.data, "stream", None):
-            return self._of_stream(stream, part)
+        if isinstance(self.data, IterableDataset):
+            return self._of_stream(self.data, part)
         keys = epoch_keys(
             len(self.data),
             config.batch_size,
@@ -196,21 +196,21 @@ class Trainer:
             start=self.step % self.per_epoch,
             **part,
         )
-        in_memory = hasattr(self.data, "take") and self.change is None
+        in_memory = self.data.in_memory and self.transform is None
         return load_batches(
             self.data,
             keys,
-            self.change,
+            self.transform,
             workers=0 if in_memory else config.reading_workers,
-            refill=True,
+            replace_unreadable=True,
             pin=engine.device.type == "cuda",
         )
 
-    def _of_stream(self, stream: Callable[..., Iterator[Batch]], part: Any) -> Iterator[Batch]:
+    def _of_stream(self, data: IterableDataset, part: Any) -> Iterator[Batch]:
         """A stream cannot be entered in the middle: what was seen is read and dropped."""
         config = self.config
-        batches = stream(
-            self.change,
+        batches = data.train_batches(
+            self.transform,
             config.batch_size // self.engine.num_processes,
             epoch=self.epochs_done,
             seed=config.seed,
@@ -223,7 +223,7 @@ class Trainer:
                 yield batch
 
     def _note_broken(self, batch: Batch) -> None:
-        new = set(batch.broken) - self.broken
+        new = set(batch.unreadable) - self.broken
         self.broken |= new
         if new and len(self.broken) > self.config.max_broken:
             shown = "; ".join(sorted(self.broken)[:5])

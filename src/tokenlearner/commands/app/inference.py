@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...evaluation.flops import count_macs
 from ...evaluation.hardware import describe_machine
-from ...evaluation.latency import Spread, speedup_spread, time_models
+from ...evaluation.latency import Timing, time_models
 from ...evaluation.map_figures import FigureRow, MapScale, map_scale
 from ...evaluation.map_stats import AttentionStats, map_stats
 from ...evaluation.maps import has_gates
@@ -96,12 +96,12 @@ class MeasuredCost:
     name: str
     gmacs: float
     """Multiply-adds of one image or clip, counted as 1, in 1e9."""
-    latency_ms: Spread
+    latency_ms: Timing
     """Of one image or clip."""
-    speedup: Spread
-    batch_latency_ms: Spread | None
+    speedup: Timing
+    batch_latency_ms: Timing | None
     """Of `AT_ONCE` of them; None where that would take too long."""
-    batch_speedup: Spread | None
+    batch_speedup: Timing | None
 
 
 @dataclass(frozen=True)
@@ -186,14 +186,11 @@ def measure_cost(offered: OfferedModel, taken: Tensor) -> CostReport:
 
 def _timed(
     models: dict[str, nn.Module], images: Tensor, rounds: int
-) -> dict[str, tuple[Spread, Spread]]:
+) -> dict[str, tuple[Timing, Timing]]:
     """The latency of a batch in ms, and the speed-up over the first model."""
     seconds = time_models(models, images, rounds)
     first = next(iter(seconds.values()))
-    return {
-        name: (Spread.of([1000 * s for s in own]), speedup_spread(first, own))
-        for name, own in seconds.items()
-    }
+    return {name: (own.latency_ms, own.speedup_over(first)) for name, own in seconds.items()}
 
 
 def _with_and_without(offered: OfferedModel, one: Tensor) -> tuple[dict[str, nn.Module], str]:

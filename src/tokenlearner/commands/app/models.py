@@ -77,10 +77,10 @@ class OfferedModel:
         known = ", ".join(self.examples) or "none"
         require(name in self.examples, f"there is no example {name!r}, expected one of: {known}")
         index = int((self.data.labels == self.data.classes.index(name)).nonzero()[0])
-        raw = self.data.read(index)
+        raw = self.data.load(index)
         if not self.intake.takes_clips:
             return preprocess(raw, name, self.intake)
-        clip = self.data.plain(raw)  # c t h w
+        clip = self.data.eval_transform(raw)  # c t h w
         taken = clip.transpose(0, 1) if self.intake.time_first else clip
         return MapInput(name, raw.float() / 255, taken[None], is_video=True)
 
@@ -148,7 +148,7 @@ def _classes(run: dict[str, Any], model: Any, data: Any) -> tuple[str, ...] | No
     names: Any = None
     if data is not None and run.get("data") == data.name:
         names = data.classes
-    elif run.get("data") in ("folder", "video-folder", "film"):
+    elif run.get("data") in ("folder", "video-folder"):
         names = _classes_of_folder(run)
     names = names or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return tuple(names) if names and len(names) == n else None

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...evaluation.map_figures import overlay
-from .._tables import quartiles
 from .inference import ALL_TOKENS, AT_ONCE, CostReport, Prediction
 from .models import OfferedModel
 
@@ -145,7 +144,7 @@ def cost_view(report: CostReport) -> str:
         cells = (one.latency_ms, one.speedup, one.batch_latency_ms, one.batch_speedup)
         digits = (2, 2, 1, 2)
         pairs = zip(cells, digits, strict=True)
-        spreads = (quartiles(spread, n) if spread else "–" for spread, n in pairs)
+        spreads = (f"{spread:.{n}f}" if spread else "–" for spread, n in pairs)
         lines.append((one.name, f"{one.gmacs:.4f}", *spreads))
     macs = [one.gmacs for one in report.costs]
     fewer = f"{macs[0] / macs[1]:.2f} times fewer multiply-adds. " if len(macs) > 1 else ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...evaluation.flops import count_macs
 from ...evaluation.hardware import describe_machine, read_gigabytes_per_second
-from ...evaluation.latency import Spread, peak_memory_mib, speedup_spread, time_models
+from ...evaluation.latency import Seconds, Timing, peak_memory_mib, time_models
 from ...utils.modules import pick_device
 from .config import DTYPES, BenchConfig
 from .models import load_bench_models
@@ -21,9 +21,9 @@ from .models import load_bench_models
 class Speed:
     """How fast a model is in one measurement, and against the first one."""
 
-    value: Spread
+    value: Timing
     """In the unit of the measurement."""
-    speedup: Spread
+    speedup: Timing
     """How many times as fast as the first model, round by round."""
     of_macs_ratio: float
     """How much of what the multiply-adds promise becomes speed; 1 is all of it."""
@@ -48,11 +48,9 @@ class Measurement:
         """In words."""
         return f"{self.name} at batch {self.batch_size}, {self.unit}"
 
-    def spread(self, seconds: Sequence[float]) -> Spread:
-        """The seconds of each batch in the unit of the measurement."""
-        if self.unit == "ms":
-            return Spread.of([1000 * s for s in seconds])
-        return Spread.of([self.batch_size / s for s in seconds])
+    def timing(self, seconds: Seconds) -> Timing:
+        """Returns the time of a batch in the unit of the measurement."""
+        return seconds.latency_ms if self.unit == "ms" else seconds.per_second(self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _rows(
     models: Mapping[str, nn.Module],
     counted: Mapping[str, CountedCost],
     measurements: Sequence[Measurement],
-    seconds: Mapping[str, Mapping[str, list[float]]],
+    seconds: Mapping[str, Mapping[str, Seconds]],
 ) -> list[BenchRow]:
     first, rows = next(iter(models)), []
     for name, model in models.items():
@@ -161,8 +159,8 @@ def _rows(
         ratio, speeds = counted[first][0] / macs, {}
         for one in measurements:
             own = seconds[one.name][name]
-            speedup = speedup_spread(seconds[one.name][first], own)
-            speeds[one.name] = Speed(one.spread(own), speedup, speedup.median / ratio)
+            speedup = own.speedup_over(seconds[one.name][first])
+            speeds[one.name] = Speed(one.timing(own), speedup, speedup.median / ratio)
         parameters = list(model.parameters())
         rows.append(
             BenchRow(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.io import atomic_write, write_json
-from .._tables import plain_table, quartiles
+from .._tables import plain_table
 from .config import BenchConfig
 from .run import BenchResult, BenchRow, Measurement, bench
 
@@ -70,8 +70,8 @@ def speed_table(found: BenchResult) -> Any:
         for row in found.rows:
             speed = row.speeds[one.name]
             cells = (
-                quartiles(speed.value, 1 if speed.value.median < 100 else 0),
-                quartiles(speed.speedup, 2),
+                f"{speed.value:.{1 if speed.value.median < 100 else 0}f}",
+                f"{speed.speedup:.2f}",
             )
             table.add_row(_plain(row.name), *cells, f"{speed.of_macs_ratio:.2f}")
         table.add_section()
@@ -178,7 +178,7 @@ def _verdict(row: BenchRow, one: Measurement) -> str:
     verb = "does not pay in" if speed.speedup.median < 1 else "gains less in"
     noise = ", within the noise" if speed.speedup.high >= row.macs_ratio else ""
     return (
-        f"{verb} {one.name} at batch {one.batch_size}: {quartiles(speed.speedup, 2)} times as "
+        f"{verb} {one.name} at batch {one.batch_size}: {speed.speedup:.2f} times as "
         f"fast, {speed.of_macs_ratio:.2f} of that{noise}"
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.dataset import LabeledDataset
+from ...data.dataset import LabeledDataset, require_order
 from ...evaluation.accuracy import eval_batch_size
 from ...models.insertion import wrapped_blocks
 from ...models.serialization import weights_file
@@ -79,7 +79,9 @@ def reevaluate(
     try:
         model, data = _load(run, host or run.folder, device)
         whole = len(data)
-        part = data.sample(images, 0) if whole > images else data
+        part: LabeledDataset = data
+        if whole > images:
+            part = require_order(data, f"draw {images} images").sample(images, 0)
         counts = _confusion_counts(model, part)
         found = Confusions(counts, tuple(data.classes), f"{data.name}, {data.split}", whole)
     except Exception as error:  # whatever a damaged checkpoint or data set makes torch raise
@@ -125,7 +127,7 @@ def _load(run: FoundRun, place: Path, device: str) -> tuple[nn.Module, LabeledDa
         not config.data.startswith(_FETCHED),
         f"{config.data} may have to be fetched, which a report does not do",
     )
-    data = load_data(config.data, config.split, **config.wanted)
+    data = load_data(config, config.split)
     return load_model(weights).to(pick_device(device)).eval(), data
 
 
@@ -151,6 +153,7 @@ def _batches(data: LabeledDataset) -> Iterator[tuple[Tensor, Tensor]]:
 def _sheet(model: nn.Module, data: LabeledDataset) -> bytes:
     """Draws the maps on an image of each of some classes."""
     require(len(data.shape) == 3, "these are clips; `tokenlearner maps` draws them")
+    data = require_order(data, "list its labels")
     title = "Where the learned tokens look: held-out images"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "maps.png"
