@@ -58,7 +58,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipes(options: Namespace) -> dict[str, dict[str, Any]]:
-    """What differs from `TrainConfig` for each data set that is asked for."""
+    """What differs from `TrainConfig` for each data set."""
     found = {name: {"data": name, **RECIPES[name]} for name in options.data}
     if "openclipart" in found:
         root = Path(options.out) / "drawings"
@@ -143,10 +143,10 @@ def main() -> None:
         found = {k: v | {"epochs": options.epochs, "warmup_epochs": 0.5} for k, v in found.items()}
     shared = {"images": options.images, "device": str(options.device)}
     jobs = [
-        ({**recipe, **told, **shared}, seed, str(place(out, name, tokens, seed)))
+        ({**recipe, **overrides, **shared}, seed, str(place(out, name, tokens, seed)))
         for seed in options.seeds
         for name, recipe in found.items()
-        for tokens, told in tokens_of(name).items()
+        for tokens, overrides in tokens_of(name).items()
     ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawn, torch.set_num_threads, (1,)) as pool:

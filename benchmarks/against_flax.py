@@ -177,8 +177,8 @@ def main() -> None:
     for batch in options.batches:
         rows += (found := measure(options, batch))
         print("\n".join(map(line, found)), flush=True)
-    told = {"machine": machine(options.device, packages=PACKAGES), "rounds": options.rounds}
-    write_results(options.json, "against_flax.py", told | {"rows": rows})
+    header = {"machine": machine(options.device, packages=PACKAGES), "rounds": options.rounds}
+    write_results(options.json, "against_flax.py", header | {"rows": rows})
     how = {"device": options.device, "rounds": options.rounds, "packages": PACKAGES}
     print(closing("against_flax.py", **how))
 

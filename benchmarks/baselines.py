@@ -91,7 +91,7 @@ def top_k(model: VisionTransformer, num_tokens: int, at: int | float) -> VisionT
     """
     blocks, n = _untouched(model), math.prod(model.patch_embed.grid_size)
     if (index := block_index(at, len(blocks))) == 0:
-        raise ValueError(f"at is {at!r}: no block before block 0 tells which to keep; take at=1")
+        raise ValueError(f"at is {at!r}: no block before block 0 says which to keep; take at=1")
     if model.cls_token is None:
         raise ValueError("top_k asks the class token what to keep, and this model has none")
     if check_count("num_tokens", num_tokens) > n:

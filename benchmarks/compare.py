@@ -47,8 +47,10 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def config(options: Namespace, seed: int, from_scratch: bool, taught: bool = False) -> TrainConfig:
-    """The recipe: from a trained host with a third of the rate, and taught without labels."""
+def config(
+    options: Namespace, seed: int, from_scratch: bool, distilled: bool = False
+) -> TrainConfig:
+    """The recipe: from a trained host with a third of the rate, and distilled without labels."""
     return TrainConfig(
         out=str(Path(options.out) / "host"),
         model=HOST,
@@ -59,7 +61,7 @@ def config(options: Namespace, seed: int, from_scratch: bool, taught: bool = Fal
         lr=1e-3 if from_scratch else 3e-4,
         warmup_epochs=0.3,
         seed=seed,
-        teacher="the trained host" if taught else None,
+        teacher="the trained host" if distilled else None,
         device=str(options.device),
     )
 
@@ -86,10 +88,10 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
     images = unlabeled(data, seed).to(options.device)
     model = contender.build(host, BUDGETS[budget], images).to(options.device).train()
     before = evaluate(model, held_out).top1_percent
-    taught = contender.taught and not contender.from_scratch
-    recipe = config(options, seed, contender.from_scratch, taught)
-    lessons = teaching(host, BUDGETS[budget], model) if taught else None
-    loop = Trainer(recipe, model, data, teaching=lessons)
+    distilled = contender.distilled and not contender.from_scratch
+    recipe = config(options, seed, contender.from_scratch, distilled)
+    distillation = teaching(host, BUDGETS[budget], model) if distilled else None
+    loop = Trainer(recipe, model, data, teaching=distillation)
     for _ in range(recipe.epochs):
         loop.epoch()
     after = evaluate(model, held_out)

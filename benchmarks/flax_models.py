@@ -146,8 +146,8 @@ class FlaxViT(nn.Module):
         patch = (self.patch_size, self.patch_size)
         x = nn.Conv(self.embed_dim, patch, strides=patch, padding="VALID", name="embedding")(x)
         x = x.reshape(x.shape[0], -1, self.embed_dim)
-        told = (self.depth, self.num_heads, self.at, self.num_tokens, self.learner)
-        x = Encoder(*told, name="Transformer")(x)
+        arguments = (self.depth, self.num_heads, self.at, self.num_tokens, self.learner)
+        x = Encoder(*arguments, name="Transformer")(x)
         return nn.Dense(self.num_classes, name="output_projection")(x.mean(1))
 
 

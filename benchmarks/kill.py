@@ -44,13 +44,13 @@ EARLY, LATE = 6.0, 1.0  # seconds that a kill comes after the start, or after a 
 
 
 def config(out: Path, options: Namespace) -> TrainConfig:
-    told = {"out": str(out), "epochs": options.epochs, "device": str(options.device)}
-    return TrainConfig(**{**RECIPE, **told})
+    overrides = {"out": str(out), "epochs": options.epochs, "device": str(options.device)}
+    return TrainConfig(**{**RECIPE, **overrides})
 
 
 def start(out: Path, options: Namespace) -> subprocess.Popen[bytes]:
-    told = f"--epochs {options.epochs} --device {options.device}".split()
-    command = [sys.executable, __file__, "--train", str(out), *told]
+    overrides = f"--epochs {options.epochs} --device {options.device}".split()
+    command = [sys.executable, __file__, "--train", str(out), *overrides]
     return subprocess.Popen(command, start_new_session=True)
 
 
@@ -117,8 +117,8 @@ def main() -> None:
             raise SystemExit(f"the run in {folder} failed")
     a, b = (load_file(folder / "model.safetensors") for folder in (alone, killed))
     same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    told = {"command": command("kill.py")}
-    write_json(out / "kill.json", told | {"kills": kills, "bit_identical": same})
+    overrides = {"command": command("kill.py")}
+    write_json(out / "kill.json", overrides | {"kills": kills, "bit_identical": same})
     cut = sum(not row["ended_before"] for row in kills)
     print(f"{cut} of {len(kills)} starts were killed; final weights bit-identical: {same}")
     sys.exit(not same)

@@ -42,8 +42,8 @@ def machine(
     device: torch.device, threads: int | None = None, packages: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Names processors, threads and versions, of other packages too."""
-    found = describe_machine(device) | {package: version(package) for package in packages}
-    return found | ({"threads": threads} if threads else {})
+    setup = describe_machine(device) | {package: version(package) for package in packages}
+    return setup | ({"threads": threads} if threads else {})
 
 
 def closing(
@@ -63,12 +63,12 @@ def closing(
         rounds: Timed runs behind every median and its quartiles.
         packages: Whose versions matter besides torch's.
     """
-    found = machine(device, threads, packages)
-    chip = f"{found['accelerator']} in {found['cpu']}" if found["accelerator"] else found["cpu"]
-    told = [chip, f"{found['threads']} threads"]
-    told += [f"{name} {found[name]}" for name in ("torch", *packages)]
-    told += [f"{rounds} rounds in turn"] if rounds else []
-    return f"\n{', '.join(told)}; command:\n{command(script)}"
+    setup = machine(device, threads, packages)
+    chip = f"{setup['accelerator']} in {setup['cpu']}" if setup["accelerator"] else setup["cpu"]
+    parts = [chip, f"{setup['threads']} threads"]
+    parts += [f"{name} {setup[name]}" for name in ("torch", *packages)]
+    parts += [f"{rounds} rounds interleaved"] if rounds else []
+    return f"\n{', '.join(parts)}; command:\n{command(script)}"
 
 
 def command(script: str) -> str:
@@ -76,10 +76,10 @@ def command(script: str) -> str:
     return f"python {shlex.join([f'benchmarks/{script}', *sys.argv[1:]])}"
 
 
-def write_results(path: str | Path | None, script: str, found: Mapping[str, Any]) -> None:
-    """Writes what was found as JSON, with its command; does nothing without a path."""
+def write_results(path: str | Path | None, script: str, setup: Mapping[str, Any]) -> None:
+    """Writes results as JSON, with its command; does nothing without a path."""
     if path:
-        write_json(path, {"command": command(script), **found})
+        write_json(path, {"command": command(script), **setup})
 
 
 def in_ms(seconds: Seconds) -> dict[str, float]:

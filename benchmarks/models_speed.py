@@ -113,10 +113,10 @@ def measure(name: str, options: Namespace) -> Iterator[dict[str, Any]]:
         train = what == "training"
         peaks = {k: peak_memory_mib(m, images, training=train) for k, m in models.items()}
         for is_compiled in (False, True) if options.compile else (False,):
-            told = {"pair": name, "what": what, "batch": batch, "compiled": is_compiled}
+            labels = {"pair": name, "what": what, "batch": batch, "compiled": is_compiled}
             runs = {k: runner(m, images, what, is_compiled, options) for k, m in models.items()}
             seconds = time_interleaved(runs, options.rounds)
-            yield from (told | one for one in compared(seconds, macs, peaks))
+            yield from (labels | one for one in compared(seconds, macs, peaks))
 
 
 def compared(

@@ -102,7 +102,7 @@ def keras_form(name: str, learner: Any, x: Tensor, back: bool) -> Form:
 
 
 def forms(name: str, x: Tensor, back: bool, options: Namespace) -> dict[str, Form]:
-    """All that is asked for, `ours` first, after a look at whether they do the same."""
+    """All forms, `ours` first, once they are known to give the same."""
     learner = LEARNERS[name](x.shape[-1]).to(x)
     makers: dict[str, Callable[[], Form]] = {
         "ours": lambda: in_pytorch(learner, x, learner, back),
@@ -110,19 +110,19 @@ def forms(name: str, x: Tensor, back: bool, options: Namespace) -> dict[str, For
         "Flax": lambda: flax_form(name, learner, x, back),
         "Keras": lambda: keras_form(name, learner, x, back),
     }
-    wanted = dict.fromkeys(("ours", *options.forms))
-    found = {form: makers[form]() for form in wanted}
-    right = found["ours"].result()
+    names = dict.fromkeys(("ours", *options.forms))
+    found = {form: makers[form]() for form in names}
+    expected = found["ours"].result()
     for form, one in found.items():
-        check_same(f"{name}, {form}", one.result(), right)
+        check_same(f"{name}, {form}", one.result(), expected)
     return found
 
 
-def check_same(label: str, came: Tensor, right: Tensor) -> None:
+def check_same(label: str, actual: Tensor, expected: Tensor) -> None:
     """Ends the script where numbers differ, for then their speeds say nothing."""
-    if came.shape != right.shape:
-        raise SystemExit(f"{label} gives {list(came.shape)}, expected {list(right.shape)}")
-    difference = ((came - right).abs().max() / right.abs().max()).item()
+    if actual.shape != expected.shape:
+        raise SystemExit(f"{label} gives {list(actual.shape)}, expected {list(expected.shape)}")
+    difference = ((actual - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE:
         raise SystemExit(f"{label} differs by {difference:.1e} of the largest, above {TOLERANCE}")
 
@@ -164,8 +164,8 @@ def main() -> None:
                     print(line(row), flush=True)
     found = {"machine": machine(options.device, packages=PACKAGES), "rounds": options.rounds}
     write_results(options.json, "modules_against.py", found | {"rows": rows})
-    told = {"device": options.device, "rounds": options.rounds, "packages": PACKAGES}
-    print(closing("modules_against.py", **told))
+    setup = {"device": options.device, "rounds": options.rounds, "packages": PACKAGES}
+    print(closing("modules_against.py", **setup))
 
 
 def parse() -> Namespace:

@@ -113,18 +113,18 @@ def line(point: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    options, wanted = parse(), []
-    points, told = kept(options), {"machine": machine(options.device), "rounds": options.rounds}
+    options, requested = parse(), []
+    points, header = kept(options), {"machine": machine(options.device), "rounds": options.rounds}
     print(f"| point | {' | '.join(HEAD)} |\n| --- |{' --: |' * len(HEAD)}")
     for axis, value in [(name, value) for name in VALUES for value in getattr(options, name)]:
         model = options.video_model if axis == "frames" else options.image_model
         point = next((p for p in points if _key(p) == (axis, value, model)), None)
         if point is None:
             points.append(point := measure(axis, value, options))
-            write_results(options.json, "scaling.py", {**told, "points": points})
-        wanted.append(point)
+            write_results(options.json, "scaling.py", {**header, "points": points})
+        requested.append(point)
         print(line(point), flush=True)
-    plot_scaling(Path(options.out), wanted, caption(options))
+    plot_scaling(Path(options.out), requested, caption(options))
     print(closing("scaling.py", device=options.device, rounds=options.rounds))
 
 

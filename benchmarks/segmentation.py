@@ -57,7 +57,7 @@ def truth(images: Tensor, labels: Tensor, data: ImageDataset) -> Tensor:
     return torch.where(bright, 1 + labels[:, None, None], 0)
 
 
-def teach(model: Segmenter, data: ImageDataset, epochs: int, seed: int) -> None:
+def fit(model: Segmenter, data: ImageDataset, epochs: int, seed: int) -> None:
     """Trains the linear layer, or all there is; frozen features are those of evaluation."""
     model.train(not model.frozen)
     weights = [p for p in (model.head if model.frozen else model).parameters() if p.requires_grad]
@@ -75,19 +75,19 @@ def teach(model: Segmenter, data: ImageDataset, epochs: int, seed: int) -> None:
             schedule.step()
 
 
-def judged(model: Segmenter, images: Tensor) -> Tensor:
+def predicted_classes(model: Segmenter, images: Tensor) -> Tensor:
     """What a model says each pixel is, `b h w`, on the CPU."""
     return model.eval()(images.to(next(model.parameters()).device)).argmax(1).cpu()
 
 
 @torch.inference_mode()
-def judge(model: Segmenter, data: ImageDataset) -> dict[str, float]:
+def evaluate_pixels(model: Segmenter, data: ImageDataset) -> dict[str, float]:
     """Mean intersection over union of all classes, and the share of pixels, in percent."""
     model.eval()
     both, either = torch.zeros(2, len(data.classes) + 1)
     right = pixels = 0.0
     for images, labels in data.batches(500):
-        said, true = judged(model, images), truth(images, labels, data)
+        said, true = predicted_classes(model, images), truth(images, labels, data)
         right, pixels = right + (said == true).sum().item(), pixels + true.numel()
         for k in range(len(either)):
             both[k] += ((said == k) & (true == k)).sum()
@@ -100,8 +100,8 @@ def judge(model: Segmenter, data: ImageDataset) -> dict[str, float]:
 
 def host_for(options: Namespace, folder: Path) -> nn.Module:
     """A mini ViT that classifies the bundled images."""
-    told = {"epochs": options.host_epochs, "warmup_epochs": 0.5, "device": str(options.device)}
-    return train(TrainConfig(out=str(folder), **told)).model.to(options.device)
+    overrides = {"epochs": options.host_epochs, "warmup_epochs": 0.5, "device": str(options.device)}
+    return train(TrainConfig(out=str(folder), **overrides)).model.to(options.device)
 
 
 def contenders(host: Any, data: ImageDataset, seed: int) -> dict[str, Any]:
@@ -131,10 +131,10 @@ def measure(options: Namespace) -> tuple[list[dict[str, Any]], dict[str, Segment
                 classes = len(data.classes) + 1
                 model = Segmenter(copy.deepcopy(backbone), classes, frozen=how == "frozen")
                 model.to(options.device)
-                teach(model, data, options.epochs, seed)
+                fit(model, data, options.epochs, seed)
                 gmacs = count_macs(backbone, image) / 1e9
                 row = {"model": name, "how": how, "seed": seed, "gmacs": gmacs}
-                rows.append(row | judge(model, held_out))
+                rows.append(row | evaluate_pixels(model, held_out))
                 print(rows[-1], flush=True)
                 models[f"{name}, {how}"] = model
     return rows, models
@@ -149,7 +149,7 @@ def draw(path: Path, models: dict[str, Segmenter], shown: int = 6) -> None:
     data = load_data("fashion-mnist-small", "test")
     firsts = [int((data.labels == k).nonzero()[0]) for k in range(shown)]
     images, labels = data.get_batch(torch.tensor(firsts))
-    said = {name: judged(model, images) for name, model in models.items()}
+    said = {name: predicted_classes(model, images) for name, model in models.items()}
     columns = {"truth": truth(images, labels, data), **said}
     figure = Figure(figsize=(1.5 * (1 + len(columns)), 1.55 * shown), layout="constrained")
     table = figure.subplots(shown, 1 + len(columns), squeeze=False)

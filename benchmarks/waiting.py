@@ -32,7 +32,7 @@ FILES: dict[str, Any] = {
 
 
 def write_photographs(root: Path, count: int) -> None:
-    """Writes crops of photographs as JPEG, a class a photograph, half of them to be judged by."""
+    """Writes crops of photographs as JPEG, a class a photograph, half of them held out."""
     draw = torch.Generator().manual_seed(0)
     names = MOVING_PHOTOGRAPHS["train"]
     for number in range(count):

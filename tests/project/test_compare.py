@@ -54,7 +54,7 @@ def host(scripts: dict[str, ModuleType]) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_every_contender_is_trained_and_judged(
+def test_every_contender_is_trained_and_evaluated(
     scripts: dict[str, ModuleType], options: Namespace, host: nn.Module
 ) -> None:
     before = {key: value.clone() for key, value in host.state_dict().items()}
@@ -71,11 +71,11 @@ def test_contenders_spend_about_the_same(
     scripts: dict[str, ModuleType], options: Namespace, host: nn.Module, budget: str
 ) -> None:
     images, _ = next(few("few").batches(2))
-    told = scripts["contenders"].BUDGETS[budget]
+    setup = scripts["contenders"].BUDGETS[budget]
     for contender in scripts["contenders"].CONTENDERS.values():
-        model = contender.build(host, told, images).eval()
+        model = contender.build(host, setup, images).eval()
         share = count_macs(model, images[:1]) / count_macs(host, images[:1])
-        assert abs(share - told.share) < 0.03, contender.label
+        assert abs(share - setup.share) < 0.03, contender.label
 
 
 @pytest.mark.slow
@@ -85,8 +85,8 @@ def test_without_labels_the_labels_do_not_matter(
     host: nn.Module,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def other_labels(name: str, split: str = "train", **told: Any) -> ImageDataset:
-        data = few(name, split, **told)
+    def other_labels(name: str, split: str = "train", **setup: Any) -> ImageDataset:
+        data = few(name, split, **setup)
         changed = data.labels.flip(0) if split == "train" else data.labels
         return ImageDataset(name, split, data.images, changed, CLASSES, (0.3,), (0.3,))
 
@@ -122,14 +122,14 @@ def test_the_table_has_a_row_for_the_host_and_each_contender(
     assert (out / "plot.png").stat().st_size > 10_000
 
 
-def test_judges_tell_good_features_from_noise(scripts: dict[str, ModuleType]) -> None:
+def test_the_evaluation_tells_good_features_from_noise(scripts: dict[str, ModuleType]) -> None:
     labels = torch.arange(200) % 4
     good = nn.functional.one_hot(labels, 4) + 0.1 * torch.randn(200, 4)
-    judge = scripts["compare_frozen"].judge
-    found = judge(good[:100], labels[:100], good[100:], labels[100:])
+    evaluate = scripts["compare_frozen"].evaluate_features
+    found = evaluate(good[:100], labels[:100], good[100:], labels[100:])
     assert min(found.values()) > 95
     noise = torch.randn(200, 4)
-    assert max(judge(noise[:100], labels[:100], noise[100:], labels[100:]).values()) < 60
+    assert max(evaluate(noise[:100], labels[:100], noise[100:], labels[100:]).values()) < 60
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def frozen(
 
 
 @pytest.mark.slow
-def test_the_frozen_comparison_judges_everybody_and_goes_on_where_it_stopped(
+def test_the_frozen_comparison_evaluates_everybody_and_goes_on_where_it_stopped(
     frozen: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frozen.main()
