@@ -1,9 +1,8 @@
 """Options of the data: which images or clips, how they are read, how they are augmented.
 
-The words are timm's wherever timm has one.
+The words are timm's wherever timm has one. Types are no strings here: jsonargparse reads those of
+inherited options in the file of the class that inherits.
 """
-
-from __future__ import annotations
 
 import math
 import os

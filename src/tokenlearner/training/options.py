@@ -3,8 +3,6 @@
 The words are timm's wherever timm has one. What is said of images is in `data_options.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
