@@ -37,7 +37,7 @@ def quarter_images(name: str, split: str = "train", **_: Any) -> ImageDataset:
 def recipe(out: Path, **changes: Any) -> TrainConfig:
     """Two epochs of four steps, of a ViT that learns 2 tokens."""
     options = {"model_kwargs": TINY, "num_tokens": 2, "epochs": 2, "batch_size": 16}
-    options |= {"warmup_epochs": 0.0, "device": "cpu"}
+    options |= {"warmup_epochs": 0.0, "device": "cpu", "log_interval": 1}
     return TrainConfig(**{"out": str(out), **options, **changes})
 
 

@@ -160,7 +160,9 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
             f"{path} is no checkpoint of a run ({error}); move it away to start anew"
         ) from error
     if version != _FORMAT:
-        raise ValueError(f"{path} has format {version}, expected {_FORMAT}; it is of a newer version")
+        raise ValueError(
+            f"{path} has format {version}, expected {_FORMAT}; it is of a newer version"
+        )
     now = json.loads(json.dumps(asdict(config)))
     changed = [name for name in now if name not in _FREE and saved[name] != now[name]]
     if changed:

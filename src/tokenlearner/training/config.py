@@ -68,7 +68,9 @@ class ModelConfig:
             not (self.insert and given),
             f"insert is for a trained model, {' and '.join(given)} for one built new; pass either",
         )
-        changed = [name for name, value in _LEARNER_DEFAULTS.items() if getattr(self, name) != value]
+        changed = [
+            name for name, value in _LEARNER_DEFAULTS.items() if getattr(self, name) != value
+        ]
         require(
             bool(self.insert or self.num_tokens or not changed),
             f"{' and '.join(changed)} go with num_tokens or insert; pass one of them too",

@@ -157,7 +157,9 @@ class Trainer:
         set_full_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.step, self.skipped_steps = state["step"], state["skipped"]
         self.unreadable = set(state["broken"])
-        self.meter = EpochMeter(*state["so_far"].values())  # by position: version 0.3 had other names
+        self.meter = EpochMeter(
+            *state["so_far"].values()
+        )  # by position: version 0.3 had other names
         self.schedule.step_update(self.step)
         for part, name in ((self.average, "average"), (self._scaler, "scaler")):
             if part:
