@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: one file, written whole, read without running its code."""
+"""The checkpoint that a run goes on from: one file, written whole, from which no code is run."""
 
 from __future__ import annotations
 

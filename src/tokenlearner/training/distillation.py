@@ -88,7 +88,7 @@ def feature_loss(
     num_prefix_tokens: int = 0,
     pools_positions: bool = False,
 ) -> Tensor:
-    """Returns the share of the variance of the teacher's features that the student does not explain.
+    """Returns the share of the variance of the teacher's features that the student leaves open.
 
     0 is perfect; the batch's mean in place of every feature would score 1. Channels count alike,
     whatever their size, and so do blocks.
@@ -150,8 +150,8 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}, "
-            "expected the same classes"
+            f"the student's logits are {list(student.shape)}, expected the teacher's classes, "
+            f"{list(teacher.shape)}"
         )
     logs = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher.detach()))
     loss = F.kl_div(*logs, log_target=True, reduction="batchmean")

@@ -56,7 +56,7 @@ class EpochRow(_Counts):
 
 
 Report = Callable[[Any], None]
-"""Takes rows: `warning` is in a `WarningRow` only, `epoch` in an `EpochRow`, `lr` in a `StepRow`."""
+"""Takes any of the rows: `warning` is in a `WarningRow` only, `epoch` in an `EpochRow` only."""
 
 
 @dataclass

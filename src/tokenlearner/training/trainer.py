@@ -157,9 +157,7 @@ class Trainer:
         set_full_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.step, self.skipped_steps = state["step"], state["skipped"]
         self.unreadable = set(state["broken"])
-        self.meter = EpochMeter(
-            *state["so_far"].values()
-        )  # by position: version 0.3 had other names
+        self.meter = EpochMeter(*state["so_far"].values())  # version 0.3 had other names
         self.schedule.step_update(self.step)
         for part, name in ((self.average, "average"), (self._scaler, "scaler")):
             if part:
@@ -261,7 +259,7 @@ class Trainer:
         for loss, *_ in rows:
             self.meter.add_loss(loss)
         self._loss = rows[-1][0]
-        return all([self._is_finite(step, row) for step, row in zip(steps, rows, strict=True)])
+        return all(self._is_finite(step, row) for step, row in zip(steps, rows, strict=True))
 
     def _is_finite(self, step: int, numbers: list[float]) -> bool:
         """Checks the loss and the norm of a step; one that is not finite ends the run, or warns."""
