@@ -85,7 +85,7 @@ def until(config: TrainConfig, step: int) -> str:
 
 
 def run_all(folder: Path) -> None:
-    """Every run of `RUNS`, a distilled one and one that is stopped; reports what the process did."""
+    """Every run of `RUNS`, a distilled one and a stopped one, and a report of each process."""
     opened: list[str] = []
 
     def record(event: str, arguments: Any) -> None:

@@ -1,7 +1,4 @@
-"""What to train and how: `TrainConfig`, whose fields are the options of `tokenlearner train`.
-
-The words are timm's wherever timm has one. Options of the data are in `tokenlearner.data.config`.
-"""
+"""`TrainConfig`: the options of `tokenlearner train`, in timm's words wherever timm has one."""
 
 from __future__ import annotations
 
@@ -66,7 +63,7 @@ class ModelConfig:
         given = [name for name in built_new if getattr(self, name) not in (None, 0)]
         require(
             not (self.insert and given),
-            f"insert is for a trained model, {' and '.join(given)} for one built new; pass either",
+            f"insert is for a trained model, {' and '.join(given)} for a new one; pass either",
         )
         changed = [
             name for name, value in _LEARNER_DEFAULTS.items() if getattr(self, name) != value
@@ -164,12 +161,8 @@ class OptimConfig:
         check_rate(self.ema_decay, "ema_decay")
         check_from_zero(self, "weight_decay", "warmup_epochs", "min_lr", "clip_grad")
         decay, betas = self.layer_decay, self.betas
-        require(
-            decay is None or 0 < decay <= 1,
-            f"layer_decay is {decay!r}, expected a factor above 0, up to 1",
-        )
-        if self.warmup_steps is not None:
-            check_count("warmup_steps", self.warmup_steps, least=0)
+        require(decay is None or 0 < decay <= 1, f"layer_decay is {decay!r}, expected 0 < it <= 1")
+        check_count("warmup_steps", self.warmup_steps or 0, least=0)
         require(self.min_lr < self.lr, f"min_lr is {self.min_lr}, expected less than lr {self.lr}")
         require(
             self.sched != "constant" or not self.min_lr,
@@ -194,8 +187,8 @@ class RunConfig:
         resume: auto goes on where the run in out was cut off, or starts it; None only starts.
         save_every: Steps from one checkpoint to the next; 0 is one after every epoch.
         log_interval: Steps from one report of the loss to the next, which waits for the device.
-        nan: stop ends the run when a loss is not finite, at the next report; skip leaves the step
-            out and counts it, and waits for the device in every step.
+        nan: stop ends the run when a loss is not finite; skip leaves the step out, and counts. To
+            skip, a run waits for the device in every step.
         trackers: Also report to tensorboard, wandb or another of Accelerate's trackers.
         seed: Of the weights and of the images' order.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
@@ -233,10 +226,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(AugmentConfig, DistillConfig, OptimConfig, DataConfig, ModelConfig, RunConfig):
-    """What to train, on what, and how.
+    """What to train, on what, and how: `TrainConfig(model=..., data=..., epochs=90)`.
 
-    Its options are those of the configs above and of `tokenlearner.data.config`, all of them
-    optional: `TrainConfig(model=..., data=..., epochs=90)`.
+    Its options, all of them optional, are those of the configs above and of the data's configs.
 
     Raises:
         ValueError: A number is out of range, or options exclude each other.

@@ -127,7 +127,7 @@ def feature_loss(
 
 
 def unexplained_variance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the mean squared error in units of the teacher's variance over the batch, by channel."""
+    """Returns the mean squared error in units of the teacher's variance over the batch."""
     teacher = teacher.float()
     variance = teacher.var(0, correction=0, keepdim=True)
     scale = variance + _EPS * variance.mean() + 1e-12
@@ -153,8 +153,8 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
             f"the student's logits are {list(student.shape)}, expected the teacher's classes, "
             f"{list(teacher.shape)}"
         )
-    logs = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher.detach()))
-    loss = F.kl_div(*logs, log_target=True, reduction="batchmean")
+    ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher.detach()))
+    loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
     return loss * temperature**2
 
 

@@ -118,8 +118,8 @@ class Trainer:
             self.meter.add_step(end - start, loaded - start)
             start = end
             if self.is_log_step:
-                counts = {"step": self.step, "steps": self.total_steps, "loss": self._loss}
-                self.report(StepRow(**counts, **self._rates()))
+                step, steps = self.step, self.total_steps
+                self.report(StepRow(step=step, steps=steps, loss=self._loss, **self._rates()))
             if self.step % self.steps_per_epoch:  # an epoch ends with its evaluation
                 self.after_step()
         self.unreadable = self._all_unreadable()
@@ -166,7 +166,7 @@ class Trainer:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated: the one that trains, or the moving average of its weights."""
+        """The model that is evaluated: the trained one, or the moving average of its weights."""
         return self.average.module if self.average else self.model
 
     def whole_model(self, state: dict[str, Any]) -> nn.Module:
@@ -252,9 +252,10 @@ class Trainer:
         """
         if not self._unread:
             return True
-        steps, numbers = zip(*self._unread, strict=True)
+        numbers = torch.stack([numbers for _, numbers in self._unread])
+        steps = [step for step, _ in self._unread]
         self._unread.clear()
-        summed: Any = self.accelerator.reduce(torch.stack(numbers), "sum")
+        summed: Any = self.accelerator.reduce(numbers, "sum")
         rows = (summed / self.accelerator.num_processes).tolist()
         for loss, *_ in rows:
             self.meter.add_loss(loss)
