@@ -89,9 +89,9 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
     taught = contender.taught and not contender.from_scratch
     recipe = config(options, seed, contender.from_scratch, taught)
     lessons = teaching(host, BUDGETS[budget], model) if taught else None
-    loop = Trainer(recipe, model, data, teaching=lessons)
+    loop = Trainer(recipe, model, data, distillation=lessons)
     for _ in range(recipe.epochs):
-        loop.epoch()
+        loop.train_epoch()
     after = evaluate(model, held_out)
     return {
         "contender": name,

@@ -166,12 +166,12 @@ def run(bench: Bench, name: str, budget: str, seed: int) -> dict[str, Any]:
     lesson, steps = bench.lesson("train", first), EPOCHS * (len(bench.train) // 64)
     told["before"] = bench.scores(model, first)
     if name == "calibrated":
-        lesson.teach(model, new_parameters(model), steps=CALIBRATION_STEPS, lr=3e-3, seed=seed)
+        lesson.fit(model, new_parameters(model), steps=CALIBRATION_STEPS, lr=3e-3, seed=seed)
         told["calibrated"] = bench.scores(model, first)
     if name == "smaller":
         lesson = OutputLesson(lesson)
     tail = tail_parameters(model, first if name == "smaller" else at)
-    lesson.teach(model, tail, steps=steps, lr=LR, seed=seed)
+    lesson.fit(model, tail, steps=steps, lr=LR, seed=seed)
     return told | {"after": bench.scores(model, first), "images": len(bench.train)}
 
 

@@ -61,7 +61,7 @@ class Trainer:
     ):
         self.config, self.model, self.data, self.report = config, model, data, report
         self.distributed = distributed or Distributed(config)
-        self.accelerator = self.distributed.accelerator
+        self.accelerator: Any = self.distributed.accelerator
         self.steps_per_epoch = len(data) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.transform = train_transform(config, data, config.crop_pct)
@@ -255,8 +255,8 @@ class Trainer:
         numbers = torch.stack([numbers for _, numbers in self._unread])
         steps = [step for step, _ in self._unread]
         self._unread.clear()
-        summed: Any = self.accelerator.reduce(numbers, "sum")
-        rows = (summed / self.accelerator.num_processes).tolist()
+        summed = self.accelerator.reduce(numbers, "sum")
+        rows: list[list[float]] = (summed / self.accelerator.num_processes).tolist()
         for loss, *_ in rows:
             self.meter.add_loss(loss)
         self._loss = rows[-1][0]
