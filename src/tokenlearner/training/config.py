@@ -1,7 +1,5 @@
 """`TrainConfig`: the options of `tokenlearner train`, in timm's words wherever timm has one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 
