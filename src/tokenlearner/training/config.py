@@ -184,7 +184,8 @@ class RunConfig:
         out: New folder for the model, the checkpoint, train.json and metrics.jsonl.
         resume: auto goes on where the run in out was cut off, or starts it; None only starts.
         save_every: Steps from one checkpoint to the next; 0 is one after every epoch.
-        log_interval: Steps from one report of the loss to the next, which waits for the device.
+        log_interval: Steps from one report of the loss to the next, which waits for the device;
+            several processes also agree only then that one of them got a signal to stop.
         nan: stop ends the run when a loss is not finite; skip leaves the step out, and counts. To
             skip, a run waits for the device in every step.
         trackers: Also report to tensorboard, wandb or another of Accelerate's trackers.

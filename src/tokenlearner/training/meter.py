@@ -68,7 +68,7 @@ class EpochMeter:
         finite_steps: Steps with a finite loss.
         loss_sum: Sum of the finite losses.
         seconds: Time of the steps.
-        data_seconds: Part of it in which the loop waited for data.
+        data_seconds: Part of it in which the loop waited for data; a GPU may have been busy then.
     """
 
     steps: int = 0

@@ -62,7 +62,7 @@ class TrainResult:
 def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
     """Trains a model and writes it, with a line of metrics after every epoch.
 
-    Nothing is written before the config, the data and the model have been found good. The same
+    Nothing is written before the config, the data and the model have been checked. The same
     config gives the same weights on the same machine, also when the run was cut off and goes on
     with `resume="auto"`. Several processes that torchrun or `accelerate launch` started train
     together; the first one writes and reports.
