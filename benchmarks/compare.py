@@ -91,9 +91,9 @@ def run(options: Namespace, host: nn.Module, name: str, budget: str, seed: int) 
     distilled = contender.distilled and not contender.from_scratch
     recipe = config(options, seed, contender.from_scratch, distilled)
     distillation = teaching(host, BUDGETS[budget], model) if distilled else None
-    loop = Trainer(recipe, model, data, teaching=distillation)
+    loop = Trainer(recipe, model, data, distillation=distillation)
     for _ in range(recipe.epochs):
-        loop.epoch()
+        loop.train_epoch()
     after = evaluate(model, held_out)
     return {
         "contender": name,

@@ -168,12 +168,12 @@ def run(bench: Bench, name: str, budget: str, seed: int) -> dict[str, Any]:
     teacher, steps = bench.teacher("train", first), EPOCHS * (len(bench.train) // 64)
     row["before"] = bench.scores(model, first)
     if name == "calibrated":
-        teacher.teach(model, new_parameters(model), steps=CALIBRATION_STEPS, lr=3e-3, seed=seed)
+        teacher.fit(model, new_parameters(model), steps=CALIBRATION_STEPS, lr=3e-3, seed=seed)
         row["calibrated"] = bench.scores(model, first)
     if name == "smaller":
         teacher = OutputTeacher(teacher)
     tail = tail_parameters(model, first if name == "smaller" else at)
-    teacher.teach(model, tail, steps=steps, lr=LR, seed=seed)
+    teacher.fit(model, tail, steps=steps, lr=LR, seed=seed)
     return row | {"after": bench.scores(model, first), "images": len(bench.train)}
 
 

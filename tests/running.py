@@ -24,20 +24,21 @@ CLASSES = ("dark", "left", "right", "bright")
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 7}
 
 
-def quarter_images(name: str, split: str = "train", **_: Any) -> ImageDataset:
-    """Images whose bright half is their class: 64 to train on, an odd number to judge by."""
+def quarter_images(config: Any, split: str = "train") -> ImageDataset:
+    """Images whose bright half is their class: 64 to train on, an odd number held out."""
     generator = torch.Generator().manual_seed(0 if split == "train" else 1)
     labels = torch.arange(64 if split == "train" else 33) % 4
     images = torch.randint(0, 60, (len(labels), 1, 28, 28), generator=generator)
     images[labels % 2 == 1, :, :, :14] += 150
     images[labels >= 2, :, :, 14:] += 150
+    name = getattr(config, "data", config)
     return ImageDataset(name, split, images.byte(), labels, CLASSES, (0.3,), (0.3,))
 
 
 def recipe(out: Path, **changes: Any) -> TrainConfig:
     """Two epochs of four steps, of a ViT that learns 2 tokens."""
     options = {"model_kwargs": TINY, "num_tokens": 2, "epochs": 2, "batch_size": 16}
-    options |= {"warmup_epochs": 0.0, "device": "cpu"}
+    options |= {"warmup_epochs": 0.0, "device": "cpu", "log_interval": 1}
     return TrainConfig(**{"out": str(out), **options, **changes})
 
 
@@ -49,7 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp-sgd": {**SGD, "fsdp": True},
     "fsdp-adamw": {**ADAMW, "fsdp": True},
 }
-TAUGHT: dict[str, Any] = {
+DISTILLED: dict[str, Any] = {
     **SGD,
     "model_kwargs": None,
     "num_tokens": 0,
@@ -70,41 +71,43 @@ def save_host(folder: Path) -> str:
 
 
 def until(config: TrainConfig, step: int) -> str:
-    """Trains up to a step, at which the process is asked to stop; returns what it says."""
+    """Trains up to a step, at which the process gets a signal; returns the error's message."""
 
-    def ask(row: dict[str, Any]) -> None:
+    def interrupt(row: dict[str, Any]) -> None:
         if row.get("step") == step and "epoch" not in row:
             os.kill(os.getpid(), import_module("signal").SIGTERM)
 
     try:
-        train(config, ask)
-    except TrainingInterrupted as stopped:
-        return str(stopped)
+        train(config, interrupt)
+    except TrainingInterrupted as error:
+        return str(error)
     return "finished"
 
 
 def run_all(folder: Path) -> None:
-    """Every run of `RUNS`, one that is taught, one that is stopped, and what was seen of them."""
+    """Every run of `RUNS`, a distilled one and a stopped one, and a report of each process."""
     opened: list[str] = []
 
-    def note(event: str, arguments: Any) -> None:
+    def record(event: str, arguments: Any) -> None:
         if event == "open" and "w" in str(arguments[1]) and str(folder) in str(arguments[0]):
             opened.append(str(arguments[0]))
 
-    sys.addaudithook(note)
+    sys.addaudithook(record)
     for name, options in RUNS.items():
         train(recipe(folder / name, **options))
-    train(recipe(folder / "taught", model=str(folder / "host"), **TAUGHT))
-    said = until(recipe(folder / "stopped", **STOPS), 6)
-    engine = Distributed(recipe(folder / "judged"))
-    data, model = quarter_images("x", "test"), create_judge()
-    sums = engine.sum(sum_metrics(model, data, 5, engine.process, engine.num_processes))
-    seen = {"opened": opened, "said": said, "judged": vars(mean_metrics(sums, data))}
-    report = folder.parent / f"process-{engine.process}.json"
-    report.write_text(json.dumps(seen | {"processes": engine.num_processes}))
+    train(recipe(folder / "distilled", model=str(folder / "host"), **DISTILLED))
+    message = until(recipe(folder / "stopped", **STOPS), 6)
+    accelerator = Distributed(recipe(folder / "evaluated")).accelerator
+    process, num_processes = accelerator.process_index, accelerator.num_processes
+    data = quarter_images("x", "test")
+    sums: Any = sum_metrics(fixed_model(), data, 5, process, num_processes)
+    evaluation = mean_metrics(accelerator.reduce(sums, "sum"), data)
+    row = {"opened": opened, "message": message, "evaluation": vars(evaluation)}
+    report = folder.parent / f"process-{process}.json"
+    report.write_text(json.dumps(row | {"processes": num_processes}))
 
 
-def create_judge() -> torch.nn.Module:
+def fixed_model() -> torch.nn.Module:
     """The same model in every process, with weights that tell images apart."""
     torch.manual_seed(3)
     return create_model("vit_mini_patch4_28", num_classes=4, in_chans=1, **TINY)

@@ -205,7 +205,7 @@ def test_nothing_is_left_on_the_model(name: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_what_was_done_is_told() -> None:
+def test_images_steps_and_time_are_returned() -> None:
     done = run("class token").done
     assert (done.images, done.steps) == (N, STEPS)
     assert done.seconds > 0
@@ -225,13 +225,13 @@ def test_the_error_is_that_of_all_images_together() -> None:
     assert done.error_before == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_with_fusers_all_tokens_of_the_last_block_are_taught_besides() -> None:
+def test_with_fusers_all_tokens_of_the_last_block_are_compared_besides() -> None:
     before, images, done = run("fuse").before, run("fuse").images, run("fuse").done
     host = remove(copy.deepcopy(before))
     student, teacher = (list(forward_with_features(m, images, 1).features) for m in (before, host))
     summaries = ([x[:, :1] for x in features] for features in (student, teacher))
-    own, taught = (s + x[-1:] for s, x in zip(summaries, (student, teacher), strict=True))
-    assert done.error_before == pytest.approx(feature_loss(own, taught).item(), rel=1e-4)
+    pair = (s + x[-1:] for s, x in zip(summaries, (student, teacher), strict=True))
+    assert done.error_before == pytest.approx(feature_loss(*pair).item(), rel=1e-4)
 
 
 def test_dropout_plays_no_part() -> None:
@@ -268,6 +268,18 @@ def test_every_step_is_reported() -> None:
     assert all(row["loss"] > 0 and row["images_per_second"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("name", ["class token", "fuse"])
+def test_the_modules_are_searched_for_the_host_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[nn.Module] = []
+    for module in ("calibration", "distillation"):
+        path = f"tokenlearner.training.{module}.find_host"
+        monkeypatch.setattr(path, lambda model: found.append(model) or find_host(model))
+    calibrate(inserted(name), make_images(), steps=3, batch_size=8)
+    assert len(found) == 2  # teacher and student
+
+
 # --- the short cut ------------------------------------------------------------------------------
 
 
@@ -275,16 +287,16 @@ def test_every_step_is_reported() -> None:
 def test_losses_are_those_of_the_whole_models(name: str) -> None:
     model, images = run(name).before, run(name).images
     host, first = remove(copy.deepcopy(model)).eval(), min(wrapped_blocks(model))
-    lesson = TeacherCache(host, images, first, batch_size=16)
+    cache = TeacherCache(host, images, first, batch_size=16)
     index = torch.tensor([3, 0, 20])
-    seen, shown = (forward_with_features(m, images[index], first) for m in (model, host))
-    features, output = lesson.losses(model, index)
+    ours, theirs = (forward_with_features(m, images[index], first) for m in (model, host))
+    features, output = cache.losses(model, index)
     if "fuse" not in name:  # there tokens behind all blocks are compared, here their summaries
         place = find_host(model)
         compared = place.num_prefix_tokens, place.pools_positions
-        expected = feature_loss(seen.features, shown.features, *compared)
+        expected = feature_loss(ours.features, theirs.features, *compared)
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-6)
-    expected = output_loss(seen.output, shown.output, model)
+    expected = output_loss(ours.output, theirs.output, model)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -298,15 +310,15 @@ def test_the_result_is_that_of_training_the_whole_model(name: str) -> None:
     for step in range(4):
         adam.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * step / 4)) / 2
         part = images[torch.randperm(N, generator=order)[:8]]
-        seen, shown = (forward_with_features(m, part, first) for m in (whole, host))
-        loss = feature_loss(seen.features, shown.features, 1)
+        ours, theirs = (forward_with_features(m, part, first) for m in (whole, host))
+        loss = feature_loss(ours.features, theirs.features, 1)
         adam.zero_grad()
-        (loss + output_loss(seen.output, shown.output.detach(), whole)).backward()
+        (loss + output_loss(ours.output, theirs.output.detach(), whole)).backward()
         adam.step()
-    ours, theirs = parameters(model), parameters(whole)
-    for unseen in [name for name in ours if name.endswith("attention_maps.3.bias")]:
-        del ours[unseen], theirs[unseen]  # a softmax does not see it; Adam blows up rounding there
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    short, full = parameters(model), parameters(whole)
+    for name in [name for name in short if name.endswith("attention_maps.3.bias")]:
+        del short[name], full[name]  # a softmax ignores it; Adam blows up rounding there
+    torch.testing.assert_close(short, full, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -344,37 +356,36 @@ def mixed() -> nn.Module:
     return model
 
 
-STATES: dict[str, Callable[[nn.Module], Any]] = {
-    "modes": lambda model: [module.training for module in model.modules()],
-    "requires_grad": lambda model: [p.requires_grad for p in model.parameters()],
-    "gradients": lambda model: [
-        p.grad is not None and p.grad.eq(3).all() for p in model.parameters()
-    ],
-    "blocks": lambda model: [id(block) for block in model.blocks],
-    "hooks": lambda model: [len(m._forward_hooks) for m in model.modules()],
-}
+def state(model: nn.Module) -> list[Any]:
+    """All that calibrating changes for a while."""
+    return [
+        [module.training for module in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [p.grad is not None and bool(p.grad.eq(3).all()) for p in model.parameters()],
+        [id(block) for block in model.blocks],
+        [len(m._forward_hooks) for m in model.modules()],
+    ]
 
 
-@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("stopped", [False, True])
-def test_the_models_state_is_given_back(state: str, stopped: bool) -> None:
+def test_the_models_state_is_given_back(stopped: bool) -> None:
     model = mixed()
-    before = STATES[state](model)
+    before = state(model)
     if stopped:
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, make_images(), steps=2, report=stop)
     else:
         calibrate(model, make_images(), steps=2)
-    assert STATES[state](model) == before
+    assert state(model) == before
 
 
 def test_blocks_are_back_when_the_model_fails_on_the_way() -> None:
     model = inserted("class token")
-    lesson = TeacherCache(build("class token"), make_images(), 1)
+    cache = TeacherCache(build("class token"), make_images(), 1)
     blocks = [*model.blocks]
     model.blocks[2].register_forward_hook(lambda *_: stop({}))
     with pytest.raises(KeyboardInterrupt):
-        lesson.losses(model, torch.arange(4))
+        cache.losses(model, torch.arange(4))
     assert [*model.blocks] == blocks
 
 
@@ -385,8 +396,8 @@ def test_blocks_are_back_when_the_model_fails_on_the_way() -> None:
 def test_the_tail_is_all_that_the_output_depends_on_behind_the_front(name: str) -> None:
     """Whatever gets a gradient when the front is known, and nothing else."""
     model = inserted(name)
-    lesson = TeacherCache(build(name), make_images(), 1)
-    torch.stack(lesson.losses(model, torch.arange(8))).sum().backward()
+    cache = TeacherCache(build(name), make_images(), 1)
+    torch.stack(cache.losses(model, torch.arange(8))).sum().backward()
     touched = {n for n, p in model.named_parameters() if p.grad is not None}
     tail = {id(p) for p in tail_parameters(model, 1)}
     named = {n for n, p in model.named_parameters() if id(p) in tail}
@@ -413,38 +424,35 @@ def test_fitting_the_tail_leaves_the_front_bit_for_bit() -> None:
 
 
 def test_a_model_without_learners_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no learned tokens to calibrate; insert\(model\) adds"):
+    with pytest.raises(ValueError, match="no learned tokens"):
         calibrate(vit(), make_images())
 
 
 def test_our_models_of_single_frames_are_refused_with_the_reason() -> None:
     model = FrameViT(**TIMM | {"num_frames": 2, "num_tokens": 2, "at": 1})
-    with pytest.raises(ValueError, match="FrameViT is no model that tokens can be inserted in"):
+    with pytest.raises(ValueError, match="FrameViT"):
         calibrate(model, torch.randn(2, 3, 2, 16, 16))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({"steps": 0}, "steps is 0, expected an integer of 1 or more"),
-        ({"batch_size": 1}, "batch_size is 1, expected an integer of 2 or more"),
-        ({"lr": 0.0}, "lr is 0.0, expected a number above 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 1}, "batch_size is 1"),
+        ({"lr": 0.0}, "lr is 0.0"),
         ({"lr": float("inf")}, "lr is inf"),
-        (
-            {"images": torch.zeros(1, 3, 16, 16)},
-            r"images is \[1, 3, 16, 16\], expected .* 2 images",
-        ),
-        ({"images": [1, 2]}, "images is list, expected a tensor"),
+        ({"images": torch.zeros(1, 3, 16, 16)}, r"images is \[1, 3, 16, 16\]"),
+        ({"images": [1, 2]}, "images is list"),
     ],
 )
-def test_nonsense_is_refused_and_changes_nothing(options: dict[str, Any], message: str) -> None:
+def test_nonsense_is_refused_and_changes_nothing(options: dict[str, Any], named: str) -> None:
     model = inserted("class token")
     before = parameters(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=named):
         calibrate(model, **{"images": make_images(), "steps": 1} | options)
     torch.testing.assert_close(parameters(model), before, rtol=0, atol=0)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_way_out() -> None:
-    with pytest.raises(RuntimeError, match=r"loss is nan at step 1 of 2 of calibrating; insert an"):
+def test_a_loss_that_is_not_finite_stops() -> None:
+    with pytest.raises(RuntimeError, match=r"loss is nan at step 1 of 2"):
         calibrate(inserted("class token"), make_images() * float("nan"), steps=2)

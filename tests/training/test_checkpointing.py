@@ -138,7 +138,7 @@ def test_an_inserted_model_is_not_calibrated_again(tmp_path: Path) -> None:
     assert len(result.history) == 2
 
 
-# --- asked to stop ------------------------------------------------------------------------------
+# --- signals ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -146,23 +146,23 @@ def test_an_inserted_model_is_not_calibrated_again(tmp_path: Path) -> None:
 def test_a_signal_leaves_a_checkpoint_of_that_step(
     number: signal.Signals, step: int, whole: Path, tmp_path: Path
 ) -> None:
-    def ask(row: dict[str, Any]) -> None:
+    def interrupt(row: dict[str, Any]) -> None:
         if row.get("step") == step and "epoch" not in row:
             os.kill(os.getpid(), number)
 
     config = recipe(tmp_path / "run", **AT_RANDOM)
-    expected = f"stopped by {number.name}; .* checkpoint of step {step}, go on with resume='auto'"
+    expected = f"{number.name}.* step {step}, .*resume='auto'"
     with pytest.raises(TrainingInterrupted, match=expected) as stopped:
-        train(config, ask)
+        train(config, interrupt)
     assert stopped.value.signal == number
     train(config)
     assert same(weights(tmp_path / "run"), weights(whole))
 
 
 def test_a_second_interrupt_interrupts() -> None:
-    with handle_signals() as asked:
+    with handle_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert asked.signal == signal.SIGINT
+        assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -178,13 +178,13 @@ def test_after_a_run_signals_mean_what_they_meant(tmp_path: Path) -> None:
 
 def test_a_run_with_other_options_is_refused_with_their_names(whole: Path) -> None:
     config = recipe(whole, **{**AT_RANDOM, "hflip": 0.25}, lr=2e-3)
-    with pytest.raises(ValueError, match=r"lr was 0.001, is 0.002.*pass another out"):
+    with pytest.raises(ValueError, match=r"lr was 0.001, is 0.002"):
         read_checkpoint(config)
     with pytest.raises(ValueError, match=r"hflip was 0.5, is 0.25"):
         read_checkpoint(config)
 
 
-@pytest.mark.parametrize("free", [{"save_every": 3}, {"max_broken": 0}, {"nan": "skip"}], ids=str)
+@pytest.mark.parametrize("free", [{"save_every": 3}, {"log_interval": 7}, {"nan": "skip"}], ids=str)
 def test_where_and_how_often_may_change(free: dict[str, Any], whole: Path) -> None:
     state = read_checkpoint(recipe(whole, **AT_RANDOM, **free))
     assert state is not None
@@ -223,9 +223,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(
     write_checkpoint(config, {"step": 1})
     assert read_checkpoint(config) is not None
     what(tmp_path / CHECKPOINT)
-    with pytest.raises(
-        ValueError, match=r"is no checkpoint of a run .* move it away to start anew"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint"):
         read_checkpoint(config)
     assert not (tmp_path / "harm").exists()
 
@@ -234,7 +232,7 @@ def test_a_run_whose_checkpoint_is_gone_is_not_started_over(tmp_path: Path) -> N
     config = recipe(tmp_path / "run", epochs=1)
     train(config)
     (tmp_path / "run" / CHECKPOINT).unlink()
-    with pytest.raises(ValueError, match=r"holds a run without checkpoint.pt"):
+    with pytest.raises(ValueError, match=r"run without checkpoint.pt"):
         train(config)
 
 
@@ -270,10 +268,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays(
     write_checkpoint(config, {"step": 4, "model": torch.zeros(9)})
     plain = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *mode: FullDisk(plain(self, *mode), 2000))
-    expected = (
-        r"of step 8 cannot be written \(no space is left\); the last checkpoint, .* is intact"
-    )
-    with pytest.raises(RuntimeError, match=expected):
+    with pytest.raises(RuntimeError, match=r"step 8 .*no space is left.* is intact"):
         write_checkpoint(config, {"step": 8, "model": torch.zeros(9999)})
     monkeypatch.undo()
     state = read_checkpoint(config)
@@ -291,7 +286,7 @@ def test_on_a_full_disk_without_a_checkpoint_nothing_is_promised(
         write_checkpoint(recipe(tmp_path), {"step": 8})
 
 
-def test_remains_of_killed_runs_are_cleared_and_nothing_else(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path) -> None:
     remains = [".checkpoint.123.pt", ".model.45.safetensors", ".metrics.6.jsonl"]
     others = [".checkpoint.pt", ".notes.7.txt", "checkpoint.pt", ".checkpoint.12x.pt"]
     for name in (*remains, *others):

@@ -1,10 +1,11 @@
-"""The engine by itself: devices, precision, what does not divide, random states, trackers."""
+"""One process by itself: device, precision, what does not divide, seeds, states, trackers."""
 
 from __future__ import annotations
 
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,89 +18,71 @@ from tokenlearner.training.distributed import Distributed, full_state, set_full_
 from tokenlearner.utils.random import random_states, set_random_states
 
 
-def engine(**options: Any) -> Distributed:
+def alone(**options: Any) -> Distributed:
     return Distributed(TrainConfig(**{"device": "cpu"} | options))
 
 
-def test_alone_it_is_the_first_and_only_process() -> None:
-    one = engine()
-    assert (one.main, one.process, one.num_processes) == (True, 0, 1)
-    assert one.device == torch.device("cpu")
-
-
-def test_alone_sums_agreements_and_gatherings_are_ones_own() -> None:
-    one, value = engine(), torch.tensor([1.0, 2.0])
-    assert one.sum(value) is value
-    assert [one.agree(True), one.agree(False)] == [True, False]
-    assert one.gather({"a"}) == [{"a"}]
-
-
-def test_half_precision_is_refused_where_it_cannot_be() -> None:
-    with pytest.raises(
-        ValueError, match=r"is 'fp16', which needs a GPU, and .* is a CPU; pass bf16"
-    ):
-        engine(mixed_precision="fp16")
-
-
-def test_onednn_is_refused_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenlearner.training.distributed.pick_device", torch.device)
-    with pytest.raises(ValueError, match="onednn is for a CPU, and the device is meta; leave it"):
-        engine(device="meta", onednn=True)
+def test_alone_it_is_the_only_process_and_decides_for_itself() -> None:
+    process = alone()
+    assert process.accelerator.is_main_process
+    assert process.accelerator.num_processes == 1
+    assert process.device == torch.device("cpu")
+    assert [process.any_rank(True), process.any_rank(False)] == [True, False]
 
 
 def test_a_run_after_one_of_another_precision_has_its_own() -> None:
-    assert engine(mixed_precision="bf16").accelerator.mixed_precision == "bf16"
-    assert engine().accelerator.mixed_precision == "no"
+    assert alone(mixed_precision="bf16").accelerator.mixed_precision == "bf16"
+    assert alone().accelerator.mixed_precision == "no"
 
 
 def test_a_run_after_one_on_a_cpu_looks_for_a_device_again() -> None:
     from accelerate.state import PartialState
 
-    engine(device="cpu")
+    alone(device="cpu")
     assert PartialState()._cpu
-    engine(device="auto")
+    alone(device="auto")
     assert not PartialState()._cpu
 
 
-def test_a_tracker_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Accelerate refuses the options: .*abacus"):
-        engine(trackers=["abacus"])
-
-
-def test_without_accelerate_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[train\]'"):
-        engine()
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({"batch_size": 6, "grad_accum_steps": 4}, "batch_size is 6, which 1 processes and 4 grad"),
-        ({"batch_size": 5, "mixup": 0.2}, "and 5 images of a step .* a multiple of 2"),
-        ({"batch_size": 9, "cutmix": 1.0, "grad_accum_steps": 3}, "and 9 im.* a multiple of 6"),
-        ({"fsdp": True}, "fsdp shares a model out among processes, and there is one; start sev"),
+        ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16'"),
+        ({"device": "meta", "onednn": True}, "onednn .* meta"),
+        ({"trackers": ["abacus"]}, "abacus"),
+        ({"batch_size": 6, "grad_accum_steps": 4}, "batch_size is 6, .*grad_accum_steps 4"),
+        ({"batch_size": 5, "mixup": 0.2}, "mixup .* batch_size .* multiple of 2"),
+        ({"batch_size": 9, "cutmix": 1.0, "grad_accum_steps": 3}, "cutmix .* multiple of 6"),
+        ({"fsdp": True}, "fsdp .*torchrun"),
     ],
     ids=str,
 )
-def test_what_cannot_be_shared_out_or_paired_is_refused(
-    options: dict[str, Any], message: str
+def test_options_that_do_not_fit_the_machine_are_refused(
+    options: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        engine(**options)
+    monkeypatch.setattr("tokenlearner.training.distributed.pick_device", torch.device)
+    with pytest.raises(ValueError, match=named):
+        alone(**options)
+
+
+def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ValueError, match=r"tokenlearner\[train\]"):
+        alone()
 
 
 def test_only_mixing_needs_pairs() -> None:
-    assert engine(batch_size=5).num_processes == 1
-    assert engine(batch_size=6, mixup=0.2, grad_accum_steps=2).num_processes == 1
+    assert alone(batch_size=5)
+    assert alone(batch_size=6, mixup=0.2, grad_accum_steps=2)
 
 
-def test_other_processes_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processes_draw_numbers_of_their_own() -> None:
     draws = []
-    for process in (0, 1, 2):
-        monkeypatch.setattr(Distributed, "process", process)
+    for rank in (0, 1, 2):
+        process, accelerator = alone(), SimpleNamespace(process_index=rank)
+        vars(process)["accelerator"] = accelerator
         torch.manual_seed(0)
-        engine().part_ways()
+        process.set_rank_seed()
         draws.append(torch.rand(()).item())
     torch.manual_seed(0)
     assert draws[0] == torch.rand(()).item()
@@ -142,10 +125,10 @@ def test_numbers_are_reported_to_a_tracker_in_the_runs_folder(tmp_path: Path) ->
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    one = engine(trackers=["tensorboard"], out=str(tmp_path))
-    with one.trackers():
-        one.track({"step": 3, "loss": 0.5, "name": "not a number"})
+    process = alone(trackers=["tensorboard"], out=str(tmp_path))
+    with process.trackers():
+        process.track({"step": 3, "loss": 0.5, "name": "not a number"})
     events = EventAccumulator(str(tmp_path / "tokenlearner")).Reload()
-    (seen,) = events.Scalars("loss")
-    assert (seen.step, seen.value) == (3, 0.5)
+    (event,) = events.Scalars("loss")
+    assert (event.step, event.value) == (3, 0.5)
     assert events.Tags()["scalars"] == ["loss"]

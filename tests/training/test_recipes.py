@@ -52,18 +52,14 @@ def test_there_are_recipes_for_images_videos_and_distilling() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_header_says_what_it_is_and_five_things_more(name: str) -> None:
+def test_a_header_has_a_title_the_command_and_four_things_more(name: str) -> None:
     title, *rest = header_lines(find_recipe(name))
     assert 20 < len(title) < 100
     labels = [line.partition(":")[0] for line in rest if line.partition(":")[0] in LABELS]
     assert labels == [*LABELS]
     assert all(len(line) > 9 for line in rest)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_command_of_a_header_runs_that_recipe(name: str) -> None:
-    [line] = [line for line in header_lines(find_recipe(name)) if line.startswith("Command:")]
-    assert f"tokenlearner train {name}" in line
+    [command] = [line for line in rest if line.startswith("Command:")]
+    assert f"tokenlearner train {name}" in command
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -73,11 +69,7 @@ def test_a_recipe_gives_what_is_written_in_it(name: str) -> None:
     assert written
     assert {key: getattr(config, key) for key in written} == written
     assert config.out == f"runs/{name}"
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_no_recipe_has_a_folder_of_somebody(name: str) -> None:
-    assert config_of(name).root is None
+    assert config.root is None
 
 
 def test_the_paper_s_recipe_has_the_numbers_of_scenic_s() -> None:
@@ -92,14 +84,10 @@ def test_the_paper_s_recipe_has_the_numbers_of_scenic_s() -> None:
     assert (config.loss, config.head_bias, config.drop_path) == ("sigmoid", -10, 0)
 
 
-def test_keras_recipe_cuts_48_of_52_pixels() -> None:
+def test_keras_recipe_cuts_48_of_52_pixels_and_keeps_its_rate() -> None:
     config = config_of("cifar10_keras")
     assert config.scale == [pytest.approx((48 / 52) ** 2, abs=1e-3)] * 2
     assert round(48 / config.crop_pct) == 52
-
-
-def test_keras_recipe_keeps_its_rate() -> None:
-    config = config_of("cifar10_keras")
     assert config.sched == "constant"
 
 
@@ -211,7 +199,7 @@ def run_small(name: str) -> TrainResult:
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_and_is_judged_again_as_it_was(
+def test_a_recipe_trains_and_is_evaluated_again_as_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -225,7 +213,7 @@ def test_a_recipe_trains_and_is_judged_again_as_it_was(
 
 
 @pytest.mark.usefixtures("few")
-def test_videos_can_be_judged_by_several_clips_and_crops(
+def test_videos_can_be_evaluated_by_several_clips_and_crops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -261,11 +249,9 @@ def test_a_file_is_a_recipe_too(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
-    with pytest.raises(
-        ValueError, match=r"no recipe 'imagenet1k_papre', .* did you mean imag"
-    ) as e:
+    with pytest.raises(ValueError, match="'imagenet1k_papre'") as error:
         find_recipe("imagenet1k_papre")
-    assert all(name in str(e.value) for name in RECIPES)
+    assert all(name in str(error.value) for name in RECIPES)
 
 
 # what is known of a run
@@ -287,20 +273,14 @@ def test_of_a_run_its_data_is_known_and_nothing_about_training(name: str, tmp_pa
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])
 def test_a_damaged_train_json_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(text)
-    with pytest.raises(ValueError, match=r"train\.json is not as train wrote it"):
+    with pytest.raises(ValueError, match=r"train\.json"):
         run_options(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"split": "val"}, "split is 'val', expected one of 'train', 'test'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"workers": -1}, "workers is -1"),
-    ],
-)
-def test_nonsense_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("options", [{"split": "val"}, {"batch_size": 0}, {"workers": -1}])
+def test_nonsense_is_refused(options: dict[str, Any]) -> None:
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
         EvalConfig(checkpoint="x", **options)
 
 
@@ -315,7 +295,7 @@ def test_nonsense_is_refused(options: dict[str, Any], message: str) -> None:
         ({"views": 4, "batch_size": 7}, (3, 8, 112, 112), 7),
     ],
 )
-def test_of_clips_in_many_views_fewer_are_judged_at_a_time(
+def test_of_clips_in_many_views_fewer_are_evaluated_at_a_time(
     options: dict[str, Any], shape: tuple[int, ...], number: int
 ) -> None:
     assert EvalConfig(checkpoint="x", **options).at_once(shape) == number

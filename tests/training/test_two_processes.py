@@ -59,7 +59,7 @@ def alone(out: Path, options: dict[str, Any]) -> torch.nn.Module:
     return train(recipe(out, **options | {"fsdp": False})).model
 
 
-def seen(folder: Path, process: int) -> dict[str, Any]:
+def report_of(folder: Path, process: int) -> dict[str, Any]:
     return json.loads((folder.parent / f"process-{process}.json").read_text())
 
 
@@ -78,43 +78,43 @@ def test_two_processes_train_to_the_weights_of_one(name: str, folder: Path, tmp_
     torch.testing.assert_close(model(images), expected(images), rtol=0, atol=1e-5)
 
 
-def test_features_are_taught_in_two_processes_too(folder: Path) -> None:
+def test_features_are_distilled_in_two_processes_too(folder: Path) -> None:
     """Not as in one: they are measured by their variance over each process's part of a batch."""
-    host, taught = load_model(folder / "host"), load_model(folder / "taught")
+    host, student = load_model(folder / "host"), load_model(folder / "distilled")
     first, second = (
         json.loads(line)["train_loss"]
-        for line in (folder / "taught" / "metrics.jsonl").read_text().splitlines()
+        for line in (folder / "distilled" / "metrics.jsonl").read_text().splitlines()
     )
     assert second < first
-    assert torch.equal(taught.head.weight, host.head.weight)  # features do not reach it
-    assert not torch.equal(taught.pos_embed, host.pos_embed)
+    assert torch.equal(student.head.weight, host.head.weight)  # features do not reach it
+    assert not torch.equal(student.pos_embed, host.pos_embed)
 
 
 def test_metrics_are_those_of_one_process(folder: Path, tmp_path: Path) -> None:
     alone(tmp_path / "one", RUNS["ddp-sgd"])
-    told = [
+    rows = [
         [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         for path in (folder / "ddp-sgd", tmp_path / "one")
     ]
-    for row, expected in zip(*told, strict=True):
+    for row, expected in zip(*rows, strict=True):
         for key in ("epoch", "step", "test_images", "test_top1_percent"):
             assert row[key] == expected[key]
         for key in ("train_loss", "test_loss"):
             assert row[key] == pytest.approx(expected[key], abs=1e-5)
 
 
-def test_every_image_is_judged_once_though_they_are_odd(folder: Path) -> None:
+def test_every_image_is_evaluated_once_though_they_are_odd(folder: Path) -> None:
     data = quarter_images("x", "test")
-    result = evaluate(running.create_judge(), data)
+    result = evaluate(running.fixed_model(), data)
     assert len(data) % 2
     for process in range(2):
-        assert seen(folder, process)["judged"] == pytest.approx(vars(result))
-        assert seen(folder, process)["processes"] == 2
+        assert report_of(folder, process)["evaluation"] == pytest.approx(vars(result))
+        assert report_of(folder, process)["processes"] == 2
 
 
 def test_one_process_writes(folder: Path) -> None:
-    assert seen(folder, 0)["opened"]
-    assert seen(folder, 1)["opened"] == []
+    assert report_of(folder, 0)["opened"]
+    assert report_of(folder, 1)["opened"] == []
 
 
 def test_a_checkpoint_is_the_same_kind_of_file_however_weights_are_shared_out(
@@ -138,7 +138,7 @@ def test_a_checkpoint_is_the_same_kind_of_file_however_weights_are_shared_out(
 
 def test_a_signal_to_one_process_stops_both(folder: Path) -> None:
     for process in range(2):
-        assert "holds a checkpoint of step 6" in seen(folder, process)["said"]
+        assert "holds a checkpoint of step 6" in report_of(folder, process)["message"]
 
 
 def test_what_two_processes_began_one_can_end(folder: Path, tmp_path: Path) -> None:

@@ -6,24 +6,31 @@ from ..utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .calibration import Calibration as Calibration
+    from .calibration import TeacherCache as TeacherCache
     from .calibration import calibrate as calibrate
+    from .checkpointing import TrainingInterrupted as TrainingInterrupted
     from .config import TrainConfig as TrainConfig
     from .distillation import Distillation as Distillation
+    from .distillation import feature_loss as feature_loss
+    from .distillation import forward_with_features as forward_with_features
+    from .distillation import logit_loss as logit_loss
+    from .meter import Report as Report
+    from .recipes import find_recipe as find_recipe
+    from .recipes import list_recipes as list_recipes
     from .run import TrainResult as TrainResult
     from .run import train as train
+    from .trainer import Trainer as Trainer
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "calibration": (
-            "Calibration",
-            "calibrate",
-        ),
+        "calibration": ("Calibration", "TeacherCache", "calibrate"),
+        "checkpointing": ("TrainingInterrupted",),
         "config": ("TrainConfig",),
-        "distillation": ("Distillation",),
-        "run": (
-            "TrainResult",
-            "train",
-        ),
+        "distillation": ("Distillation", "feature_loss", "forward_with_features", "logit_loss"),
+        "meter": ("Report",),
+        "recipes": ("find_recipe", "list_recipes"),
+        "run": ("TrainResult", "train"),
+        "trainer": ("Trainer",),
     },
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,25 +18,32 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.blocks import FusedBlock
-from ..models.hosts import find_host
+from ..models.hosts import Place, find_host
 from ..models.insertion import remove, wrapped_blocks
 from ..models.outputs import first_tensor, summarize_tokens
 from ..utils.modules import clone_structure, training_mode
 from ..utils.validation import check_above_zero, check_count
-from .distillation import BlockOutputs, feature_loss, forward_with_features, output_loss
+from .distillation import (
+    BlockOutputs,
+    HostFinder,
+    feature_loss,
+    forward_with_features,
+    output_loss,
+)
+from .meter import CalibrationRow, Report
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibrating did.
+    """The result of calibrating.
 
     Args:
-        images: Images it looked at.
+        images: Images that the learners were fitted on.
         steps: Updates of the learners.
         error_before: Share of the variance of later blocks' features that the model did not
             reproduce, as `feature_loss` counts it; noise may score above 1.
         error_after: The same afterwards, on the same images.
-        seconds: Time that all of it took.
+        seconds: Time of the whole calibration.
     """
 
     images: int
@@ -55,7 +62,7 @@ def calibrate(
     batch_size: int = 64,
     lr: float = 3e-3,
     seed: int = 0,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> Calibration:
     """Fits the learners of `model` to its host on images without labels; changes it in place.
 
@@ -72,7 +79,7 @@ def calibrate(
         batch_size: Images an update.
         lr: Highest learning rate of Adam, which falls to 0 as a cosine.
         seed: Of the images' order.
-        report: Called after every step with `step`, `steps`, `loss` and `images_per_second`.
+        report: Called with a `CalibrationRow` after every step.
 
     Raises:
         ValueError: The model has no learned tokens, or a number does not fit.
@@ -85,29 +92,29 @@ def calibrate(
     >>> done.error_after < done.error_before
     True
     """
-    found = wrapped_blocks(model)
-    if not found:
+    wrapped = wrapped_blocks(model)
+    if not wrapped:
         raise ValueError("this model has no learned tokens to calibrate; insert(model) adds them")
     _check_numbers(steps, lr)
-    start, first = time.perf_counter(), min(found)
+    start, first = time.perf_counter(), min(wrapped)
     host = remove(clone_structure(model))
-    whole = all(isinstance(block, FusedBlock) for block in found.values())
-    lesson = TeacherCache(host, images, first, whole=whole, batch_size=batch_size)
-    before = lesson.error(model)
+    whole = all(isinstance(block, FusedBlock) for block in wrapped.values())
+    cache = TeacherCache(host, images, first, whole=whole, batch_size=batch_size)
+    before = cache.error(model)
     parameters = tail_parameters(model, first) if tail else new_parameters(model)
-    lesson.teach(model, parameters, steps=steps, lr=lr, seed=seed, report=report)
-    after = lesson.error(model)
+    cache.fit(model, parameters, steps=steps, lr=lr, seed=seed, report=report)
+    after = cache.error(model)
     return Calibration(len(images), steps, before, after, time.perf_counter() - start)
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that `insert` added: those of learners and fusers."""
+    """Returns the parameters that `insert` added: those of learners and fusers."""
     parts = [[b.learner, getattr(b, "fuser", None)] for b in wrapped_blocks(model).values()]
     return [p for pair in parts for part in pair if part is not None for p in part.parameters()]
 
 
 def tail_parameters(model: nn.Module, first: int) -> list[nn.Parameter]:
-    """The parameters of all blocks from `first` on and of all that is registered behind them.
+    """Returns the parameters of blocks from `first` on and of all that is registered behind them.
 
     That is the order in which hosts, and classifiers on top of them, run.
     """
@@ -118,15 +125,15 @@ def tail_parameters(model: nn.Module, first: int) -> list[nn.Parameter]:
 
 
 class TeacherCache:
-    """What a host made of images from block `first` on, to be learned by a model of its blocks.
+    """The features and outputs of a host on images, for students that share its first blocks.
 
     The student's blocks in front of `first` have to be the host's: they are not run again.
 
     Args:
         host: The teacher.
         images: As in `calibrate`.
-        first: Block at whose input the two part.
-        whole: Teach all tokens behind the last block too; for students that keep all positions.
+        first: The first block in which student and teacher differ.
+        whole: Compare all tokens behind the last block too; for students that keep all positions.
         batch_size: Images at a time.
 
     Raises:
@@ -144,27 +151,25 @@ class TeacherCache:
     ):
         check_count("batch_size", batch_size, least=2)  # one image has no variance
         if not isinstance(images, Tensor) or len(images) < 2:
-            what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images is {what}, expected a tensor of 2 images or more, b c h w")
+            got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images is {got}, expected a tensor of 2 images or more, b c h w")
         self.images, self.first, self.whole = images, first, whole
         self.batch_size, self.parts = batch_size, torch.arange(len(images)).split(batch_size)
-        place = find_host(host)
-        self._compared = place.num_prefix_tokens, place.pools_positions
-        self._front: tuple[Tensor, bool] | None = None
-        self.features, self.output = self._see(host)
+        self._find_student, self._place = HostFinder(), find_host(host)
+        self._front: _CachedBlocks | None = None
+        self.features, self.output = self._run_teacher(host)
 
     def run(self, student: nn.Module, index: Tensor) -> BlockOutputs:
-        """What a student makes of some of the images, beginning at block `first`."""
-        images = self.images[index]
+        """Runs a student on some of the images, from block `first` on."""
+        images, place = self.images[index], self._find_student(student)
         if self._front is None:
-            return forward_with_features(student, images)
-        tokens, in_tuple = self._front
-        with _known_front(student, self.first, _Known(tokens[index], in_tuple)):
-            return forward_with_features(student, images, self.first)
+            return forward_with_features(student, images, place=place)
+        with _replaced_front(place, self.first, self._front.select(index)):
+            return forward_with_features(student, images, self.first, place)
 
     def losses(self, student: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-        """How far a student's features and output are off on some of the images."""
-        features, output = self._kept(self.run(student, index))
+        """Returns the losses of a student's features and of its output on some of the images."""
+        features, output = self._compared(self.run(student, index))
         return (
             feature_loss(features, [layer[index] for layer in self.features]),
             output_loss(output, self.output[index], student),
@@ -172,12 +177,12 @@ class TeacherCache:
 
     @torch.no_grad()
     def error(self, student: nn.Module) -> float:
-        """How far the features are off on all images together."""
+        """Returns the loss of a student's features on all images together."""
         with training_mode(student, training=False):
-            features, _ = _joined([self._kept(self.run(student, part)) for part in self.parts])
+            features, _ = _concatenate([self._compared(self.run(student, p)) for p in self.parts])
         return feature_loss(features, self.features).item()
 
-    def teach(
+    def fit(
         self,
         student: nn.Module,
         parameters: list[nn.Parameter],
@@ -185,7 +190,7 @@ class TeacherCache:
         steps: int,
         lr: float,
         seed: int = 0,
-        report: Callable[[dict[str, Any]], None] | None = None,
+        report: Report | None = None,
     ) -> None:
         """Fits parameters of a student, in evaluation mode; arguments as in `calibrate`.
 
@@ -196,7 +201,7 @@ class TeacherCache:
         optimizer = torch.optim.Adam(parameters, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         order, start = torch.Generator().manual_seed(seed), time.perf_counter()
-        with training_mode(student, training=False), _only(student, parameters):
+        with training_mode(student, training=False), _trainable(student, parameters):
             for step in range(1, steps + 1):
                 index = torch.randperm(len(self.images), generator=order)[: self.batch_size]
                 loss = torch.stack(self.losses(student, index)).sum()
@@ -207,38 +212,45 @@ class TeacherCache:
                 schedule.step()
                 speed = step * len(index) / (time.perf_counter() - start)
                 if report:
-                    row = {"step": step, "steps": steps, "loss": value}
-                    report(row | {"images_per_second": speed})
+                    report(
+                        CalibrationRow(step=step, steps=steps, loss=value, images_per_second=speed)
+                    )
 
     @torch.no_grad()
-    def _see(self, host: nn.Module) -> tuple[list[Tensor], Tensor]:
-        """What the host makes of all images; what enters the first block is kept."""
+    def _run_teacher(self, host: nn.Module) -> tuple[list[Tensor], Tensor]:
+        """Runs the host on all images; keeps what enters block `first`."""
         raw: list[Any] = []
-        last = list(find_host(host).blocks)[: self.first][-1:]  # in front of the first, if any is
+        last = list(self._place.blocks)[: self.first][-1:]  # in front of `first`, if any is
         hooks = [b.register_forward_hook(lambda _, __, out: raw.append(out)) for b in last]
         try:
             with training_mode(host, training=False):
-                parts = (
-                    forward_with_features(host, self.images[part], self.first)
+                runs = [
+                    self._compared(
+                        forward_with_features(host, self.images[part], self.first, self._place)
+                    )
                     for part in self.parts
-                )
-                seen = [self._kept(part) for part in parts]
+                ]
         finally:
             for hook in hooks:
                 hook.remove()
         if raw:
-            self._front = torch.cat([first_tensor(out) for out in raw]), isinstance(raw[0], tuple)
-        return _joined(seen)
+            tokens = torch.cat([first_tensor(out) for out in raw])
+            self._front = _CachedBlocks(tokens, isinstance(raw[0], tuple))
+        return _concatenate(runs)
 
-    def _kept(self, seen: BlockOutputs) -> tuple[list[Tensor], Tensor]:
-        """Of every block the summary; of the last one all tokens where positions are kept."""
-        kept = [summarize_tokens(tokens, *self._compared) for tokens in seen.features]
-        return [*kept, seen.features[-1]] if self.whole else kept, seen.output
+    def _compared(self, run: BlockOutputs) -> tuple[list[Tensor], Tensor]:
+        """Returns each block's summary, with `whole` all tokens of the last one, and the output."""
+        place = self._place
+        features = [
+            summarize_tokens(tokens, place.num_prefix_tokens, place.pools_positions)
+            for tokens in run.features
+        ]
+        return [*features, run.features[-1]] if self.whole else features, run.output
 
 
-def _joined(seen: list[tuple[list[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Puts what was seen of several batches together."""
-    features, outputs = zip(*seen, strict=True)
+def _concatenate(runs: list[tuple[list[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Concatenates features and outputs of several batches."""
+    features, outputs = zip(*runs, strict=True)
     return [torch.cat(layer) for layer in zip(*features, strict=True)], torch.cat(outputs)
 
 
@@ -256,8 +268,8 @@ def _check_numbers(steps: int, lr: float) -> None:
 
 
 @contextmanager
-def _only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Lets gradients go to some of the parameters only; what gradients there were come back."""
+def _trainable(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Lets gradients go to some of the parameters only; restores all gradients afterwards."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     model.requires_grad_(False)
     for parameter in parameters:
@@ -271,8 +283,8 @@ def _only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.grad = grad
 
 
-class _Known(nn.Module):
-    """Stands for blocks that have run already: gives what the last of them returned.
+class _CachedBlocks(nn.Module):
+    """Stands for blocks that have run already: returns what the last of them returned.
 
     A module, not a hook, so that a host that runs blocks again in the backward pass (gradient
     checkpointing) finds it too. Older transformers return tokens in a tuple.
@@ -282,18 +294,21 @@ class _Known(nn.Module):
         super().__init__()
         self.tokens, self.in_tuple = tokens, in_tuple
 
+    def select(self, index: Tensor) -> _CachedBlocks:
+        """Returns the same for some of the images."""
+        return _CachedBlocks(self.tokens[index], self.in_tuple)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (self.tokens,) if self.in_tuple else self.tokens
 
 
 @contextmanager
-def _known_front(model: nn.Module, first: int, known: _Known) -> Iterator[None]:
-    """Lets a model's own forward begin at a block, on what is known to enter it."""
-    blocks = find_host(model).blocks
-    front = list(blocks)[:first]
+def _replaced_front(place: Place, first: int, cached: _CachedBlocks) -> Iterator[None]:
+    """Lets a model's forward begin at a block, on the tokens that are known to enter it."""
+    blocks, front = place.blocks, list(place.blocks)[:first]
     try:
         for i in range(first):
-            blocks[i] = known
+            blocks[i] = cached
         yield
     finally:
         for i, block in enumerate(front):

@@ -1,4 +1,4 @@
-"""What a run leaves to go on from: one file, written whole, read without running code from it."""
+"""The checkpoint that a run goes on from: one file, written whole, from which no code is run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .config import TrainConfig
 CHECKPOINT = "checkpoint.pt"
 _FREE = {  # options that may change from one part of a run to the next
     *("out", "root", "resume", "save_every", "trackers", "device", "workers", "max_broken", "nan"),
-    "download",
+    *("download", "log_interval"),
 }
 _FORMAT = 1
 METRICS = "metrics.jsonl"
@@ -31,7 +31,7 @@ _WRITTEN = ("checkpoint.pt", "model.safetensors", "metrics.jsonl", "train.json",
 
 
 class TrainingInterrupted(RuntimeError):
-    """A run that was asked to stop, and left a checkpoint."""
+    """A run that was stopped by a signal, and wrote a checkpoint."""
 
     def __init__(self, number: int, out: str, step: int):
         super().__init__(
@@ -42,38 +42,38 @@ class TrainingInterrupted(RuntimeError):
 
 
 class StopSignal:
-    """Whether the process was asked to stop: the signal's number, or 0."""
+    """The number of the signal that the process got, or 0."""
 
     signal = 0
 
 
 @contextmanager
 def handle_signals() -> Iterator[StopSignal]:
-    """Notes SIGTERM and SIGINT in place of dying of them; a second SIGINT interrupts as ever."""
-    asked, before = StopSignal(), {}
+    """Records SIGTERM and SIGINT in place of dying of them; a second SIGINT interrupts."""
+    stop, before = StopSignal(), {}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked.signal and number == signal.SIGINT:
+    def record(number: int, frame: FrameType | None) -> None:
+        if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.signal = number
+        stop.signal = number
 
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
-            before[number] = signal.signal(number, note)
-        except ValueError:  # Python lets the main thread alone listen
+            before[number] = signal.signal(number, record)
+        except ValueError:  # only the main thread can
             break
     try:
-        yield asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def check_run_folder(config: TrainConfig) -> None:
-    """Refuses to start where a run is already, or to go on where its checkpoint is missing.
+    """Checks that the folder has no run, or with `resume` one with a checkpoint.
 
     Raises:
-        ValueError: One of both.
+        ValueError: There is a run already, or its checkpoint is missing.
     """
     out = Path(config.out)
     checkpoint, metrics = ((out / name).exists() for name in (CHECKPOINT, METRICS))
@@ -84,13 +84,13 @@ def check_run_folder(config: TrainConfig) -> None:
         )
     if metrics and not checkpoint:
         raise ValueError(
-            f"{out} holds a run without {CHECKPOINT}, which it would go on from; pass another out, "
-            "or move it away to start anew"
+            f"{out} holds a run without {CHECKPOINT} to go on from; pass another out, or move it "
+            "away to start anew"
         )
 
 
 def remove_temporary_files(config: TrainConfig) -> None:
-    """Removes what runs that were killed while they wrote a file left of it."""
+    """Removes partly written files of runs that were killed."""
     names = "|".join(re.escape(Path(name).stem) for name in _WRITTEN)
     endings = "|".join(re.escape(Path(name).suffix) for name in _WRITTEN)
     temporary = re.compile(rf"\.({names})\.\d+({endings})")
@@ -103,7 +103,7 @@ def write_checkpoint(config: TrainConfig, state: Mapping[str, Any]) -> None:
     """Writes `checkpoint.pt` in the run's folder; the one before stays until this is complete.
 
     Raises:
-        RuntimeError: It cannot be written, as on a full disk; what was there is as it was.
+        RuntimeError: It cannot be written, as on a full disk; the one before stays.
     """
     whole = {"format": _FORMAT, "config": json.dumps(asdict(config)), **state}
     path = Path(config.out) / CHECKPOINT
@@ -117,16 +117,16 @@ def write_checkpoint(config: TrainConfig, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def explain_write_errors(config: TrainConfig, what: str, step: int) -> Iterator[None]:
-    """Says of a file that cannot be written what is left, and what to do.
+    """Explains errors of writing a file: which checkpoint there is, and how to go on.
 
     Raises:
-        RuntimeError: In place of the error that came.
+        RuntimeError: In place of the original error.
     """
     path = Path(config.out) / CHECKPOINT
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = _number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = _errno(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         left = f"the last checkpoint, {path}, is intact" if path.exists() else "there is none yet"
         raise RuntimeError(
             f"the {what} of step {step} cannot be written "
@@ -135,8 +135,8 @@ def explain_write_errors(config: TrainConfig, what: str, step: int) -> Iterator[
         ) from error
 
 
-def _number(error: BaseException | None) -> int | None:
-    """The system's number of an error, or of the one that it came from."""
+def _errno(error: BaseException | None) -> int | None:
+    """Returns the system's number of an error, or of its cause."""
     while error and getattr(error, "errno", None) is None:
         error = error.__cause__ or error.__context__
     return getattr(error, "errno", None)
@@ -153,14 +153,16 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, found = asdict(TrainConfig()) | json.loads(state["config"]), state["format"]
+        saved, version = asdict(TrainConfig()) | json.loads(state["config"]), state["format"]
         saved["data"] = OLD_NAMES.get(saved["data"], saved["data"])
-    except Exception as error:  # torch raises what it likes on damaged files
+    except Exception as error:  # torch raises many kinds on damaged files
         raise ValueError(
             f"{path} is no checkpoint of a run ({error}); move it away to start anew"
         ) from error
-    if found != _FORMAT:
-        raise ValueError(f"{path} has format {found}, expected {_FORMAT}; train with the older one")
+    if version != _FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, expected {_FORMAT}; it is of a newer version"
+        )
     now = json.loads(json.dumps(asdict(config)))
     changed = [name for name in now if name not in _FREE and saved[name] != now[name]]
     if changed:

@@ -1,59 +1,77 @@
-"""What a student is taught by its teacher: logits, and features across different token counts.
+"""Losses between a student and its teacher: logits, and features across token counts.
 
 A host and the same host on learned tokens have the same blocks, but not the same tokens. What can
-be compared behind every block is its `summary`: the prefix tokens (class, distillation, registers),
-through which a ViT with a class token passes all that its head sees. Without any, or where a head
-pools positions besides, it has their mean too. Where both have as many tokens, as with fusers, they
-are compared one by one.
+be compared behind every block is `summarize_tokens`: the prefix tokens (class, distillation,
+registers), through which a ViT with a class token passes all that its head reads. Without any, or
+where a head pools positions besides, it has their mean too. Where both have as many tokens, as with
+fusers, they are compared one by one.
 
 The words are timm's: `temperature`, `distill_loss_weight`, `task_loss_weight`, and "logit" and
-"feature" for what is taught.
+"feature" for what is compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.hosts import find_host
-from ..models.insertion import wrapped_blocks
+from ..layers.blocks import ReducedBlock
+from ..models.hosts import Place, find_host
 from ..models.outputs import first_tensor, output_tensor, outputs_logits, summarize_tokens
-from ..utils.validation import check_above_zero, check_choice
+from ..utils.validation import check_above_zero, check_literals
 
-DISTILL_TYPES = ("logit", "feature", "logit+feature")
+DistillType = Literal["logit", "feature", "logit+feature"]
+DISTILL_TYPES = get_args(DistillType)
 _EPS = 1e-3  # of a layer's mean variance; keeps features that hardly vary from counting most
 
 
 @dataclass(frozen=True)
 class BlockOutputs:
-    """What a model made of images on the way to its output.
+    """The output of a model and of its blocks.
 
     Args:
         output: Logits `b classes`, or features where the model has no classifier.
-        features: Of each block that was watched its tokens, `b (p n) c`.
+        features: Tokens behind each block, `b (p n) c`.
     """
 
     output: Tensor
     features: tuple[Tensor, ...]
 
 
-def forward_with_features(model: nn.Module, images: Any, first: int = 0) -> BlockOutputs:
+class HostFinder:
+    """`find_host` that remembers its last answer: a training step needs no walk over modules."""
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._place: Place | None = None
+
+    def __call__(self, model: nn.Module) -> Place:
+        """Returns the place of the host in a model."""
+        if self._place is None or model is not self._model:
+            self._model, self._place = model, find_host(model)
+        return self._place
+
+
+def forward_with_features(
+    model: nn.Module, images: Any, first: int = 0, place: Place | None = None
+) -> BlockOutputs:
     """Runs a model and returns its output and that of every block from `first` on.
 
     Args:
         model: A host of `tokenlearner.models.hosts`, with or without learned tokens.
-        images: What the model takes.
-        first: Block from which on features are wanted.
+        images: Input of the model.
+        first: The first block whose tokens are returned.
+        place: What `find_host` returns for the model; None looks for it.
     """
-    seen: list[Tensor] = []
-    place = find_host(model)
+    features: list[Tensor] = []
+    place = place or find_host(model)
     hooks = [
-        block.register_forward_hook(lambda _, __, out: seen.append(first_tensor(out)))
+        block.register_forward_hook(lambda _, __, out: features.append(first_tensor(out)))
         for block in list(place.blocks)[first:]
     ]
     try:
@@ -61,7 +79,7 @@ def forward_with_features(model: nn.Module, images: Any, first: int = 0) -> Bloc
     finally:
         for hook in hooks:
             hook.remove()
-    return BlockOutputs(output, tuple(seen))
+    return BlockOutputs(output, tuple(features))
 
 
 def feature_loss(
@@ -70,7 +88,7 @@ def feature_loss(
     num_prefix_tokens: int = 0,
     pools_positions: bool = False,
 ) -> Tensor:
-    """The share of the variance of the teacher's features that the student's do not reproduce.
+    """Returns the share of the variance of the teacher's features that the student leaves open.
 
     0 is perfect; the batch's mean in place of every feature would score 1. Channels count alike,
     whatever their size, and so do blocks.
@@ -79,7 +97,7 @@ def feature_loss(
         student: Tokens behind blocks, each `b (p k) c`.
         teacher: Tokens behind the same blocks, each `b (p n) c`; no gradient goes there.
         num_prefix_tokens: Prefix tokens `p`.
-        pools_positions: As in `summary`.
+        pools_positions: As in `summarize_tokens`.
 
     Raises:
         ValueError: There are no features, not as many, or of another width, or of one image.
@@ -87,7 +105,7 @@ def feature_loss(
     if len(student) != len(teacher) or not teacher:
         raise ValueError(
             f"the student has features of {len(student)} blocks, the teacher of {len(teacher)}; "
-            "features are taught by the untouched host only, take kd_distill_type='logit'"
+            "features need the untouched host as teacher, else take kd_distill_type='logit'"
         )
     if student[0].shape[-1] != teacher[0].shape[-1]:
         raise ValueError(
@@ -96,16 +114,20 @@ def feature_loss(
         )
     if len(teacher[0]) < 2:
         raise ValueError(
-            "features are measured by their variance over the batch, and it has 1 image; take "
+            "features are compared by their variance over the batch, and it has 1 image; take "
             "batch_size=2 or more, or kd_distill_type='logit'"
         )
-    kept = num_prefix_tokens, pools_positions
-    pairs = [_pair(s, t, *kept) for s, t in zip(student, teacher, strict=True)]
+    pairs = [
+        (s, t)
+        if s.shape == t.shape
+        else [summarize_tokens(x, num_prefix_tokens, pools_positions) for x in (s, t)]
+        for s, t in zip(student, teacher, strict=True)
+    ]
     return torch.stack([unexplained_variance(s, t.detach()) for s, t in pairs]).mean()
 
 
 def unexplained_variance(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean squared error in units of the teacher's variance over the batch, by channel."""
+    """Returns the mean squared error in units of the teacher's variance over the batch."""
     teacher = teacher.float()
     variance = teacher.var(0, correction=0, keepdim=True)
     scale = variance + _EPS * variance.mean() + 1e-12
@@ -113,7 +135,7 @@ def unexplained_variance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Kullback-Leibler divergence of the student's classes from the teacher's, in nats.
+    """Returns the Kullback-Leibler divergence of the student's classes from the teacher's, in nats.
 
     Args:
         student: Logits `b classes`.
@@ -128,81 +150,76 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}; "
-            "both need the same classes"
+            f"the student's logits are {list(student.shape)}, expected the teacher's classes, "
+            f"{list(teacher.shape)}"
         )
-    own, taught = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher.detach()))
-    loss = F.kl_div(own, taught, log_target=True, reduction="batchmean")
+    ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher.detach()))
+    loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
     return loss * temperature**2
 
 
 def output_loss(student: Tensor, teacher: Tensor, model: nn.Module) -> Tensor:
-    """`logit_loss` for a classifier, `unexplained` for a model that gives features."""
+    """Returns `logit_loss` for a classifier, `unexplained_variance` for a model of features."""
     if outputs_logits(model, student.shape[-1]):
         return logit_loss(student, teacher)
     return unexplained_variance(student, teacher.detach())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Distillation:
-    """A teacher and how much of it counts: `Distillation(teacher)(student, images)` is the loss.
+    """A teacher and what it is compared by: `Distillation(teacher)(student, images)`.
 
     Args:
         teacher: Gives logits of the student's classes; for features the untouched host. It should
             be in evaluation mode.
         kind: "logit", "feature" or "logit+feature".
         temperature: As in `logit_loss`.
-        first: Block from which on features are taught; None is the first that learns tokens.
+        first: Block from which on features are compared; None is the first that learns tokens.
 
     Raises:
         ValueError: A choice or a number is out of range; in a call, the two do not fit.
     """
 
     teacher: nn.Module
-    kind: str = "logit+feature"
+    kind: DistillType = "logit+feature"
     temperature: float = 1.0
     first: int | None = None
+    _find_teacher: HostFinder = field(default_factory=HostFinder, init=False, repr=False)
+    _find_student: HostFinder = field(default_factory=HostFinder, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_choice("kd_distill_type", self.kind, DISTILL_TYPES)
+        check_literals(self)
         check_above_zero("temperature", self.temperature)
 
     def __call__(self, student: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Runs both and returns the student's output and the loss."""
         if "feature" not in self.kind:
-            own = output_tensor(student(images))
+            output = output_tensor(student(images))
             with torch.no_grad():
-                taught = output_tensor(self.teacher(images))
-            return own, logit_loss(own, taught, self.temperature)
-        _check_has_blocks("student", student)
-        _check_has_blocks("teacher", self.teacher)
+                expected = output_tensor(self.teacher(images))
+            return output, logit_loss(output, expected, self.temperature)
+        place = _find_blocks("student", student, self._find_student)
+        teacher_place = _find_blocks("teacher", self.teacher, self._find_teacher)
         first = self.first
         if first is None:
-            first = min(wrapped_blocks(student), default=0)
-        seen = forward_with_features(student, images, first)
+            first = next((i for i, b in enumerate(place.blocks) if isinstance(b, ReducedBlock)), 0)
+        ours = forward_with_features(student, images, first, place)
         with torch.no_grad():
-            shown = forward_with_features(self.teacher, images, first)
-        place = find_host(student)
-        compared = place.num_prefix_tokens, place.pools_positions
-        loss = feature_loss(seen.features, shown.features, *compared)
+            theirs = forward_with_features(self.teacher, images, first, teacher_place)
+        loss = feature_loss(
+            ours.features, theirs.features, place.num_prefix_tokens, place.pools_positions
+        )
         if "logit" in self.kind:
-            loss = loss + logit_loss(seen.output, shown.output, self.temperature)
-        return seen.output, loss
+            loss = loss + logit_loss(ours.output, theirs.output, self.temperature)
+        return ours.output, loss
 
 
-def _check_has_blocks(role: str, model: nn.Module) -> None:
-    """Refuses a model behind whose blocks nothing can be compared."""
+def _find_blocks(role: str, model: nn.Module, find: HostFinder) -> Place:
+    """Finds the host of a model, whose blocks features are compared behind."""
     try:
-        find_host(model)
+        return find(model)
     except ValueError as error:
         raise ValueError(
             f"the {role} is a {type(model).__name__}, which has no blocks to compare features "
             "behind; take kd_distill_type='logit'"
         ) from error
-
-
-def _pair(student: Tensor, teacher: Tensor, *kept: Any) -> tuple[Tensor, Tensor]:
-    """What of two blocks' tokens is compared."""
-    if student.shape == teacher.shape:
-        return student, teacher
-    return summarize_tokens(student, *kept), summarize_tokens(teacher, *kept)

@@ -1,15 +1,16 @@
-"""One or several processes, one device each: Accelerate, and torch's FSDP2 where it is wanted."""
+"""One or several processes, one device each: Accelerate, and torch's FSDP2 with `fsdp`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..utils.imports import require_package
 from ..utils.modules import pick_device
 from ..utils.random import derive_seed
 from ..utils.validation import require
@@ -17,20 +18,19 @@ from .config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.tracking import GeneralTracker
 
-    from .objective import Objective
+    from .losses import Objective
 
 
 class Distributed:
-    """The process that this is, among those that train together.
+    """This process, among those that train together.
 
     Args:
-        config: The recipe: device, precision, how processes share, trackers.
+        config: Device, precision, sharding and trackers.
 
     Raises:
-        ValueError: accelerate is missing, a device or a tracker is not to be had, a batch does
-            not fall into equal parts or pairs, or there is one process and fsdp wants several.
+        ValueError: accelerate is missing, a device or a tracker is not available, a batch does
+            not fall into equal parts or pairs, or there is one process and fsdp needs several.
     """
 
     def __init__(self, config: TrainConfig):
@@ -39,104 +39,47 @@ class Distributed:
         self.accelerator = _accelerator(config, on_cpu=device is not None and device.type == "cpu")
         several = self.accelerator.num_processes > 1
         self.device = self.accelerator.device if device is None or several else device
-        require(
-            config.mixed_precision != "fp16" or self.device.type != "cpu",
-            "mixed_precision is 'fp16', which needs a GPU, and the device is a CPU; pass bf16",
-        )
-        require(
-            not config.onednn or self.device.type == "cpu",
-            f"onednn is for a CPU, and the device is {self.device}; leave it out, or pass device "
-            "cpu",
-        )
-        parts = self.accelerator.num_processes * config.grad_accum_steps
-        require(
-            config.batch_size % parts == 0,
-            f"batch_size is {config.batch_size}, which {self.accelerator.num_processes} processes "
-            f"and {config.grad_accum_steps} grad_accum_steps do not divide; take a multiple of "
-            f"{parts}",
-        )
-        share = config.batch_size // self.num_processes
-        require(
-            not (config.mixup or config.cutmix) or share % 2 == 0,
-            f"mixup and cutmix mix pairs, and {share} images of a step in each process make no "
-            f"pairs; take a batch_size that is a multiple of {2 * parts}",
-        )
-        require(
-            not config.fsdp or torch.distributed.is_initialized(),
-            "fsdp shares a model out among processes, and there is one; start several with "
-            "torchrun --nproc-per-node N -m tokenlearner train ...",
-        )
+        _check_config(config, self.device, self.accelerator.num_processes)
 
-    @property
-    def main(self) -> bool:
-        """Whether this is the process that writes and prints."""
-        return self.accelerator.is_main_process
-
-    @property
-    def process(self) -> int:
-        """Number of this process, from 0."""
-        return self.accelerator.process_index
-
-    @property
-    def num_processes(self) -> int:
-        """How many train together."""
-        return self.accelerator.num_processes
-
-    def alike(self, model: nn.Module) -> None:
+    def broadcast_parameters(self, model: nn.Module) -> None:
         """Gives every process the weights of the first."""
-        if self.num_processes > 1:
-            from accelerate.utils import broadcast
+        from accelerate.utils import broadcast
 
-            with torch.no_grad():
-                for value in model.state_dict().values():
-                    value.copy_(broadcast(value.clone()))
+        broadcast(dict(model.state_dict()))  # in place
 
-    def part_ways(self) -> None:
-        """Lets every process but the first draw numbers of its own, as for dropout."""
-        if self.process:
-            torch.manual_seed(derive_seed(self.config.seed, self.process))
+    def set_rank_seed(self) -> None:
+        """Seeds every process but the first with a number of its own, as for dropout."""
+        if process := self.accelerator.process_index:
+            torch.manual_seed(derive_seed(self.config.seed, process))
 
-    def share_out(self, objective: Objective) -> nn.Module:
-        """Returns what runs in its place: itself, or what shares with the others."""
+    def prepare(self, objective: Objective) -> nn.Module:
+        """Returns the objective, sharded with `fsdp` or wrapped in DDP for several processes."""
         if self.config.fsdp:
             _shard(objective.student)
             return objective
-        if self.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return objective
         return self.accelerator.prepare_model(objective, device_placement=False)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        return self.accelerator.reduce(values, "sum") if self.num_processes > 1 else values  # type: ignore[return-value]
-
-    def agree(self, raised: bool) -> bool:
-        """Whether any process has raised its hand."""
-        if self.num_processes == 1:
-            return raised
-        if raised:
+    def any_rank(self, flag: bool) -> bool:
+        """Returns whether a flag is set in any process; all of them have to call this."""
+        if self.accelerator.num_processes == 1:  # which need not wait for its device
+            return flag
+        if flag:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
-    def gather(self, value: Any) -> list[Any]:
-        """A value of every process, in their order."""
-        if self.num_processes == 1:
-            return [value]
-        from accelerate.utils import gather_object
-
-        return gather_object([value])
-
     @contextmanager
     def trackers(self) -> Iterator[None]:
-        """Opens what besides metrics.jsonl is reported to, in the folder `out`, and closes it."""
+        """Opens the trackers of the config in the folder `out`, and closes them."""
         if self.config.trackers:
-            told = {k: v for k, v in vars(self.config).items() if isinstance(v, (int, float, str))}
-            self.accelerator.init_trackers("tokenlearner", told)
+            plain = {k: v for k, v in vars(self.config).items() if isinstance(v, (int, float, str))}
+            self.accelerator.init_trackers("tokenlearner", plain)
         try:
             yield
         finally:
-            opened: Iterable[GeneralTracker] = self.accelerator.trackers
-            for tracker in opened:
-                tracker.finish()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()  # `end_training` would end the process group too
 
     def track(self, row: Mapping[str, Any]) -> None:
         """Reports the numbers of a row that has a `step`."""
@@ -146,32 +89,30 @@ class Distributed:
 
 
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """Weights and the optimizer's state, whole and by name, however they are shared out."""
+    """Returns copies of weights and optimizer state, whole and by name, of a sharded model too."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    return copy.deepcopy(weights), copy.deepcopy(moments)
+    return copy.deepcopy(get_state_dict(model, optimizer, options=options))
 
 
 def set_full_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, weights: Any, moments: Any
 ) -> None:
-    """The way back from `whole_state`."""
+    """Loads what `full_state` returned."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    options = StateDictOptions(full_state_dict=True)
     set_state_dict(
         model,
         optimizer,
         model_state_dict=weights,
         optim_state_dict=moments,
-        options=options,
+        options=StateDictOptions(full_state_dict=True),
     )
 
 
 def _shard(model: nn.Module) -> None:
-    """Leaves every process a part of every block, and of what is around them."""
+    """Shards every block, and then the rest of the model."""
     from torch.distributed.fsdp import fully_shard
 
     for name, module in reversed(list(model.named_modules())):
@@ -181,14 +122,12 @@ def _shard(model: nn.Module) -> None:
 
 
 def _accelerator(config: TrainConfig, on_cpu: bool) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        message = "training needs accelerate; run pip install 'tokenlearner[train]'"
-        raise ValueError(message) from error
-    # A run before this one may have had another precision, and by itself another device.
+    require_package("accelerate", "train", "training")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    # A run before this one may have had another precision, and another device.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     headless = config.kd_distill_type == "feature" and not config.label_weight
     ddp = DistributedDataParallelKwargs(find_unused_parameters=bool(config.teacher and headless))
@@ -203,3 +142,32 @@ def _accelerator(config: TrainConfig, on_cpu: bool) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"Accelerate refuses the options: {error}") from error
+
+
+def _check_config(config: TrainConfig, device: torch.device, num_processes: int) -> None:
+    """Refuses options that do not fit the device or the number of processes."""
+    require(
+        config.mixed_precision != "fp16" or device.type != "cpu",
+        "mixed_precision is 'fp16', which needs a GPU, and the device is a CPU; pass bf16",
+    )
+    require(
+        not config.onednn or device.type == "cpu",
+        f"onednn is for a CPU, and the device is {device}; leave it out, or pass device cpu",
+    )
+    parts = num_processes * config.grad_accum_steps
+    require(
+        config.batch_size % parts == 0,
+        f"batch_size is {config.batch_size}, expected a multiple of {parts} for {num_processes} "
+        f"processes and grad_accum_steps {config.grad_accum_steps}",
+    )
+    share = config.batch_size // num_processes
+    require(
+        not (config.mixup or config.cutmix) or share % 2 == 0,
+        f"mixup and cutmix mix pairs, and a process has {share} images of a step; take a "
+        f"batch_size that is a multiple of {2 * parts}",
+    )
+    require(
+        not config.fsdp or torch.distributed.is_initialized(),
+        "fsdp shards a model among several processes, and there is one; start them with "
+        "torchrun --nproc-per-node N -m tokenlearner train ...",
+    )

@@ -1,7 +1,7 @@
-"""Recipes that come with the package, by name, and what a run that is over says of its own.
+"""Recipes that come with the package, by name, and the options of a run that is over.
 
-A recipe is a YAML file with options of `tokenlearner train`. Its first lines are comments that say
-what it is, where it is from, how it is run, on what, for how long, and what came of it.
+A recipe is a YAML file with options of `tokenlearner train`. Its first lines are comments: a title,
+source, command, hardware, time and results.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TRAINING_ONLY = ("images", "max_broken")  # options of data that are about train
 
 
 def list_recipes() -> dict[str, str]:
-    """Names the recipes that come with the package, and says in a line what each is."""
+    """Returns the recipes that come with the package, with their titles."""
     return {path.stem: next(header_lines(path)) for path in _shipped()}
 
 
 def find_recipe(name: str) -> Path:
-    """Finds a recipe that comes with the package, or the file that is named.
+    """Returns the path of a recipe of the package, or of the file with that name.
 
     Raises:
         ValueError: There is neither.
@@ -47,7 +47,7 @@ def find_recipe(name: str) -> Path:
 
 
 def header_lines(path: Path) -> Iterator[str]:
-    """The comment that a recipe starts with, line by line."""
+    """Yields the lines of the comment that a recipe starts with."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return (line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines))
 
@@ -79,14 +79,14 @@ class EvalConfig(DataConfig):
             check_count("batch_size", self.batch_size)
 
     def at_once(self, shape: Sequence[int]) -> int:
-        """How many images or clips, with all their views and crops, are judged at a time."""
+        """Returns how many images or clips, with their views and crops, are evaluated at a time."""
         return self.batch_size or eval_batch_size(shape, self.views * self.crops)
 
 
 def run_options(checkpoint: str) -> dict[str, Any]:
-    """The options of data by which the run that left a checkpoint was judged.
+    """Returns the options of the data that a run was evaluated on, from train.json beside it.
 
-    They are in the train.json beside it; of a checkpoint without one nothing is known.
+    Without that file there are none.
 
     Raises:
         ValueError: train.json cannot be read.
@@ -101,7 +101,7 @@ def run_options(checkpoint: str) -> dict[str, Any]:
         options = {"data": run["data"]} | {name: run[name] for name in names if name in run}
         return options | {"data": OLD_NAMES.get(options["data"], options["data"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        message = f"{path} is not as train wrote it ({error!r}); mend it or move it away"
+        message = f"{path} is not as train wrote it ({error!r}); fix it or move it away"
         raise ValueError(message) from error
 
 

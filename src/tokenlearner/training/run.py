@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,21 +31,24 @@ from .checkpointing import (
 )
 from .config import TrainConfig
 from .distributed import Distributed
+from .meter import Report
 from .setup import TrainingSetup, calibrate_inserted, prepare, read_calibration
-from .trainer import Report, Trainer
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: the trained model and one row of metrics an epoch.
+    """The trained model and the metrics of its run.
 
     Args:
         model: In evaluation mode.
-        checkpoint: Its weights.
-        history: A row of metrics for every epoch.
-        images: Training images there were.
-        host: With insert, the model as it was before.
-        calibration: With insert, what calibrating did, if it was asked for.
+        checkpoint: File of its weights.
+        history: An `EpochRow` for every epoch.
+        images: Number of training images.
+        host: With insert, the model before inserting.
+        calibration: With insert, the result of calibrating, if there was any.
     """
 
     model: nn.Module
@@ -58,141 +62,148 @@ class TrainResult:
 def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
     """Trains a model and writes it, with a line of metrics after every epoch.
 
-    Nothing is written before the config, the data and the model have been found good. The same
+    Nothing is written before the config, the data and the model have been checked. The same
     config gives the same weights on the same machine, also when the run was cut off and goes on
     with `resume="auto"`. Several processes that torchrun or `accelerate launch` started train
     together; the first one writes and reports.
 
     Args:
         config: What to train, on what, and how.
-        report: Called after every step with `step`, `steps`, `loss`, `lr` and `images_per_second`,
-            and after every epoch with its row of metrics; before that after every step of
-            calibrating, without `lr`; with a `warning` where a step is left out.
+        report: Called with a row (`tokenlearner.training.meter`): `CalibrationRow` after every
+            step of calibrating, `StepRow` every `log_interval` steps, `EpochRow` after every
+            epoch, `WarningRow` for a step that is left out.
 
     Returns:
         The model in evaluation mode, its checkpoint and the metrics.
 
     Raises:
         ValueError: The folder holds a run already, or a name or a number does not fit.
-        RuntimeError: The loss is no longer finite, too many files are broken, or a checkpoint
+        RuntimeError: The loss is no longer finite, too many files are unreadable, or a checkpoint
             cannot be written; the last checkpoint is named, if there is one.
-        Stopped: SIGTERM or SIGINT came; the run can be resumed. A RuntimeError too.
+        TrainingInterrupted: After SIGTERM or SIGINT; the run can be resumed. A RuntimeError too.
     """
     check_run_folder(config)
-    engine = Distributed(config)
-    saved = read_checkpoint(config)
-    data, held_out = (load_data(config, part) for part in SPLITS)
+    distributed = Distributed(config)
+    checkpoint = read_checkpoint(config)
+    data, held_out = (load_data(config, split) for split in SPLITS)
     if config.images:
-        data = require_order(data, f"draw {config.images} images").sample(
-            config.images, config.seed
-        )
+        ordered = require_order(data, f"draw {config.images} images")
+        data = ordered.sample(config.images, config.seed)
     require(
         data.classes == held_out.classes,
-        f"{data.name} trains on {len(data.classes)} classes and is judged by "
-        f"{len(held_out.classes)}, or they have other names; make them the same",
+        f"{data.name} has {len(data.classes)} classes to train on and {len(held_out.classes)} held "
+        "out, or they have other names; make them the same",
     )
     if config.batch_size > len(data):
         raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has {len(data)}")
     torch.manual_seed(config.seed)
-    start, report = prepare(config, data, engine.device), report or (lambda row: None)
-    run = _Run(config, engine, held_out, report if engine.main else lambda row: None)
-    with handle_signals() as asked:
-        return run.all(start, data, saved, asked)
+    setup = prepare(config, data, distributed.device)
+    if report is None or not distributed.accelerator.is_main_process:
+        report = lambda row: None  # noqa: E731
+    with handle_signals() as stop:
+        return _Run(config, distributed, setup, data, held_out, report, stop).run(checkpoint)
 
 
+@dataclass
 class _Run:
-    """A run from its start, or from where it was cut off, to its end."""
+    """A training run, its epochs and what it writes."""
 
-    def __init__(
-        self, config: TrainConfig, engine: Distributed, held_out: LabeledDataset, report: Report
-    ):
-        self.config, self.engine, self.held_out = config, engine, held_out
-        self.report, self.out = report, Path(config.out)
+    config: TrainConfig
+    distributed: Distributed
+    setup: TrainingSetup
+    data: LabeledDataset
+    held_out: LabeledDataset
+    report: Report
+    stop: StopSignal
+
+    def run(self, checkpoint: dict[str, Any] | None) -> TrainResult:
+        config, setup = self.config, self.setup
+        self.accelerator, self.out = self.distributed.accelerator, Path(config.out)
         self.history: list[dict[str, Any]] = []
-
-    def all(
-        self,
-        start: TrainingSetup,
-        data: LabeledDataset,
-        saved: dict[str, Any] | None,
-        asked: StopSignal,
-    ) -> TrainResult:
-        config, calibrated = self.config, read_calibration(self.config)
-        if self.engine.main:
+        if self.accelerator.is_main_process:
             remove_temporary_files(config)
-        if saved is None:
-            calibrated = calibrate_inserted(config, start.model, data, self.report)
-            if self.engine.main:
-                with explain_write_errors(config, "recipe", 0):
-                    write_json(self.out / "train.json", asdict(config))
-                    if calibrated:
-                        write_json(self.out / "calibration.json", asdict(calibrated))
-        loop = Trainer(config, start.model, data, self._report_step, start.teaching, self.engine)
-        if saved:
-            loop.restore(saved)
-            self.history = saved["history"]
-            self._leave(loop, saved)
-        loop.after_step = lambda: self._between(loop, asked)
-        with self.engine.trackers():
-            while loop.epochs_done < config.epochs:
-                self._epoch(loop, asked)
-        model, checkpoint = self.trained.eval(), self.out / "model.safetensors"
-        seen = len(data), start.host, calibrated
-        return TrainResult(model, checkpoint, self.history, *seen)
+        calibration = read_calibration(config) if checkpoint else self._calibrate()
+        self.trainer = Trainer(
+            config, setup.model, self.data, self._report, setup.distillation, self.distributed
+        )
+        if checkpoint:
+            self.trainer.load_state(checkpoint)
+            logger.info("%s goes on from step %s", self.out, self.trainer.step)
+            self.history = checkpoint["history"]
+            self._write_model(checkpoint)
+        self.trainer.after_step = self._after_step
+        with self.distributed.trackers():
+            while self.trainer.epochs_done < config.epochs:
+                self._run_epoch()
+        path = self.out / "model.safetensors"
+        model = self.model.eval()
+        return TrainResult(model, path, self.history, len(self.data), setup.host, calibration)
 
-    def _epoch(self, loop: Trainer, asked: StopSignal) -> None:
-        row = {"epoch": loop.epochs_done + 1, **loop.epoch()}
-        row |= {f"test_{k}": v for k, v in asdict(self._judge(loop)).items()}
+    def _calibrate(self) -> Calibration | None:
+        """Calibrates inserted learners, and writes how the run began."""
+        calibration = calibrate_inserted(self.config, self.setup.model, self.data, self.report)
+        if self.accelerator.is_main_process:
+            with explain_write_errors(self.config, "recipe", 0):
+                write_json(self.out / "train.json", asdict(self.config))
+                if calibration:
+                    write_json(self.out / "calibration.json", asdict(calibration))
+        return calibration
+
+    def _run_epoch(self) -> None:
+        row = {"epoch": self.trainer.epochs_done + 1, **self.trainer.train_epoch()}
+        row |= {f"test_{name}": value for name, value in asdict(self._evaluate()).items()}
         self.history.append(row)
-        self._leave(loop, self._save(loop))
-        self.engine.track(row)
+        self._write_model(self._save())
+        self.distributed.track(row)
         self.report(row)
-        if loop.epochs_done < self.config.epochs:
-            self._stop_if_asked(loop, asked)
+        if self.trainer.epochs_done < self.config.epochs:
+            self._stop_if_signaled(saved=True)
 
-    def _between(self, loop: Trainer, asked: StopSignal) -> None:
-        """What is done between two steps of an epoch."""
-        every = self.config.save_every
-        saved = every > 0 and loop.step % every == 0
+    def _after_step(self) -> None:
+        """Saves and stops, as is due, between two steps of an epoch."""
+        every, step = self.config.save_every, self.trainer.step
+        saved = every > 0 and step % every == 0
         if saved:
-            self._save(loop)
-        self._stop_if_asked(loop, asked, saved)
+            self._save()
+        if self.accelerator.num_processes == 1 or self.trainer.is_log_step:
+            self._stop_if_signaled(saved)  # several processes wait for each other to find out
 
-    def _stop_if_asked(self, loop: Trainer, asked: StopSignal, saved: bool = True) -> None:
-        if self.engine.agree(bool(asked.signal)):
+    def _stop_if_signaled(self, saved: bool) -> None:
+        if self.distributed.any_rank(bool(self.stop.signal)):
             if not saved:
-                self._save(loop)
-            self.engine.accelerator.wait_for_everyone()  # the first is done with writing
-            raise TrainingInterrupted(asked.signal or signal.SIGTERM, self.config.out, loop.step)
+                self._save()
+            self.accelerator.wait_for_everyone()  # until the first has written
+            number, step = self.stop.signal or signal.SIGTERM, self.trainer.step
+            raise TrainingInterrupted(number, self.config.out, step)
 
-    def _save(self, loop: Trainer) -> dict[str, Any]:
-        state = {**loop.state(), "history": self.history}
-        if self.engine.main:
+    def _save(self) -> dict[str, Any]:
+        state = {**self.trainer.state(), "history": self.history}
+        if self.accelerator.is_main_process:
             write_checkpoint(self.config, state)
         return state
 
-    def _leave(self, loop: Trainer, state: dict[str, Any]) -> None:
-        """Writes what others read: the model and the metrics of the last whole epoch."""
-        at_end_of_epoch = loop.epochs_done == len(self.history) and not loop.step % loop.per_epoch
-        if not (self.history and at_end_of_epoch):
+    def _write_model(self, state: dict[str, Any]) -> None:
+        """Writes the model and the metrics, if this is the end of an epoch."""
+        trainer = self.trainer
+        if trainer.step % trainer.steps_per_epoch or trainer.epochs_done != len(self.history):
             return
-        self.trained = loop.trained(state)
-        if self.engine.main:
-            with explain_write_errors(self.config, "model", loop.step):
-                save_model(self.trained, self.out)
+        self.model = trainer.whole_model(state)
+        if self.accelerator.is_main_process:
+            with explain_write_errors(self.config, "model", trainer.step):
+                save_model(self.model, self.out)
                 write_metrics(self.config, self.history)
 
-    def _judge(self, loop: Trainer) -> Evaluation:
-        """What the model makes of the held-out images, each process of its part."""
-        data, engine = self.held_out, self.engine
-        part = engine.process, engine.num_processes
-        squares = self.config.views * self.config.crops
-        sums = sum_metrics(loop.judged, data, eval_batch_size(data.shape, squares), *part)
-        if not isinstance(data, IterableDataset):  # each process evaluated all of a stream
-            sums = engine.sum(sums.to(engine.device)).cpu()
-        return mean_metrics(sums, data)
+    def _evaluate(self) -> Evaluation:
+        """Evaluates the model on the held-out images, each process on its part."""
+        data, model = self.held_out, self.trainer.eval_model
+        batch_size = eval_batch_size(data.shape, self.config.views * self.config.crops)
+        part = self.accelerator.process_index, self.accelerator.num_processes
+        sums = sum_metrics(model, data, batch_size, *part)
+        if not isinstance(data, IterableDataset):  # of which every process evaluates all
+            sums: Any = self.accelerator.reduce(sums.to(self.distributed.device), "sum")
+        return mean_metrics(sums.cpu(), data)
 
-    def _report_step(self, row: dict[str, Any]) -> None:
+    def _report(self, row: dict[str, Any]) -> None:
         if "step" in row:
-            self.engine.track(row)
+            self.distributed.track(row)
         self.report(row)

@@ -1,4 +1,4 @@
-"""What a run starts from: a model built new or one that is trained, and its teacher."""
+"""Models that a run starts from, built new or trained, and the teacher."""
 
 from __future__ import annotations
 
@@ -20,40 +20,47 @@ from ..utils.validation import require
 from .calibration import Calibration, calibrate
 from .config import TrainConfig
 from .distillation import Distillation
-from .objective import make_optimizer, make_schedule
-from .trainer import Report
+from .meter import Report
+from .optim import make_optimizer, make_schedule
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a run starts from."""
+    """The model to train; with insert the host before inserting; the teacher, if there is one."""
 
     model: nn.Module
     host: nn.Module | None
-    teaching: Distillation | None
+    distillation: Distillation | None
 
 
 def prepare(config: TrainConfig, data: LabeledDataset, device: torch.device) -> TrainingSetup:
-    """Builds or loads the model and its teacher, and tries both on images."""
+    """Builds or loads the model and its teacher, and runs both on images.
+
+    Raises:
+        ValueError: Model, teacher, data or recipe do not fit each other.
+    """
     host = None
     if config.insert:
-        model = _trained(config.model, data)
+        model = _load_trained(config.model, data)
         host = copy.deepcopy(model).to(device)
         insert(model, config.insert, config.at, learner=config.learner, fuse=config.fuse)
     else:
-        model = _named(config, data)
-    _try(config.model, model, data)
-    _try_recipe(config, model, data)
-    teaching = None
+        model = _build_model(config, data)
+    _check_model(config.model, model, data)
+    _check_recipe(config, model, data)
+    distillation = None
     if config.teacher:
-        given = host if config.teacher == "host" else None
-        teacher = _trained(config.teacher, data) if given is None else given
-        teaching = Distillation(teacher.to(device), config.kd_distill_type, config.kd_temperature)
-        _try_teaching(config, teaching, model, data, device)
-    return TrainingSetup(model.to(device), host, teaching)
+        teacher = host if config.teacher == "host" else _load_trained(config.teacher, data)
+        assert teacher is not None  # `TrainConfig` takes "host" with insert only
+        kind, temperature = config.kd_distill_type, config.kd_temperature
+        distillation = Distillation(teacher.to(device), kind, temperature)
+        images, _ = next(data.batches(min(2, config.batch_size)))
+        with torch.no_grad():
+            distillation(model.to(device), images.to(device))
+    return TrainingSetup(model.to(device), host, distillation)
 
 
-def _named(config: TrainConfig, data: LabeledDataset) -> nn.Module:
+def _build_model(config: TrainConfig, data: LabeledDataset) -> nn.Module:
     """Builds a model by its name for the data's classes and channels."""
     kwargs: dict[str, Any] = {"num_classes": len(data.classes), "in_chans": data.shape[0]}
     if config.num_tokens:
@@ -76,35 +83,22 @@ def _set_head_bias(model: Any, value: float) -> None:
     nn.init.constant_(bias, value)
 
 
-def _trained(name: str, data: LabeledDataset) -> nn.Module:
+def _load_trained(name: str, data: LabeledDataset) -> nn.Module:
     """Loads a trained model that fits the data."""
     model = load_model(name)
-    _try(name, model, data)
+    _check_model(name, model, data)
     return model
 
 
-def _try_recipe(config: TrainConfig, model: nn.Module, data: LabeledDataset) -> None:
-    """Finds out before anything is written whether images and weights can change as is asked."""
+def _check_recipe(config: TrainConfig, model: nn.Module, data: LabeledDataset) -> None:
+    """Builds transform, optimizer and schedule once, so that their errors come early."""
     per_epoch = len(data) // config.batch_size
     train_transform(config, data, config.crop_pct)
     make_schedule(config, make_optimizer(config, model), config.epochs * per_epoch, per_epoch)
 
 
-def _try_teaching(
-    config: TrainConfig,
-    teaching: Distillation,
-    model: nn.Module,
-    data: LabeledDataset,
-    device: torch.device,
-) -> None:
-    """Finds out before anything is written whether the teacher fits model and batches."""
-    images, _ = next(data.batches(min(2, config.batch_size)))
-    with torch.no_grad():
-        teaching(model.to(device), images.to(device))
-
-
-def _try(name: str, model: nn.Module, data: LabeledDataset) -> None:
-    """Runs a model on one image, and refuses it if it cannot, or has other classes."""
+def _check_model(name: str, model: nn.Module, data: LabeledDataset) -> None:
+    """Runs a model on one image; refuses one that cannot take it or has other classes."""
     images, _ = next(data.batches(1))
     try:
         with torch.inference_mode():
@@ -121,11 +115,9 @@ def _try(name: str, model: nn.Module, data: LabeledDataset) -> None:
 
 
 def read_calibration(config: TrainConfig) -> Calibration | None:
-    """What calibrating did in a run that goes on."""
+    """Reads the result of calibrating of a run that goes on."""
     path = Path(config.out) / "calibration.json"
-    if not (config.resume and path.exists()):
-        return None
-    return Calibration(**json.loads(path.read_text(encoding="utf-8")))
+    return Calibration(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def calibrate_inserted(

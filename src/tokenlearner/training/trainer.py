@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.dataset import Batch, IterableDataset, LabeledDataset
 from ..data.loader import epoch_keys, load_batches
@@ -21,25 +23,31 @@ from ..utils.validation import require
 from .config import TrainConfig
 from .distillation import Distillation
 from .distributed import Distributed, full_state, set_full_state
-from .objective import Objective, make_average, make_optimizer, make_schedule
+from .losses import Objective
+from .meter import EpochMeter, Report, StepRow, WarningRow
+from .optim import make_average, make_optimizer, make_schedule
 
-Report = Callable[[dict[str, Any]], None]
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
     """The state that changes while a model trains.
 
+    Losses stay on the device and are read every `log_interval` steps, before a state is saved and
+    at the end of an epoch; with `nan="skip"` in every step.
+
     Args:
         config: The recipe.
-        model: What trains: its parameters that need gradients.
+        model: Its parameters that need gradients are trained.
         data: Training images, and labels where they count.
-        report: Called after every step.
-        teaching: The teacher, if there is one.
-        engine: This process; None makes one.
+        report: Called with a `StepRow` whenever losses are read, and with a `WarningRow` for a
+            step that is left out.
+        distillation: The teacher, if there is one.
+        distributed: This process; None makes one.
 
     Raises:
         ValueError: Something does not fit the recipe.
-        RuntimeError: While it runs: the loss is not finite, or too many files are broken.
+        RuntimeError: While it runs: the loss is not finite, or too many files are unreadable.
     """
 
     def __init__(
@@ -48,100 +56,95 @@ class Trainer:
         model: nn.Module,
         data: LabeledDataset,
         report: Report = lambda row: None,
-        teaching: Distillation | None = None,
-        engine: Distributed | None = None,
+        distillation: Distillation | None = None,
+        distributed: Distributed | None = None,
     ):
         self.config, self.model, self.data, self.report = config, model, data, report
-        self.engine = engine or Distributed(config)
-        self.per_epoch = len(data) // config.batch_size
-        self.steps = config.epochs * self.per_epoch
+        self.distributed = distributed or Distributed(config)
+        self.accelerator: Any = self.distributed.accelerator
+        self.steps_per_epoch = len(data) // config.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
         self.transform = train_transform(config, data, config.crop_pct)
-        self.mix = mixup_transform(config, len(data.classes), config.seed)
-        self.step = self.skipped = 0
-        self.broken: set[str] = set()
+        self.mixup = mixup_transform(config, len(data.classes), config.seed)
+        self.step = self.skipped_steps = 0
+        self.unreadable: set[str] = set()
         self.after_step: Callable[[], None] = lambda: None
-        self._so_far = _blank()
-        self.engine.alike(model)
-        self._whole = copy.deepcopy(model).cpu() if config.fsdp else None
+        self.meter = EpochMeter()
+        self._unread: list[tuple[int, Tensor]] = []  # steps, with loss and norm on the device
+        self._loss = math.nan  # that was read last
+        self.distributed.broadcast_parameters(model)
+        self._whole_model = copy.deepcopy(model).cpu() if config.fsdp else None
         if config.onednn:
-            for one in (model, *([teaching.teacher] if teaching else [])):
-                use_onednn(one)
+            for module in (model, *([distillation.teacher] if distillation else [])):
+                use_onednn(module)
         if config.compile:
             model.compile()
-        self.running = self.engine.share_out(Objective(config, model, teaching))
+        self.objective = self.distributed.prepare(Objective(config, model, distillation))
         self.optimizer = make_optimizer(config, model)
-        self._stepper = self.engine.accelerator.prepare_optimizer(
+        self._prepared_optimizer = self.accelerator.prepare_optimizer(
             self.optimizer, device_placement=False
         )
-        self.schedule = make_schedule(config, self.optimizer, self.steps, self.per_epoch)
+        self.schedule = make_schedule(
+            config, self.optimizer, self.total_steps, self.steps_per_epoch
+        )
         self.schedule.step_update(0)
         self.average = make_average(config, model)
-        self.engine.part_ways()
+        self.distributed.set_rank_seed()
 
     @property
     def epochs_done(self) -> int:
         """Epochs of which every step has been made."""
-        return self.step // self.per_epoch
+        return self.step // self.steps_per_epoch
 
-    def epoch(self) -> dict[str, Any]:
+    @property
+    def is_log_step(self) -> bool:
+        """Returns whether losses are reported after the step that was made last."""
+        return not (self.step % self.config.log_interval and self.step % self.steps_per_epoch)
+
+    def train_epoch(self) -> dict[str, Any]:
         """Makes the steps that are left of an epoch.
 
-        Returns the mean loss, the time, the speed and the share of the time in which the model
-        waited for data; over the whole epoch, wherever it was cut off.
+        Returns the training's part of an `EpochRow`, of the whole epoch, wherever it was cut off.
         """
-        self.running.train()
-        now, size = self._so_far, self.config.batch_size
-        before = time.perf_counter()
+        self.objective.train()
+        start = time.perf_counter()
         for batch in self._batches():
-            waited = time.perf_counter()
-            self._note_broken(batch)
-            loss = self._update(batch)
-            after = time.perf_counter()
-            now["steps"] += 1
-            now["usable"] += math.isfinite(loss)
-            now["loss"] += loss if math.isfinite(loss) else 0.0
-            now["seconds"] += after - before
-            now["waited"] += waited - before
-            before = after
-            self._report_step(loss, now["steps"] * size / now["seconds"])
-            if self.step % self.per_epoch:  # after the last one the epoch is still to be judged
+            loaded = time.perf_counter()
+            self._note_unreadable(batch)
+            self._train_step(batch)
+            if self.is_log_step:
+                self._read_losses()
+            end = time.perf_counter()
+            self.meter.add_step(end - start, loaded - start)
+            start = end
+            if self.is_log_step:
+                step, steps = self.step, self.total_steps
+                self.report(StepRow(step=step, steps=steps, loss=self._loss, **self._rates()))
+            if self.step % self.steps_per_epoch:  # an epoch ends with its evaluation
                 self.after_step()
-        self._so_far = _blank()
-        self.broken = set().union(*self.engine.gather(self.broken))
-        steps, seconds = now["steps"], now["seconds"]
-        if not now["usable"]:
-            raise RuntimeError(
-                f"every step of the epoch that ends with step {self.step} was left out, since its "
-                f"loss was not finite; {self._left()}. Try a lower lr"
-            )
-        mean = now["loss"] / now["usable"]
-        row = {"step": self.step, "train_loss": mean, "train_seconds": seconds}
-        row |= {"waiting_percent": 100 * now["waited"] / seconds}
-        row |= self._rates(steps * size / seconds)
-        return row | {
-            name: count
-            for name, count in (("skipped_steps", self.skipped), ("broken", len(self.broken)))
-            if count
-        }
+        self.unreadable = self._all_unreadable()
+        row, self.meter = self._epoch_row(), EpochMeter()
+        return row
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of a run depends on; every process has to ask for it."""
+        """Returns all that the rest of a run depends on; every process has to call this."""
+        self._read_losses()
         weights, optimizer = full_state(self.model, self.optimizer)
         return {
             "step": self.step,
             "images": len(self.data),
-            "skipped": self.skipped,
-            "broken": sorted(set().union(*self.engine.gather(self.broken))),
-            "so_far": dict(self._so_far),
+            "skipped": self.skipped_steps,
+            "broken": sorted(self._all_unreadable()),
+            "so_far": dict(vars(self.meter)),
             "model": weights,
             "optimizer": optimizer,
             "average": self.average and copy.deepcopy(self.average.state_dict()),
             "scaler": self._scaler and self._scaler.state_dict(),
-            "random": self.engine.gather(random_states()),
+            "random": self._gather(random_states()),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where the loop was that gave this state.
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where the trainer was that gave this state.
 
         Raises:
             ValueError: It trained on more or fewer images.
@@ -149,151 +152,177 @@ class Trainer:
         require(
             state["images"] == len(self.data),
             f"the checkpoint is of a run on {state['images']} images, {self.data.name} has "
-            f"{len(self.data)} now; bring back what there was, or pass another out",
+            f"{len(self.data)}; restore the data, or pass another out",
         )
         set_full_state(self.model, self.optimizer, state["model"], state["optimizer"])
-        self.step, self.skipped = state["step"], state["skipped"]
-        self.broken, self._so_far = set(state["broken"]), dict(state["so_far"])
+        self.step, self.skipped_steps = state["step"], state["skipped"]
+        self.unreadable = set(state["broken"])
+        self.meter = EpochMeter(*state["so_far"].values())  # version 0.3 had other names
         self.schedule.step_update(self.step)
         for part, name in ((self.average, "average"), (self._scaler, "scaler")):
             if part:
                 part.load_state_dict(state[name])
-        set_random_states(state["random"][self.engine.process % len(state["random"])])
+        set_random_states(state["random"][self.accelerator.process_index % len(state["random"])])
 
     @property
-    def judged(self) -> nn.Module:
-        """What is evaluated: the model, or the moving average of its weights."""
+    def eval_model(self) -> nn.Module:
+        """The model that is evaluated: the trained one, or the moving average of its weights."""
         return self.average.module if self.average else self.model
 
-    def trained(self, state: dict[str, Any]) -> nn.Module:
-        """The model, or the moving average of its weights.
+    def whole_model(self, state: dict[str, Any]) -> nn.Module:
+        """Returns the model to save: `eval_model`, or a copy of one that is sharded.
 
-        Of a model that is shared out, a whole copy from the `state` of now, in the first process.
+        The copy is made from the `state` of now, in the first process.
         """
-        if self.average:
-            return self.average.module
-        if self._whole is None:
-            return self.model
+        if self._whole_model is None:
+            return self.eval_model
         if state["model"]:
-            self._whole.load_state_dict(state["model"])
-        return self._whole
+            self._whole_model.load_state_dict(state["model"])
+        return self._whole_model
 
     @property
     def _scaler(self) -> Any:
-        return self.engine.accelerator.scaler
+        return self.accelerator.scaler
 
     def _batches(self) -> Iterator[Batch]:
-        """This process's part of what is left of the epoch."""
-        config, engine = self.config, self.engine
-        part = {"process": engine.process, "num_processes": engine.num_processes}
-        if isinstance(self.data, IterableDataset):
-            return self._of_stream(self.data, part)
-        keys = epoch_keys(
-            len(self.data),
-            config.batch_size,
-            seed=config.seed,
-            epoch=self.epochs_done,
-            start=self.step % self.per_epoch,
-            **part,
-        )
-        in_memory = self.data.in_memory and self.transform is None
+        """Yields this process's part of what is left of the epoch."""
+        config, data, start = self.config, self.data, self.step % self.steps_per_epoch
+        num_processes = self.accelerator.num_processes
+        part = {"process": self.accelerator.process_index, "num_processes": num_processes}
+        draw = {"seed": config.seed, "epoch": self.epochs_done}
+        if isinstance(data, IterableDataset):
+            share, workers = config.batch_size // num_processes, config.reading_workers
+            batches = data.train_batches(self.transform, share, workers=workers, **draw, **part)
+            # It cannot be entered in the middle: batches of steps that were made are dropped.
+            return itertools.islice(batches, start, self.steps_per_epoch)
         return load_batches(
-            self.data,
-            keys,
+            data,
+            epoch_keys(len(data), config.batch_size, start=start, **draw, **part),
             self.transform,
-            workers=0 if in_memory else config.reading_workers,
+            workers=0 if data.in_memory and self.transform is None else config.reading_workers,
             replace_unreadable=True,
-            pin=engine.device.type == "cuda",
+            pin=self.distributed.device.type == "cuda",
         )
 
-    def _of_stream(self, data: IterableDataset, part: Any) -> Iterator[Batch]:
-        """A stream cannot be entered in the middle: what was seen is read and dropped."""
-        config = self.config
-        batches = data.train_batches(
-            self.transform,
-            config.batch_size // self.engine.num_processes,
-            epoch=self.epochs_done,
-            seed=config.seed,
-            workers=config.reading_workers,
-            **part,
-        )
-        first = self.step % self.per_epoch
-        for number, batch in zip(range(self.per_epoch), batches, strict=False):
-            if number >= first:
-                yield batch
-
-    def _note_broken(self, batch: Batch) -> None:
-        new = set(batch.unreadable) - self.broken
-        self.broken |= new
-        if new and len(self.broken) > self.config.max_broken:
-            shown = "; ".join(sorted(self.broken)[:5])
-            raise RuntimeError(
-                f"{len(self.broken)} files cannot be read, max_broken is {self.config.max_broken}: "
-                f"{shown}. Mend them, or raise max_broken"
-            )
-
-    def _update(self, batch: Batch) -> float:
-        """One step of the optimizer; returns the mean loss over all processes."""
-        device, accelerator = self.engine.device, self.engine.accelerator
-        images, labels = batch.images.to(device), batch.labels.to(device)
-        if self.mix:
-            images, labels = self.mix(images, labels, self.step)
-        parts = self.config.grad_accum_steps
-        total = torch.zeros((), device=device)
-        self.optimizer.zero_grad()
-        for number, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
-            last = number == parts - 1
-            with nullcontext() if last else accelerator.no_sync(self.running):
-                with accelerator.autocast():
-                    loss = self.running(x, y) / parts
-                total += loss.detach()
-                accelerator.backward(loss)
-        value = (self.engine.sum(total) / self.engine.num_processes).item()
-        if self._is_usable("loss", value) and self._can_clip():
-            self._stepper.step()
+    def _train_step(self, batch: Batch) -> None:
+        """Makes a step of the optimizer, unless it is left out."""
+        numbers = [self._backward(batch)]
+        if not self._scaler:  # which looks for infinite gradients itself, and halves its scale
+            numbers.append(self._clip(numbers[0]))
+        self._unread.append((self.step + 1, torch.stack(numbers)))
+        if self.config.nan == "stop" or self._read_losses():
+            if self._scaler:
+                self._clip(numbers[0])
+            self._prepared_optimizer.step()
             if self.average:
                 self.average.update(self.model)
         self.step += 1
         self.schedule.step_update(self.step)
-        return value
 
-    def _can_clip(self) -> bool:
-        """Clips the gradient; whether its norm is one to go by."""
-        clip, parameters = self.engine.accelerator.clip_grad_norm_, self.model.parameters()
-        norm: Any = clip(parameters, self.config.clip_grad or math.inf)
-        if self._scaler:  # which looks for itself, and halves its scale
-            return True
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return self._is_usable("gradient's norm", float(whole))
+    def _backward(self, batch: Batch) -> Tensor:
+        """Computes gradients; returns the mean loss of this process's images, on the device."""
+        device, parts = self.distributed.device, self.config.grad_accum_steps
+        images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+        if self.mixup:
+            images, labels = self.mixup(images, labels, self.step)
+        total = torch.zeros((), device=device)
+        self.optimizer.zero_grad()
+        for number, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+            last = number == parts - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+                with self.accelerator.autocast():
+                    loss = self.objective(x, y) / parts
+                total += loss.detach()
+                self.accelerator.backward(loss)
+        return total
 
-    def _is_usable(self, name: str, value: float) -> bool:
-        """Whether a number is finite; if not, the run ends, or the step is left out and counted."""
-        if math.isfinite(value):
+    def _clip(self, like: Tensor) -> Tensor:
+        """Clips the gradient; returns its norm before, on the device."""
+        largest = self.config.clip_grad or math.inf
+        norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(like)
+
+    def _read_losses(self) -> bool:
+        """Reads losses and norms that are still on the device; every process has to call this.
+
+        Returns whether all of them are finite.
+
+        Raises:
+            RuntimeError: One is not, and nan is "stop".
+        """
+        if not self._unread:
             return True
-        if self.config.nan == "skip":
-            self.skipped += 1
-            self.report({"warning": f"step {self.step + 1} is left out: its {name} is {value}"})
+        numbers = torch.stack([numbers for _, numbers in self._unread])
+        steps = [step for step, _ in self._unread]
+        self._unread.clear()
+        summed = self.accelerator.reduce(numbers, "sum")
+        rows: list[list[float]] = (summed / self.accelerator.num_processes).tolist()
+        for loss, *_ in rows:
+            self.meter.add_loss(loss)
+        self._loss = rows[-1][0]
+        return all(self._is_finite(step, row) for step, row in zip(steps, rows, strict=True))
+
+    def _is_finite(self, step: int, numbers: list[float]) -> bool:
+        """Checks the loss and the norm of a step; one that is not finite ends the run, or warns."""
+        for name, value in zip(("loss", "gradient's norm"), numbers, strict=False):
+            if math.isfinite(value):
+                continue
+            if self.config.nan == "stop":
+                raise RuntimeError(
+                    f"the {name} is {value} at step {step} of {self.total_steps}; "
+                    f"{self._last_checkpoint(step)}. Try a lower lr, or nan='skip'"
+                )
+            self.skipped_steps += 1
+            self.report(WarningRow(warning=f"step {step} is left out: its {name} is {value}"))
             return False
-        raise RuntimeError(
-            f"the {name} is {value} at step {self.step + 1} of {self.steps}; {self._left()}. Try a "
-            "lower lr, or nan='skip'"
-        )
+        return True
 
-    def _left(self) -> str:
-        """What a run that stops here leaves."""
-        every = self.config.save_every or self.per_epoch
-        if last := self.step // every * every:
+    def _last_checkpoint(self, step: int) -> str:
+        """Says which checkpoint a run leaves that stops in a step."""
+        every = self.config.save_every or self.steps_per_epoch
+        if last := (step - 1) // every * every:
             return f"the last checkpoint in {self.config.out} is from step {last}"
         return f"there is no checkpoint in {self.config.out} yet"
 
-    def _report_step(self, loss: float, speed: float) -> None:
-        self.report({"step": self.step, "steps": self.steps, "loss": loss} | self._rates(speed))
-
-    def _rates(self, speed: float) -> dict[str, float]:
+    def _rates(self) -> dict[str, float]:
         lr = max(group["lr"] for group in self.optimizer.param_groups)  # the head's, of layer decay
+        speed = self.meter.images_per_second(self.config.batch_size)
         return {"lr": lr, "images_per_second": speed}
 
+    def _epoch_row(self) -> dict[str, Any]:
+        meter = self.meter
+        if not meter.finite_steps:
+            raise RuntimeError(
+                f"no step of the epoch that ends with step {self.step} had a finite loss; "
+                f"{self._last_checkpoint(self.step)}. Try a lower lr"
+            )
+        counts = {"skipped_steps": self.skipped_steps, "broken": len(self.unreadable)}
+        return {
+            "step": self.step,
+            "train_loss": meter.loss_sum / meter.finite_steps,
+            "train_seconds": meter.seconds,
+            "waiting_percent": 100 * meter.data_seconds / meter.seconds,
+            **self._rates(),
+            **{name: count for name, count in counts.items() if count},
+        }
 
-def _blank() -> dict[str, float]:
-    """What an epoch adds up."""
-    return {"steps": 0, "usable": 0, "loss": 0.0, "seconds": 0.0, "waited": 0.0}
+    def _note_unreadable(self, batch: Batch) -> None:
+        new = set(batch.unreadable) - self.unreadable
+        self.unreadable |= new
+        for sentence in new:
+            logger.info("left out: %s", sentence)
+        if new and len(self.unreadable) > self.config.max_broken:
+            first = "; ".join(sorted(self.unreadable)[:5])
+            raise RuntimeError(
+                f"{len(self.unreadable)} files cannot be read, max_broken is "
+                f"{self.config.max_broken}: {first}. Fix them, or raise max_broken"
+            )
+
+    def _all_unreadable(self) -> set[str]:
+        return set().union(*self._gather(self.unreadable))
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Returns a value of every process, in their order."""
+        from accelerate.utils import gather_object
+
+        return gather_object([value])

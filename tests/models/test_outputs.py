@@ -1,0 +1,106 @@
+"""Outputs of models as tensors: logits or features, and what can be compared of tokens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torchvision
+import transformers
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from tokenlearner.models.hosts import find_host
+from tokenlearner.models.outputs import output_tensor, outputs_logits, summarize_tokens
+
+CONFIG = transformers.ViTConfig(**tiny.HF, num_labels=5)
+
+
+def vit(**changes: Any) -> VisionTransformer:
+    return VisionTransformer(**tiny.TIMM | changes)
+
+
+def torchvision_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(16, 4, 3, 2, 16, 32, num_classes=5)
+
+
+def test_the_summary_is_the_prefix_where_there_is_one() -> None:
+    tokens = torch.randn(2, 7, 3)
+    assert torch.equal(summarize_tokens(tokens, 2), tokens[:, :2])
+
+
+def test_the_summary_is_the_mean_of_the_positions_without_prefix() -> None:
+    tokens = torch.randn(2, 7, 3)
+    torch.testing.assert_close(summarize_tokens(tokens, 0), tokens.sum(1, keepdim=True) / 7)
+
+
+def test_a_summary_for_heads_that_pool_positions_has_prefix_and_mean() -> None:
+    tokens = torch.randn(2, 5, 3)
+    expected = torch.stack([tokens[:, 0], tokens[:, 1], tokens[:, 2:].mean(1)], dim=1)
+    torch.testing.assert_close(summarize_tokens(tokens, 2, pools_positions=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "pools"), [("token", False), ("avg", True), ("", False), ("max", True)]
+)
+def test_a_host_knows_whether_its_head_pools_positions(pooling: str, pools: bool) -> None:
+    assert find_host(vit(global_pool=pooling)).pools_positions is pools
+
+
+def test_a_tensor_is_the_output() -> None:
+    assert output_tensor(x := torch.randn(2, 5)) is x
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"logits": 0, "last_hidden_state": 1},
+        {"image_embeds": 0, "last_hidden_state": 1},
+        {"pooler_output": 0, "last_hidden_state": 1},
+        {"logits": None, "pooler_output": 0},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_of_an_output_of_transformers_the_last_that_was_made_is_taken(
+    given: dict[str, Any],
+) -> None:
+    tensors = torch.randn(2, 3, 5)
+    result = SimpleNamespace(**{k: None if v is None else tensors[v] for k, v in given.items()})
+    assert torch.equal(output_tensor(result), tensors[0])
+
+
+def test_of_tokens_the_class_token_is_the_output() -> None:
+    tokens = torch.randn(2, 7, 5)
+    assert torch.equal(output_tensor(SimpleNamespace(last_hidden_state=tokens), 2), tokens[:, 0])
+
+
+def test_of_tokens_without_prefix_their_mean_is_the_output() -> None:
+    tokens = torch.randn(2, 7, 5)
+    torch.testing.assert_close(
+        output_tensor(SimpleNamespace(last_hidden_state=tokens), 0), tokens.mean(1)
+    )
+
+
+def test_another_output_is_refused() -> None:
+    with pytest.raises(ValueError, match="list"):
+        output_tensor([torch.zeros(2, 5)])
+
+
+@pytest.mark.parametrize(
+    ("build", "width", "expected"),
+    [
+        (vit, 5, True),
+        (lambda: vit(num_classes=0), 16, False),
+        (torchvision_vit, 5, True),
+        (torchvision_vit, 16, False),  # its heads were replaced by nothing
+        (lambda: transformers.ViTForImageClassification(CONFIG), 5, True),
+        (lambda: transformers.ViTModel(CONFIG), 16, False),
+        (lambda: nn.Linear(3, 5), 5, True),
+    ],
+    ids=["timm", "timm features", "tv", "tv features", "hf", "hf features", "somebody's"],
+)
+def test_logits_are_distinguished_from_features(build: Any, width: int, expected: bool) -> None:
+    assert outputs_logits(build(), width) is expected
