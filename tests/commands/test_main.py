@@ -44,7 +44,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--version", 0), ("trian", 2)])
 def test_help_and_mistakes_do_not_wait_for_torch(option: str, code: int) -> None:
     program = (
-        "import sys, tokenlearner_command as command\n"
+        "import sys, tokenlearner.commands.main as command\n"
         f"sys.argv[1:] = [{option!r}]\n"
         "try: command.main()\n"
         "except SystemExit as end: print(end.code, 'torch' in sys.modules)\n"
@@ -293,7 +293,7 @@ SMALL_RUN = [
 
 
 @pytest.fixture
-def make_images(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """A folder of two classes, and a run that was trained on it at 14 pixels, in gray."""
     for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
         folder = tmp_path / "data" / split / name

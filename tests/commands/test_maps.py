@@ -316,7 +316,7 @@ def test_a_model_of_ones_own_is_looked_at_in_place_of_a_checkpoint(
 def test_a_frame_of_a_tubelet_shows_the_tubelets_maps() -> None:
     seen = map_run.MapInput("a", torch.rand(8, 1, 4, 4), torch.empty(0), True)
     maps = {3: torch.rand(4, 2, 2, 2)}
-    rows = [map_run.moment_rows(seen, maps, frame)[0] for frame in range(8)]
+    rows = [map_run.time_step_rows(seen, maps, frame)[0] for frame in range(8)]
     assert all(torch.equal(row.image, seen.seen[i]) for i, row in enumerate(rows))
     assert all(torch.equal(row.maps, maps[3][i // 2]) for i, row in enumerate(rows))
     assert [row.label for row in rows[:2]] == ["frame 1\nblock 3", "frame 2\nblock 3"]

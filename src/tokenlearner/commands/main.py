@@ -132,7 +132,7 @@ def _demo(arguments: Sequence[str]) -> None:
 def _train(arguments: Sequence[str]) -> None:
     from ..training.config import TrainConfig
     from ._comparison import check_drawing, compare_with_host
-    from ._console import console, is_seen, summary_table, training_progress
+    from ._console import console, is_main_process, summary_table, training_progress
 
     config, start = TrainConfig(**train_options(arguments)), time.perf_counter()
     if config.insert:
@@ -140,7 +140,7 @@ def _train(arguments: Sequence[str]) -> None:
     train = import_module("tokenlearner.training.run").train
     with training_progress(f"training {config.model}") as report:
         result = train(config, report)
-    if not is_seen():
+    if not is_main_process():
         return
     if config.insert:
         compare_with_host(config, result)
