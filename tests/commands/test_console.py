@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import pytest
@@ -85,7 +85,7 @@ def test_a_log_has_a_line_about_steps_every_30_seconds() -> None:
     lines = printed(*map(step, range(1, 40))).splitlines()
     steps = [int(line.split()[2]) for line in lines]
     assert len(steps) > 3
-    assert len({b - a for a, b in zip(steps, steps[1:], strict=False)}) == 1
+    assert len({b - a for a, b in pairwise(steps)}) == 1
     assert lines[0].startswith(f"run: step {steps[0]} of 100, loss 2.000, lr 0.0005, 80 images/s")
     assert lines[1].endswith(" left")
 

@@ -19,8 +19,8 @@ from ..data.config import DataConfig
 from ..data.factory import load_data
 from ..data.image_folder import decoded, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
-from ..training.recipes import run_options
 from ..utils.validation import require
+from .eval import run_options
 
 VIDEO_FRAMES = 16  # that a model of images looks at, one by one
 STRIDE = 4  # as `tokenlearner train` has it
