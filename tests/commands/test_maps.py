@@ -131,9 +131,9 @@ def test_the_numbers_are_those_of_the_maps(
 def test_the_first_files_are_taken_and_the_rest_is_counted(
     mini: Path, folder: Path, tmp_path: Path
 ) -> None:
-    said, _ = run_on(mini, folder, tmp_path / "out", limit=1)
+    printed, _ = run_on(mini, folder, tmp_path / "out", limit=1)
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
-    assert "4 more files in" in said
+    assert "4 more files in" in printed
 
 
 def test_files_of_one_name_get_different_figures(tmp_path: Path) -> None:
@@ -255,12 +255,12 @@ def test_models_of_images_have_maps_block_by_block(
     model: str, options: dict[str, Any], tokens: dict[str, int], tmp_path: Path
 ) -> None:
     saved = save_model(create_model(model, **options), tmp_path / "m.safetensors")
-    said, numbers = run_on(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
+    printed, numbers = run_on(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
     stats = numbers["stats"]["image"]
     assert {i: len(block["pairs"]) for i, block in stats.items()} == tokens
     is_v1 = options.get("learner") == "v1"
     assert numbers["maps"] == ("gates" if is_v1 else "distributions")
-    assert ("gates from 0 to 1" in said) == is_v1
+    assert ("gates from 0 to 1" in printed) == is_v1
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
 
 
@@ -310,10 +310,10 @@ def test_a_loaded_model_takes_the_place_of_a_checkpoint(
     host: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     config = MapsConfig("mine", str(make_image(tmp_path / "a.png")), str(tmp_path / "out"))
-    _, *said = run_maps(config, (insert(host(), 3), (3, 32, 32)))
+    _, *lines = run_maps(config, (insert(host(), 3), (3, 32, 32)))
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
-    assert "normalized as ImageNet" in said[2]
-    assert not any("weights are random" in one for one in said)
+    assert "normalized as ImageNet" in lines[2]
+    assert not any("weights are random" in line for line in lines)
 
 
 def test_a_frame_of_a_tubelet_shows_the_tubelets_maps() -> None:
@@ -328,8 +328,8 @@ def test_a_frame_of_a_tubelet_shows_the_tubelets_maps() -> None:
 def test_random_weights_of_a_name_are_a_remark(
     results: tuple[Path, str, Any], tmp_path: Path
 ) -> None:
-    said, numbers = run_on(MIXER, make_image(tmp_path / "a.png", mode="L"), tmp_path / "out")
-    assert f"{MIXER} is a name and no checkpoint: its weights are random" in said
+    printed, numbers = run_on(MIXER, make_image(tmp_path / "a.png", mode="L"), tmp_path / "out")
+    assert f"{MIXER} is a name and no checkpoint: its weights are random" in printed
     assert any("weights are random" in remark for remark in numbers["remarks"])
     assert "weights are random" not in results[1]
 
