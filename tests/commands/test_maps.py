@@ -195,7 +195,7 @@ def test_numbers_are_those_of_the_data_set_of_the_run_beside_the_checkpoint(
     data = load_data("fashion-mnist-small", "test")
     pipeline = input_pipeline(create_model(MINI, num_tokens=3), [1, 28, 28], str(tmp_path))
     assert (pipeline.mean, pipeline.std, pipeline.crop_pct) == (data.mean, data.std, 1.0)
-    assert pipeline.told_by.startswith("fashion-mnist-small")
+    assert pipeline.origin.startswith("fashion-mnist-small")
 
 
 def test_a_run_on_files_is_normalized_by_imagenet_and_cut_as_it_was(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def run_maps(
         stats_table(stats),
         LEGEND,
         f"The figures of {counted(len(drawn), 'file')} are in {config.out}; colors are {scale}.",
-        f"The model took {' x '.join(map(str, pipeline.size))}, normalized as {pipeline.told_by}.",
+        f"The model took {' x '.join(map(str, pipeline.size))}, normalized as {pipeline.origin}.",
         *remarks,
     )
 
