@@ -58,7 +58,7 @@ def make_parser(
     )
     for name, kwargs in positional.items():
         parser.add_argument(name, **kwargs)
-    skipped = {*positional, *skip}
+    skipped: set[str | int] = {*positional, *skip}
     parser.add_class_arguments(config_class, as_group=False, as_positional=True, skip=skipped)
     return parser
 

@@ -213,9 +213,10 @@ def input_pipeline(
         raise ValueError(f"frames is {frames}, but the model takes clips of {size[1]}; omit it")
     run = run_options(checkpoint) if checkpoint and Path(checkpoint).expanduser().exists() else {}
     mean, std, crop_pct, origin = _of_run(run, size[0]) if run else _of_config(model, size[0])
-    if stride is None:
-        of_videos = run.get("stride", STRIDE) if run.get("data") == "video-folder" else STRIDE
-        stride = 1 if clips and run and run["data"] != "video-folder" else of_videos
+    if stride is None and run.get("data") == "video-folder":
+        stride = int(run.get("stride", STRIDE))
+    elif stride is None:
+        stride = 1 if clips and run else STRIDE  # clips in memory have all frames
     embed = getattr(getattr(model, "encoder", model), "patch_embed", None)
     order = getattr(model, "input_format", getattr(embed, "input_format", "bcthw"))
     frames = size[1] if clips else frames or VIDEO_FRAMES
