@@ -62,7 +62,9 @@ def test_the_notes_are_the_accuracy_with_its_error_and_the_remarks(
 ) -> None:
     accuracy, *remarks = comparison(images=images).notes
     assert accuracy.startswith("Accuracy: -2.0 points")
-    assert f"{margin} ({images} images" in accuracy  # 1.96 sqrt((0.9 * 0.1 + 0.88 * 0.12) / images)
+    assert (
+        f"{margin} (95 %, {images} images" in accuracy
+    )  # 1.96 sqrt((0.9 * 0.1 + 0.88 * 0.12) / images)
     assert remarks == ["Training: short."]
 
 
