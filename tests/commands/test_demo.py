@@ -34,8 +34,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def few(name: str, split: str = "train", **wanted: Any) -> data.ImageDataset:
-    whole = data.load_data(name, split, **wanted)
+def few(name: str, split: str = "train", **kwargs: Any) -> data.ImageDataset:
+    whole = data.load_data(name, split, **kwargs)
     part = {"images": whole.images[:256], "labels": whole.labels[:256]}
     return data.ImageDataset(**{**vars(whole), **part})
 
@@ -66,12 +66,7 @@ def test_the_table_shows_what_the_metrics_hold(made: Path) -> None:
         assert f"{model['epochs'][-1]['test_top1_percent']:.1f}" in table
         assert f"{model['cost']['gmacs']:.4f}" in table
     assert all(note[:40] in table for note in metrics["notes"])
-    assert [note.split()[0] for note in metrics["notes"]] == [
-        "Accuracy:",
-        "Training:",
-        "Speed:",
-        "Memory",
-    ]
+    assert [note.split()[0] for note in metrics["notes"]] == ["Accuracy:", "Training:"]
 
 
 def test_the_report_has_both_models_maps_and_confusions(made: Path) -> None:
@@ -111,8 +106,8 @@ def test_a_missing_package_is_named_before_any_work(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tokens": 0}, "tokens is 0"), ({"epochs": 1}, "epochs is 1, expected an integer of 2")],
+    [({"tokens": 0}, "tokens is 0"), ({"epochs": 1}, "epochs is 1")],
 )
-def test_nonsense_is_refused(options: dict[str, int], message: str) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DemoConfig(**options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tokenlearner.data.video_folder import VideoFolderDataset
 
 MINI, MIXER = "vit_mini_patch4_28", "mixer_mini_patch4_tl8at3_28"
 VIVIT, FRAMEVIT = "vivit_mini_patch8x2_tl4at3_32", "framevit_mini_patch8_f6_tl4at3_32"
-INTAKE = InputPipeline((3, 8, 8), (0.5,) * 3, (0.25,) * 3, 1.0, 4, 1, False, "made up")
+PIPELINE = InputPipeline((3, 8, 8), (0.5,) * 3, (0.25,) * 3, 1.0, 4, 1, False, "a test")
 
 
 def make_image(path: Path, h: int = 30, w: int = 40, mode: str = "RGB") -> Path:
@@ -51,7 +52,7 @@ def make_video(path: Path, h: int = 40, w: int = 48, frames: int = 12) -> Path:
     return path
 
 
-def look(model: str | Path, source: Path, out: Path, **options: Any) -> tuple[str, Any]:
+def run_on(model: str | Path, source: Path, out: Path, **options: Any) -> tuple[str, Any]:
     """What the command prints, and what is in maps.json."""
     text = io.StringIO()
     console = Console(file=text, width=200)
@@ -85,71 +86,71 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def looked(
+def results(
     mini: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str, Any]:
-    out = tmp_path_factory.mktemp("looked") / "new" / "out"
-    return (out, *look(mini, folder, out, frames=4, stride=1))
+    out = tmp_path_factory.mktemp("maps") / "new" / "out"
+    return (out, *run_on(mini, folder, out, frames=4, stride=1))
 
 
 # --- a folder -----------------------------------------------------------------------------------
 
 
-def test_there_is_a_sheet_for_each_file_and_an_animation_for_each_video(
-    looked: tuple[Path, str, Any],
+def test_there_is_a_figure_for_each_file_and_an_animation_for_each_video(
+    results: tuple[Path, str, Any],
 ) -> None:
-    assert names(looked[0]) == {"a.png", "deep-b.png", "c.png", "c.gif", "c.mp4", "maps.json"}
+    assert names(results[0]) == {"a.png", "deep-b.png", "c.png", "c.gif", "c.mp4", "maps.json"}
 
 
-def test_broken_files_are_left_out_and_named(looked: tuple[Path, str, Any], folder: Path) -> None:
+def test_broken_files_are_left_out_and_named(results: tuple[Path, str, Any], folder: Path) -> None:
     for name in ("broken.png", "broken.mp4"):
-        assert f"left out: {folder / name} cannot be read" in looked[1].replace("\n", " ")
+        assert f"left out: {folder / name} cannot be read" in results[1].replace("\n", " ")
 
 
-def test_images_and_videos_have_a_row_each_in_the_table(looked: tuple[Path, str, Any]) -> None:
-    rows = [line.split() for line in looked[1].splitlines() if " 3 " in line[:40]]
+def test_images_and_videos_have_a_row_each_in_the_table(results: tuple[Path, str, Any]) -> None:
+    rows = [line.split() for line in results[1].splitlines() if " 3 " in line[:40]]
     assert [row[:4] for row in rows[:2]] == [["2", "images", "1", "3"], ["1", "video", "1", "3"]]
 
 
 def test_the_numbers_are_those_of_the_maps(
-    looked: tuple[Path, str, Any], mini: Path, folder: Path
+    results: tuple[Path, str, Any], mini: Path, folder: Path
 ) -> None:
     model, size = load_sized(str(mini), 0, "cpu")
-    intake = input_pipeline(model, size, str(mini))
-    seen = [intake.read(folder / name, "") for name in ("a.png", "deep/b.jpg")]
+    pipeline = input_pipeline(model, size, str(mini))
+    seen = [pipeline.read(folder / name, "") for name in ("a.png", "deep/b.jpg")]
     [maps] = attention_maps(model, torch.cat([one.taken for one in seen])).values()
     expected = map_run.map_stats(maps)
-    found = looked[2]["stats"]["image"]["1"]
-    assert (found["images"], found["grid"]) == (2, [7, 7])
-    np.testing.assert_allclose(found["pairs"], expected.pairs, atol=1e-4)
-    np.testing.assert_allclose(found["across_images"], expected.across_images, atol=1e-4)
-    assert found["over_frames"] is None
-    assert len(looked[2]["stats"]["video"]["1"]["over_frames"]) == 3
+    stats = results[2]["stats"]["image"]["1"]
+    assert (stats["images"], stats["grid"]) == (2, [7, 7])
+    np.testing.assert_allclose(stats["pairs"], expected.pairs, atol=1e-4)
+    np.testing.assert_allclose(stats["across_images"], expected.across_images, atol=1e-4)
+    assert stats["over_frames"] is None
+    assert len(results[2]["stats"]["video"]["1"]["over_frames"]) == 3
 
 
-def test_of_too_many_files_the_first_are_taken_and_the_rest_is_told(
+def test_the_first_files_are_taken_and_the_rest_is_counted(
     mini: Path, folder: Path, tmp_path: Path
 ) -> None:
-    said, _ = look(mini, folder, tmp_path / "out", limit=1)
+    printed, _ = run_on(mini, folder, tmp_path / "out", limit=1)
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
-    assert "not looked at: 4 more files in" in said
+    assert "4 more files in" in printed
 
 
-def test_files_of_one_name_get_sheets_of_their_own(tmp_path: Path) -> None:
+def test_files_of_one_name_get_different_figures(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "a.jpeg", "b/c.png", "b-c.png"):
         make_image(tmp_path / name)
-    found = list_inputs(str(tmp_path))
-    assert len(found) == 5
-    assert sorted(map(str, found.values())) == sorted(str(p) for p in tmp_path.rglob("*.*"))
-    assert set(found) == {"a", "a.jpg", "a.png", "b-c", "b-c.png"}
+    paths = list_inputs(str(tmp_path))
+    assert len(paths) == 5
+    assert sorted(map(str, paths.values())) == sorted(str(p) for p in tmp_path.rglob("*.*"))
+    assert set(paths) == {"a", "a.jpg", "a.png", "b-c", "b-c.png"}
 
 
 # --- as the model takes them --------------------------------------------------------------------
 
 
-def test_an_image_is_cut_as_evaluation_cuts_it_and_shown_as_it_was_cut(tmp_path: Path) -> None:
+def test_an_image_is_cropped_as_in_evaluation(tmp_path: Path) -> None:
     path = make_image(tmp_path / "a.png")
-    seen = INTAKE.read(path, "a")
+    seen = PIPELINE.read(path, "a")
     plain = timm.data.create_transform(
         (3, 8, 8), crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic"
     )
@@ -159,14 +160,12 @@ def test_an_image_is_cut_as_evaluation_cuts_it_and_shown_as_it_was_cut(tmp_path:
 
 
 @pytest.mark.parametrize("size", [(40, 48), (48, 40), (8, 8)])
-def test_a_video_is_cut_as_the_data_set_of_videos_cuts_it(
-    tmp_path: Path, size: tuple[int, int]
-) -> None:
+def test_a_video_is_cropped_as_in_evaluation(tmp_path: Path, size: tuple[int, int]) -> None:
     path = make_video(tmp_path / "a.mkv", *size)
     config = DataConfig(img_size=16, in_chans=3, frames=4, stride=2, crop_pct=0.875)
     data = VideoFolderDataset("video", "test", (str(path),), torch.zeros(1).long(), ("",), config)
-    intake = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, 4, 2, False, "")
-    torch.testing.assert_close(intake.read(path, "").taken[0], data.eval_transform(data.load(0)))
+    pipeline = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, 4, 2, False, "")
+    torch.testing.assert_close(pipeline.read(path, "").taken[0], data.eval_transform(data.load(0)))
 
 
 def test_of_frames_that_are_not_square_the_middle_is_taken(tmp_path: Path) -> None:
@@ -194,16 +193,16 @@ def test_numbers_are_those_of_the_data_set_of_the_run_beside_the_checkpoint(
     run = {"data": "fashion-mnist-small", "crop_pct": 0.875}
     (tmp_path / "train.json").write_text(json.dumps(run))
     data = load_data("fashion-mnist-small", "test")
-    found = input_pipeline(create_model(MINI, num_tokens=3), [1, 28, 28], str(tmp_path))
-    assert (found.mean, found.std, found.crop_pct) == (data.mean, data.std, 1.0)
-    assert found.told_by.startswith("fashion-mnist-small")
+    pipeline = input_pipeline(create_model(MINI, num_tokens=3), [1, 28, 28], str(tmp_path))
+    assert (pipeline.mean, pipeline.std, pipeline.crop_pct) == (data.mean, data.std, 1.0)
+    assert pipeline.origin.startswith("fashion-mnist-small")
 
 
 def test_a_run_on_files_is_normalized_by_imagenet_and_cut_as_it_was(tmp_path: Path) -> None:
     run = {"data": "folder", "root": "/nowhere", "crop_pct": 0.7}
     (tmp_path / "train.json").write_text(json.dumps(run))
-    found = input_pipeline(create_model(MINI, num_tokens=3), [3, 28, 28], str(tmp_path))
-    assert (found.mean, found.crop_pct) == ((0.485, 0.456, 0.406), 0.7)
+    pipeline = input_pipeline(create_model(MINI, num_tokens=3), [3, 28, 28], str(tmp_path))
+    assert (pipeline.mean, pipeline.crop_pct) == ((0.485, 0.456, 0.406), 0.7)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +226,12 @@ def test_videos_are_read_at_the_stride_of_the_training(
 def test_without_a_run_timms_configuration_counts() -> None:
     vit = timm.create_model("vit_tiny_patch16_224")
     vit.pretrained_cfg |= {"mean": (0.1, 0.2, 0.6), "std": (0.5, 0.6, 0.7), "crop_pct": 0.8}
-    found = input_pipeline(vit, [3, 224, 224], None)
-    assert (found.mean, found.std, found.crop_pct) == ((0.1, 0.2, 0.6), (0.5, 0.6, 0.7), 0.8)
+    pipeline = input_pipeline(vit, [3, 224, 224], None)
+    assert (pipeline.mean, pipeline.std, pipeline.crop_pct) == (
+        (0.1, 0.2, 0.6),
+        (0.5, 0.6, 0.7),
+        0.8,
+    )
     assert input_pipeline(vit, [1, 224, 224], None).mean == pytest.approx((0.3,))
 
 
@@ -248,43 +251,43 @@ def test_without_either_imagenets_numbers_count() -> None:
         (MINI, {"num_tokens": 4, "learner": "v1"}, {"3": 4}),
     ],
 )
-def test_models_of_images_are_looked_at_block_by_block(
+def test_models_of_images_have_maps_block_by_block(
     model: str, options: dict[str, Any], tokens: dict[str, int], tmp_path: Path
 ) -> None:
     saved = save_model(create_model(model, **options), tmp_path / "m.safetensors")
-    said, numbers = look(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
-    found = numbers["stats"]["image"]
-    assert {i: len(one["pairs"]) for i, one in found.items()} == tokens
+    printed, numbers = run_on(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
+    stats = numbers["stats"]["image"]
+    assert {i: len(block["pairs"]) for i, block in stats.items()} == tokens
     is_v1 = options.get("learner") == "v1"
     assert numbers["maps"] == ("gates" if is_v1 else "distributions")
-    assert ("gates from 0 to 1" in said) == is_v1
+    assert ("gates from 0 to 1" in printed) == is_v1
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
 
 
 def test_several_places_have_a_row_each(tmp_path: Path) -> None:
     model = insert(create_model(MINI), (6, 2), at=(1, 3))
     saved = save_model(model, tmp_path / "m.safetensors")
-    _, numbers = look(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
-    found = numbers["stats"]["image"]
-    assert {i: len(one["pairs"]) for i, one in found.items()} == {"1": 6, "3": 2}
+    _, numbers = run_on(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
+    stats = numbers["stats"]["image"]
+    assert {i: len(block["pairs"]) for i, block in stats.items()} == {"1": 6, "3": 2}
 
 
 @pytest.mark.parametrize(
     ("model", "options", "frames"),
     [(VIVIT, {}, 4), (VIVIT, {"input_format": "btchw", "in_chans": 1}, 4), (FRAMEVIT, {}, 6)],
 )
-def test_models_of_clips_are_looked_at_frame_by_frame(
+def test_models_of_clips_have_maps_frame_by_frame(
     model: str, options: dict[str, Any], frames: int, tmp_path: Path
 ) -> None:
     saved = save_model(create_model(model, **options), tmp_path / "m.safetensors")
-    _, numbers = look(saved, make_video(tmp_path / "a.mkv"), tmp_path / "out", animation="none")
-    (found,) = numbers["stats"]["video"].values()
-    assert found["frames"] == frames
+    _, numbers = run_on(saved, make_video(tmp_path / "a.mkv"), tmp_path / "out", animation="none")
+    (stats,) = numbers["stats"]["video"].values()
+    assert stats["frames"] == frames
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
 
 
 def test_the_animation_of_a_clip_has_all_its_frames(tmp_path: Path) -> None:
-    look(VIVIT, make_video(tmp_path / "a.mkv"), tmp_path / "out", animation="gif")
+    run_on(VIVIT, make_video(tmp_path / "a.mkv"), tmp_path / "out", animation="gif")
     with Image.open(tmp_path / "out" / "a.gif") as image:
         shown: Any = image
         assert shown.n_frames == 8
@@ -303,38 +306,38 @@ def transformers() -> nn.Module:
 
 
 @pytest.mark.parametrize("host", [torchvisions, pytest.param(transformers, marks=pytest.mark.slow)])
-def test_a_model_of_ones_own_is_looked_at_in_place_of_a_checkpoint(
+def test_a_loaded_model_takes_the_place_of_a_checkpoint(
     host: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     config = MapsConfig("mine", str(make_image(tmp_path / "a.png")), str(tmp_path / "out"))
-    _, *said = run_maps(config, (insert(host(), 3), (3, 32, 32)))
+    _, *lines = run_maps(config, (insert(host(), 3), (3, 32, 32)))
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
-    assert "normalized as ImageNet" in said[2]
-    assert not any("weights are random" in one for one in said)
+    assert "normalized as ImageNet" in lines[2]
+    assert not any("weights are random" in line for line in lines)
 
 
 def test_a_frame_of_a_tubelet_shows_the_tubelets_maps() -> None:
     seen = map_run.MapInput("a", torch.rand(8, 1, 4, 4), torch.empty(0), True)
     maps = {3: torch.rand(4, 2, 2, 2)}
-    rows = [map_run.moment_rows(seen, maps, frame)[0] for frame in range(8)]
+    rows = [map_run.time_step_rows(seen, maps, frame)[0] for frame in range(8)]
     assert all(torch.equal(row.image, seen.seen[i]) for i, row in enumerate(rows))
     assert all(torch.equal(row.maps, maps[3][i // 2]) for i, row in enumerate(rows))
     assert [row.label for row in rows[:2]] == ["frame 1\nblock 3", "frame 2\nblock 3"]
 
 
-def test_that_weights_are_random_is_said_of_a_name_and_not_of_a_checkpoint(
-    looked: tuple[Path, str, Any], tmp_path: Path
+def test_random_weights_of_a_name_are_a_remark(
+    results: tuple[Path, str, Any], tmp_path: Path
 ) -> None:
-    said, numbers = look(MIXER, make_image(tmp_path / "a.png", mode="L"), tmp_path / "out")
-    assert f"{MIXER} is a name and no checkpoint: its weights are random" in said
+    printed, numbers = run_on(MIXER, make_image(tmp_path / "a.png", mode="L"), tmp_path / "out")
+    assert f"{MIXER} is a name and no checkpoint: its weights are random" in printed
     assert any("weights are random" in remark for remark in numbers["remarks"])
-    assert "weights are random" not in looked[1]
+    assert "weights are random" not in results[1]
 
 
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def made(path: Path, kind: str) -> Path:
+def make_source(path: Path, kind: str) -> Path:
     """A source of some kind."""
     if kind in ("image", "video"):
         return make_image(path / "a.png") if kind == "image" else make_video(path / "a.mkv")
@@ -348,82 +351,80 @@ def made(path: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "there is no file or folder"),
-        ("empty", "holds no image or video"),
-        (".txt", "ends in '.txt', expected one of"),
-        (".png", "nothing in .* can be read: .*a.png cannot be read as an image"),
-        (".mp4", "nothing in .* can be read: .*a.mp4 cannot be read"),
+        ("nowhere", "no file or folder '.*nowhere'"),
+        ("empty", "empty holds no image or video"),
+        (".txt", "'.txt'"),
+        (".png", "a.png cannot be read"),
+        (".mp4", "a.mp4 cannot be read"),
     ],
 )
 def test_a_source_that_holds_nothing_is_refused(
     source: str, message: str, mini: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        look(mini, made(tmp_path, source), tmp_path / "out")
+        run_on(mini, make_source(tmp_path, source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("model", "source", "options", "message"),
     [
-        (MINI, "image", {}, r"has no learned tokens to look at; `tokenlearner train"),
-        ("vit_mini", "image", {}, "there is no model 'vit_mini'"),
-        (VIVIT, "image", {}, "takes clips of 8 frames, but .* images only; pass a video"),
-        (VIVIT, "video", {"frames": 4}, "frames is 4, but the model takes clips of 8"),
+        (MINI, "image", {}, f"{MINI} has no learned tokens"),
+        ("vit_mini", "image", {}, "'vit_mini'"),
+        (VIVIT, "image", {}, "takes clips of 8 frames"),
+        (VIVIT, "video", {"frames": 4}, "frames is 4, .* 8"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_made(
     model: str, source: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        look(model, made(tmp_path, source), tmp_path / "out", **options)
+        run_on(model, make_source(tmp_path, source), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("a.png", "a.png is a file"), ("a.png/out", "a.png is a file"), ("", "images are read")],
+    [
+        ("a.png", "a.png is a file"),
+        ("a.png/out", "a.png is a file"),
+        ("", "outside"),
+        ("deep/out", "outside"),
+    ],
 )
 def test_a_folder_that_cannot_be_made_is_refused(
     out: str, message: str, mini: Path, tmp_path: Path
 ) -> None:
     make_image(tmp_path / "a.png")
     with pytest.raises(ValueError, match=message):
-        look(mini, tmp_path, tmp_path / out)
-
-
-def test_a_folder_inside_the_source_is_refused(mini: Path, tmp_path: Path) -> None:
-    make_image(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="whose images are read; pass a folder outside"):
-        look(mini, tmp_path, tmp_path / "deep" / "out")
+        run_on(mini, tmp_path, tmp_path / out)
 
 
 def test_videos_without_pyav_are_refused_with_the_extra(
     mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(map_run, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"videos need PyAV; run pip install 'tokenlearner\[video\]"
-    ):
-        look(mini, make_video(tmp_path / "a.mkv"), tmp_path / "out")
+    video = make_video(tmp_path / "a.mkv")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"needs av; run pip install 'tokenlearner\[video\]"):
+        run_on(mini, video, tmp_path / "out")
 
 
 def test_a_model_of_other_channels_than_images_have_is_refused(tmp_path: Path) -> None:
     model = create_model(MINI, num_tokens=3, in_chans=2)
-    with pytest.raises(ValueError, match="takes 2 channels; files have 3"):
+    with pytest.raises(ValueError, match="2 channels"):
         input_pipeline(model, [2, 28, 28], None)
 
 
 def test_an_image_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
     config = MapsConfig("mine", str(make_image(tmp_path / "a.png")), str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"does not take \[1, 3, 20, 20\] .*; pass img_size"):
+    with pytest.raises(ValueError, match=r"\[1, 3, 20, 20\]"):
         run_maps(config, (create_model(MINI, num_tokens=3, in_chans=3), (3, 20, 20)))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"animation": "webp"}, "animation is 'webp', expected one of 'both'"),
+        ({"animation": "webp"}, "animation is 'webp'"),
         ({"limit": 0}, "limit is 0"),
         ({"frames": 0}, "frames is 0"),
         ({"stride": -1}, "stride is -1"),
@@ -437,6 +438,6 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_the_size_of_images_can_be_set(mini: Path, tmp_path: Path) -> None:
-    _, numbers = look(mini, make_image(tmp_path / "a.png"), tmp_path / "out", img_size=16)
+    _, numbers = run_on(mini, make_image(tmp_path / "a.png"), tmp_path / "out", img_size=16)
     assert numbers["intake"]["size"] == [3, 16, 16]
     assert numbers["stats"]["image"]["1"]["grid"] == [4, 4]

@@ -19,17 +19,13 @@ import yaml
 from PIL import Image
 
 from tokenlearner import create_model, save_model, train
-from tokenlearner.commands.main import eval_options, main, train_options
+from tokenlearner.commands.eval import EvalConfig, eval_options
+from tokenlearner.commands.main import main
+from tokenlearner.commands.train import train_options
 from tokenlearner.data.factory import list_data, load_data
 from tokenlearner.models.vit import VARIANTS
 from tokenlearner.training.config import TrainConfig
-from tokenlearner.training.recipes import (
-    EvalConfig,
-    find_recipe,
-    header_lines,
-    list_recipes,
-    run_options,
-)
+from tokenlearner.training.recipes import find_recipe, header_lines, list_recipes
 from tokenlearner.training.run import TrainResult
 
 RECIPES = list(list_recipes())
@@ -252,53 +248,6 @@ def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match="'imagenet1k_papre'") as error:
         find_recipe("imagenet1k_papre")
     assert all(name in str(error.value) for name in RECIPES)
-
-
-# what is known of a run
-
-
-def test_of_a_checkpoint_without_a_run_nothing_is_known(tmp_path: Path) -> None:
-    assert run_options(str(tmp_path)) == {}
-    assert run_options(str(tmp_path / "model.safetensors")) == {}
-
-
-@pytest.mark.parametrize("name", ["", "model.safetensors"])
-def test_of_a_run_its_data_is_known_and_nothing_about_training(name: str, tmp_path: Path) -> None:
-    run = {"data": "folder", "root": "there", "img_size": 9, "lr": 1.0, "images": 5}
-    (tmp_path / "train.json").write_text(json.dumps(run))
-    known = {"data": "folder", "root": "there", "img_size": 9}
-    assert run_options(str(tmp_path / name)) == known
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])
-def test_a_damaged_train_json_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "train.json").write_text(text)
-    with pytest.raises(ValueError, match=r"train\.json"):
-        run_options(str(tmp_path))
-
-
-@pytest.mark.parametrize("options", [{"split": "val"}, {"batch_size": 0}, {"workers": -1}])
-def test_nonsense_is_refused(options: dict[str, Any]) -> None:
-    [(name, value)] = options.items()
-    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
-        EvalConfig(checkpoint="x", **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "shape", "number"),
-    [
-        ({}, (1, 28, 28), 500),
-        ({}, (3, 224, 224), 222),
-        ({}, (3, 8, 112, 112), 111),
-        ({"views": 4, "crops": 3}, (3, 8, 112, 112), 9),
-        ({"views": 99}, (3, 8, 224, 224), 1),
-        ({"views": 4, "batch_size": 7}, (3, 8, 112, 112), 7),
-    ],
-)
-def test_of_clips_in_many_views_fewer_are_evaluated_at_a_time(
-    options: dict[str, Any], shape: tuple[int, ...], number: int
-) -> None:
-    assert EvalConfig(checkpoint="x", **options).at_once(shape) == number
 
 
 # docs/training.md

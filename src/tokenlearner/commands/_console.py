@@ -1,17 +1,20 @@
-"""What a person sees while a command runs: on a terminal a bar, in a log file a line now and then.
+"""Progress and results of a command: a bar on a terminal, a line now and then in a log file.
 
-Of several processes that train together only the first one is seen.
+Of several processes that train together only the first one prints.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from ..utils.imports import require_package
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,11 +22,13 @@ if TYPE_CHECKING:
 
     from ..training.trainer import Report
 
-LOG_SECONDS = 30.0  # from one line to the next where there is no terminal
+LOG_SECONDS = 30.0  # from one line about steps to the next where there is no terminal
+logger = logging.getLogger("tokenlearner")
+logger.setLevel(logging.INFO)
 
 
-def is_seen() -> bool:
-    """Whether this is the process that prints, among those that train together.
+def is_main_process() -> bool:
+    """Returns whether this is the process that prints, among those that train together.
 
     torchrun and `accelerate launch` number them in the environment, before they know each other.
     """
@@ -36,17 +41,13 @@ def console(**options: Any) -> Console:
     Raises:
         ValueError: rich is missing.
     """
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        message = "the command needs rich; run pip install 'tokenlearner[train]'"
-        raise ValueError(message) from error
-    return Console(highlight=False, quiet=not is_seen(), **options)
+    rich = require_package("rich.console", "train", "the command")
+    return rich.Console(highlight=False, quiet=not is_main_process(), **options)
 
 
 @contextmanager
 def training_progress(title: str, to: Console | None = None) -> Iterator[Report]:
-    """Shows steps as they are made, a line for every epoch, and every warning.
+    """Shows the current step, and a line for every epoch and every warning.
 
     Gives what `train` takes as `report`.
 
@@ -55,148 +56,125 @@ def training_progress(title: str, to: Console | None = None) -> Iterator[Report]
         to: The console; None is the usual one.
     """
     out = to or console()
-    showing = _bar if out.is_terminal and is_seen() else _log
-    with showing(title, out) as show_step:
+    handler, logged = _ConsoleHandler(out), time.monotonic()
+    logger.addHandler(handler)
+    with closing(handler), _progress(out) as bar:
+        task = bar.add_task(title, total=None, status="")
 
         def report(row: dict[str, Any]) -> None:
+            nonlocal logged
             if "warning" in row:
-                _print_line(out, f"{title}: {row['warning']}")
+                logger.warning("%s: %s", title, row["warning"])
             elif "epoch" in row:
-                _print_line(out, f"{title}: {epoch_line(row)}")
+                logger.info("%s: %s", title, epoch_line(row))
             else:
-                show_step(row)
+                line = _update(bar, task, row)
+                if not out.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
+                    logged = time.monotonic()
+                    logger.info("%s: %s", title, line)
 
         yield report
 
 
+class _ConsoleHandler(logging.Handler):
+    """Prints records above the bar, or to a file: as they are, and not wrapped."""
+
+    def __init__(self, out: Console) -> None:
+        super().__init__()
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.out.print(self.format(record), markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        logger.removeHandler(self)
+        super().close()
+
+
+def _progress(out: Console) -> Any:
+    """Returns rich's bar, which counts without being drawn where there is no terminal."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(20),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[status]}"),
+        progress.TimeRemainingColumn(),
+        console=out,
+        transient=True,
+        disable=not out.is_terminal or out.quiet,
+        speed_estimate_period=600,  # steps of large models take long
+        get_time=time.monotonic,
+    )
+
+
+def _update(bar: Any, task: Any, row: dict[str, Any]) -> str:
+    """Moves a bar to a step, and returns the same as a line with the time left, if it is known."""
+    if row["step"] < bar.tasks[0].completed:  # training after calibrating
+        bar.reset(task)
+    rate = f"lr {row['lr']:.2g}" if "lr" in row else "calibrating"
+    status = f"loss {row['loss']:.3f}, {rate}, {_speed(row['images_per_second'])}"
+    bar.update(task, completed=row["step"], total=row["steps"], status=status)
+    left = bar.tasks[0].time_remaining
+    ending = "" if left is None else f", {_duration(left)} left"
+    return f"step {row['step']} of {row['steps']}, {status}{ending}"
+
+
 def epoch_line(row: dict[str, Any]) -> str:
-    """What an epoch came to, from its row of metrics."""
-    broken = row.get("broken", 0) + row.get("test_broken", 0)
+    """Returns an epoch's metrics in one line."""
     parts = [
         f"epoch {row['epoch']}",
         f"loss {row['train_loss']:.3f}",
         f"held-out top-1 {row['test_top1_percent']:.1f} %",
-        speed(row["images_per_second"]),
+        _speed(row["images_per_second"]),
         f"{row['waiting_percent']:.1f} % waiting for data",
     ]
-    if row.get("skipped_steps"):
-        parts.append(f"{row['skipped_steps']} steps left out")
-    if broken:
-        parts.append(f"{broken} files cannot be read")
-    return ", ".join(parts)
+    return ", ".join(parts + [f"{count} {name}" for name, count in _left_out(row)])
 
 
 def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
-    """A run in a few numbers.
+    """Returns a table with the main numbers of a run.
 
     Args:
         history: A row of metrics for every epoch, one at least.
-        seconds: How long it took just now, with judging and saving.
+        seconds: Duration of the command, with evaluating and saving.
     """
     from rich.table import Table
 
+    last, best = history[-1], max(history, key=lambda row: row["test_top1_percent"])
+    trained = sum(row["train_seconds"] for row in history)
+    waited = sum(row["waiting_percent"] * row["train_seconds"] for row in history)
+    rows = {
+        "epochs": last["epoch"],
+        "held-out top-1, last epoch": f"{last['test_top1_percent']:.2f} %",
+        "held-out top-1, best epoch": f"{best['test_top1_percent']:.2f} % ({best['epoch']})",
+        "speed, median of epochs": _speed(median(row["images_per_second"] for row in history)),
+        "waiting for data": f"{waited / trained:.1f} %",
+        "time of training steps": _duration(trained),
+        "time of this command": _duration(seconds),
+        **dict(_left_out(last)),
+    }
     table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name, value in _summary(history, seconds):
-        table.add_row(name, value)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
     return table
 
 
-def speed(images_per_second: float) -> str:
-    """Images a second, with as many digits as matter."""
+def _left_out(row: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    if skipped := row.get("skipped_steps"):
+        yield "steps left out", skipped
+    if broken := row.get("broken", 0) + row.get("test_broken", 0):
+        yield "files cannot be read", broken
+
+
+def _speed(images_per_second: float) -> str:
     digits = 0 if images_per_second >= 10 else 2
     return f"{images_per_second:.{digits}f} images/s"
 
 
-def _summary(history: Sequence[dict[str, Any]], seconds: float) -> Iterator[tuple[str, str]]:
-    last = history[-1]
-    best = max(history, key=lambda row: row["test_top1_percent"])
-    trained = sum(row["train_seconds"] for row in history)
-    waited = sum(row["waiting_percent"] * row["train_seconds"] for row in history)
-    yield "epochs", str(last["epoch"])
-    yield "held-out top-1, last epoch", f"{last['test_top1_percent']:.2f} %"
-    yield "held-out top-1, best epoch", f"{best['test_top1_percent']:.2f} % ({best['epoch']})"
-    yield "speed, median of epochs", speed(median(row["images_per_second"] for row in history))
-    yield "waiting for data", f"{waited / trained:.1f} %"
-    yield "time of training steps", duration(trained)
-    yield "time of this command", duration(seconds)
-    if last.get("skipped_steps"):
-        yield "steps left out", str(last["skipped_steps"])
-    if broken := last.get("broken", 0) + last.get("test_broken", 0):
-        yield "files that cannot be read", str(broken)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-class Pace:
-    """How many steps a second, since the first that was seen: a resumed run has made some before.
-
-    A step number that does not rise starts another phase, as training does after calibrating.
-    """
-
-    def __init__(self) -> None:
-        self.first, self.last, self.since = 0, 0, 0.0
-
-    def seconds_left(self, row: dict[str, Any], now: float) -> float | None:
-        """Seconds to the last step; None where nothing is known yet.
-
-        Args:
-            row: What was reported after a step.
-            now: The time, of a clock that only goes forward.
-        """
-        step = row["step"]
-        if step <= self.last or self.last == 0:
-            self.first, self.since = step, now
-        self.last = step
-        if step == self.first:
-            return None
-        return (now - self.since) / (step - self.first) * (row["steps"] - step)
-
-
-def _status(row: dict[str, Any], left: float | None) -> str:
-    parts = [f"loss {row['loss']:.3f}", speed(row["images_per_second"])]
-    if "lr" in row:
-        parts.insert(1, f"lr {row['lr']:.2g}")
-    else:
-        parts.insert(0, "calibrating")
-    return ", ".join(parts + ([] if left is None else [f"{duration(left)} left"]))
-
-
-@contextmanager
-def _bar(title: str, out: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    status = TextColumn("{task.fields[status]}")
-    with Progress(*columns, status, console=out, transient=True) as bar:
-        task, pace = bar.add_task(title, total=None, status=""), Pace()
-
-        def show(row: dict[str, Any]) -> None:
-            text = _status(row, pace.seconds_left(row, time.monotonic()))
-            bar.update(task, completed=row["step"], total=row["steps"], status=text)
-
-        yield show
-
-
-@contextmanager
-def _log(title: str, out: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
-    pace, shown = Pace(), time.monotonic()
-
-    def show(row: dict[str, Any]) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        left = pace.seconds_left(row, now)
-        if now - shown >= LOG_SECONDS:
-            shown = now
-            _print_line(out, f"{title}: step {row['step']} of {row['steps']}, {_status(row, left)}")
-
-    yield show
-
-
-def _print_line(out: Console, text: str) -> None:
-    """Prints text as it is, not wrapped, since a log is searched by lines."""
-    out.print(text, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Images and videos in files, cut and normalized as a model takes them, and as a person sees them.
+"""Images and videos in files, resized, cropped and normalized for a model.
 
 Axes: `t` frames, `c h w`.
 """
@@ -6,11 +6,12 @@ Axes: `t` frames, `c h w`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,13 @@ from ..data.config import DataConfig
 from ..data.factory import load_data
 from ..data.image_folder import decoded, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
-from ..training.recipes import run_options
 from ..utils.validation import require
+from .eval import run_options
 
-VIDEO_FRAMES = 16  # that a model of images looks at, one by one
+if TYPE_CHECKING:
+    from PIL import Image
+
+VIDEO_FRAMES = 16  # of a video, for a model of images
 STRIDE = 4  # as `tokenlearner train` has it
 
 
@@ -31,11 +35,11 @@ class MapInput:
     """An image or a video.
 
     Args:
-        name: What its sheets are called.
-        seen: float32 `t c h w` in [0, 1]; of an image `t` is 1.
-        taken: What the model takes, with a batch axis: an image or a clip, or for a model of
-            images the frames of a video as a batch.
-        is_video: Whether it is one.
+        name: Of its files.
+        seen: Pixels, float32 `t c h w` in [0, 1]; of an image `t` is 1.
+        taken: Input of the model, with a batch axis: an image or a clip, or for a model of images
+            the frames of a video as a batch.
+        is_video: Whether it is a video.
     """
 
     name: str
@@ -46,7 +50,7 @@ class MapInput:
 
 @dataclass(frozen=True)
 class InputPipeline:
-    """How a model takes images or clips.
+    """Turns files into the inputs of a model of images or clips.
 
     Args:
         size: `(c, h, w)`, of clips `(c, t, h, w)`.
@@ -56,7 +60,7 @@ class InputPipeline:
         frames: Frames of a video.
         stride: Frames of the video from one to the next; 0 spreads them over the whole video.
         time_first: Whether clips are `b t c h w` rather than `b c t h w`.
-        told_by: Where mean, std and crop_pct are from.
+        origin: Where mean, std and crop_pct are from.
     """
 
     size: tuple[int, ...]
@@ -66,7 +70,7 @@ class InputPipeline:
     frames: int
     stride: int
     time_first: bool
-    told_by: str
+    origin: str
 
     def __post_init__(self) -> None:
         c = self.size[0]
@@ -80,7 +84,7 @@ class InputPipeline:
 
     @property
     def takes_clips(self) -> bool:
-        """Whether the model is one of videos."""
+        """Whether the model takes clips rather than images."""
         return len(self.size) == 4
 
     def read(self, path: Path, name: str) -> MapInput:
@@ -90,43 +94,46 @@ class InputPipeline:
             UnreadableFile: It cannot be read.
         """
         if is_video(path):
-            seen = self._cut(self._video(path))
-        else:
-            c, *_ = self.size
-            image = decoded(partial(_open, path), str(path), c)
-            seen = self._plain(image)[None]  # normalized by nothing yet
+            return self.from_frames(self._video(path), name)
+        return self.from_image(decoded(partial(_open, path), str(path), self.size[0]), name)
+
+    def from_image(self, image: Image.Image, name: str) -> MapInput:
+        """Resizes, cuts and normalizes an image that is decoded."""
+        image = image.convert("L" if self.size[0] == 1 else "RGB")
+        return self._normalized(self._plain(image)[None], name, is_video=False)
+
+    def from_frames(self, frames: Tensor, name: str) -> MapInput:
+        """Resizes, cuts and normalizes frames of a video, uint8 `t c h w`."""
+        return self._normalized(self._cut(frames), name, is_video=True)
+
+    def _normalized(self, pixels: Tensor, name: str, *, is_video: bool) -> MapInput:
+        """Normalizes frames in [0, 1], `t c h w`, and puts their axes in the model's order."""
         mean, std = torch.tensor([self.mean, self.std])[..., None, None]
-        taken = (seen - mean) / std
+        taken = (pixels - mean) / std
         if self.takes_clips:
             taken = taken[None] if self.time_first else taken.transpose(0, 1)[None]
-        return MapInput(name, seen.clip(0, 1), taken, is_video(path))
+        return MapInput(name, pixels.clip(0, 1), taken, is_video)
 
     @cached_property
     def _plain(self) -> Any:
-        """The transform with which `evaluate` reads images, but for the numbers."""
+        """The transform of images for evaluation, without normalization."""
         from timm.data import create_transform
 
         c, *_, h, w = self.size
+        mean, std = (0.0,) * c, (1.0,) * c
         return create_transform(
-            (c, h, w),
-            crop_pct=self.crop_pct,
-            mean=(0.0,) * c,
-            std=(1.0,) * c,
-            interpolation="bicubic",
+            (c, h, w), crop_pct=self.crop_pct, mean=mean, std=std, interpolation="bicubic"
         )
 
     def _video(self, path: Path) -> Tensor:
-        """The frames of a clip in the middle of a video, uint8 `t c h w`."""
-        config = DataConfig(
-            in_chans=1 if self.size[0] == 1 else 3, frames=self.frames, stride=self.stride
-        )
-        video = VideoFolderDataset(
-            "video", "test", (str(path),), torch.zeros(1).long(), ("",), config
-        )
-        return video.load(0)
+        """Reads a clip in the middle of a video, uint8 `t c h w`."""
+        in_chans = 1 if self.size[0] == 1 else 3
+        config = DataConfig(in_chans=in_chans, frames=self.frames, stride=self.stride)
+        label = torch.zeros(1).long()
+        return VideoFolderDataset("video", "test", (str(path),), label, ("",), config).load(0)
 
     def _cut(self, frames: Tensor) -> Tensor:
-        """Resizes frames until they cover the model's, and cuts out the middle; in [0, 1]."""
+        """Resizes frames to cover the model's size, and crops the middle; in [0, 1]."""
         from torchvision.transforms.v2 import functional as TF
 
         (h, w), (tall, wide) = self.size[-2:], frames.shape[-2:]
@@ -140,17 +147,17 @@ class InputPipeline:
 
 
 def is_video(path: Path) -> bool:
-    """Whether a file's name ends as that of a video."""
+    """Returns whether a file has the suffix of a video."""
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 
 def list_inputs(source: str) -> dict[str, Path]:
-    """Finds the images and videos of a folder, or the one file, each with a name of its own.
+    """Lists the images and videos of a folder, or the one file, each with a different name.
 
-    Hidden files are left out, and so is what ends in no known extension.
+    Hidden files and unknown suffixes are left out.
 
     Raises:
-        ValueError: There is nothing.
+        ValueError: There is no image and no video.
     """
     from timm.data import get_img_extensions
 
@@ -158,20 +165,22 @@ def list_inputs(source: str) -> dict[str, Path]:
     require(root.exists(), f"there is no file or folder {source!r}; pass an image, video or folder")
     known = (*get_img_extensions(), *VIDEO_EXTENSIONS)
     if root.is_file():
-        ends = root.suffix.lower()
-        require(ends in known, f"{source} ends in {ends!r}, expected one of {', '.join(known)}")
+        suffix = root.suffix.lower()
+        require(suffix in known, f"{source} ends in {suffix!r}, expected one of {', '.join(known)}")
         return {root.stem: root}
-    below = sorted(Path(at) / name for at, _, names in os.walk(root) for name in names)
-    shown = [p for p in below if not any(x.startswith(".") for x in p.relative_to(root).parts)]
-    paths = [p for p in shown if p.suffix.lower() in known]
-    require(bool(paths), f"{source} holds no image or video, of any of {', '.join(known)}")
     named: dict[str, Path] = {}
-    for path in paths:
-        short = "-".join(path.relative_to(root).with_suffix("").parts)
-        whole = "-".join(path.relative_to(root).parts)
-        number = next(i for i in range(len(paths) + 1) if _numbered(short, whole, i) not in named)
-        named[_numbered(short, whole, number)] = path
+    for path in sorted(Path(at) / name for at, _, names in os.walk(root) for name in names):
+        parts = path.relative_to(root).parts
+        if path.suffix.lower() in known and not any(part.startswith(".") for part in parts):
+            named[_new_name("-".join(parts), path.suffix, named)] = path
+    require(bool(named), f"{source} holds no image or video, of any of {', '.join(known)}")
     return named
+
+
+def _new_name(name: str, suffix: str, taken: Collection[str]) -> str:
+    """Returns the name without its suffix, or with it, or with a number."""
+    numbered = (f"{name}-{number}" for number in count(2))
+    return next(x for x in chain((name.removesuffix(suffix), name), numbered) if x not in taken)
 
 
 def input_pipeline(
@@ -182,82 +191,61 @@ def input_pipeline(
     frames: int | None = None,
     stride: int | None = None,
 ) -> InputPipeline:
-    """Finds out how a model takes its images or clips.
+    """Returns the preprocessing of a model.
 
-    Mean, std and crop_pct are those of the data set that it was trained on, which train.json beside
-    the checkpoint tells; otherwise those of its timm configuration.
+    Mean, std and crop_pct are those of the data set that it was trained on, which is in train.json
+    beside the checkpoint; otherwise those of its timm configuration, or ImageNet's.
 
     Args:
         model: Any model.
-        size: As `load_sized` tells it.
-        checkpoint: What the model was loaded from, if it was.
-        frames: Of a video, for a model of images; None is 16. A model of clips has its own.
-        stride: As in `Intake`; None is that of the training on videos, 1 for a model that was
-            trained on other clips, or 4.
+        size: As `load_sized` returns it.
+        checkpoint: File or folder that the model was loaded from, if any.
+        frames: Of a video, for a model of images; None is 16. A model of clips has its number.
+        stride: As in `InputPipeline`; None is that of the training on videos, 1 for a model that
+            was trained on other clips, or 4.
 
     Raises:
         ValueError: Frames are given for a model of clips, train.json or its data set cannot be
             read, or the model's channels are not those of images.
     """
-    takes_clips = len(size) == 4
-    if takes_clips and frames not in (None, size[1]):
-        raise ValueError(
-            f"frames is {frames}, but the model takes clips of {size[1]}; leave it out"
-        )
+    clips = len(size) == 4
+    if clips and frames not in (None, size[1]):
+        raise ValueError(f"frames is {frames}, but the model takes clips of {size[1]}; omit it")
     run = run_options(checkpoint) if checkpoint and Path(checkpoint).expanduser().exists() else {}
-    mean, std, crop_pct, told_by = _of_run(run, size) if run else _of_config(model, size[0])
+    mean, std, crop_pct, origin = _of_run(run, size[0]) if run else _of_config(model, size[0])
+    if stride is None and run.get("data") == "video-folder":
+        stride = int(run.get("stride", STRIDE))
+    elif stride is None:
+        stride = 1 if clips and run else STRIDE  # clips in memory have all frames
     embed = getattr(getattr(model, "encoder", model), "patch_embed", None)
     order = getattr(model, "input_format", getattr(embed, "input_format", "bcthw"))
+    frames = size[1] if clips else frames or VIDEO_FRAMES
     return InputPipeline(
-        size=tuple(size),
-        mean=mean,
-        std=std,
-        crop_pct=crop_pct,
-        frames=size[1] if takes_clips else frames or VIDEO_FRAMES,
-        stride=_stride(run, takes_clips) if stride is None else stride,
-        time_first=order == "btchw",
-        told_by=told_by,
+        tuple(size), mean, std, crop_pct, frames, stride, time_first=order == "btchw", origin=origin
     )
-
-
-def _stride(run: dict[str, Any], takes_clips: bool) -> int:
-    if run.get("data") == "video-folder":
-        return run.get("stride", STRIDE)
-    return 1 if run and takes_clips else STRIDE  # clips in memory have all frames
 
 
 Numbers = tuple[tuple[float, ...], tuple[float, ...], float, str]
 
 
-def _of_run(run: dict[str, Any], size: Sequence[int]) -> Numbers:
-    """What the data set of a run is normalized by."""
-    name, c = run["data"], size[0]
-    told_by = f"{name}, on which it was trained"
+def _of_run(run: dict[str, Any], c: int) -> Numbers:
+    """Returns mean, std and crop_pct of the data set of a run."""
+    name, origin = run["data"], f"{run['data']}, on which it was trained"
     if name in ("folder", "video-folder") or "/" in name:  # read from files, so ImageNet's
-        return *imagenet_mean_std(c), run.get("crop_pct", 0.875), told_by
+        return *imagenet_mean_std(c), run.get("crop_pct", 0.875), origin
     data = load_data(name, "test", root=run.get("root"), in_chans=c)
-    return data.mean, data.std, 1.0, told_by  # in memory, and nothing is cut off
+    return data.mean, data.std, 1.0, origin  # in memory, and not cropped
 
 
 def _of_config(model: nn.Module, c: int) -> Numbers:
-    """What timm's configuration says, ImageNet's numbers where there is none."""
-    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
+    """Returns mean, std and crop_pct of timm's configuration, ImageNet's where there is none."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    mean = _for_channels(config.get("mean", IMAGENET_DEFAULT_MEAN), c)
-    std = _for_channels(config.get("std", IMAGENET_DEFAULT_STD), c)
-    told_by = "its timm configuration" if config else "ImageNet, as it has no configuration"
-    return mean, std, config.get("crop_pct", 0.875), told_by
-
-
-def _for_channels(numbers: Any, c: int) -> tuple[float, ...]:
-    """One number a channel; those of color are averaged for gray."""
-    return tuple(numbers) if len(numbers) == c else (sum(numbers) / len(numbers),) * c
-
-
-def _numbered(short: str, whole: str, number: int) -> str:
-    """The name without its end, then with it, then with a number."""
-    return (short, whole)[number] if number < 2 else f"{whole}-{number}"
+    mean, std = (
+        tuple(values) if len(values) == c else (sum(values) / len(values),) * c  # gray of color
+        for values in map(config.get, ("mean", "std"), imagenet_mean_std(3))
+    )
+    origin = "its timm configuration" if config else "ImageNet, as it has no configuration"
+    return mean, std, config.get("crop_pct", 0.875), origin
 
 
 def _open(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""A model as a command is told it, and the size of what it takes."""
+"""A model by name or from a checkpoint, and the size of its inputs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..utils.modules import pick_device
 def load_sized(
     name: str, img_size: int, device: str, *, hosts_only: bool = False
 ) -> tuple[nn.Module, list[int]]:
-    """Loads a model by name or from a checkpoint, and tells the axes of one of its inputs.
+    """Loads a model by name or from a checkpoint, and finds the size of its inputs.
 
     Args:
-        name: One that `create_model` knows, ours or timm's, or a checkpoint of `save_model`.
+        name: Of a model that `create_model` knows, ours or timm's, or a checkpoint of `save_model`.
         img_size: Height and width of the images; 0 leaves them as the model has them.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
-        hosts_only: Refuse what `insert` does not know.
+        hosts_only: Accept only models that `insert` knows.
 
     Returns:
         The model, and `c h w` of its images or `c t h w` of its clips.
@@ -29,7 +29,7 @@ def load_sized(
     Raises:
         ValueError: There is no such model or device, it cannot have the size, or it is no host.
     """
-    place = pick_device(device)
+    target = pick_device(device)
     saved = "/" in name or name.endswith(".safetensors") or Path(name).exists()
     model: Any = load_model(name) if saved else create_model(name)
     if hosts_only:
@@ -41,16 +41,11 @@ def load_sized(
                 f"create_model built with img_size={img_size}, and pass the file"
             )
         model.set_input_size((img_size, img_size))
-    embed = _embedding(model)
     channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
     channels = next((m.in_channels for m in convolutions), channels)
     tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
     frames = [model.num_frames * tubelet] if hasattr(model, "num_frames") else []
-    return model.to(place), [channels, *frames, *(getattr(embed, "img_size", None) or size)]
-
-
-def _embedding(model: Any) -> Any:
-    """What makes tokens of images, and has their size: of a ViT, a FrameViT or a Mixer."""
-    owner = getattr(model, "encoder", model)
-    return getattr(owner, "patch_embed", getattr(owner, "stem", None))
+    owner = getattr(model, "encoder", model)  # of a FrameViT
+    embed = getattr(owner, "patch_embed", getattr(owner, "stem", None))  # a Mixer's is its stem
+    return model.to(target), [channels, *frames, *(getattr(embed, "img_size", None) or size)]

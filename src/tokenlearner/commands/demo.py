@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,20 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.factory import ImageDataset, load_data
-from ..evaluation.latency import Cost
 from ..evaluation.maps import attention_maps, draw_maps
 from ..training.config import TrainConfig
 from ..training.run import TrainResult, train
+from ..utils.imports import require_package
 from ..utils.io import atomic_write, unique_path
 from ..utils.validation import check_count
-from ._comparison import (
-    Candidate,
-    ModelComparison,
-    check_drawing,
-    held_out_images,
-    measure_models,
-    write_comparison,
-)
+from ._arguments import read_config
+from ._comparison import Candidate, compare_models, held_out_images, write_comparison
 from ._console import console, training_progress
 from .report.render import write_report
 
@@ -75,14 +70,14 @@ def demo(config: DemoConfig) -> Path:
     Raises:
         ValueError: An option does not fit, or a package of the `demo` extra is missing.
     """
-    check_drawing()
+    require_package("matplotlib", "train", "drawing maps")
     photographs = load_photographs()
     out = unique_path(config.out)
     held_out = load_data("fashion-mnist-small", "test")
     runs: dict[str, TrainResult] = {}
     names = {"vit": "ViT", f"vit-tl{config.tokens}": f"ViT, {config.tokens} learned tokens"}
     for (folder, name), tokens in zip(names.items(), (0, config.tokens), strict=True):
-        recipe = TrainConfig(
+        train_config = TrainConfig(
             out=str(out / folder),
             num_tokens=tokens,
             at=config.at,
@@ -91,21 +86,23 @@ def demo(config: DemoConfig) -> Path:
             lr=2e-3,
         )
         with training_progress(f"training {name}") as report:
-            runs[name] = train(recipe, report)
-    console().print("measuring both in turn ...")
-    costs = measure_models({name: run.model for name, run in runs.items()}, held_out)
-    plain, learned = (_contender(name, run, costs[name]) for name, run in runs.items())
-    _draw(out, runs[learned.name].model, held_out, photographs)
-    _draw_curves(out / "curves.png", (plain, learned))
-    contest = ModelComparison((plain, learned), len(held_out), [_training((plain, learned))])
-    write_comparison(out, contest, asdict(config))
-    console().print("judging both once more for the report ...")
+            runs[name] = train(train_config, report)
+    models = {name: run.model for name, run in runs.items()}
+    histories = [run.history for run in runs.values()]
+    comparison = compare_models(models, held_out, histories, [_last_epoch(histories)])
+    _draw(out, [*models.values()][1], held_out, photographs)
+    _draw_curves(out / "curves.png", comparison.pair)
+    write_comparison(out, comparison, asdict(config))
+    console().print("evaluating both once more for the report ...")
     write_report(out, title="tokenlearner demo")
     return out
 
 
-def _contender(name: str, run: TrainResult, cost: Cost) -> Candidate:
-    return Candidate(name, run.history[-1]["test_top1_percent"], cost, run.history)
+def demo_command(arguments: Sequence[str]) -> None:
+    """Runs `tokenlearner demo`."""
+    out = demo(read_config("demo", DemoConfig, arguments))
+    print(f"Everything is in {out}")
+    print(f"The report is {out / 'report.html'}")
 
 
 def load_photographs() -> dict[str, Tensor]:
@@ -114,14 +111,10 @@ def load_photographs() -> dict[str, Tensor]:
     Raises:
         ValueError: scikit-image is missing.
     """
-    try:
-        import skimage.data
-    except ImportError as error:
-        message = "the demo needs scikit-image; run pip install 'tokenlearner[demo]'"
-        raise ValueError(message) from error
+    data = require_package("skimage.data", "demo", "the demo")
     photographs = {}
     for name in PHOTOGRAPHS:
-        pixels = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1).float() / 255
+        pixels = torch.from_numpy(getattr(data, name)()).permute(2, 0, 1).float() / 255
         side = min(pixels.shape[1:])
         top, left = ((size - side) // 2 for size in pixels.shape[1:])
         square = pixels[None, :, top : top + side, left : left + side]
@@ -134,32 +127,31 @@ def _draw(
     out: Path, model: nn.Module, held_out: ImageDataset, photographs: dict[str, Tensor]
 ) -> None:
     """Draws the maps on one test image of each of six classes, and on the photographs."""
-    chosen = [int((held_out.labels == label).nonzero()[0]) for label in (0, 1, 3, 5, 8, 9)]
+    indices = [int((held_out.labels == label).nonzero()[0]) for label in (0, 1, 3, 5, 8, 9)]
     title = "Where the learned tokens look: held-out images"
-    held_out_images(out / "maps-clothes.png", model, held_out, chosen, title)
+    held_out_images(out / "maps-clothes.png", model, held_out, indices, title)
     large: Any = copy.deepcopy(model).cpu()
     large.set_input_size((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
     images = torch.stack(list(photographs.values()))
     gray = (images.mean(1, keepdim=True) - held_out.mean[0]) / held_out.std[0]
     [maps] = attention_maps(large, gray).values()
-    title = (
-        f"The same weights on photographs of {PHOTOGRAPH_SIDE} x {PHOTOGRAPH_SIDE}, a kind unseen"
-    )
+    size = f"{PHOTOGRAPH_SIDE} x {PHOTOGRAPH_SIDE}"
+    title = f"The same weights on photographs of {size}, unlike the images of the training"
     draw_maps(out / "maps-photographs.png", images, maps, list(photographs), title)
 
 
-def _draw_curves(path: Path, contenders: tuple[Candidate, ...]) -> None:
+def _draw_curves(path: Path, candidates: tuple[Candidate, ...]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_time, loss = figure.subplots(1, 2)
-    for contender, marker in zip(contenders, ("o-", "s--"), strict=True):
-        rows = contender.history
+    for candidate, marker in zip(candidates, ("o-", "s--"), strict=True):
+        rows = candidate.history
         seconds = list(accumulate(row["train_seconds"] for row in rows))
-        by_time.plot(seconds, [r["test_top1_percent"] for r in rows], marker, label=contender.name)
+        by_time.plot(seconds, [r["test_top1_percent"] for r in rows], marker, label=candidate.name)
         epochs = [row["epoch"] for row in rows]
-        loss.plot(epochs, [row["train_loss"] for row in rows], marker, label=contender.name)
+        loss.plot(epochs, [row["train_loss"] for row in rows], marker, label=candidate.name)
     by_time.set(xlabel="seconds of training", ylabel="top-1 on held-out images, %")
     loss.set(xlabel="epoch", ylabel="training loss, nats", xticks=epochs)
     for axis in (by_time, loss):
@@ -169,9 +161,6 @@ def _draw_curves(path: Path, contenders: tuple[Candidate, ...]) -> None:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 
-def _training(pair: tuple[Candidate, Candidate]) -> str:
-    last = [c.top1_percent - c.history[-2]["test_top1_percent"] for c in pair]
-    return (
-        f"Training: short; the last epoch still changed them by {last[0]:+.1f} and {last[1]:+.1f} "
-        "points, so a longer one (--epochs) may close the gap or widen it."
-    )
+def _last_epoch(histories: Sequence[list[dict[str, Any]]]) -> str:
+    last = [rows[-1]["test_top1_percent"] - rows[-2]["test_top1_percent"] for rows in histories]
+    return f"Training: short; the last epoch changed accuracy by {last[0]:+.1f} and {last[1]:+.1f}."

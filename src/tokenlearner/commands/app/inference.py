@@ -21,8 +21,7 @@ from ...models.insertion import remove
 from ...utils.modules import clone_structure
 from ...utils.validation import check_choice, require
 from .._inputs import MapInput
-from .._map_table import counted
-from ..maps import compute_maps, time_step_rows
+from ..maps import compute_maps, counted, time_step_rows
 from .models import OfferedModel
 
 ALL_TOKENS = "sum"

@@ -12,10 +12,10 @@ from torch import nn
 from ...data.factory import load_data
 from ...models.insertion import wrapped_blocks
 from ...models.serialization import WEIGHTS
-from ...training.recipes import run_options
 from ...utils.validation import require
 from .._inputs import InputPipeline, MapInput, input_pipeline
 from .._models import load_sized
+from ..eval import run_options
 from .uploads import preprocess
 
 WITHOUT_CHECKPOINT = "vit_mini_patch4_tl8at3_28"  # its weights are random

@@ -15,10 +15,10 @@ from ...data.dataset import LabeledDataset, require_order
 from ...evaluation.accuracy import eval_batch_size
 from ...models.insertion import wrapped_blocks
 from ...models.serialization import weights_file
-from ...training.recipes import EvalConfig, run_options
 from ...utils.modules import pick_device, training_mode
 from ...utils.validation import require
 from .._comparison import held_out_images, one_of_each
+from ..eval import EvalConfig, run_options
 from .parts import Matrix, MatrixCell, ReportTable, cividis
 from .reader import RECIPE, FoundRun
 

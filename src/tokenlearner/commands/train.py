@@ -1,0 +1,60 @@
+"""`tokenlearner train`: options of a recipe and of the command line; what is printed at the end."""
+
+from __future__ import annotations
+
+import time
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import DefaultHelpFormatter
+
+from ..training.config import TrainConfig
+from ..training.recipes import find_recipe, list_recipes
+from ..utils.imports import require_package
+from ._arguments import complain, make_parser, parse
+
+
+def train_command(arguments: Sequence[str]) -> None:
+    """Trains a model, and compares it with its host where tokens are inserted."""
+    config, start = TrainConfig(**train_options(arguments)), time.perf_counter()
+    if config.insert:
+        require_package("matplotlib", "train", "drawing maps")
+    from ..training.run import train
+    from ._comparison import compare_with_host
+    from ._console import console, is_main_process, summary_table, training_progress
+    from .report.render import write_report
+
+    with training_progress(f"training {config.model}") as report:
+        result = train(config, report)
+    if not is_main_process():
+        return
+    if config.insert:
+        compare_with_host(config, result)
+    else:
+        console().print(summary_table(result.history, time.perf_counter() - start))
+    print(f"The report is {write_report(config.out, device=config.device)}")
+    print(f"The checkpoint is {result.checkpoint}")
+
+
+def train_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns the options of a recipe, if the first argument names one, and of the command line."""
+    parser = make_parser("train", TrainConfig, formatter=_RecipesFormatter)
+    parser.usage = "tokenlearner train [RECIPE] [--key value ...]"
+    listing = "\n".join(f"  {name:<24}{summary}" for name, summary in list_recipes().items())
+    parser.epilog = (
+        "RECIPE is one of those below, or a YAML file with options; train.json of a run is one too."
+        f"\n\nrecipes:\n{listing}"
+    )
+    parser.add_argument("--config", action="config", help=SUPPRESS)
+    if arguments and not arguments[0].startswith("-"):
+        path = find_recipe(arguments[0])
+        complain(parser, lambda: parser.parse_path(path), f"{path}: ")
+        arguments = [f"--config={path}", *arguments[1:]]
+    options = parse(parser, arguments)
+    del options["config"]
+    return options
+
+
+class _RecipesFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the list of recipes."""

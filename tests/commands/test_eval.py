@@ -1,0 +1,121 @@
+"""`tokenlearner eval`: a checkpoint is evaluated as its run evaluated it, unless options differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tokenlearner.commands.eval import EvalConfig, run_options
+from tokenlearner.commands.main import main
+
+SMALL_RUN = [
+    *("--model", "vit_mini_patch4_28", "--epochs", "1", "--warmup_epochs", "0.1"),
+    *("--model_kwargs", '{"embed_dim": 16, "depth": 2, "patch_size": 7}'),
+]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of two classes, and a run that was trained on it at 14 pixels, in gray."""
+    for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (20, 20), (80 * (name == "a"), 40 * i, 90)).save(folder / f"{i}.png")
+    size = ["--img_size", "14", "--in_chans", "1", "--batch_size", "3", "--workers", "0"]
+    data = ["--data", "folder", "--root", str(tmp_path / "data")]
+    main(["train", *SMALL_RUN, *size, *data, "--out", str(tmp_path / "run")])
+    return tmp_path
+
+
+def test_a_run_is_evaluated_as_it_was_in_training(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [row] = map(json.loads, (images / "run" / "metrics.jsonl").read_text().splitlines())
+    capsys.readouterr()
+    main(["eval", str(images / "run")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["images: 6", f"loss: {row['test_loss']:.4f}"]
+    assert len(lines) == 4
+
+
+def test_eval_counts_broken_images(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (images / "data" / "val" / "b" / "1.png").write_bytes(b"no image")
+    capsys.readouterr()
+    main(["eval", str(images / "run")])
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[-1]) == ("images: 5", "broken: 1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--img_size", "21"], "does not take images of [1, 21, 21]"),
+        (["--in_chans", "3"], "does not take images of [3, 14, 14]"),
+        (["--root", "nowhere"], "nowhere"),
+        (["--data", "torch/cifar10"], "pass root"),
+    ],
+)
+def test_eval_s_options_go_before_those_of_the_run(
+    options: list[str], message: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", str(images / "run"), *options])
+    assert message in capsys.readouterr().err
+
+
+# --- options of a run ---------------------------------------------------------------------------
+
+
+def test_a_checkpoint_without_a_run_has_no_options(tmp_path: Path) -> None:
+    assert run_options(str(tmp_path)) == {}
+    assert run_options(str(tmp_path / "model.safetensors")) == {}
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_options_of_a_run_are_those_of_its_data(name: str, tmp_path: Path) -> None:
+    run = {"data": "folder", "root": "there", "img_size": 9, "lr": 1.0, "images": 5}
+    (tmp_path / "train.json").write_text(json.dumps(run))
+    known = {"data": "folder", "root": "there", "img_size": 9}
+    assert run_options(str(tmp_path / name)) == known
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])
+def test_a_damaged_train_json_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(ValueError, match=r"train\.json"):
+        run_options(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "val"}, "split is 'val'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"workers": -1}, "workers is -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(checkpoint="x", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "number"),
+    [
+        ({}, (1, 28, 28), 500),
+        ({}, (3, 224, 224), 222),
+        ({}, (3, 8, 112, 112), 111),
+        ({"views": 4, "crops": 3}, (3, 8, 112, 112), 9),
+        ({"views": 99}, (3, 8, 224, 224), 1),
+        ({"views": 4, "batch_size": 7}, (3, 8, 112, 112), 7),
+    ],
+)
+def test_batches_are_smaller_where_a_clip_has_many_views(
+    options: dict[str, Any], shape: tuple[int, ...], number: int
+) -> None:
+    assert EvalConfig(checkpoint="x", **options).at_once(shape) == number
