@@ -37,12 +37,14 @@ class Candidate:
         top1_percent: Accuracy on the held-out images.
         cost: What it costs.
         history: Rows of metrics of its training here, if it was trained here.
+        run: Folder of that training, relative to that of the comparison.
     """
 
     name: str
     top1_percent: float
     cost: Cost
     history: list[dict[str, Any]] = field(default_factory=list)
+    run: str | None = None
 
     @property
     def train_seconds(self) -> float | None:
@@ -107,7 +109,7 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     top1s = (evaluate(result.host, data).top1_percent, result.history[-1]["test_top1_percent"])
     histories: tuple[list[Any], list[Any]] = ([], result.history)
     host, reduced = (
-        Candidate(name, top1, costs[name], history)
+        Candidate(name, top1, costs[name], history, "." if history else None)
         for name, top1, history in zip(names, top1s, histories, strict=True)
     )
     contest = ModelComparison((host, reduced), len(data), _how(config, result))
@@ -154,6 +156,7 @@ def write_comparison(out: Path, contest: ModelComparison, config: Mapping[str, A
             "top1_percent": contender.top1_percent,
             "cost": asdict(contender.cost),
             "epochs": contender.history,
+            "run": contender.run,
         }
         for contender in contest.pair
     ]

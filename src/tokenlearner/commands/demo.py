@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.factory import ImageDataset, load_data
-from ..evaluation.latency import Cost
 from ..evaluation.maps import attention_maps, draw_maps
 from ..training.config import TrainConfig
 from ..training.run import TrainResult, train
@@ -94,7 +93,10 @@ def demo(config: DemoConfig) -> Path:
             runs[name] = train(recipe, report)
     console().print("measuring both in turn ...")
     costs = measure_models({name: run.model for name, run in runs.items()}, held_out)
-    plain, learned = (_contender(name, run, costs[name]) for name, run in runs.items())
+    plain, learned = (
+        Candidate(name, run.history[-1]["test_top1_percent"], costs[name], run.history, folder)
+        for (folder, name), run in zip(names.items(), runs.values(), strict=True)
+    )
     _draw(out, runs[learned.name].model, held_out, photographs)
     _draw_curves(out / "curves.png", (plain, learned))
     contest = ModelComparison((plain, learned), len(held_out), [_training((plain, learned))])
@@ -102,10 +104,6 @@ def demo(config: DemoConfig) -> Path:
     console().print("judging both once more for the report ...")
     write_report(out, title="tokenlearner demo")
     return out
-
-
-def _contender(name: str, run: TrainResult, cost: Cost) -> Candidate:
-    return Candidate(name, run.history[-1]["test_top1_percent"], cost, run.history)
 
 
 def load_photographs() -> dict[str, Tensor]:

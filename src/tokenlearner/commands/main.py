@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -241,6 +242,7 @@ def _bench(arguments: Sequence[str]) -> None:
 def _report(arguments: Sequence[str]) -> None:
     module = import_module("tokenlearner.commands.report.render")
     help_text = "folder that train, demo or a benchmark wrote, or a JSON file of numbers"
+    arguments = [re.sub("^--pictures(?==|$)", "--images", argument) for argument in arguments]
     config = _config("report", module.ReportConfig, arguments, source=help_text)
     print(f"The report is {module.write_report(**vars(config))}")
 

@@ -32,6 +32,7 @@ _VARIABLES = {color: f"var(--{name})" for name, color in THEME.items()} | {
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],
     "text.color": THEME["ink"],
     "text.parse_math": False,
     "axes.labelcolor": THEME["ink"],
@@ -118,7 +119,7 @@ class Chart:
             styles: For each line's name the number of its color, dashes and marker.
             salt: Keeps ids apart from those of other figures.
         """
-        return _svg(partial(self._draw, styles), (3.9, 2.7), salt)
+        return _svg(partial(self._draw, styles), (3.0, 2.1), salt)
 
     def _draw(self, styles: Mapping[str, int], axes: Axes) -> None:
         axes.set(xlabel=self.x_label, ylabel=self.y_label)
@@ -152,7 +153,7 @@ def legend_svg(number: int) -> str:
         axes.set_axis_off()
         axes.plot([0, 1, 2], [0, 0, 0], **line_style(number), markevery=[1])
 
-    return _svg(draw, (0.55, 0.16), f"style-{number}")
+    return _svg(draw, (0.42, 0.12), f"style-{number}")
 
 
 def matrix_svg(names: Sequence[str], shares: np.ndarray, salt: str) -> str:
@@ -301,7 +302,12 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], salt: str) -> 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # measured in a font that has no such letter
             figure.savefig(
-                stream, format="svg", transparent=True, bbox_inches="tight", metadata=_METADATA
+                stream,
+                format="svg",
+                transparent=True,
+                bbox_inches="tight",
+                pad_inches=0.03,
+                metadata=_METADATA,
             )
     return _for_page(stream.getvalue())
 
