@@ -46,7 +46,7 @@ _STYLE: dict[str, Any] = {
     "ytick.color": THEME["quiet"],
 }
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-_BLACK_FROM = 0.45  # share from which black is read best on cividis, below it white
+_BLACK_FROM = 0.47  # share from which black is read best on cividis, below it white
 _CURVES = (  # a metric, the label of its axis, and its title
     ("train_loss", "training loss", "Training loss"),
     ("test_loss", "held-out loss, nats", "Held-out loss"),
@@ -146,14 +146,14 @@ def line_style(number: int) -> dict[str, Any]:
     }
 
 
-def legend_svg(number: int) -> str:
-    """Draws the sample of a line's style for a legend."""
+def legend_svg(number: int, salt: str) -> str:
+    """Draws a sample of the style that goes with a number."""
 
     def draw(axes: Axes) -> None:
         axes.set_axis_off()
         axes.plot([0, 1, 2], [0, 0, 0], **line_style(number), markevery=[1])
 
-    return _svg(draw, (0.42, 0.12), f"style-{number}")
+    return _svg(draw, (0.42, 0.12), salt)
 
 
 def matrix_svg(names: Sequence[str], shares: np.ndarray, salt: str) -> str:
@@ -321,6 +321,6 @@ def _for_page(svg: str) -> str:
     return re.sub(r"(?<=: )#\w{6}", lambda match: _VARIABLES.get(match[0], match[0]), svg)
 
 
-def _short(name: str, most: int = 24) -> str:
+def _short(name: str, most: int = 30) -> str:
     name = " ".join(name.split())
     return name if len(name) <= most else f"{name[: most - 1]}…"
