@@ -126,9 +126,8 @@ class Chart:
         axes.margins(0.06)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:,.10g}")
-        axes.locator_params(nbins=6)
-        if self.whole:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("y", nbins=6)
+        axes.locator_params("x", nbins=6, integer=self.whole)
         for line in self.lines:
             _draw_line(axes, line, line_style(styles[line.name]))
         if self.diagonal:
@@ -174,9 +173,9 @@ def matrix_svg(names: Sequence[str], shares: np.ndarray, salt: str) -> str:
         axes.set_xticks(range(len(names)), labels, rotation=90)
         axes.set_yticks(range(len(names)), labels)
         for row, column in zip(*shares.nonzero(), strict=True):
-            share = shares[row, column]
-            text = {"color": cell_ink(share), "ha": "center", "va": "center_baseline"}
-            axes.text(column, row, f"{100 * share:.0f}", **text)
+            share = float(shares[row, column])
+            text = f"{100 * share:.0f}"
+            axes.text(column, row, text, color=cell_ink(share), ha="center", va="center_baseline")
 
     side = 0.34 * len(names)
     return _svg(draw, (side, side), salt)
