@@ -65,11 +65,11 @@ def write_report(
     What is damaged or missing there is named in the report and does not stop it.
 
     Args:
-        source: As in `ReportConfig`.
-        out: As in `ReportConfig`.
-        title: As in `ReportConfig`.
-        images: As in `ReportConfig`.
-        device: As in `ReportConfig`.
+        source: As in `ReportConfig`, like all others.
+        out: File to write.
+        title: The heading.
+        images: Held-out images at most on which each model is evaluated.
+        device: Such as cpu or cuda.
 
     Returns:
         The file.

@@ -27,7 +27,6 @@ from .tables import (
 )
 
 _PACKAGES = ("tokenlearner", "torch", "torchvision", "timm")
-_MANY = 4  # columns; with more names each gets a row
 _KINDS = {
     "comparison": "two models, side by side",
     "bench": "cost and speed of models",
@@ -120,10 +119,11 @@ def _what_ran(source: ReportSource) -> Section:
     lead = "What this report is about, and the command that makes the same again."
     tables = []
     if source.runs:
-        tables.append(_facts_table({r.name: _run_facts(r) for r in source.runs}, "Trainings"))
+        names, facts = [run.name for run in source.runs], [*map(_run_facts, source.runs)]
+        tables.append(ReportTable.of_columns(names, facts, "Trainings", words=True))
     if source.files:
-        facts = {label: _file_facts(file) for label, file in _by_label(source.files).items()}
-        tables.append(_facts_table(facts, "Measurements"))
+        names, facts = [*_by_label(source.files)], [*map(_file_facts, source.files)]
+        tables.append(ReportTable.of_columns(names, facts, "Measurements", words=True))
     return Section("ran", "What ran", lead, tables=tables, problems=source.problems)
 
 
@@ -298,16 +298,6 @@ def _options_table(columns: Mapping[str, Mapping[str, Any]], caption: str) -> Re
     rows = [[key, *(_option(o.get(key)) for o in columns.values())] for key in keys]
     differ = frozenset(i for i, row in enumerate(rows) if len(set(row[1:])) > 1)
     return ReportTable(("option", *columns), rows, caption, differ, words=True)
-
-
-def _facts_table(facts: Mapping[str, Mapping[str, str]], caption: str) -> ReportTable:
-    """Makes a table with a column for each name, or a row if there are many."""
-    labels = next(iter(facts.values()))
-    if len(facts) > _MANY:
-        rows = [[name, *values.values()] for name, values in facts.items()]
-        return ReportTable(("", *labels), rows, caption, words=True)
-    rows = [[label, *(values[label] for values in facts.values())] for label in labels]
-    return ReportTable(("", *facts), rows, caption, words=True)
 
 
 def _version(package: str) -> str:

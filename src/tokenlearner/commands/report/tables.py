@@ -12,7 +12,7 @@ from .reader import ResultFile, Run
 Row = Mapping[str, Any]
 
 DASH = "–"
-_MANY_RUNS = 4  # from here on each run is a row, not a column
+_MANY = 4  # columns; with more names each is a row
 _LARGEST = 1e100  # numbers beyond are damage, and overflow where they are drawn
 _COSTS: dict[str, tuple[str, ...]] = {
     "top-1 on held-out images, %": ("top1_percent",),
@@ -23,8 +23,8 @@ _COSTS: dict[str, tuple[str, ...]] = {
     "peak memory, training, MiB": ("cost", "training_peak_memory_mib"),
     "parameters": ("cost", "parameters"),
 }
+_OPTIONAL = ("steps left out", "files that cannot be read")  # values that most runs do not have
 _SPEEDS = {"value": None, "speedup": 2, "of_macs_ratio": 2}  # of a bench, and their digits
-_OPTIONAL = ("steps left out", "files that cannot be read")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,29 @@ class ReportTable:
     caption: str = ""
     marked: frozenset[int] = frozenset()
     words: bool = False
+
+    @classmethod
+    def of_columns(
+        cls,
+        names: Sequence[str],
+        columns: Sequence[Mapping[str, str]],
+        caption: str = "",
+        words: bool = False,
+    ) -> ReportTable:
+        """Makes a table with a column for each name, or a row if there are many.
+
+        Args:
+            names: Of the columns.
+            columns: Texts by their labels, which are the same in all.
+            caption: As in the class.
+            words: As in the class.
+        """
+        labels = [*columns[0]] if columns else []
+        if len(columns) > _MANY:
+            rows = [[name, *texts.values()] for name, texts in zip(names, columns, strict=True)]
+            return cls(("", *labels), rows, caption, words=words)
+        rows = [[label, *(texts[label] for texts in columns)] for label in labels]
+        return cls(("", *names), rows, caption, words=words)
 
 
 def finite(value: object) -> float | None:
@@ -94,39 +117,35 @@ def value_text(value: object, digits: int | None = None) -> str:
 
 def comparison_table(file: ResultFile) -> ReportTable:
     """Makes the table of two models side by side, as the commands print it, with their ratio."""
-    models = file.models
-    rows = {label: [get_nested(m, *keys) for m in models] for label, keys in _COSTS.items()}
-    rows["seconds of training"] = [_seconds(model.get("epochs")) for model in models]
-    rows = {label: row for label, row in rows.items() if any(value is not None for value in row)}
-    return _columns([model["name"] for model in models], rows)
+    columns = [
+        {label: get_nested(model, *keys) for label, keys in _COSTS.items()}
+        | {"seconds of training": _seconds(model.get("epochs"))}
+        for model in file.models
+    ]
+    return _value_table(
+        [model["name"] for model in file.models], columns, (*_COSTS, "seconds of training")
+    )
 
 
 def runs_table(runs: Sequence[Run]) -> ReportTable:
-    """Makes the table of trainings: a column for each; of many a row for each."""
-    summaries = [_summary(run.history) for run in runs]
-    names = [run.name for run in runs]
-    labels = [
-        label
-        for label in summaries[0]
-        if label not in _OPTIONAL or any(summary[label] is not None for summary in summaries)
-    ]
-    if len(runs) < _MANY_RUNS:
-        return _columns(names, {label: [s[label] for s in summaries] for label in labels})
-    rows = [
-        [name, *(number_text(summary[label]) for label in labels)]
-        for name, summary in zip(names, summaries, strict=True)
-    ]
-    return ReportTable(("", *labels), rows)
+    """Makes the table of trainings; of two with their ratio."""
+    return _value_table([run.name for run in runs], [_summary(run.history) for run in runs])
 
 
-def _columns(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> ReportTable:
-    """Makes a table with a column for each name; two get their ratio."""
-    pair = len(names) == 2
+def _value_table(
+    names: Sequence[str], columns: Sequence[Row], optional: Sequence[str] = _OPTIONAL
+) -> ReportTable:
+    """Makes a table of values; one of `optional` that nobody has is left out."""
+    rows = {label: [column[label] for column in columns] for label in (columns or [{}])[0]}
+    left_out = {k for k in rows if k in optional and all(value is None for value in rows[k])}
     texts = [
-        [label, *map(value_text, values), *([_ratio(label, values)] if pair else [])]
-        for label, values in rows.items()
+        {label: value_text(value) for label, value in column.items() if label not in left_out}
+        for column in columns
     ]
-    return ReportTable(("", *names, *(["ratio"] if pair else [])), texts)
+    if len(columns) != 2:
+        return ReportTable.of_columns(names, texts)
+    ratios = {label: _ratio(label, rows[label]) for label in texts[0]}
+    return ReportTable.of_columns([*names, "ratio"], [*texts, ratios])
 
 
 def _ratio(label: str, values: Sequence[Any]) -> str:
