@@ -303,14 +303,14 @@ def test_names_of_classes_models_and_options_are_text(
     folder = make_run(tmp_path / "<b>run", teacher=EVIL)
     write_comparison(folder, comparison(**{EVIL: epochs(1), "b": epochs(3)}) | {"notes": [EVIL]})
     whole = load_data("fashion-mnist-small", "test").sample(FEW)
-    classes = (EVIL, "$x^2$ -->", "靴", *whole.classes[3:])
+    classes = (EVIL, "$x^2$ -->", "靴", "no \udce9", *whole.classes[4:])
     evil = replace(whole, classes=classes)
     monkeypatch.setattr("tokenlearner.data.factory.load_data", lambda *a, **k: evil)
     page = Page(write_report(folder, title=f"{EVIL} title", images=FEW))
     assert not page.all("script", "b")
     assert page.texts("h1") == [f"{EVIL} title"]
     assert page.row("teacher") == [EVIL]
-    assert {EVIL, "$x^2$ -->", "靴"} <= {*page.texts("text")}
+    assert {EVIL, "$x^2$ -->", "靴", "no ?"} <= {*page.texts("text")}
     assert EVIL in page.figures[-1]
     assert EVIL in page.texts("li")
     assert EVIL in page.texts("th", scope="col")
@@ -600,7 +600,7 @@ def test_of_many_classes_those_with_the_most_mistakes_are_in_the_matrix() -> Non
     names = tuple(f"class {i}" for i in range(30))
     matrix = Confusions("m", counts, names, "data, test", 303)
     assert matrix.shares.shape == (20, 20)
-    assert {29, 7} <= {*matrix.shown}
+    assert {29, 7} <= {*matrix.selected}
     assert "20 of 30" in matrix.remark
 
 

@@ -46,7 +46,7 @@ class Confusions:
     size: int
 
     @property
-    def shown(self) -> list[int]:
+    def selected(self) -> list[int]:
         """The classes of the matrix: all, or those with the most mistakes, in their order."""
         if len(self.counts) <= MAX_CLASSES:
             return list(range(len(self.counts)))
@@ -56,9 +56,9 @@ class Confusions:
 
     @property
     def shares(self) -> Tensor:
-        """The counts of the shown classes, as shares of each true class."""
+        """The counts of the selected classes, as shares of each true class."""
         shares = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
-        return shares[self.shown][:, self.shown]
+        return shares[self.selected][:, self.selected]
 
     @property
     def remark(self) -> str:
@@ -66,15 +66,15 @@ class Confusions:
         n, right = int(self.counts.sum()), int(self.counts.diagonal().sum())
         some = f" of {self.size:,}, drawn by a seed" if n < self.size else ""
         remark = f"{n:,} images{some} ({self.data}); {100 * right / max(n, 1):.1f} % are right."
-        if len(self.shown) < len(self.classes):
-            most = f"the {len(self.shown)} of {len(self.classes)} classes with the most mistakes"
+        if len(self.selected) < len(self.classes):
+            most = f"the {len(self.selected)} of {len(self.classes)} classes with the most mistakes"
             remark += f" The matrix has {most}."
         return remark
 
     @property
     def description(self) -> str:
         """The diagonal of the matrix in words, for those who cannot see it."""
-        classes = [self.classes[index] for index in self.shown]
+        classes = [self.classes[index] for index in self.selected]
         shares = zip(classes, self.shares.diagonal().tolist(), strict=True)
         right = ", ".join(f"{name} {share:.0%}" for name, share in shares)
         return f"Confusion matrix of {self.name}. Right of each class: {right}."
@@ -95,7 +95,7 @@ class Confusions:
 
     def svg(self, salt: str) -> str:
         """Draws the matrix; `salt` keeps its ids apart from those of other figures."""
-        return matrix_svg([self.classes[i] for i in self.shown], self.shares.numpy(), salt)
+        return matrix_svg([self.classes[i] for i in self.selected], self.shares.numpy(), salt)
 
 
 @dataclass(frozen=True)

@@ -321,5 +321,5 @@ def _for_page(svg: str) -> str:
 
 
 def _short(name: str, most: int = 30) -> str:
-    name = " ".join(name.split())
+    name = " ".join(name.encode(errors="replace").decode().split())
     return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -86,7 +86,7 @@ def write_report(
     problems = ["Left out, since images is 0."] if skipped else []
     page = _page(title or default_title(contents), make_sections(contents, results, problems))
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # names may be no UTF-8
     return path
 
 
