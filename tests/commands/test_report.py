@@ -477,7 +477,7 @@ def test_damaged_rows_are_named_and_the_rest_is_reported(tmp_path: Path) -> None
 
 
 def test_a_comparison_of_an_older_version_has_gaps(tmp_path: Path) -> None:
-    content = comparison(a=epochs(), b=epochs(1)) | {"notes": "no list"}
+    content: dict[str, Any] = comparison(a=epochs(), b=epochs(1)) | {"notes": "no list"}
     del content["environment"], content["models"][0]["top1_percent"]
     del content["models"][1]["cost"]["images_per_second"]
     page = Page(write_report(write_comparison(tmp_path, content)))
