@@ -1,8 +1,13 @@
-"""The table and the plot of a comparison, from the files that its runs left."""
+"""The table and the plot of a comparison, from the files that its runs left.
+
+`python benchmarks/compare_report.py benchmarks/results/compare.json` prints the table of a saved
+comparison and draws its plot beside it.
+"""
 
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -182,3 +187,17 @@ def _points(axis: Any, results: dict[str, Any], name: str, batch: str, color: st
 def _ms(cost: dict[str, Any]) -> float:
     """Milliseconds an image, from images a second."""
     return 1000 / cost["images_per_second"]["median"]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="results.json of benchmarks/compare.py")
+    path = parser.parse_args().results
+    results = json.loads(path.read_text(encoding="utf-8"))
+    print(table(results), end="")
+    plot(path.with_suffix(".png"), results)
+    print(f"The plot is {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

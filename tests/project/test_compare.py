@@ -122,6 +122,26 @@ def test_the_table_has_a_row_for_the_host_and_each_contender(
     assert (out / "plot.png").stat().st_size > 10_000
 
 
+def test_a_saved_comparison_gets_its_table_and_plot(
+    scripts: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = (BENCHMARKS / "results" / "compare.json").read_text()
+    (tmp_path / "compare.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["compare_report.py", str(tmp_path / "compare.json")])
+    scripts["compare_report"].main()
+    tops = [
+        run["top1_percent"]
+        for run in json.loads(content)["runs"]
+        if (run["contender"], run["budget"]) == ("v11", "half")
+    ]
+    low, middle, high = sorted(tops)
+    assert f"| {middle:.2f} ({low:.2f}–{high:.2f}) |" in capsys.readouterr().out
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
 def test_the_evaluation_tells_good_features_from_noise(scripts: dict[str, ModuleType]) -> None:
     labels = torch.arange(200) % 4
     good = nn.functional.one_hot(labels, 4) + 0.1 * torch.randn(200, 4)

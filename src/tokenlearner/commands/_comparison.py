@@ -39,12 +39,14 @@ class Candidate:
         top1_percent: Accuracy on the held-out images.
         cost: As `benchmark` measures it.
         history: Rows of metrics of its training; empty if it was not trained here.
+        run: Folder of that training, relative to that of the comparison.
     """
 
     name: str
     top1_percent: float
     cost: Cost
     history: list[dict[str, Any]] = field(default_factory=list)
+    run: str | None = None
 
     @property
     def train_seconds(self) -> float | None:
@@ -106,7 +108,9 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     require_package("matplotlib", "train", "drawing maps")
     data = load_data(config, "test")
     models = {"host": result.host, f"{config.insert} learned tokens": result.model}
-    comparison = compare_models(models, data, ([], result.history), _training(config, result))
+    comparison = compare_models(
+        models, data, ([], result.history), (None, "."), _training(config, result)
+    )
     out = Path(config.out)
     write_comparison(out, comparison, asdict(config))
     data = require_order(data, "list its labels")
@@ -119,6 +123,7 @@ def compare_models(
     models: Mapping[str, nn.Module],
     data: LabeledDataset,
     histories: Sequence[list[dict[str, Any]]],
+    runs: Sequence[str | None],
     remarks: Sequence[str] = (),
 ) -> ModelComparison:
     """Measures two models, interleaved, on their device.
@@ -127,6 +132,7 @@ def compare_models(
         models: Names and models.
         data: Held-out images; a model without a history is evaluated on them.
         histories: Rows of metrics of each model's training.
+        runs: Folder of each training, as in `Candidate`.
         remarks: As in `ModelComparison`.
     """
     console().print("measuring both, interleaved ...")
@@ -134,8 +140,8 @@ def compare_models(
     device = next(next(iter(models.values())).parameters()).device
     costs = benchmark(models, images.to(device))
     first, second = (
-        Candidate(name, _top1(model, data, history), costs[name], history)
-        for (name, model), history in zip(models.items(), histories, strict=True)
+        Candidate(name, _top1(model, data, history), costs[name], history, run)
+        for (name, model), history, run in zip(models.items(), histories, runs, strict=True)
     )
     return ModelComparison((first, second), len(data), remarks)
 
@@ -162,6 +168,7 @@ def write_comparison(out: Path, comparison: ModelComparison, config: Mapping[str
             "top1_percent": candidate.top1_percent,
             "cost": asdict(candidate.cost),
             "epochs": candidate.history,
+            "run": candidate.run,
         }
         for candidate in comparison.pair
     ]

@@ -89,7 +89,7 @@ def demo(config: DemoConfig) -> Path:
             runs[name] = train(train_config, report)
     models = {name: run.model for name, run in runs.items()}
     histories = [run.history for run in runs.values()]
-    comparison = compare_models(models, held_out, histories, [_last_epoch(histories)])
+    comparison = compare_models(models, held_out, histories, [*names], [_last_epoch(histories)])
     _draw(out, [*models.values()][1], held_out, photographs)
     _draw_curves(out / "curves.png", comparison.pair)
     write_comparison(out, comparison, asdict(config))

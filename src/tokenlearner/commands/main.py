@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -117,6 +118,8 @@ def _report(arguments: Sequence[str]) -> None:
     from ._arguments import read_config
     from .report.render import ReportConfig, write_report
 
+    old = re.compile("^--pictures(?==|$)")  # of version 0.3
+    arguments = [old.sub("--images", argument) for argument in arguments]
     config = read_config("report", ReportConfig, arguments)
     print(f"The report is {write_report(**vars(config))}")
 

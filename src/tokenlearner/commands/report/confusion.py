@@ -1,9 +1,8 @@
-"""What a report looks up again in a saved model: what it confuses, and where its tokens look."""
+"""Evaluates saved models once more for a report: their confusions, and maps of their tokens."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.dataset import LabeledDataset, require_order
+from ...data.dataset import LabeledDataset, MapDataset, require_order
 from ...evaluation.accuracy import eval_batch_size
 from ...models.insertion import wrapped_blocks
 from ...models.serialization import weights_file
@@ -19,181 +18,184 @@ from ...utils.modules import pick_device, training_mode
 from ...utils.validation import require
 from .._comparison import held_out_images, one_of_each
 from ..eval import EvalConfig, run_options
-from .parts import Matrix, MatrixCell, ReportTable, cividis
-from .reader import RECIPE, FoundRun
+from .figures import matrix_svg
+from .reader import RECIPE, Run
+from .tables import ReportTable
 
-_FETCHED = ("hfds/", "hfids/", "wds/")  # sets that may ask the network, or have no order
-SHOWN_CLASSES = 20  # of a matrix; of more classes those that are mistaken most often
-_WORST = 5  # confusions that are listed
+_FETCHED = ("hfds/", "hfids/", "wds/")  # sets that may need the network, or have no order
+MAX_CLASSES = 20  # of a matrix; of more classes those with the most mistakes
+_MOST_FREQUENT = 5  # confusions that are listed
 
 
 @dataclass(frozen=True)
 class Confusions:
-    """How often each class was taken for each.
+    """How often images of each class were taken for each class.
 
     Args:
+        name: Of the model.
         counts: int64 `[true, predicted]`.
         classes: Their names.
-        data: The data set, and which part of it.
-        whole: Images that the part has.
+        data: The data set, and its split.
+        size: Images of the split, of which some may have been drawn.
     """
 
+    name: str
     counts: Tensor
     classes: tuple[str, ...]
     data: str
-    whole: int
+    size: int
+
+    @property
+    def selected(self) -> list[int]:
+        """The classes of the matrix: all, or those with the most mistakes, in their order."""
+        if len(self.counts) <= MAX_CLASSES:
+            return list(range(len(self.counts)))
+        mistakes = self.counts.sum(0) + self.counts.sum(1) - 2 * self.counts.diagonal()
+        order = mistakes.sort(descending=True, stable=True).indices
+        return sorted(order[:MAX_CLASSES].tolist())
+
+    @property
+    def shares(self) -> Tensor:
+        """The counts of the selected classes, as shares of each true class."""
+        shares = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+        return shares[self.selected][:, self.selected]
+
+    @property
+    def remark(self) -> str:
+        """The number of images and the accuracy, in a sentence."""
+        n, right = int(self.counts.sum()), int(self.counts.diagonal().sum())
+        some = f" of {self.size:,}, drawn by a seed" if n < self.size else ""
+        remark = f"{n:,} images{some} ({self.data}); {100 * right / max(n, 1):.1f} % are right."
+        if len(self.selected) < len(self.classes):
+            most = f"the {len(self.selected)} of {len(self.classes)} classes with the most mistakes"
+            remark += f" The matrix has {most}."
+        return remark
+
+    @property
+    def description(self) -> str:
+        """The diagonal of the matrix in words, for those who cannot see it."""
+        classes = [self.classes[index] for index in self.selected]
+        shares = zip(classes, self.shares.diagonal().tolist(), strict=True)
+        right = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+        return f"Confusion matrix of {self.name}. Right of each class: {right}."
+
+    @property
+    def most_frequent(self) -> ReportTable:
+        """The confusions that happened most often."""
+        wrong = self.counts - self.counts.diagonal().diag()
+        order = wrong.flatten().sort(descending=True, stable=True).indices[:_MOST_FREQUENT]
+        rows = []
+        for true, other in (divmod(index, len(wrong)) for index in order.tolist()):
+            if count := int(wrong[true, other]):
+                label = f"{self.classes[true]} taken for {self.classes[other]}"
+                share = 100 * count / int(self.counts[true].sum())
+                rows.append([label, f"{count:,}", f"{share:.0f}"])
+        head = ("", "images", "% of the class")
+        return ReportTable(head, rows, "The most frequent confusions")
+
+    def svg(self, salt: str) -> str:
+        """Draws the matrix; `salt` keeps its ids apart from those of other figures."""
+        return matrix_svg([self.classes[i] for i in self.selected], self.shares.numpy(), salt)
 
 
 @dataclass(frozen=True)
 class Reevaluation:
-    """What a saved model did once more; what is missing says why.
+    """A saved model's results on held-out images; what is missing says why.
 
     Args:
         name: Of the model.
-        confusions: None where it could not be judged.
-        sheet: A PNG of its maps on held-out images, if it was asked for and can be drawn.
+        confusions: None where it could not be evaluated.
+        maps: A PNG of its maps on held-out images, if it was requested and can be drawn.
         problems: Why something is missing, in sentences.
     """
 
     name: str
     confusions: Confusions | None
-    sheet: bytes | None
+    maps: bytes | None
     problems: list[str]
 
 
 def reevaluate(
-    run: FoundRun, images: int, device: str, draw: bool, host: Path | None = None
+    run: Run, images: int, device: str, draw: bool, host: Path | None = None
 ) -> Reevaluation:
-    """Judges a run's model on held-out images, as the run did, and draws its maps.
+    """Evaluates a run's model on held-out images, as the run did, and draws its maps.
 
-    Nothing is fetched, and nothing that goes wrong stops it.
+    Nothing is fetched, and no error stops it.
 
     Args:
         run: The training.
-        images: How many to judge at most, drawn by a seed.
+        images: How many to evaluate at most, drawn by a seed.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         draw: Whether to draw maps, if the model learns tokens.
-        host: Look at this one's weights in place of the run's, on the run's images.
+        host: Evaluate this checkpoint in place of the run's, on the run's images.
     """
-    problems: list[str] = []
     try:
         model, data = _load(run, host or run.folder, device)
-        whole = len(data)
-        part: LabeledDataset = data
-        if whole > images:
-            part = require_order(data, f"draw {images} images").sample(images, 0)
-        counts = _confusion_counts(model, part)
-        found = Confusions(counts, tuple(data.classes), f"{data.name}, {data.split}", whole)
-    except Exception as error:  # whatever a damaged checkpoint or data set makes torch raise
-        return Reevaluation(run.name, None, None, [f"{run.name}: {_line(error)}"])
-    sheet = None
-    if draw and wrapped_blocks(model):
-        try:
-            sheet = _sheet(model, data)
-        except Exception as error:
-            problems.append(f"{run.name}: its maps cannot be drawn: {_line(error)}")
-    return Reevaluation(run.name, found, sheet, problems)
+        size = len(data)
+        counts = confusion_counts(model, data.sample(images, 0) if size > images else data)
+    except Exception as error:  # a damaged checkpoint or data set makes torch raise anything
+        return Reevaluation(run.name, None, None, [f"{run.name}: {_one_line(error)}"])
+    source = f"{data.name}, {data.split}"
+    confusions = Confusions(run.name, counts, tuple(data.classes), source, size)
+    if not draw or not wrapped_blocks(model):
+        return Reevaluation(run.name, confusions, None, [])
+    try:
+        return Reevaluation(run.name, confusions, _draw_maps(model, data), [])
+    except Exception as error:
+        problem = f"{run.name}: its maps cannot be drawn: {_one_line(error)}"
+        return Reevaluation(run.name, confusions, None, [problem])
 
 
-def confusion_matrix(name: str, found: Confusions) -> Matrix:
-    """A matrix of shares of each true class, and the most frequent confusions."""
-    counts = found.counts
-    shown = _most_mistaken(counts)
-    n, right = int(counts.sum()), int(counts.diagonal().sum())
-    some = f" of {found.whole:,}, drawn by a seed" if n < found.whole else ""
-    remark = f"{n:,} images{some} ({found.data}); {100 * right / max(n, 1):.1f} % are right."
-    if len(shown) < len(found.classes):
-        remark += f" Shown are the {len(shown)} of {len(found.classes)} classes mistaken most."
-    rows = [[_cell(found, true, other) for other in shown] for true in shown]
-    names = [found.classes[index] for index in shown]
-    return Matrix(name, names, rows, _worst(found), remark)
-
-
-def _load(run: FoundRun, place: Path, device: str) -> tuple[nn.Module, LabeledDataset]:
-    """The model of a folder or a file, and the images that the run was judged by.
+def _load(run: Run, checkpoint: Path, device: str) -> tuple[nn.Module, MapDataset]:
+    """Loads the model of a folder or a file, and the images that the run was evaluated on.
 
     Raises:
-        ValueError: One of both is not at hand.
+        ValueError: One of both is missing.
     """
     from ...data.factory import load_data
     from ...models.factory import load_model
 
-    weights = weights_file(place)
-    require(weights.is_file(), f"there is no {weights} to judge")
-    told: dict[str, Any] = run_options(str(run.folder)) | {"download": False}
-    require("data" in told, f"there is no {RECIPE} in {run.folder} that tells the data set")
-    config = EvalConfig(checkpoint=str(weights), device=device, **told)
+    weights = weights_file(checkpoint)
+    require(weights.is_file(), f"there is no {weights}")
+    options: dict[str, Any] = run_options(str(run.folder)) | {"download": False}
+    require("data" in options, f"there is no {RECIPE} in {run.folder} that names the data set")
+    config = EvalConfig(checkpoint=str(weights), device=device, **options)
     require(
         not config.data.startswith(_FETCHED),
         f"{config.data} may have to be fetched, which a report does not do",
     )
-    data = load_data(config, config.split)
+    data = require_order(load_data(config, config.split), "evaluate some of its images")
     return load_model(weights).to(pick_device(device)).eval(), data
 
 
 @torch.inference_mode()
-def _confusion_counts(model: nn.Module, data: LabeledDataset) -> Tensor:
+def confusion_counts(model: nn.Module, data: LabeledDataset) -> Tensor:
+    """Counts what images of each class are taken for, `[true, predicted]`; views are averaged.
+
+    Raises:
+        ValueError: None of the images can be read.
+    """
     classes, device = len(data.classes), next(model.parameters()).device
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     with training_mode(model, training=False):
-        for images, labels in _batches(data):
+        for images, labels in data.batches(min(100, eval_batch_size(data.shape))):
             views = images.shape[1] if images.ndim > len(data.shape) + 1 else 0
             logits = model((images.flatten(0, 1) if views else images).to(device)).float().cpu()
             logits = logits.unflatten(0, (-1, views)).mean(1) if views else logits
-            taken = logits[:, :classes].argmax(1)
-            counts += (labels * classes + taken).bincount(minlength=classes**2).view_as(counts)
+            predicted = logits[:, :classes].argmax(1)
+            counts += (labels * classes + predicted).bincount(minlength=classes**2).view_as(counts)
     require(bool(counts.sum()), f"none of the files of {data.name} can be read")
     return counts
 
 
-def _batches(data: LabeledDataset) -> Iterator[tuple[Tensor, Tensor]]:
-    return data.batches(min(100, eval_batch_size(data.shape)))
-
-
-def _sheet(model: nn.Module, data: LabeledDataset) -> bytes:
+def _draw_maps(model: nn.Module, data: MapDataset) -> bytes:
     """Draws the maps on an image of each of some classes."""
     require(len(data.shape) == 3, "these are clips; `tokenlearner maps` draws them")
-    data = require_order(data, "list its labels")
     title = "Where the learned tokens look: held-out images"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "maps.png"
         return held_out_images(path, model, data, one_of_each(data), title).read_bytes()
 
 
-def _most_mistaken(counts: Tensor) -> list[int]:
-    """All classes, or the ones with the most mistakes, in their order."""
-    if len(counts) <= SHOWN_CLASSES:
-        return list(range(len(counts)))
-    mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
-    order = mistakes.sort(descending=True, stable=True).indices
-    return sorted(order[:SHOWN_CLASSES].tolist())
-
-
-def _cell(found: Confusions, true: int, other: int) -> MatrixCell:
-    count, of_class = int(found.counts[true, other]), int(found.counts[true].sum())
-    share = count / max(of_class, 1)
-    ground, ink = cividis(share)
-    taken, own = found.classes[other], found.classes[true]
-    told = f"{count} of {of_class} of {own} taken for {taken}"
-    return MatrixCell(f"{100 * share:.0f}" if count else "", ground, ink, told)
-
-
-def _worst(found: Confusions) -> ReportTable:
-    """The confusions that happened most often."""
-    wrong = found.counts - found.counts.diagonal().diag()
-    order = wrong.flatten().sort(descending=True, stable=True).indices[:_WORST].tolist()
-    rows: list[list[str]] = []
-    for true, other in (divmod(index, len(wrong)) for index in order):
-        count, of_class = int(wrong[true, other]), int(found.counts[true].sum())
-        if count:
-            share = f"{100 * count / of_class:.0f}"
-            rows.append(
-                [f"{found.classes[true]} taken for {found.classes[other]}", f"{count:,}", share]
-            )
-    head = ("", "images", "% of the class")
-    return ReportTable(head, rows, "The most frequent confusions")
-
-
-def _line(error: Any) -> str:
-    """An error in one line."""
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

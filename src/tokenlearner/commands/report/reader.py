@@ -1,9 +1,10 @@
-"""What a report is about, found by the files that the commands write; damaged ones are named."""
+"""Reads what the commands wrote to a folder or a file; damaged pieces are listed as problems."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,26 +14,26 @@ from ...models.serialization import WEIGHTS
 from ...training.checkpointing import METRICS
 from ...utils.validation import require
 
-RECIPE, CONTEST, RESULTS = "train.json", "metrics.json", "results.json"
-_OF_A_FOLDER = (METRICS, RECIPE, CONTEST, WEIGHTS, "checkpoint.pt", "table.txt")
-_LOOKED_FOR = (
-    f"looked for {METRICS} or {RECIPE} (of train), {CONTEST} (of demo and train --insert), a JSON "
-    f"file of `bench --json`, and {RESULTS} of a benchmark, there and one folder below"
+RECIPE, COMPARISON, RESULTS = "train.json", "metrics.json", "results.json"
+_RUN_FILES = (METRICS, RECIPE, COMPARISON, WEIGHTS, "checkpoint.pt", "table.txt")
+_EXPECTED = (
+    f"expected {METRICS} or {RECIPE} (of train), {COMPARISON} (of demo and train --insert), a JSON "
+    f"file of `bench --json`, or {RESULTS} of a benchmark, there or one folder below"
 )
-_KINDS: dict[str, dict[str, type]] = {  # what each kind of JSON file has
+_KINDS: dict[str, dict[str, type]] = {  # the keys that each kind of JSON file has
     "bench": {"models": list, "measurements": list},
-    "contest": {"models": list, "config": dict},
-    "compare": {"runs": list, "costs": dict, "host": dict},
+    "comparison": {"models": list, "config": dict},
+    "budgets": {"runs": list, "costs": dict, "host": dict},
     "rows": {"rows": list},
 }
 
 
 @dataclass(frozen=True)
-class FoundRun:
+class Run:
     """A training.
 
     Args:
-        name: What the report calls it.
+        name: Its title in the report.
         folder: Where it is.
         options: Those of `train.json`; empty where there is none.
         history: A row of metrics for every epoch that can be read.
@@ -47,60 +48,73 @@ class FoundRun:
 
 
 @dataclass(frozen=True)
-class FoundFile:
-    """A JSON file of a known kind, and what is in it."""
+class ResultFile:
+    """A JSON file of a known kind: `bench`, `comparison` or `rows`.
 
-    name: str
+    Args:
+        path: Where it is.
+        kind: One of the three.
+        content: The JSON object in it.
+        prefix: Precedes the names of its models, where several files name theirs alike.
+    """
+
     path: Path
     kind: str
     content: Mapping[str, Any]
+    prefix: str = ""
 
     @property
-    def models(self) -> list[Mapping[str, Any]]:
-        """Of a contest or a bench: what was measured of each model that has a name."""
+    def models(self) -> list[dict[str, Any]]:
+        """The measurements of each model that has a name, of a comparison or a bench."""
         rows = (row for row in self.content["models"] if isinstance(row, Mapping))
-        return [row for row in rows if isinstance(row.get("name"), str)]
+        named = (row for row in rows if isinstance(row.get("name"), str))
+        return [{**row, "name": self.prefix + row["name"]} for row in named]
 
     @property
     def notes(self) -> list[str]:
-        """What the command made of the numbers, in sentences."""
+        """The command's conclusions, in sentences."""
         notes = self.content.get("notes")
         return [str(note) for note in notes] if isinstance(notes, list) else []
 
     @property
     def written(self) -> str:
-        """When, in UTC."""
+        """The time of the last change, in UTC."""
         return _time_of(self.path)
 
 
 @dataclass(frozen=True)
-class Found:
+class ReportSource:
     """Everything that a report is made of.
 
     Args:
-        source: The folder or file that was named.
-        runs: Trainings, in the order of the contest that they belong to, then of their folders.
-        files: What was measured.
+        path: The folder or file that was given.
+        runs: Trainings, those of comparisons first.
+        files: Measurements.
         problems: What could not be read, in sentences.
     """
 
-    source: Path
-    runs: list[FoundRun]
-    files: list[FoundFile]
+    path: Path
+    runs: list[Run]
+    files: list[ResultFile]
     problems: list[str]
 
-    def of_kind(self, kind: str) -> list[FoundFile]:
-        """The files of one kind: `contest`, `bench`, `compare` or `rows`."""
+    def of_kind(self, kind: str) -> list[ResultFile]:
+        """Returns the files of one kind."""
         return [file for file in self.files if file.kind == kind]
 
     @property
+    def finished_runs(self) -> list[Run]:
+        """The runs with at least one epoch."""
+        return [run for run in self.runs if run.history]
+
+    @property
     def folders(self) -> list[Path]:
-        """Where images may be: the contests' and the runs' folders, each once."""
-        places = [file.path.parent for file in self.of_kind("contest")]
-        return [*dict.fromkeys([*places, *(run.folder for run in self.runs)])]
+        """The folders of comparisons and runs, each once; images may be in them."""
+        folders = [file.path.parent for file in self.of_kind("comparison")]
+        return [*dict.fromkeys([*folders, *(run.folder for run in self.runs)])]
 
 
-def read_source(source: str | Path) -> Found:
+def read_source(source: str | Path) -> ReportSource:
     """Reads what the commands left in a folder and one level below, or in one file.
 
     A file of a run's folder, such as `metrics.jsonl`, stands for the folder.
@@ -110,54 +124,71 @@ def read_source(source: str | Path) -> Found:
     """
     path = Path(source).expanduser()
     require(path.exists(), f"there is no {path}; name a folder that a command wrote, or a file")
-    if path.is_file() and path.name in _OF_A_FOLDER:
+    if path.is_file() and path.name in _RUN_FILES:
         path = path.parent
     problems: list[str] = []
+    runs: list[Run] = []
     if path.is_dir():
-        below = sorted(one for one in path.iterdir() if one.is_dir() and one.name[0] != ".")
-        folders = {path: path.resolve().name, **{one: one.name for one in below}}
-        files = [f for one, name in folders.items() for f in _files(one, name, problems)]
-        runs = [run for one, name in folders.items() if (run := _run(one, name, problems))]
+        below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        files = [f for folder in (path, *below) for f in _result_files(folder, problems)]
+        runs = [run for folder in (path, *below) if (run := _read_run(folder, problems))]
     else:
-        files, runs = [*_one_file(path, path.stem, problems)], []
+        files = [*_result_file(path, problems)]
     if not runs and not files:
-        said = f" ({'; '.join(problems)})" if problems else ""
-        raise ValueError(f"{path} holds nothing for a report{said}; {_LOOKED_FOR}")
-    files = _apart(files)
-    return Found(path, _named(runs, files), files, problems)
+        reasons = f" ({'; '.join(problems)})" if problems else ""
+        raise ValueError(f"{path} holds nothing for a report{reasons}; {_EXPECTED}")
+    comparisons = [file for file in files if file.kind == "comparison"]
+    if len(comparisons) > 1:
+        for file in comparisons:
+            prefix = f"{file.path.parent.resolve().name}: "
+            files[files.index(file)] = replace(file, prefix=prefix)
+    return ReportSource(path, _join(runs, files), files, problems)
 
 
-def _files(folder: Path, name: str, problems: list[str]) -> Iterator[FoundFile]:
+def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    """Reads a JSON object; an empty one, and a problem, where that fails."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path} cannot be read ({error})")
+        return {}
+    if isinstance(content, dict):
+        return content
+    problems.append(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return {}
+
+
+def _result_files(folder: Path, problems: list[str]) -> Iterator[ResultFile]:
+    """Finds the result files of a folder; files under other names may be damaged or foreign."""
     for path in sorted(folder.glob("*.json")):
-        own = path.name in (CONTEST, RESULTS)
-        yield from _one_file(path, name if own else path.stem, problems if own else [])
+        yield from _result_file(path, problems if path.name in (COMPARISON, RESULTS) else [])
 
 
-def _one_file(path: Path, name: str, problems: list[str]) -> Iterator[FoundFile]:
-    """The file if its kind is known; a file that can be read and is of another is passed over."""
+def _result_file(path: Path, problems: list[str]) -> Iterator[ResultFile]:
     content = read_object(path, problems)
-    if kind := next((kind for kind, has in _KINDS.items() if _fits(content, has)), None):
-        yield FoundFile(name, path, kind, content)
+    for kind, keys in _KINDS.items():
+        if all(isinstance(content.get(key), type_) for key, type_ in keys.items()):
+            if kind != "budgets":
+                yield ResultFile(path, kind, content)
+                return
+            hint = f"`python benchmarks/compare_report.py {path}` makes its table and plot"
+            problems.append(f"{path} was written by benchmarks/compare.py; {hint}")
 
 
-def _fits(content: Mapping[str, Any], has: Mapping[str, type]) -> bool:
-    return all(isinstance(content.get(key), form) for key, form in has.items())
-
-
-def _run(folder: Path, name: str, problems: list[str]) -> FoundRun | None:
+def _read_run(folder: Path, problems: list[str]) -> Run | None:
     metrics, recipe = folder / METRICS, folder / RECIPE
     if not metrics.is_file() and not recipe.is_file():
         return None
     options = read_object(recipe, problems) if recipe.is_file() else {}
     if not recipe.is_file():
         problems.append(f"{folder} has no {RECIPE}, so that its options are not known")
-    history = _history(metrics, problems) if metrics.is_file() else []
+    history = _read_history(metrics, problems) if metrics.is_file() else []
     finished = _time_of(metrics) if history else ""
-    return FoundRun(name, folder, options, history, finished)
+    return Run(folder.resolve().name, folder, options, history, finished)
 
 
-def _history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`, without lines that are none."""
+def _read_history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Reads the rows of `metrics.jsonl`; a line that is no JSON object is left out."""
     rows = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -167,7 +198,7 @@ def _history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             rows.append(row)
@@ -178,55 +209,39 @@ def _history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The JSON object in a file; an empty one, and a problem, where it cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read ({error})")
-        return {}
-    if isinstance(content, dict):
-        return content
-    problems.append(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return {}
+def _join(runs: Sequence[Run], files: Sequence[ResultFile]) -> list[Run]:
+    """Names each run as the comparison that it belongs to, in its order; then the other runs.
 
-
-def _named(runs: list[FoundRun], files: list[FoundFile]) -> list[FoundRun]:
-    """The runs, called as the contest calls what came of them, and in its order.
-
-    No two have the same name, and none that of a contest's model which it is not.
+    No two runs have the same name, and no other run that of a comparison's model.
     """
-    contests = (file for file in files if file.kind == "contest")
-    models = [model for contest in contests for model in contest.models]
-    own: dict[int, FoundRun] = {}
-    for run in runs:
-        for number, model in enumerate(models):
-            if run.history and model.get("epochs") == run.history and number not in own:
-                own[number] = replace(run, name=model["name"])
-                break
-    taken = {model["name"] for model in models}
-    folders = {run.folder for run in own.values()}
-    named = [own[number] for number in sorted(own)]
-    for run in (run for run in runs if run.folder not in folders):
+    comparisons = [file for file in files if file.kind == "comparison"]
+    models = [(file, model) for file in comparisons for model in file.models]
+    rest, joined = [*runs], []
+    for file, model in models:
+        if run := next((run for run in rest if _is_run_of(run, model, file.path.parent)), None):
+            rest.remove(run)
+            joined.append(replace(run, name=model["name"]))
+    names = {model["name"] for _, model in models}
+    for run in rest:
         name = run.name
-        while name in taken:
+        while name in names:
             name += "/"
-        taken.add(name)
-        named.append(replace(run, name=name))
-    return named
+        names.add(name)
+        joined.append(replace(run, name=name))
+    return joined
 
 
-def _apart(files: list[FoundFile]) -> list[FoundFile]:
-    """Several contests call their models alike: their folders' names then tell them apart."""
-    contests = [file for file in files if file.kind == "contest"]
-    if len(contests) < 2:
-        return files
-    return [_told_apart(file) if file in contests else file for file in files]
+def _is_run_of(run: Run, model: Mapping[str, Any], folder: Path) -> bool:
+    """Compares the folder of a run with the one that the comparison in `folder` recorded.
 
-
-def _told_apart(file: FoundFile) -> FoundFile:
-    models = [{**model, "name": f"{file.name}: {model['name']}"} for model in file.models]
-    return replace(file, content={**file.content, "models": models})
+    Version 0.3 did not record one; its runs are known by their metrics.
+    """
+    if "run" not in model:
+        return bool(run.history) and model.get("epochs") == run.history
+    recorded = model["run"]
+    return isinstance(recorded, str) and os.path.normpath(folder / recorded) == os.path.normpath(
+        run.folder
+    )
 
 
 def _time_of(path: Path) -> str:

@@ -1,27 +1,27 @@
-"""One HTML file that tells what ran and what came of it: `write_report(folder)`.
+"""Writes one HTML file about what ran and its results: `write_report(folder)`.
 
-It holds its images and its style, asks the network for nothing, and runs no script.
+It holds its images and its style, makes no network request, and runs no script.
 """
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
 from ...models.serialization import WEIGHTS, weights_file
+from ...utils.imports import require_package
 from ...utils.io import atomic_write
 from ...utils.validation import check_count, require
-from .charts import drawn_chart, line_style
 from .confusion import Reevaluation, reevaluate
-from .parts import Section
-from .reader import Found, FoundRun, read_source
-from .sections import all_sections, title_of
+from .figures import legend_svg
+from .reader import ReportSource, Run, read_source
+from .sections import Section, default_title, make_sections
 
 REPORT = "report.html"
-_JUDGED = 2000  # images, unless another number is asked for
+_IMAGES = 2000  # on which each model is evaluated by default
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class ReportConfig:
     """Writes one HTML file about a training, a comparison or a benchmark.
 
     Args:
-        source: A folder that train, demo or benchmarks/compare.py wrote, a folder of such folders,
-            or a JSON file of bench or of a benchmark.
+        source: A folder that train or demo wrote, a folder of such folders, or a JSON file of bench
+            or of a benchmark.
         out: File to write, which ends in .html; of a folder it is report.html in it by default, of
             a JSON file its name with .html.
-        title: What stands on top; the name of the source by default.
-        images: Held-out images at most that each saved model is judged by once more, for the
+        title: The heading; the name of the source by default.
+        images: Held-out images at most on which each saved model is evaluated once more, for the
             confusion matrix; 0 leaves that out.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
 
@@ -45,7 +45,7 @@ class ReportConfig:
     source: str
     out: str = ""
     title: str = ""
-    images: int = _JUDGED
+    images: int = _IMAGES
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ def write_report(
     out: str | Path | None = None,
     *,
     title: str = "",
-    images: int = _JUDGED,
+    images: int = _IMAGES,
     device: str = "auto",
 ) -> Path:
     """Writes a report of what the commands left in a folder or a file.
@@ -65,11 +65,11 @@ def write_report(
     What is damaged or missing there is named in the report and does not stop it.
 
     Args:
-        source: As in `ReportConfig`.
-        out: As in `ReportConfig`.
-        title: As in `ReportConfig`.
-        images: As in `ReportConfig`.
-        device: As in `ReportConfig`.
+        source: As in `ReportConfig`, like all others.
+        out: File to write.
+        title: The heading.
+        images: Held-out images at most on which each model is evaluated.
+        device: Such as cpu or cuda.
 
     Returns:
         The file.
@@ -78,59 +78,57 @@ def write_report(
         ValueError: There is nothing to report on, or `out` does not end in .html.
     """
     check_count("images", images, least=0)
-    found = read_source(source)
-    path = _place(found, out)
-    looks, problems = _looks(found, images, device)
-    page = _page(title or title_of(found), all_sections(found, looks, problems))
+    require_package("matplotlib", "train", "the report")
+    contents = read_source(source)
+    path = _output_path(contents, out)
+    skipped = bool(contents.finished_runs) and not images
+    results = [] if skipped else [*_reevaluate_all(contents, images, device)]
+    problems = ["Left out, since images is 0."] if skipped else []
+    page = _page(title or default_title(contents), make_sections(contents, results, problems))
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # names may be no UTF-8
     return path
 
 
-def _place(found: Found, out: str | Path | None) -> Path:
-    if out:
-        path = Path(out).expanduser()
-        ends = path.suffix in (".html", ".htm")
-        require(ends, f"out is {str(out)!r}, expected a file that ends in .html")
-        require(not path.is_dir(), f"out is {str(out)!r}, which is a folder; name a file")
-        return path
-    return found.source / REPORT if found.source.is_dir() else found.source.with_suffix(".html")
+def _output_path(source: ReportSource, out: str | Path | None) -> Path:
+    if not out:
+        folder = source.path.is_dir()
+        return source.path / REPORT if folder else source.path.with_suffix(".html")
+    path = Path(out).expanduser()
+    is_html = path.suffix in (".html", ".htm")
+    require(is_html, f"out is {str(out)!r}, expected a file that ends in .html")
+    require(not path.is_dir(), f"out is {str(out)!r}, which is a folder; name a file")
+    return path
 
 
-def _looks(found: Found, images: int, device: str) -> tuple[list[Reevaluation], list[str]]:
-    """What the models of runs that are over make of held-out images; why there is none."""
-    runs = [run for run in found.runs if run.history]
-    if not images:
-        return [], ["Left out, since images is 0."] if runs else []
-    drawn = {folder for folder in found.folders if any(folder.glob("maps*.png"))}
-    own = {(run.folder / WEIGHTS).resolve() for run in runs}
-    looks = []
-    for run in runs:
-        if (host := _host(run)) and weights_file(host).resolve() not in own:
-            named = replace(run, name=_host_name(found, run))
-            looks.append(reevaluate(named, images, device, draw=False, host=host))
-        has_maps = not drawn.isdisjoint((run.folder, run.folder.parent))
-        looks.append(reevaluate(run, images, device, draw=not has_maps))
-    return looks, []
+def _reevaluate_all(source: ReportSource, images: int, device: str) -> Iterator[Reevaluation]:
+    """Evaluates the models of all runs, and the hosts that tokens were inserted in."""
+    with_maps = {folder for folder in source.folders if any(folder.glob("maps*.png"))}
+    weights = {(run.folder / WEIGHTS).resolve() for run in source.finished_runs}
+    for run in source.finished_runs:
+        if (host := _host(run)) and weights_file(host).resolve() not in weights:
+            named = replace(run, name=_host_name(source, run))
+            yield reevaluate(named, images, device, draw=False, host=host)
+        draw = with_maps.isdisjoint((run.folder, run.folder.parent))
+        yield reevaluate(run, images, device, draw=draw)
 
 
-def _host(run: FoundRun) -> Path | None:
-    """What a run inserted tokens in, if it is still where it was."""
+def _host(run: Run) -> Path | None:
+    """Returns the checkpoint that a run inserted tokens in, if it is still there."""
     name = run.options.get("model")
     if not run.options.get("insert") or not isinstance(name, str):
         return None
     return path if weights_file(path := Path(name).expanduser()).is_file() else None
 
 
-def _host_name(found: Found, run: FoundRun) -> str:
-    """As the run's comparison calls it."""
-    own = [file for file in found.of_kind("contest") if file.path.parent == run.folder]
-    return own[0].models[0]["name"] if own and own[0].models else f"host of {run.name}"
+def _host_name(source: ReportSource, run: Run) -> str:
+    """Names the host as the run's comparison does."""
+    models = [f.models for f in source.of_kind("comparison") if f.path.parent == run.folder]
+    return models[0][0]["name"] if models and models[0] else f"host of {run.name}"
 
 
 def _page(title: str, sections: Sequence[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     assets = Path(str(files("tokenlearner") / "assets" / "report"))
     environment = Environment(
@@ -140,12 +138,12 @@ def _page(title: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"drawn": drawn_chart, "styled": line_style, "data_url": _data_url}
-    css = Markup((assets / "report.css").read_text(encoding="utf-8"))
+    names = dict.fromkeys(name for section in sections for name in section.legend)
+    environment.filters["base64"] = lambda data: b64encode(data).decode()
     return environment.get_template("report.html.jinja").render(
-        css=css, title=title, sections=sections
+        css=(assets / "report.css").read_text(encoding="utf-8"),
+        title=title,
+        sections=sections,
+        styles={name: number for number, name in enumerate(names)},
+        legend_svg=legend_svg,
     )
-
-
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{b64encode(png).decode()}"

@@ -1,89 +1,156 @@
-"""The tables and charts of a report, one function for each kind of file."""
+"""The tables of a report, a function for each kind of file, and how numbers are written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from .parts import Chart, ChartLine, Mark, ReportTable, finite, get_nested, number_text, spread_text
-from .reader import FoundFile, FoundRun
+from .reader import ResultFile, Run
 
 Row = Mapping[str, Any]
 
-_COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("top-1 on held-out images, %", ("top1_percent",)),
-    ("GMACs an image", ("cost", "gmacs")),
-    ("images/s, inference", ("cost", "images_per_second")),
-    ("images/s, forward and backward", ("cost", "training_images_per_second")),
-    ("peak memory, inference, MiB", ("cost", "peak_memory_mib")),
-    ("peak memory, training, MiB", ("cost", "training_peak_memory_mib")),
-    ("parameters", ("cost", "parameters")),
-)
-_CURVES = (  # a metric, what its axis says, and what it is called
-    ("train_loss", "training loss", "Training loss"),
-    ("test_loss", "held-out loss, nats", "Held-out loss"),
-    ("test_top1_percent", "held-out top-1, %", "Held-out top-1"),
-)
+DASH = "–"
+_MANY = 4  # columns; with more names each is a row
+_LARGEST = 1e100  # numbers beyond are damage, and overflow where they are drawn
+_COSTS: dict[str, tuple[str, ...]] = {
+    "top-1 on held-out images, %": ("top1_percent",),
+    "GMACs an image": ("cost", "gmacs"),
+    "images/s, inference": ("cost", "images_per_second"),
+    "images/s, forward and backward": ("cost", "training_images_per_second"),
+    "peak memory, inference, MiB": ("cost", "peak_memory_mib"),
+    "peak memory, training, MiB": ("cost", "training_peak_memory_mib"),
+    "parameters": ("cost", "parameters"),
+}
+_OPTIONAL = ("steps left out", "files that cannot be read")  # values that most runs do not have
+_SPEEDS = {"value": None, "speedup": 2, "of_macs_ratio": 2}  # of a bench, and their digits
 
 
-def comparison_table(contest: FoundFile) -> ReportTable:
-    """Two models side by side, as the commands print them, with their ratio."""
-    models = contest.models
-    pair = len(models) == 2
-    rows = []
-    for label, keys in (*_COSTS, ("seconds of training", ("train_seconds",))):
-        values = [_seconds(m.get("epochs")) if keys[0] == "train_seconds" else get_nested(m, *keys)
-                  for m in models]  # fmt: skip
-        if all(value is None for value in values):
-            continue
-        cells = [spread_text(v) if isinstance(v, Mapping) else number_text(v) for v in values]
-        rows.append([label, *cells, *([_ratio(label, values)] if pair else [])])
-    head = ("", *(m["name"] for m in models), *(["ratio"] if pair else []))
-    return ReportTable(head, rows)
+@dataclass(frozen=True)
+class ReportTable:
+    """A table whose first column names the rows.
+
+    Args:
+        head: Names of the columns, the first of which may be empty; none for pairs of words.
+        rows: Texts, as many as columns.
+        caption: The title above it.
+        marked: Rows, counted from 0, that stand out.
+        words: The cells are words and not numbers, which are aligned to the right.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    marked: frozenset[int] = frozenset()
+    words: bool = False
+
+    @classmethod
+    def of_columns(
+        cls,
+        names: Sequence[str],
+        columns: Sequence[Mapping[str, str]],
+        caption: str = "",
+        words: bool = False,
+    ) -> ReportTable:
+        """Makes a table with a column for each name, or a row if there are many.
+
+        Args:
+            names: Of the columns.
+            columns: Texts by their labels, which are the same in all.
+            caption: As in the class.
+            words: As in the class.
+        """
+        labels = [*columns[0]] if columns else []
+        if len(columns) > _MANY:
+            rows = [[name, *texts.values()] for name, texts in zip(names, columns, strict=True)]
+            return cls(("", *labels), rows, caption, words=words)
+        rows = [[label, *(texts[label] for texts in columns)] for label in labels]
+        return cls(("", *names), rows, caption, words=words)
 
 
-def runs_table(runs: Sequence[FoundRun]) -> ReportTable:
-    """What came of trainings, a column for each; of many a row for each."""
-    columns = {run.name: _summary(run.history) for run in runs if run.history}
-    labels = [*dict.fromkeys(label for column in columns.values() for label in column)]
-    if len(columns) > 3:
-        rows = [[n, *(number_text(c.get(one)) for one in labels)] for n, c in columns.items()]
-        return ReportTable(("", *labels), rows)
-    pair = len(columns) == 2
-    rows = []
-    for label in labels:
-        values = [column.get(label) for column in columns.values()]
-        ratio = [_ratio(label, values)] if pair else []
-        rows.append([label, *map(number_text, values), *ratio])
-    return ReportTable(("", *columns, *(["ratio"] if pair else [])), rows)
+def finite(value: object) -> float | None:
+    """Returns the value if it is a finite number, otherwise None: files may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < _LARGEST else None  # NaN is not
 
 
-def _summary(history: Sequence[Row]) -> dict[str, float | None]:
-    """A training in a few numbers; None what its rows do not have."""
-    last = history[-1]
-    top1s = _numbers(history, "test_top1_percent")
-    rates = _numbers(history, "images_per_second")
-    found = {
-        "epochs": finite(last.get("epoch")),
-        "held-out top-1, last epoch, %": finite(last.get("test_top1_percent")),
-        "held-out top-1, best epoch, %": max(top1s) if top1s else None,
-        "held-out top-5, last epoch, %": finite(last.get("test_top5_percent")),
-        "held-out loss, last epoch, nats": finite(last.get("test_loss")),
-        "training images/s, median": median(rates) if rates else None,
-        "seconds of training": _seconds(history),
-        "steps left out": finite(last.get("skipped_steps")),
-        "files that cannot be read": finite(last.get("broken")),
-    }
-    rare = ("steps left out", "files that cannot be read")
-    return {k: value for k, value in found.items() if value is not None or k not in rare}
+def get_nested(content: object, *keys: str) -> Any:
+    """Returns the value below a path of keys, or None where the path ends early."""
+    for key in keys:
+        if not isinstance(content, Mapping):
+            return None
+        content = content.get(key)
+    return content
+
+
+def numbers(rows: Sequence[Row], key: str) -> list[float]:
+    """Returns the finite values of a key."""
+    values = (finite(row.get(key)) for row in rows)
+    return [value for value in values if value is not None]
+
+
+def number_text(value: object, digits: int | None = None) -> str:
+    """Writes a number with the digits that matter, anything else as it is, None as a dash."""
+    number = finite(value)
+    if number is None:
+        return DASH if value is None else str(value)
+    if digits is not None:
+        return f"{number:.{digits}f}"
+    if isinstance(number, int) or abs(number) >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if abs(number) >= 10 else f"{number:#.4g}"
+
+
+def value_text(value: object, digits: int | None = None) -> str:
+    """Writes any value; a median with its quartiles, a list of numbers as median and range."""
+    if isinstance(value, list) and value and all(finite(item) is not None for item in value):
+        value = {"median": median(value), "low": min(value), "high": max(value)}
+        value = value if value["low"] < value["high"] else value["median"]
+    if not isinstance(value, Mapping) or "median" not in value:
+        return number_text(value, digits)
+    middle, low, high = (number_text(value.get(key), digits) for key in ("median", "low", "high"))
+    has_range = all(finite(value.get(key)) is not None for key in ("low", "high"))
+    return f"{middle} ({low}–{high})" if has_range else middle
+
+
+def comparison_table(file: ResultFile) -> ReportTable:
+    """Makes the table of two models side by side, as the commands print it, with their ratio."""
+    columns = [
+        {label: get_nested(model, *keys) for label, keys in _COSTS.items()}
+        | {"seconds of training": _seconds(model.get("epochs"))}
+        for model in file.models
+    ]
+    return _value_table(
+        [model["name"] for model in file.models], columns, (*_COSTS, "seconds of training")
+    )
+
+
+def runs_table(runs: Sequence[Run]) -> ReportTable:
+    """Makes the table of trainings; of two with their ratio."""
+    return _value_table([run.name for run in runs], [_summary(run.history) for run in runs])
+
+
+def _value_table(
+    names: Sequence[str], columns: Sequence[Row], optional: Sequence[str] = _OPTIONAL
+) -> ReportTable:
+    """Makes a table of values; one of `optional` that nobody has is left out."""
+    rows = {label: [column[label] for column in columns] for label in (columns or [{}])[0]}
+    left_out = {k for k in rows if k in optional and all(value is None for value in rows[k])}
+    texts = [
+        {label: value_text(value) for label, value in column.items() if label not in left_out}
+        for column in columns
+    ]
+    if len(columns) != 2:
+        return ReportTable.of_columns(names, texts)
+    ratios = {label: _ratio(label, rows[label]) for label in texts[0]}
+    return ReportTable.of_columns([*names, "ratio"], [*texts, ratios])
 
 
 def _ratio(label: str, values: Sequence[Any]) -> str:
-    """The second against the first; of shares in percent the difference."""
-    numbers = [finite(get_nested(v, "median") if isinstance(v, Mapping) else v) for v in values]
-    first, second = numbers
+    """Writes the second against the first; of shares in percent the difference."""
+    first, second = (finite(v.get("median") if isinstance(v, Mapping) else v) for v in values)
     if first is None or second is None or label == "epochs":
         return ""
     if "top-" in label:
@@ -91,170 +158,68 @@ def _ratio(label: str, values: Sequence[Any]) -> str:
     return f"{second / first:.2f}" if first else ""
 
 
-def curve_charts(histories: Mapping[str, tuple[int, Sequence[Row]]]) -> list[Chart]:
-    """Loss and top-1 against epochs, then against seconds of training.
-
-    Args:
-        histories: For each name the number of its style, and its rows.
-    """
-    charts = []
-    for key, label, title in _CURVES:
-        lines = [_line(name, one, _by_epoch(rows, key)) for name, (one, rows) in histories.items()]
-        charts.append(Chart(f"{title}, by epochs", "epoch", label, lines, whole=True))
-    for key, label, title in _CURVES:
-        lines = [_line(name, one, _by_time(rows, key)) for name, (one, rows) in histories.items()]
-        charts.append(Chart(f"{title}, by time", "seconds of training", label, lines))
-    return [chart for chart in charts if any(line.marks for line in chart.lines)]
-
-
-def _line(name: str, style: int, marks: Sequence[Mark]) -> ChartLine:
-    return ChartLine(name, style, marks)
+def _summary(history: Sequence[Row]) -> dict[str, float | None]:
+    """Sums a training up in a few numbers; None where its rows do not have them."""
+    last = history[-1]
+    top1s, speeds = (numbers(history, key) for key in ("test_top1_percent", "images_per_second"))
+    return {
+        "epochs": finite(last.get("epoch")),
+        "held-out top-1, last epoch, %": finite(last.get("test_top1_percent")),
+        "held-out top-1, best epoch, %": max(top1s, default=None),
+        "held-out top-5, last epoch, %": finite(last.get("test_top5_percent")),
+        "held-out loss, last epoch, nats": finite(last.get("test_loss")),
+        "training images/s, median": median(speeds) if speeds else None,
+        "seconds of training": _seconds(history),
+        "steps left out": finite(last.get("skipped_steps")),
+        "files that cannot be read": finite(last.get("broken")),
+    }
 
 
-def _by_epoch(rows: Sequence[Row], key: str) -> list[Mark]:
-    pairs = ((finite(row.get("epoch")), finite(row.get(key))) for row in rows)
-    return [Mark(x, y) for x, y in pairs if x is not None and y is not None]
+def _seconds(history: Any) -> float | None:
+    """Sums the seconds of all epochs, if each has some."""
+    rows = [row for row in history if isinstance(row, Mapping)] if isinstance(history, list) else []
+    seconds = numbers(rows, "train_seconds")
+    return sum(seconds) if seconds and len(seconds) == len(rows) else None
 
 
-def _by_time(rows: Sequence[Row], key: str) -> list[Mark]:
-    """Nothing where a row does not tell its seconds, or came out of order."""
-    seconds = _numbers(rows, "train_seconds")
-    if len(seconds) != len(rows):
-        return []
-    pairs = zip(accumulate(seconds), (finite(row.get(key)) for row in rows), strict=True)
-    return [Mark(x, y) for x, y in pairs if y is not None]
-
-
-def comparison_charts(contest: FoundFile) -> list[Chart]:
-    """Top-1 against images a second, at inference and in training."""
-    charts = []
-    for key, label, what in (
-        ("images_per_second", "images/s, inference", "inference speed"),
-        ("training_images_per_second", "images/s, forward and backward", "training speed"),
-    ):
-        lines = [
-            ChartLine(model["name"], number, [mark], joined=False)
-            for number, model in enumerate(contest.models)
-            if (mark := _mark(get_nested(model, "cost", key), model.get("top1_percent")))
-        ]
-        charts.append(Chart(f"Top-1 against {what}", label, "held-out top-1, %", lines))
-    return [chart for chart in charts if len(chart.lines) > 1]
-
-
-def runs_charts(runs: Sequence[FoundRun]) -> list[Chart]:
-    """Top-1 against the speed of training, of runs side by side."""
-    lines = []
-    for number, run in enumerate(runs):
-        rates, tops = (_numbers(run.history, key) for key in
-                       ("images_per_second", "test_top1_percent"))  # fmt: skip
-        if rates and tops:
-            lines.append(ChartLine(run.name, number, [Mark(median(rates), tops[-1])], False))
-    title, speed = "Top-1 against training speed", "training images/s, median of epochs"
-    return [Chart(title, speed, "held-out top-1, %", lines)] if len(lines) > 1 else []
-
-
-def bench_tables(bench: FoundFile) -> list[ReportTable]:
-    """What is counted, then what is timed."""
+def bench_tables(bench: ResultFile) -> list[ReportTable]:
+    """Makes a table of what is counted, then one for each measurement."""
     columns: dict[str, Callable[[Row], str]] = {
-        "parameters, M": lambda row: _scaled(row.get("parameters"), 1e-6),
+        "parameters, M": lambda row: _millions(row.get("parameters")),
         "GMACs": lambda row: number_text(row.get("gmacs")),
-        "MACs ratio": lambda row: _scaled(row.get("macs_ratio")),
+        "MACs ratio": lambda row: number_text(row.get("macs_ratio"), 2),
         "peak MiB": lambda row: number_text(row.get("peak_memory_mib")),
         "peak MiB, training": lambda row: number_text(row.get("training_peak_memory_mib")),
     }
-    rows = [[row["name"], *(cell(row) for cell in columns.values())] for row in bench.models]
+    rows = [[row["name"], *(text(row) for text in columns.values())] for row in bench.models]
     tables = [ReportTable(("model", *columns), rows, "Counted")]
-    for name, label in _measurements(bench):
+    head = ("model", "median (quartiles)", "speed-up", "of the MACs ratio")
+    for name, label, unit in measurements(bench):
         rows = []
         for row in bench.models:
-            one = get_nested(row, "speeds", name)
-            spreads = (
-                spread_text(get_nested(one, "value")),
-                spread_text(get_nested(one, "speedup"), 2),
-            )
-            rows.append([row["name"], *spreads, _scaled(get_nested(one, "of_macs_ratio"))])
-        head = ("model", "median (quartiles)", "speed-up", "of the MACs ratio")
-        tables.append(ReportTable(head, rows, label[:1].upper() + label[1:]))
+            speeds = [get_nested(row, "speeds", name, key) for key in _SPEEDS]
+            texts = map(value_text, speeds, _SPEEDS.values())
+            rows.append([row["name"], *texts])
+        tables.append(ReportTable(head, rows, f"{label[:1].upper()}{label[1:]}, {unit}"))
     return tables
 
 
-def bench_charts(bench: FoundFile) -> list[Chart]:
-    """The speed-up against what fewer multiply-adds promise, for each measurement."""
-    charts = []
-    for name, label in _measurements(bench):
-        lines = []
-        for number, row in enumerate(bench.models):
-            ratio, speedup = (
-                finite(row.get("macs_ratio")),
-                get_nested(row, "speeds", name, "speedup"),
-            )
-            mark = None if ratio is None else _mark(ratio, speedup)
-            lines += [ChartLine(row["name"], number, [mark], False)] if mark else []
-        across = "times fewer multiply-adds"
-        title = f"Speed-up in {label.rpartition(',')[0]}"
-        charts.append(Chart(title, across, "times as fast", lines, diagonal=True))
-    return [chart for chart in charts if chart.lines]
+def _millions(value: object) -> str:
+    number = finite(value)
+    return DASH if number is None else f"{number / 1e6:.2f}"
 
 
-def _measurements(bench: FoundFile) -> Iterator[tuple[str, str]]:
-    """The name of each measurement, and what it is in words, with the unit."""
-    for one in bench.content["measurements"]:
-        name, batch, unit = (get_nested(one, key) for key in ("name", "batch_size", "unit"))
+def measurements(bench: ResultFile) -> Iterator[tuple[str, str, str]]:
+    """Yields the name of each measurement, what it is in words, and its unit."""
+    for entry in bench.content["measurements"]:
+        name, batch, unit = (get_nested(entry, key) for key in ("name", "batch_size", "unit"))
         if isinstance(name, str):
-            yield name, f"{name} at batch {batch}, {unit}"
+            yield name, f"{name} at batch {batch}", str(unit)
 
 
-def rows_table(file: FoundFile) -> ReportTable:
-    """Rows of any benchmark as they are: of lists the median and the range."""
+def rows_table(file: ResultFile) -> ReportTable:
+    """Makes a table of the rows of any benchmark as they are."""
     rows = [row for row in file.content["rows"] if isinstance(row, Mapping)]
     keys = [*dict.fromkeys(key for row in rows for key in row)]
-    heads = [key.replace("_", " ").replace(" percent", ", %") for key in keys]
-    return ReportTable(heads, [[_any_text(row.get(key)) for key in keys] for row in rows])
-
-
-def _any_text(value: Any) -> str:
-    if isinstance(value, list):
-        numbers = [number for one in value if (number := finite(one)) is not None]
-        if numbers and len(numbers) == len(value):
-            return range_text(numbers)
-    if isinstance(value, Mapping) and "median" in value:
-        return spread_text(value)
-    return number_text(value)
-
-
-def range_text(numbers: Sequence[float]) -> str:
-    """The median, and the range in brackets if there are several."""
-    if len(numbers) == 1:
-        return number_text(numbers[0])
-    low, high = number_text(min(numbers)), number_text(max(numbers))
-    return f"{number_text(median(numbers))} ({low}–{high})"
-
-
-def _mark(x: Any, y: Any) -> Mark | None:
-    """A point of two numbers, either of which may be a median with quartiles."""
-    (across, x_span), (up, y_span) = map(_with_span, (x, y))
-    return None if across is None or up is None else Mark(across, up, x_span, y_span)
-
-
-def _with_span(value: Any) -> tuple[float | None, tuple[float, float] | None]:
-    if not isinstance(value, Mapping):
-        return finite(value), None
-    middle, low, high = (finite(value.get(key)) for key in ("median", "low", "high"))
-    return middle, None if low is None or high is None else (low, high)
-
-
-def _scaled(value: Any, factor: float = 1.0) -> str:
-    number = finite(value)
-    return "–" if number is None else f"{number * factor:.2f}"
-
-
-def _numbers(rows: Sequence[Row], key: str) -> list[float]:
-    found = (finite(row.get(key)) for row in rows)
-    return [number for number in found if number is not None]
-
-
-def _seconds(rows: Any) -> float | None:
-    """Seconds of training of all epochs, if they tell."""
-    told = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
-    seconds = _numbers(told, "train_seconds")
-    return sum(seconds) if seconds and len(seconds) == len(told) else None
+    head = [key.replace("_", " ").replace(" percent", ", %") for key in keys]
+    return ReportTable(head, [[value_text(row.get(key)) for key in keys] for row in rows])
