@@ -155,6 +155,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "count_macs": "evaluation.flops:count_macs",
     "draw": "utils.random:derive_seed",
     "first_tensor": "models.outputs:first_tensor",
+    "flat_tree": "checkpoints.flax_msgpack:flat_tree",
     "frames": "layers.functional:leading_dims",
     "free_folder": "utils.io:unique_path",
     "has_classes": "models.outputs:outputs_logits",
@@ -163,6 +164,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "judged_as": "training.recipes:run_options",
     "labelled_files": "data.file_lists:list_labeled_files",
     "laid_over": "evaluation.map_figures:overlay",
+    "learner_form": "checkpoints.scenic_config:describe_learner",
     "listed": "utils.validation:shortened",
     "listening": "training.checkpointing:handle_signals",
     "load_fashion": "data.fashion_mnist:load_fashion_mnist",
@@ -200,6 +202,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "watch": "training.distillation:forward_with_features",
     "whole_state": "training.distributed:full_state",
     "widen": "layers.functional:upcast",
+    "write_flax": "checkpoints.flax_msgpack:write_flax",
     "write_sheet": "evaluation.map_figures:write_figure",
     "written_whole": "utils.io:atomic_write",
 }
