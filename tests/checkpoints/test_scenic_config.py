@@ -105,38 +105,29 @@ def test_a_missing_parameter_is_named(name: str) -> None:
         describe(params)
 
 
-def test_parameters_of_a_learner_alone_are_no_model() -> None:
-    with pytest.raises(ValueError, match="embedding/kernel"):
-        describe(to_scenic(TokenLearnerV11(24, 4)))
-
-
-def test_a_gap_in_the_blocks_is_refused() -> None:
-    params = {k: v for k, v in to_scenic(small()).items() if "encoderblock_1" not in k}
-    with pytest.raises(ValueError, match="encoderblock has the numbers 0, 2, 3"):
-        describe(params)
-
-
-def test_learners_that_differ_are_refused() -> None:
+def replaced(part: str, **other: Any) -> dict[str, Any]:
+    """Parameters of a fused model, of which a part is from another or left out."""
     params = to_scenic(small(num_tokens=4, at=2, fuse=True))
-    other = to_scenic(small(num_tokens=5, at=2, fuse=True))
-    params |= {k: v for k, v in other.items() if "TokenLearnerModuleV11_1" in k}
-    with pytest.raises(ValueError, match="the learners differ"):
-        describe(params)
+    kept = {key: value for key, value in params.items() if part not in key}
+    others = to_scenic(small(**({"num_tokens": 4, "at": 2, "fuse": True} | other))) if other else {}
+    return kept | {key: value for key, value in others.items() if part in key}
 
 
-def test_fusers_without_learners_are_refused() -> None:
-    params = to_scenic(small(num_tokens=4, at=2, fuse=True))
-    params = {k: v for k, v in params.items() if "TokenLearnerModuleV11_1" not in k}
-    with pytest.raises(ValueError, match="1 learners and 2 fusers"):
-        describe(params)
+INCONSISTENT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "a learner alone": (lambda: to_scenic(TokenLearnerV11(24, 4)), "embedding/kernel"),
+    "a gap": (lambda: replaced("encoderblock_1"), "encoderblock has the numbers 0, 2, 3"),
+    "learners": (lambda: replaced("ModuleV11_1", num_tokens=5), "learners differ"),
+    "no learner": (lambda: replaced("TokenLearnerModuleV11_1"), "1 learners and 2 fusers"),
+    "fusers": (lambda: replaced("TokenFuser_1", fuser_bottleneck_dim=8), "gates of width"),
+}
 
 
-def test_fusers_that_differ_are_refused() -> None:
-    params = to_scenic(small(num_tokens=4, at=2, fuse=True))
-    other = to_scenic(small(num_tokens=4, at=2, fuse=True, fuser_bottleneck_dim=8))
-    params |= {k: v for k, v in other.items() if "TokenFuser_1" in k}
-    with pytest.raises(ValueError, match="gates of width"):
-        describe(params)
+@pytest.mark.parametrize(("make", "message"), INCONSISTENT.values(), ids=INCONSISTENT)
+def test_parameters_of_no_model_are_refused(
+    make: Callable[[], dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe(make())
 
 
 # --- which learner it is -----------------------------------------------------------------------
@@ -160,7 +151,7 @@ FORMS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("module", "described"), FORMS.values(), ids=FORMS)
-def test_a_learner_is_described_by_its_parameters(
+def test_a_learner_is_described_so_that_its_class_takes_the_parameters(
     module: nn.Module, described: dict[str, Any]
 ) -> None:
     width = module.in_channels
@@ -168,10 +159,6 @@ def test_a_learner_is_described_by_its_parameters(
     assert (
         describe_learner(nest(to_scenic(module))) == _NUMBERS | {"in_channels": width} | described
     )
-
-
-@pytest.mark.parametrize("module", [m for m, _ in FORMS.values()], ids=FORMS)
-def test_the_class_takes_its_form_as_arguments(module: nn.Module) -> None:
     form = describe_learner(to_scenic(module))
     del form["learner"]
     state = load_scenic(type(module)(**form), to_scenic(module)).state_dict()
@@ -189,14 +176,15 @@ def test_a_learner_with_ambiguous_groups_needs_gelu(width: int, groups: int) -> 
     assert describe_learner(params, gelu=False)["learner"] == "grouped-linear"
 
 
-@pytest.mark.parametrize("module", [TokenFuser(24, 4), nn.Module()], ids=["fuser", "nothing"])
-def test_parameters_of_no_learner_have_no_form(module: nn.Module) -> None:
-    params = to_scenic(module) if isinstance(module, TokenFuser) else {}
-    with pytest.raises(ValueError, match="no learner of scenic has the parameters"):
-        describe_learner(params)
-
-
-def test_a_learner_with_a_name_in_front_has_no_form() -> None:
-    params = {"TokenLearnerModuleV11_0": nest(to_scenic(TokenLearnerV11(9, 4)))}
-    with pytest.raises(ValueError, match="without the learner's own name in front"):
+@pytest.mark.parametrize(
+    "params",
+    [
+        to_scenic(TokenFuser(24, 4)),
+        {},
+        {"TokenLearnerModuleV11_0": nest(to_scenic(TokenLearnerV11(9, 4)))},
+    ],
+    ids=["fuser", "nothing", "a name in front"],
+)
+def test_parameters_of_no_learner_are_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no learner"):
         describe_learner(params)
