@@ -146,13 +146,6 @@ def test_images_that_patches_do_not_fill_lose_their_rim(learner: str) -> None:
     torch.testing.assert_close(model(images), model(other))
 
 
-def test_512_pixels_in_patches_of_14_are_36_positions_a_side() -> None:
-    with torch.device("meta"):
-        model = timm.create_model("vit_large_patch14_d35_tl16at18_512", depth=19)
-    assert model.patch_embed.grid_size == (36, 36)
-    assert model.pos_embed.shape == (1, 36 * 36, 1024)
-
-
 # --- pooling and head --------------------------------------------------------------------------
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -214,15 +207,6 @@ def test_pre_logits_are_tanh_of_a_linear_layer_in_front_of_the_head(fuse: bool) 
     torch.testing.assert_close(model(images), model.head(represented))
     features = model.forward_features(images)
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), represented)
-
-
-def test_the_widths_have_timms_names() -> None:
-    model = tiny(representation_size=7)
-    assert (model.num_features, model.embed_dim, model.head_hidden_size) == (16, 16, 7)
-    assert model.get_classifier() is model.head
-    assert (model.head.in_features, model.head.out_features) == (7, 5)
-    plain = tiny()
-    assert (plain.num_features, plain.head_hidden_size, plain.head.in_features) == (16, 16, 16)
 
 
 @pytest.mark.parametrize("pool", [None, "sum", ""])
@@ -446,21 +430,6 @@ def test_a_feature_pyramid_of_chosen_blocks_takes_images_of_any_size_in_front_of
     kwargs = {"learner": "v1", "dynamic_img_size": True, "out_indices": (0, 2)}
     model: Any = timm.create_model(LEARNED, features_only=True, **kwargs)
     assert [m.shape for m in model(torch.randn(2, 1, 20, 36))] == [(2, 64, 5, 9)] * 2
-
-
-# --- learners out and in again -----------------------------------------------------------------
-
-
-@both_ways
-@torch.no_grad()
-def test_learners_can_be_taken_out_and_put_back(fuse: bool) -> None:
-    model, images = tiny(fuse=fuse, learner="v1"), make_images()
-    expected, state = model(images), model.state_dict()
-    remove(model)
-    assert get_insertion(model) is None
-    assert model.forward_features(images).shape == (2, 24, 16)
-    insert(model, 3, 2, learner="v1", fuse=fuse).load_state_dict(state, strict=True)
-    assert torch.equal(model(images), expected)
 
 
 @torch.no_grad()
