@@ -77,7 +77,7 @@ def register(
         return model
 
     module: Any = sys.modules[cls.__module__]
-    cfgs = {name: _default_cfg(row, first_conv, crop_pct) for name, row in variants.items()}
+    cfgs: Any = {name: _default_cfg(row, first_conv, crop_pct) for name, row in variants.items()}
     module.default_cfgs = generate_default_cfgs(cfgs)  # the name under which timm looks for it
     for name in variants:
         setattr(module, name, register_model(_entry(module.__name__, name, build)))
