@@ -62,3 +62,12 @@ def _same(found: Any, expected: Any) -> None:
             [v for v in o.values() if isinstance(v, Tensor)] for o in (found, expected)
         )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether trees are equal in type, dtype, shape and every bit."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, Tensor):
+        return left.dtype == right.dtype and left.shape == right.shape and left.equal(right)
+    return type(left) is type(right) and left == right

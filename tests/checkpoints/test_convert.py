@@ -1,4 +1,4 @@
-"""Whole checkpoints from scenic and back: the same numbers, and what has to be told."""
+"""Whole checkpoints from scenic and back: the same numbers, and what has to be given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 
 from tokenlearner import load_model, save_model
 from tokenlearner.checkpoints.convert import ConvertConfig, convert_checkpoint
-from tokenlearner.checkpoints.readers import read_weights, write_flax
+from tokenlearner.checkpoints.flax_msgpack import write_flax
+from tokenlearner.checkpoints.readers import read_weights
 from tokenlearner.checkpoints.scenic import nest, to_scenic
 from tokenlearner.commands.main import main
 from tokenlearner.models.factory import create_model
@@ -61,20 +62,20 @@ def test_the_way_back_gives_scenics_parameters_bit_for_bit(
     convert_checkpoint(ConvertConfig(str(source), str(out), **CASES[name]))
     back = convert_checkpoint(ConvertConfig(str(out), str(tmp_path / "checkpoint_8")))
     params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-    found = read_weights(back)
-    assert found.keys() == params.keys()
-    assert all(np.array_equal(found[key].numpy(), value) for key, value in params.items())
+    weights = read_weights(back)
+    assert weights.keys() == params.keys()
+    assert all(np.array_equal(weights[key].numpy(), value) for key, value in params.items())
 
 
 @pytest.mark.parametrize("learner", ["v1", "v1-mean"])
 @torch.no_grad()
-def test_how_v1_pools_is_told(learner: str, tmp_path: Path) -> None:
+def test_the_pooling_of_v1_is_an_argument(learner: str, tmp_path: Path) -> None:
     model = create_model("vit_mini_patch4_28", num_tokens=4, at=1, learner=learner).eval()
     np.savez(tmp_path / "params.npz", **to_scenic(model))
     out = str(tmp_path / "model.safetensors")
     source = str(tmp_path / "params.npz")
-    told = None if learner == "v1" else learner  # the sum is scenic's default
-    convert_checkpoint(ConvertConfig(source, out, at=1, learner=told))
+    given = None if learner == "v1" else learner  # the sum is scenic's default
+    convert_checkpoint(ConvertConfig(source, out, at=1, learner=given))
     x = torch.randn(2, 1, 28, 28)
     assert torch.equal(load_model(out)(x), model(x))
 
@@ -90,8 +91,8 @@ def plain(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({}, "does not tell in front of which block .* pass --at"),
-        ({"at": 6}, "at is 6, expected a block from 0 to 5"),
+        ({}, "--at"),
+        ({"at": 6}, "at is 6"),
         ({"at": 3, "num_frames": 5}, "49 positions do not make 5 frames"),
         ({"at": 3, "height": 28, "width": 32}, "49 positions do not make 1 frames of 28 x 32"),
     ],
@@ -106,11 +107,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 
 def test_a_video_model_needs_its_frames(golden: Golden, tmp_path: Path) -> None:
     source = checkpoint(golden("video_3dconv_v11"), tmp_path / "checkpoint_7")
-    with pytest.raises(ValueError, match="video model with tubelets of 2; pass --num_frames"):
+    with pytest.raises(ValueError, match="tubelets of 2; pass --num_frames"):
         convert_checkpoint(ConvertConfig(str(source), str(tmp_path / "x.safetensors"), at=2))
 
 
-def test_another_place_than_the_fusers_is_refused(golden: Golden, tmp_path: Path) -> None:
+def test_another_block_than_that_of_the_fusers_is_refused(golden: Golden, tmp_path: Path) -> None:
     source = checkpoint(golden("vit_v1_fuser_prelogits"), tmp_path / "checkpoint_7")
     with pytest.raises(ValueError, match="at is 1, but the fusers start at block 2"):
         convert_checkpoint(ConvertConfig(str(source), str(tmp_path / "x.safetensors"), at=1))
@@ -120,9 +121,9 @@ def test_another_place_than_the_fusers_is_refused(golden: Golden, tmp_path: Path
     ("arguments", "message"),
     [
         ({"num_frames": 0}, "num_frames is 0"),
-        ({"global_pool": "gap"}, "global_pool is 'gap', expected one of 'avg', 'max', 'sum'"),
-        ({"learner": "v2"}, "learner is 'v2', expected one of 'v11'"),
-        ({"height": 28}, "height and width go together"),
+        ({"global_pool": "gap"}, "global_pool is 'gap'"),
+        ({"learner": "v2"}, "learner is 'v2'"),
+        ({"height": 28}, "height and width"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a scenic model's parameters tell: enough to build the model that they fit."""
+"""Arguments inferred from scenic's parameters: enough to build the model that they fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from tokenlearner import TokenFuser, TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from tokenlearner.checkpoints.scenic import load_scenic, nest, to_scenic
-from tokenlearner.checkpoints.scenic_config import describe, learner_form
+from tokenlearner.checkpoints.scenic_config import describe, describe_learner
 from tokenlearner.models.vit import TokenLearnerViT
 from tokenlearner.models.vivit import ViViT
 
@@ -23,7 +23,7 @@ SHAPE = {"embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2, "patch_siz
 COMMON = SHAPE | {"in_chans": 3, "num_classes": 10, "num_tokens": 4}
 V11 = {"learner": "v11", "num_learners": 1, "fuse": False}
 FUSED = {"num_learners": 2, "fuse": True, "at": 2, "fuser_bottleneck_dim": 64}
-TOLD: dict[str, dict[str, Any]] = {
+EXPECTED: dict[str, dict[str, Any]] = {
     "vit_v11": COMMON | V11 | {"num_positions": 16},
     "vit_v1_fuser_prelogits": COMMON
     | {"learner": "v1", **FUSED, "num_positions": 16, "representation_size": 20},
@@ -42,46 +42,44 @@ def params_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value for name, value in arrays.items() if name.startswith("params/")}
 
 
-def rebuilt(told: dict[str, Any], **more: Any) -> nn.Module:
-    arguments = {k: v for k, v in told.items() if k not in (*NOT_ARGUMENTS, "fuse")}
-    if "fuse" in told:
-        arguments["fuse"] = told["fuse"]
+def rebuilt(described: dict[str, Any], **more: Any) -> nn.Module:
+    arguments = {k: v for k, v in described.items() if k not in NOT_ARGUMENTS}
     return TokenLearnerViT(**(more | arguments))
 
 
-@pytest.mark.parametrize("file", TOLD)
-def test_what_is_told_of_scenics_models_is_how_they_were_built(file: str, golden: Golden) -> None:
-    assert describe(params_of(golden(file))) == TOLD[file]
+@pytest.mark.parametrize("file", EXPECTED)
+def test_scenics_models_are_described_as_they_were_built(file: str, golden: Golden) -> None:
+    assert describe(params_of(golden(file))) == EXPECTED[file]
 
 
 @pytest.mark.parametrize("file", ["vit_v11", "vit_v1_fuser_prelogits"])
-def test_the_model_that_is_told_takes_the_parameters(file: str, golden: Golden) -> None:
+def test_the_described_model_takes_the_parameters(file: str, golden: Golden) -> None:
     params = params_of(golden(file))
     load_scenic(rebuilt(describe(params), img_size=32, at=2), params)
 
 
-def test_the_video_model_that_is_told_takes_the_parameters(golden: Golden) -> None:
+def test_the_described_video_model_takes_the_parameters(golden: Golden) -> None:
     params = params_of(golden("video_3dconv_fuser"))
-    told = {k: v for k, v in describe(params).items() if k not in NOT_ARGUMENTS}
-    load_scenic(ViViT(img_size=24, num_frames=6, **told), params)
+    described = {k: v for k, v in describe(params).items() if k not in NOT_ARGUMENTS}
+    load_scenic(ViViT(img_size=24, num_frames=6, **described), params)
 
 
 @pytest.mark.parametrize("learner", ["v1", "v11", "grouped", "grouped-linear"])
-def test_linear_gates_and_every_learner_are_told(learner: str) -> None:
+def test_linear_gates_and_every_learner_are_described(learner: str) -> None:
     model = small(num_tokens=4, at=1, fuse=True, learner=learner, fuser_bottleneck_dim=None)
-    told = describe(nest(to_scenic(model)))
-    assert told["learner"] == learner
-    assert told["fuser_bottleneck_dim"] is None
-    assert told["at"] == 1
-    load_scenic(rebuilt(told, img_size=32), to_scenic(model))
+    described = describe(nest(to_scenic(model)))
+    assert described["learner"] == learner
+    assert described["fuser_bottleneck_dim"] is None
+    assert described["at"] == 1
+    load_scenic(rebuilt(described, img_size=32), to_scenic(model))
 
 
-def test_patches_that_are_no_squares_are_told() -> None:
+def test_patches_that_are_no_squares_are_described() -> None:
     model = TokenLearnerViT(img_size=32, **(SHAPE | {"patch_size": (8, 16)}))
     assert describe(to_scenic(model))["patch_size"] == (8, 16)
 
 
-def test_groups_that_tell_no_form_are_refused_with_the_way_out() -> None:
+def test_a_model_with_ambiguous_groups_needs_gelu() -> None:
     wide = {"embed_dim": 1024, "depth": 1, "num_heads": 2, "mlp_ratio": 0.1, "patch_size": 16}
     model = TokenLearnerViT(img_size=32, **wide, num_tokens=2, at=0, learner="grouped")
     params = to_scenic(model)
@@ -107,43 +105,34 @@ def test_a_missing_parameter_is_named(name: str) -> None:
         describe(params)
 
 
-def test_parameters_of_a_learner_alone_are_no_model() -> None:
-    with pytest.raises(ValueError, match="lack 'embedding/kernel'; expected those of a whole"):
-        describe(to_scenic(TokenLearnerV11(24, 4)))
-
-
-def test_a_gap_in_the_blocks_is_told() -> None:
-    params = {k: v for k, v in to_scenic(small()).items() if "encoderblock_1" not in k}
-    with pytest.raises(ValueError, match="encoderblock comes with the numbers 0, 2, 3, expected"):
-        describe(params)
-
-
-def test_learners_that_differ_are_refused() -> None:
+def replaced(part: str, **other: Any) -> dict[str, Any]:
+    """Parameters of a fused model, of which a part is from another or left out."""
     params = to_scenic(small(num_tokens=4, at=2, fuse=True))
-    other = to_scenic(small(num_tokens=5, at=2, fuse=True))
-    params |= {k: v for k, v in other.items() if "TokenLearnerModuleV11_1" in k}
-    with pytest.raises(ValueError, match="the learners differ"):
-        describe(params)
+    kept = {key: value for key, value in params.items() if part not in key}
+    others = to_scenic(small(**({"num_tokens": 4, "at": 2, "fuse": True} | other))) if other else {}
+    return kept | {key: value for key, value in others.items() if part in key}
 
 
-def test_fusers_without_learners_are_refused() -> None:
-    params = to_scenic(small(num_tokens=4, at=2, fuse=True))
-    params = {k: v for k, v in params.items() if "TokenLearnerModuleV11_1" not in k}
-    with pytest.raises(ValueError, match="1 learners and 2 fusers"):
-        describe(params)
+INCONSISTENT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "a learner alone": (lambda: to_scenic(TokenLearnerV11(24, 4)), "embedding/kernel"),
+    "a gap": (lambda: replaced("encoderblock_1"), "encoderblock has the numbers 0, 2, 3"),
+    "learners": (lambda: replaced("ModuleV11_1", num_tokens=5), "learners differ"),
+    "no learner": (lambda: replaced("TokenLearnerModuleV11_1"), "1 learners and 2 fusers"),
+    "fusers": (lambda: replaced("TokenFuser_1", fuser_bottleneck_dim=8), "gates of width"),
+}
 
 
-def test_fusers_that_differ_are_refused() -> None:
-    params = to_scenic(small(num_tokens=4, at=2, fuse=True))
-    other = to_scenic(small(num_tokens=4, at=2, fuse=True, fuser_bottleneck_dim=8))
-    params |= {k: v for k, v in other.items() if "TokenFuser_1" in k}
-    with pytest.raises(ValueError, match="gates of width"):
-        describe(params)
+@pytest.mark.parametrize(("make", "message"), INCONSISTENT.values(), ids=INCONSISTENT)
+def test_parameters_of_no_model_are_refused(
+    make: Callable[[], dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe(make())
 
 
 # --- which learner it is -----------------------------------------------------------------------
 
-_TOLD = {"norm_eps": 1e-6, "approximate": "tanh"}
+_NUMBERS = {"norm_eps": 1e-6, "approximate": "tanh"}
 grouped = TokenLearnerModuleV11
 FORMS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
     "v1": (TokenLearner(24, 5), {"learner": "v1", "num_tokens": 5}),
@@ -161,44 +150,41 @@ FORMS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("module", "told"), FORMS.values(), ids=FORMS)
-def test_the_form_of_a_learner_is_told_by_its_parameters(
-    module: nn.Module, told: dict[str, Any]
+@pytest.mark.parametrize(("module", "described"), FORMS.values(), ids=FORMS)
+def test_a_learner_is_described_so_that_its_class_takes_the_parameters(
+    module: nn.Module, described: dict[str, Any]
 ) -> None:
     width = module.in_channels
-    assert learner_form(to_scenic(module)) == _TOLD | {"in_channels": width} | told
-    assert learner_form(nest(to_scenic(module))) == _TOLD | {"in_channels": width} | told
-
-
-@pytest.mark.parametrize("module", [m for m, _ in FORMS.values()], ids=FORMS)
-def test_the_class_takes_its_form_as_arguments(module: nn.Module) -> None:
-    form = learner_form(to_scenic(module))
+    assert describe_learner(to_scenic(module)) == _NUMBERS | {"in_channels": width} | described
+    assert (
+        describe_learner(nest(to_scenic(module))) == _NUMBERS | {"in_channels": width} | described
+    )
+    form = describe_learner(to_scenic(module))
     del form["learner"]
     state = load_scenic(type(module)(**form), to_scenic(module)).state_dict()
     assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize(("width", "groups"), [(1024, 8), (1144, 8), (24, 4), (768, 12)])
-def test_a_form_that_groups_do_not_tell_is_refused_with_the_way_out(
-    width: int, groups: int
-) -> None:
+def test_a_learner_with_ambiguous_groups_needs_gelu(width: int, groups: int) -> None:
     params = to_scenic(grouped(width, 4, groups))
     with pytest.raises(ValueError, match=rf"{groups} groups of {width} .* pass gelu=False for"):
-        learner_form(params)
-    assert learner_form(params, gelu=True)["approximate"] == "tanh"
-    assert learner_form(params, gelu=True)["learner"] == "grouped"
-    assert learner_form(params, gelu=False)["approximate"] is None
-    assert learner_form(params, gelu=False)["learner"] == "grouped-linear"
+        describe_learner(params)
+    assert describe_learner(params, gelu=True)["approximate"] == "tanh"
+    assert describe_learner(params, gelu=True)["learner"] == "grouped"
+    assert describe_learner(params, gelu=False)["approximate"] is None
+    assert describe_learner(params, gelu=False)["learner"] == "grouped-linear"
 
 
-@pytest.mark.parametrize("module", [TokenFuser(24, 4), nn.Module()], ids=["fuser", "nothing"])
-def test_parameters_of_no_learner_have_no_form(module: nn.Module) -> None:
-    params = to_scenic(module) if isinstance(module, TokenFuser) else {}
-    with pytest.raises(ValueError, match="no learner of scenic has the parameters"):
-        learner_form(params)
-
-
-def test_a_learner_with_a_name_in_front_has_no_form() -> None:
-    params = {"TokenLearnerModuleV11_0": nest(to_scenic(TokenLearnerV11(9, 4)))}
-    with pytest.raises(ValueError, match="without the learner's own name in front"):
-        learner_form(params)
+@pytest.mark.parametrize(
+    "params",
+    [
+        to_scenic(TokenFuser(24, 4)),
+        {},
+        {"TokenLearnerModuleV11_0": nest(to_scenic(TokenLearnerV11(9, 4)))},
+    ],
+    ids=["fuser", "nothing", "a name in front"],
+)
+def test_parameters_of_no_learner_are_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no learner"):
+        describe_learner(params)

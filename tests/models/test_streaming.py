@@ -51,12 +51,12 @@ def test_tubelets_are_pushed_whole(input_format: str) -> None:
 
 
 def test_a_frame_is_encoded_once() -> None:
-    model, seen = randomized(), []
-    model.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model, batches = randomized(), []
+    model.encoder.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     stream = TokenStream(model)
     for _ in range(6):
         stream.push(torch.randn(2, 3, 16, 16))
-    assert seen == [2] * 6
+    assert batches == [2] * 6
 
 
 class _OneStep(nn.Module):
@@ -85,7 +85,7 @@ def test_another_video_starts_after_a_reset() -> None:
     model = randomized()
     stream, video = TokenStream(model), torch.randn(2, 3, 16, 16)
     stream.push(torch.randn(1, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"a batch of 2 videos, 1 before; call reset\(\) first"):
+    with pytest.raises(ValueError, match="batch of 2 videos, expected 1"):
         stream.push(video)
     stream.reset()
     torch.testing.assert_close(stream.push(video), model(video.unsqueeze(2)))
@@ -99,14 +99,14 @@ def test_nothing_is_differentiated_or_kept_on_the_model() -> None:
 
 
 def test_there_are_no_tokens_before_the_first_frame() -> None:
-    with pytest.raises(ValueError, match="no tokens before the first frame; push one"):
+    with pytest.raises(ValueError, match="no tokens"):
         _ = TokenStream(randomized()).tokens
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 2, 16, 16), "expected 1 images; push one frame or tubelet at a time"),
+        ((1, 3, 2, 16, 16), "expected 1 images"),
         ((3, 16, 16), r"clips are \[3, 16, 16\], expected \[b, c, t, h, w\]"),
         ((1, 3, 16, 18), "expected"),
     ],
@@ -116,9 +116,7 @@ def test_frames_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str
         TokenStream(randomized()).push(torch.randn(shape))
 
 
-def test_a_model_whose_frames_see_each_other_early_is_refused() -> None:
+def test_a_model_whose_frames_attend_to_each_other_early_is_refused() -> None:
     model = ViViT(img_size=16, patch_size=4, num_frames=4, embed_dim=24, depth=2, num_heads=3)
-    with pytest.raises(
-        ValueError, match=r"a ViViT looks at several frames together.*use a FrameViT"
-    ):
+    with pytest.raises(ValueError, match="model is a ViViT, expected a FrameViT"):
         TokenStream(model)

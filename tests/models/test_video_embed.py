@@ -97,8 +97,8 @@ def test_the_bias_can_be_left_out(bias: bool) -> None:
 def test_parameters_take_device_and_dtype() -> None:
     for sampling in ("tubelet", "uniform"):
         module = ClipEmbed(**SHAPE, sampling=sampling, device="meta", dtype=torch.float64)
-        found = {(p.device.type, p.dtype) for p in module.parameters()}
-        assert found == {("meta", torch.float64)}
+        options = {(p.device.type, p.dtype) for p in module.parameters()}
+        assert options == {("meta", torch.float64)}
 
 
 # --- the start of the kernel -------------------------------------------------------------------
@@ -138,9 +138,9 @@ def test_a_random_start_sees_each_frame_in_its_own_way() -> None:
     assert not torch.equal(weight[:, :, 0], weight[:, :, 1])
 
 
-@pytest.mark.parametrize("how", ["central", "average", "random"])
-def test_kernels_start_lecun_normal_and_biases_at_0(how: str) -> None:
-    module = ClipEmbed(img_size=32, patch_size=8, embed_dim=200, tubelet_init=how)
+@pytest.mark.parametrize("tubelet_init", ["central", "average", "random"])
+def test_kernels_start_lecun_normal_and_biases_at_0(tubelet_init: str) -> None:
+    module = ClipEmbed(img_size=32, patch_size=8, embed_dim=200, tubelet_init=tubelet_init)
     weight = module.proj.weight[:, :, 1]
     fan_in = 3 * 2 * 8 * 8
     assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.02)
@@ -152,54 +152,54 @@ def test_kernels_start_lecun_normal_and_biases_at_0(how: str) -> None:
 # --- uniform sampling --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("available", "wanted"), [(4, 4), (8, 4), (30, 3), (5, 1)])
+@pytest.mark.parametrize(("available", "num_frames"), [(4, 4), (8, 4), (30, 3), (5, 1)])
 @torch.no_grad()
 def test_uniform_sampling_is_a_convolution_for_each_chosen_frame(
-    available: int, wanted: int
+    available: int, num_frames: int
 ) -> None:
-    module, x = embed(sampling="uniform", num_frames=wanted), clips(available)
-    chosen = sample_frames(available, wanted)
+    module, x = embed(sampling="uniform", num_frames=num_frames), clips(available)
+    chosen = sample_frames(available, num_frames)
     loop = [module.proj(x[:, :, i]).flatten(2).transpose(1, 2) for i in chosen]
-    assert (module.frames, module.tubelet_size, len(chosen)) == (wanted, 1, wanted)
+    assert (module.frames, module.tubelet_size, len(chosen)) == (num_frames, 1, num_frames)
     torch.testing.assert_close(module(x), torch.cat(loop, dim=1))
 
 
 counts = st.integers(1, 300)
 
 
-@given(available=counts, wanted=counts)
+@given(available=counts, num_frames=counts)
 def test_frames_are_those_of_the_official_rule_where_floats_decide_no_tie(
-    available: int, wanted: int
+    available: int, num_frames: int
 ) -> None:
-    wanted += wanted % 2  # no multiple of T / (n + 1) is then halfway between two frames
-    start = available / (wanted + 1)
-    official = np.round(np.arange(start, available, start))[:wanted].astype(int)
-    if wanted >= available:
+    num_frames += num_frames % 2  # no multiple of T / (n + 1) is then halfway between two frames
+    start = available / (num_frames + 1)
+    official = np.round(np.arange(start, available, start))[:num_frames].astype(int)
+    if num_frames >= available:
         official = np.arange(available)
-    assert sample_frames(available, wanted) == np.minimum(official, available - 1).tolist()
+    assert sample_frames(available, num_frames) == np.minimum(official, available - 1).tolist()
 
 
-@given(available=counts, wanted=counts)
-def test_ties_go_to_the_even_frame(available: int, wanted: int) -> None:
-    if wanted >= available:
+@given(available=counts, num_frames=counts)
+def test_ties_go_to_the_even_frame(available: int, num_frames: int) -> None:
+    if num_frames >= available:
         return
-    for i, frame in enumerate(sample_frames(available, wanted), 1):
-        twice = 2 * available * i - 2 * frame * (wanted + 1)  # the distance, times 2 (n + 1)
-        assert abs(twice) <= wanted + 1
-        if abs(twice) == wanted + 1:
+    for i, frame in enumerate(sample_frames(available, num_frames), 1):
+        twice = 2 * available * i - 2 * frame * (num_frames + 1)  # the distance, times 2 (n + 1)
+        assert abs(twice) <= num_frames + 1
+        if abs(twice) == num_frames + 1:
             assert frame % 2 == 0
 
 
-@given(available=counts, wanted=counts)
-def test_chosen_frames_are_different_ones_in_order(available: int, wanted: int) -> None:
-    chosen = sample_frames(available, wanted)
-    assert len(chosen) == min(available, wanted)
+@given(available=counts, num_frames=counts)
+def test_chosen_frames_are_different_ones_in_order(available: int, num_frames: int) -> None:
+    chosen = sample_frames(available, num_frames)
+    assert len(chosen) == min(available, num_frames)
     assert chosen == sorted(set(chosen))
     assert 0 <= chosen[0] <= chosen[-1] < available
 
 
 @pytest.mark.parametrize(
-    ("available", "wanted", "frames"),
+    ("available", "num_frames", "frames"),
     [
         (8, 4, [2, 3, 5, 6]),
         (5, 1, [2]),
@@ -211,8 +211,8 @@ def test_chosen_frames_are_different_ones_in_order(available: int, wanted: int) 
         (25, 21, [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24]),
     ],
 )
-def test_frames_of_some_clips(available: int, wanted: int, frames: list[int]) -> None:
-    assert sample_frames(available, wanted) == frames
+def test_frames_of_some_clips(available: int, num_frames: int, frames: list[int]) -> None:
+    assert sample_frames(available, num_frames) == frames
 
 
 # --- formats and sizes -------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_the_size_of_a_frame_can_be_set() -> None:
     assert module(clips(4, 9, 9)).shape == (2, 24, C)
 
 
-def test_steps_and_grids_are_told_as_timm_asks_for_them() -> None:
+def test_steps_and_grids_have_timms_methods() -> None:
     module = embed()
     assert module.feat_ratio() == 3
     assert module.feat_ratio(as_scalar=False) == (2, 3)
@@ -263,29 +263,27 @@ def test_steps_and_grids_are_told_as_timm_asks_for_them() -> None:
 
 # --- refusals ----------------------------------------------------------------------------------
 
-ANY_SIZE = "a video model takes frames of one size; leave dynamic_img_size and dynamic_img_pad out"
-
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"sampling": "even"}, "sampling is 'even', expected one of 'tubelet', 'uniform'"),
-        ({"input_format": "cthw"}, "input_format is 'cthw', expected one of 'bcthw', 'btchw'"),
-        ({"tubelet_init": "zero"}, "tubelet_init is 'zero', expected one of 'central', 'average'"),
-        ({"num_frames": 0}, "num_frames is 0, expected an integer of 1 or more"),
-        ({"num_frames": 4.0}, "num_frames is 4.0, expected an integer of 1 or more"),
-        ({"tubelet_size": 0}, "tubelet_size is 0, expected an integer of 1 or more"),
-        ({"num_frames": 3, "tubelet_size": 4}, "3 frames hold no tubelet of 4; use more"),
-        ({"img_size": (1, 9)}, r"a 1 x 9 frame holds no patch of \(2, 3\)"),
-        ({"img_size": (7, 0)}, "width of img_size is 0, expected an integer of 1 or more"),
-        ({"img_size": 7.0 * torch.ones(2)}, "height of img_size is .*, expected an integer of 1"),
-        ({"patch_size": 0}, "height of patch_size is 0, expected an integer of 1 or more"),
-        ({"patch_size": (2, 4, 4)}, r"patch_size is \(2, 4, 4\), expected a number or \(height"),
-        ({"in_chans": 0}, "in_chans is 0, expected an integer of 1 or more"),
-        ({"dynamic_img_pad": True}, ANY_SIZE),
-        ({"strict_img_size": False}, ANY_SIZE),
-        ({"frames": 4}, "ClipEmbed takes no frames; leave it out"),
-        ({"norm_layer": nn.LayerNorm}, "ClipEmbed takes no norm_layer; leave it out"),
+        ({"sampling": "even"}, "sampling is 'even'"),
+        ({"input_format": "cthw"}, "input_format is 'cthw'"),
+        ({"tubelet_init": "zero"}, "tubelet_init is 'zero'"),
+        ({"num_frames": 0}, "num_frames is 0"),
+        ({"num_frames": 4.0}, r"num_frames is 4\.0"),
+        ({"tubelet_size": 0}, "tubelet_size is 0"),
+        ({"num_frames": 3, "tubelet_size": 4}, "num_frames is 3"),
+        ({"img_size": (1, 9)}, r"img_size is \(1, 9\)"),
+        ({"img_size": (7, 0)}, "width of img_size is 0"),
+        ({"img_size": 7.0 * torch.ones(2)}, "height of img_size is"),
+        ({"patch_size": 0}, "height of patch_size is 0"),
+        ({"patch_size": (2, 4, 4)}, r"patch_size is \(2, 4, 4\)"),
+        ({"in_chans": 0}, "in_chans is 0"),
+        ({"dynamic_img_pad": True}, "dynamic_img_pad"),
+        ({"strict_img_size": False}, "frames have one size"),
+        ({"frames": 4}, "no frames"),
+        ({"norm_layer": nn.LayerNorm}, "no norm_layer"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(kwargs: dict[str, Any], message: str) -> None:
@@ -299,8 +297,7 @@ def test_timms_arguments_in_their_neutral_state_are_taken() -> None:
 
 def test_another_patch_size_is_refused_and_the_size_stays() -> None:
     module = embed()
-    message = r"patch_size is \(2, 3\) and cannot become 4; build another model and fill it with"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"patch_size is 4, expected \(2, 3\)"):
         module.set_input_size((8, 8), 4)
     assert (module.img_size, module.grid_size) == ((7, 9), GRID)
 

@@ -1,4 +1,4 @@
-"""The ViT on learned tokens: equal to loops written out, with timm's whole interface."""
+"""The ViT on learned tokens: equal to loops written out, for images of any size."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ import pytest
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
 from tiny import randomized
 from torch import Tensor, nn
 
-import tokenlearner
 from tokenlearner.layers.blocks import ReducedBlock
-from tokenlearner.layers.token_learner import LEARNERS, TokenLearner
+from tokenlearner.layers.token_learner import LEARNERS
 from tokenlearner.models.insertion import get_insertion, insert, remove
-from tokenlearner.models.vit import VARIANTS, TokenLearnerViT
+from tokenlearner.models.vit import TokenLearnerViT
 
 PLAIN, LEARNED = "vit_mini_patch4_28", "vit_mini_patch4_tl8at3_28"
 SHAPE: dict[str, Any] = {
@@ -92,7 +89,7 @@ def test_without_tokens_it_is_timms_vision_transformer() -> None:
     options = {"global_pool": "avg", "class_token": False, "fc_norm": False}
     timms = VisionTransformer(**SHAPE, **options, act_layer="gelu_tanh").eval()
     timms.load_state_dict(ours.state_dict(), strict=True)
-    assert torch.equal(ours(images), timms(images))
+    assert torch.equal(ours(images), timms(images))  # the same operations on the same machine
     exact = VisionTransformer(**SHAPE, **options).eval()
     exact.load_state_dict(ours.state_dict(), strict=True)
     assert not torch.equal(ours(images), exact(images))
@@ -105,7 +102,7 @@ def test_timms_arguments_reach_timm() -> None:
     ours, images = randomized(TokenLearnerViT(**SHAPE, **kwargs)), make_images()
     timms = VisionTransformer(**SHAPE, **kwargs).eval()
     timms.load_state_dict(ours.state_dict(), strict=True)
-    assert torch.equal(ours(images), timms(images))
+    torch.testing.assert_close(ours(images), timms(images))
 
 
 @both_ways
@@ -120,12 +117,12 @@ def test_a_class_token_goes_around_the_learner(fuse: bool) -> None:
         if not isinstance(block, ReducedBlock):
             x = block(x)
             continue
-        seen = block.block(torch.cat([x[:, :1], block.learner(x[:, 1:])], dim=1))
-        assert seen.shape == (2, 4, 16)
+        tokens = block.block(torch.cat([x[:, :1], block.learner(x[:, 1:])], dim=1))
+        assert tokens.shape == (2, 4, 16)
         if fuse:
-            rest = x[:, 1:] + block.fuser(seen[:, 1:], x[:, 1:])
-            seen = torch.cat([seen[:, :1], rest], dim=1)
-        x = seen
+            rest = x[:, 1:] + block.fuser(tokens[:, 1:], x[:, 1:])
+            tokens = torch.cat([tokens[:, :1], rest], dim=1)
+        x = tokens
     torch.testing.assert_close(model(images), model.head(model.norm(x)[:, 0]))
 
 
@@ -146,14 +143,7 @@ def test_images_that_patches_do_not_fill_lose_their_rim(learner: str) -> None:
     assert model.pos_embed.shape == (1, 6, 16)
     other = images.clone()
     other[:, :, 8:], other[:, :, :, 12:] = 7, 7
-    assert torch.equal(model(images), model(other))
-
-
-def test_512_pixels_in_patches_of_14_are_36_positions_a_side() -> None:
-    with torch.device("meta"):
-        model = timm.create_model("vit_large_patch14_d35_tl16at18_512", depth=19)
-    assert model.patch_embed.grid_size == (36, 36)
-    assert model.pos_embed.shape == (1, 36 * 36, 1024)
+    torch.testing.assert_close(model(images), model(other))
 
 
 # --- pooling and head --------------------------------------------------------------------------
@@ -178,24 +168,15 @@ def test_every_pooling_is_what_its_name_says(pool: str, fuse: bool) -> None:
     torch.testing.assert_close(model(images), expected)
 
 
-@each_pool
+@pytest.mark.parametrize("pool", [*POOLS, None])
 @torch.no_grad()
-def test_reset_classifier_changes_the_pooling(pool: str) -> None:
+def test_reset_classifier_changes_the_pooling_if_one_is_given(pool: str | None) -> None:
     model, images = tiny(global_pool="sum"), make_images()
     model.reset_classifier(4, pool)
-    assert model.global_pool == pool
-    assert model.num_classes == 4
-    expected = model.head(POOLS[pool](final_tokens(model, images)))
+    assert model.global_pool == ("sum" if pool is None else pool)
+    expected = model.head(POOLS[model.global_pool](final_tokens(model, images)))
     assert expected.shape[-1] == 4
     torch.testing.assert_close(model(images), expected)
-
-
-@torch.no_grad()
-def test_the_sum_is_as_many_times_the_mean_as_there_are_tokens() -> None:
-    model, images = tiny(num_classes=0, global_pool="sum"), make_images()
-    summed = model(images)
-    model.reset_classifier(0, "avg")
-    torch.testing.assert_close(summed, 3 * model(images))
 
 
 @pytest.mark.parametrize("own", POOLS)
@@ -210,19 +191,10 @@ def test_pool_takes_another_pooling_for_one_call(pool: str, own: str) -> None:
 
 @pytest.mark.parametrize("include", [False, True])
 @torch.no_grad()
-def test_the_sum_includes_prefix_tokens_only_if_told(include: bool) -> None:
+def test_the_sum_includes_prefix_tokens_only_if_requested(include: bool) -> None:
     model = tiny(class_token=True, global_pool="sum", pool_include_prefix=include)
     x = torch.randn(2, 4, 16)
     torch.testing.assert_close(model.pool(x), x[:, 0 if include else 1 :].sum(1))
-
-
-@torch.no_grad()
-def test_resetting_the_head_keeps_the_pooling_unless_told() -> None:
-    model, images = tiny(global_pool="sum"), make_images()
-    model.reset_classifier(3)
-    assert model.global_pool == "sum"
-    expected = model.head(final_tokens(model, images).sum(1))
-    torch.testing.assert_close(model(images), expected)
 
 
 @both_ways
@@ -237,26 +209,14 @@ def test_pre_logits_are_tanh_of_a_linear_layer_in_front_of_the_head(fuse: bool) 
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), represented)
 
 
-def test_the_widths_are_told_as_timm_tells_them() -> None:
-    model = tiny(representation_size=7)
-    assert (model.num_features, model.embed_dim, model.head_hidden_size) == (16, 16, 7)
-    assert model.get_classifier() is model.head
-    assert (model.head.in_features, model.head.out_features) == (7, 5)
-    plain = tiny()
-    assert (plain.num_features, plain.head_hidden_size, plain.head.in_features) == (16, 16, 16)
-
-
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("pool", [None, "sum", ""])
 @torch.no_grad()
-def test_the_head_behind_pre_logits_can_be_exchanged(pool: str | None, training: bool) -> None:
-    model, images = tiny(representation_size=7).double().train(training), make_images().double()
+def test_the_head_behind_pre_logits_can_be_replaced(pool: str | None) -> None:
+    model, images = tiny(representation_size=7), make_images()
     before = model.pre_logits.weight.clone()
     model.reset_classifier(3, pool)
     assert torch.equal(model.pre_logits.weight, before)
     assert (model.head.in_features, model.head.out_features) == (7, 3)
-    assert model.head.weight.dtype == torch.float64
-    assert model.head.training is training
     assert model(images).shape == ((2, 3, 3) if pool == "" else (2, 3))
 
 
@@ -264,24 +224,9 @@ def test_the_head_behind_pre_logits_can_be_exchanged(pool: str | None, training:
 def test_without_classes_the_output_is_the_representation() -> None:
     model, images = tiny(representation_size=7, num_classes=0), make_images()
     features = model.forward_features(images)
-    assert torch.equal(model(images), model.forward_head(features, pre_logits=True))
+    torch.testing.assert_close(model(images), model.forward_head(features, pre_logits=True))
     model.reset_classifier(2)
     assert model(images).shape == (2, 2)
-    model.reset_classifier(0)
-    assert isinstance(model.head, nn.Identity)
-    assert model(images).shape == (2, 7)
-
-
-@both_ways
-@torch.no_grad()
-def test_features_and_head_are_the_model(fuse: bool) -> None:
-    model, images = tiny(fuse=fuse), make_images()
-    features = model.forward_features(images)
-    torch.testing.assert_close(features, final_tokens(model, images))
-    assert torch.equal(model.forward_head(features), model(images))
-    pooled = model.forward_head(features, pre_logits=True)
-    torch.testing.assert_close(pooled, features.mean(1))
-    assert torch.equal(model.get_classifier()(pooled), model(images))
 
 
 def test_dropout_stands_between_pre_logits_and_head() -> None:
@@ -339,16 +284,13 @@ def test_learners_keep_their_own_initialization(learner: str) -> None:
 def test_a_new_fused_model_leaves_the_positions_exactly_as_they_are(learner: str) -> None:
     model, images = TokenLearnerViT(**TINY, fuse=True, learner=learner).eval(), make_images()
     expected = model.norm(in_front_of_the_learner(model, images))
-    assert torch.equal(model.forward_features(images), expected)
+    torch.testing.assert_close(model.forward_features(images), expected)
 
 
-def test_new_parts_take_device_dtype_and_the_fusers_width() -> None:
-    options: dict[str, Any] = {"fuse": True, "fuser_bottleneck_dim": 7, "representation_size": 9}
-    model: Any = TokenLearnerViT(**TINY, **options, device="meta", dtype=torch.float64)
-    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
-    assert model.blocks[2].fuser.gates[0].out_features == 7
-    linear: Any = TokenLearnerViT(**TINY, fuse=True, fuser_bottleneck_dim=None)
-    assert isinstance(linear.blocks[2].fuser.gates, nn.Linear)
+@pytest.mark.parametrize("width", [7, None])
+def test_fusers_have_the_width_that_is_given(width: int | None) -> None:
+    gates = tiny(fuse=True, fuser_bottleneck_dim=width).blocks[2].fuser.gates
+    assert isinstance(gates, nn.Linear) if width is None else gates[0].out_features == width
 
 
 # --- images of any size ----------------------------------------------------------------------
@@ -390,14 +332,14 @@ def test_a_class_token_is_no_position_of_an_image_of_another_size(fuse: bool) ->
 
 
 @torch.no_grad()
-def test_two_grids_of_as_many_positions_are_told_apart_by_v1() -> None:
+def test_v1_gets_the_grid_of_each_image() -> None:
     model = tiny(learner="v1", dynamic_img_size=True)
-    images, seen = make_images(12, 8), []
-    hook = model.blocks[2].learner.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    images, grids = make_images(12, 8), []
+    hook = model.blocks[2].learner.register_forward_pre_hook(lambda _, args: grids.append(args[1]))
     model(images)
     model(make_images(8, 12))
     hook.remove()
-    assert seen == [(6, 4), (4, 6)]
+    assert grids == [(6, 4), (4, 6)]
 
 
 @torch.no_grad()
@@ -408,23 +350,6 @@ def test_padded_images_have_the_padded_grid() -> None:
     torch.testing.assert_close(model(images), model(padded))
 
 
-@both_ways
-@pytest.mark.parametrize("learner", ["v1", "v11"])
-def test_gradient_checkpointing_changes_no_number_of_images_of_any_size(
-    learner: str, fuse: bool
-) -> None:
-    model = tiny(learner=learner, fuse=fuse, dynamic_img_size=True).train()
-    images, results = make_images(12, 16), []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        out = model(images)
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in model.parameters())])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 @pytest.mark.parametrize("learner", ["v1", "v11"])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("mask", [{"is_causal": True}, {"attn_mask": torch.zeros(24, 24)}])
@@ -432,7 +357,7 @@ def test_a_mask_over_positions_is_refused(
     mask: dict[str, Any], dynamic: bool, learner: str
 ) -> None:
     model = tiny(learner=learner, dynamic_img_size=dynamic)
-    with pytest.raises(ValueError, match="an attention mask over positions does not fit learned"):
+    with pytest.raises(ValueError, match="attention mask"):
         model(make_images(), **mask)
 
 
@@ -452,7 +377,7 @@ def test_set_input_size_makes_the_model_that_is_built_for_that_size(
 
 @pytest.mark.parametrize("size", [(12, 8), (10, 12), (7, 11)])
 @pytest.mark.parametrize("learner", ["v1", "v11"])
-def test_images_of_another_size_are_refused_unless_they_are_asked_for(
+def test_images_of_another_size_are_refused_unless_dynamic_img_size(
     learner: str, size: tuple[int, int]
 ) -> None:
     with pytest.raises(AssertionError, match="Input height"):
@@ -472,84 +397,20 @@ def test_learners_can_be_exchanged_in_a_model_for_any_size(learner: str) -> None
 # --- features ----------------------------------------------------------------------------------
 
 
-def features_by_hooks(model: Any, images: Tensor) -> list[Tensor]:
-    kept: list[Tensor] = []
-
-    def keep(block: nn.Module, args: Any, out: Tensor) -> None:
-        kept.append(out)
-
-    hooks = [block.register_forward_hook(keep) for block in model.blocks]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    return kept
-
-
-@pytest.mark.parametrize("norm", [False, True])
-@each_learner
-@torch.no_grad()
-def test_intermediates_of_a_fused_model_are_maps_everywhere(learner: str, norm: bool) -> None:
-    model, images = tiny(fuse=True, learner=learner), make_images()
-    flat = features_by_hooks(model, images)
-    flat = [model.norm(one) for one in flat] if norm else flat
-    final, maps = model.forward_intermediates(images, norm=norm)
-    torch.testing.assert_close(final, model.forward_features(images))
-    for one, other in zip(maps, flat, strict=True):
-        torch.testing.assert_close(one, other.transpose(1, 2).unflatten(2, GRID))
-
-
-@each_learner
-@torch.no_grad()
-def test_intermediates_of_a_reduced_model_are_maps_and_then_tokens(learner: str) -> None:
-    model, images = tiny(learner=learner), make_images()
-    flat = features_by_hooks(model, images)
-    assert [one.shape[1] for one in flat] == [24, 24, 3, 3]
-    final, tokens = model.forward_intermediates(images, output_fmt="NLC")
-    torch.testing.assert_close(tokens, flat)
-    torch.testing.assert_close(final, model.forward_features(images))
-    maps = model.forward_intermediates(images, [0, 1], intermediates_only=True, stop_early=True)
-    for one, other in zip(maps, flat, strict=False):
-        torch.testing.assert_close(one, other.transpose(1, 2).unflatten(2, GRID))
-
-
 @torch.no_grad()
 def test_intermediates_can_come_with_prefix_tokens_and_as_a_dictionary() -> None:
     model, images = tiny(class_token=True), make_images()
-    flat = features_by_hooks(model, images)
+    tokens = model.forward_intermediates(images, [1], output_fmt="NLC", intermediates_only=True)
     found = model.forward_intermediates(images, [1], return_prefix_tokens=True, output_dict=True)
-    torch.testing.assert_close(found["image_intermediates_prefix"][0], flat[1][:, :1])
-    expected = flat[1][:, 1:].transpose(1, 2).unflatten(2, GRID)
+    assert found["image_intermediates_prefix"][0].shape == (2, 1, 16)
+    expected = tokens[0].transpose(1, 2).unflatten(2, GRID)
     torch.testing.assert_close(found["image_intermediates"][0], expected)
-
-
-@torch.no_grad()
-def test_intermediate_layers_by_their_older_name_are_the_same() -> None:
-    model, images = tiny(), make_images()
-    [last] = model.get_intermediate_layers(images, 1)
-    torch.testing.assert_close(last, features_by_hooks(model, images)[-1])
-
-
-@pytest.mark.parametrize(
-    ("indices", "named"), [(None, "2, 3"), (1, "3"), ([0, 2], "2"), ([-1], "3")]
-)
-def test_a_map_of_a_block_behind_the_learner_is_refused(indices: Any, named: str) -> None:
-    model = tiny()
-    message = (
-        f"from block 2 on there are learned tokens and no grid.*block {named} is asked for; take "
-        "indices below 2, output_fmt='NLC', or a model with fuse=True"
-    )
-    with pytest.raises(ValueError, match=message):
-        model.forward_intermediates(make_images(), indices)
 
 
 @pytest.mark.parametrize("fmt", ["NCHW", "NLC"])
 def test_intermediates_of_v1_for_an_image_of_another_size_are_refused(fmt: str) -> None:
     model = tiny(learner="v1", fuse=True, dynamic_img_size=True)
-    message = (
-        r"V1's learner is built for a \(4, 6\) grid, the image is \(12, 8\); call "
-        r"set_input_size\(\(12, 8\)\), or build the model with learner='v11'"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"\(4, 6\) grid, the image is \(12, 8\).*set_input_size"):
         model.forward_intermediates(make_images(12, 8), output_fmt=fmt)
     final, _ = model.forward_intermediates(make_images(), output_fmt=fmt)
     assert final.shape == (2, 24, 16)
@@ -558,31 +419,10 @@ def test_intermediates_of_v1_for_an_image_of_another_size_are_refused(fmt: str) 
 @torch.no_grad()
 def test_intermediates_of_v11_are_there_for_images_of_any_size() -> None:
     model, images = tiny(fuse=True, dynamic_img_size=True), make_images(12, 16)
-    flat = features_by_hooks(model, images)
-    _, maps = model.forward_intermediates(images)
-    for one, other in zip(maps, flat, strict=True):
-        torch.testing.assert_close(one, other.transpose(1, 2).unflatten(2, (6, 8)))
-
-
-@pytest.mark.parametrize(("name", "end"), [(PLAIN, 6), (LEARNED, 3)])
-@torch.no_grad()
-def test_a_feature_pyramid_ends_where_the_grid_does(name: str, end: int) -> None:
-    model: Any = timm.create_model(name, features_only=True).eval()
-    assert list(model.out_indices) == [end - 3, end - 2, end - 1]
-    whole = randomized(timm.create_model(name))
-    model.model.load_state_dict(whole.state_dict(), strict=False)
-    images = torch.randn(2, 1, 28, 28)
-    flat = features_by_hooks(whole, images)[end - 3 : end]
-    for one, other in zip(model(images), flat, strict=True):
-        torch.testing.assert_close(one, other.transpose(1, 2).unflatten(2, (7, 7)))
-    assert model.feature_info.reduction() == [4, 4, 4]
-
-
-@torch.no_grad()
-def test_a_feature_pyramid_of_a_fused_model_goes_to_the_end() -> None:
-    model: Any = timm.create_model(LEARNED, features_only=True, fuse=True)
-    assert list(model.out_indices) == [3, 4, 5]
-    assert [m.shape for m in model(torch.randn(2, 1, 28, 28))] == [(2, 64, 7, 7)] * 3
+    final, maps = model.forward_intermediates(images, norm=True)
+    torch.testing.assert_close(final, model.forward_features(images))
+    assert [m.shape for m in maps] == [(2, 16, 6, 8)] * 4
+    torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), final)
 
 
 @torch.no_grad()
@@ -590,54 +430,6 @@ def test_a_feature_pyramid_of_chosen_blocks_takes_images_of_any_size_in_front_of
     kwargs = {"learner": "v1", "dynamic_img_size": True, "out_indices": (0, 2)}
     model: Any = timm.create_model(LEARNED, features_only=True, **kwargs)
     assert [m.shape for m in model(torch.randn(2, 1, 20, 36))] == [(2, 64, 5, 9)] * 2
-
-
-# --- timm's interface --------------------------------------------------------------------------
-
-
-def test_layer_decay_puts_learners_and_fusers_in_their_blocks_layer() -> None:
-    model = tiny(fuse=True, representation_size=7)
-    groups = param_groups_layer_decay(model, layer_decay=0.5)
-    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    by_name = {name: scales[id(p)] for name, p in model.named_parameters()}
-    stem = {by_name["patch_embed.proj.weight"], by_name["pos_embed"]}
-    layers = [
-        {scale for name, scale in by_name.items() if name.startswith(f"blocks.{i}.")}
-        for i in range(4)
-    ]
-    layers[3].add(by_name["norm.weight"])
-    head = {by_name["head.weight"], by_name["pre_logits.weight"]}
-    assert [sorted(one) for one in [stem, *layers, head]] == [
-        [0.5**5], [0.5**4], [0.5**3], [0.5**2], [0.5], [1.0]
-    ]  # fmt: skip
-
-
-def test_groups_are_the_stem_one_for_each_block_and_the_head() -> None:
-    model = tiny()
-    groups = group_parameters(model, model.group_matcher())
-    named = list(groups.values())
-    assert len(named) == 6
-    assert sorted(named[0]) == ["patch_embed.proj.bias", "patch_embed.proj.weight", "pos_embed"]
-    assert {name.split(".")[1] for name in named[3]} == {"2"}
-    assert {name.split(".")[2] for name in named[3]} == {"learner", "block"}
-    assert {"norm.weight", "norm.bias"} < set(named[4])
-    assert sorted(named[5]) == ["head.bias", "head.weight"]
-
-
-def test_positions_are_without_weight_decay() -> None:
-    assert tiny().no_weight_decay() >= {"pos_embed"}
-
-
-@both_ways
-@torch.no_grad()
-def test_learners_can_be_taken_out_and_put_back(fuse: bool) -> None:
-    model, images = tiny(fuse=fuse, learner="v1"), make_images()
-    expected, state = model(images), model.state_dict()
-    remove(model)
-    assert get_insertion(model) is None
-    assert model.forward_features(images).shape == (2, 24, 16)
-    insert(model, 3, 2, learner="v1", fuse=fuse).load_state_dict(state, strict=True)
-    assert torch.equal(model(images), expected)
 
 
 @torch.no_grad()
@@ -650,22 +442,6 @@ def test_torch_compile_takes_the_whole_graph_of_v1_for_any_size() -> None:
 
 
 # --- the named models --------------------------------------------------------------------------
-
-
-def test_the_names_are_listed() -> None:
-    assert set(VARIANTS) <= set(tokenlearner.list_models("vit_*"))
-
-
-@pytest.mark.parametrize("name", [PLAIN, LEARNED])
-@torch.no_grad()
-def test_timm_and_tokenlearner_build_the_same_model(name: str) -> None:
-    torch.manual_seed(7)
-    ours = tokenlearner.create_model(name).eval()
-    torch.manual_seed(7)
-    timms = timm.create_model(name).eval()
-    images = torch.randn(2, 1, 28, 28)
-    assert torch.equal(ours(images), timms(images))
-    assert list(ours.state_dict()) == list(timms.state_dict())
 
 
 OVERRIDES: list[tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
@@ -692,30 +468,31 @@ def test_arguments_go_before_the_variants_own(
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("kwargs", "argument"),
     [
-        ({"global_pool": "mean"}, "global_pool is 'mean', expected one of 'avg', 'max', 'sum'"),
-        ({"num_tokens": -1}, "num_tokens is -1, expected an integer of 0 or more"),
-        ({"num_tokens": True}, "num_tokens is True, expected an integer of 0"),
-        ({"num_tokens": 25}, "num_tokens is 25, but an image has 24; ask for fewer"),
-        ({"at": 4}, "at is 4, expected a block from 0 to 3"),
-        ({"at": -1}, "at is -1, expected a block from 0 to 3"),
-        ({"at": 1.0}, "at is 1.0, expected"),
-        ({"learner": "v2"}, "learner is 'v2', expected one of 'v11', 'v1'"),
-        ({"fuse": True, "fuser_bottleneck_dim": -1}, "bottleneck_dim is -1, expected an integer"),
-        ({"representation_size": 0}, "representation_size is 0, expected an integer of 1"),
-        ({"representation_size": 2.5}, "representation_size is 2.5, expected an integer of 1"),
+        ({"global_pool": "mean"}, "global_pool"),
+        ({"num_tokens": -1}, "num_tokens"),
+        ({"num_tokens": True}, "num_tokens"),
+        ({"num_tokens": 25}, "num_tokens"),
+        ({"at": 4}, "at"),
+        ({"at": -1}, "at"),
+        ({"at": 1.0}, "at"),
+        ({"learner": "v2"}, "learner"),
+        ({"fuse": True, "fuser_bottleneck_dim": -1}, "bottleneck_dim"),
+        ({"representation_size": 0}, "representation_size"),
+        ({"representation_size": 2.5}, "representation_size"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_arguments_that_do_not_fit_are_refused(kwargs: dict[str, Any], argument: str) -> None:
+    value = list(kwargs.values())[-1]
+    with pytest.raises(ValueError, match=f"{argument} is {value!r}"):
         TokenLearnerViT(**(TINY | kwargs))
 
 
 def test_a_pooling_that_is_not_known_is_refused_and_the_head_stays() -> None:
     model = tiny()
     head = model.head
-    with pytest.raises(ValueError, match="global_pool is 'mean', expected one of 'avg', 'max'"):
+    with pytest.raises(ValueError, match="global_pool is 'mean'"):
         model.reset_classifier(3, "mean")
     assert model.head is head
     assert model.num_classes == 5
@@ -727,25 +504,8 @@ def test_as_many_tokens_as_positions_fit(learner: str) -> None:
     assert tiny(num_tokens=24, learner=learner)(make_images()).shape == (2, 5)
 
 
-def test_learners_are_of_the_kind_that_is_asked_for() -> None:
-    assert isinstance(tiny(learner="v1").blocks[2].learner, TokenLearner)
-    for learner in LEARNERS:
-        found = get_insertion(tiny(learner=learner, fuse=True, fuser_bottleneck_dim=7))
-        assert found == {
-            "num_tokens": 3,
-            "at": 2,
-            "learner": learner,
-            "fuse": True,
-            "fuser_bottleneck_dim": 7,
-        }
-
-
 @each_learner
-@both_ways
-@torch.no_grad()
-def test_logits_on_the_chosen_device_are_those_on_the_cpu(
-    learner: str, fuse: bool, device: torch.device
-) -> None:
-    model, images = tiny(learner=learner, fuse=fuse).double().eval(), make_images().double()
-    expected = model(images)
-    torch.testing.assert_close(model.to(device)(images.to(device)).cpu(), expected)
+def test_insertion_is_what_the_model_was_built_with(learner: str) -> None:
+    options = {"num_tokens": 3, "at": 2, "learner": learner, "fuse": True}
+    options |= {"fuser_bottleneck_dim": 7}
+    assert get_insertion(tiny(**options)) == options

@@ -1,16 +1,17 @@
-"""Whole checkpoints between scenic and this package, as the command `tokenlearner convert` does."""
+"""Converts whole checkpoints between scenic and this package, as `tokenlearner convert` does."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..layers.token_learner import LEARNERS
 from ..models.factory import create_model, load_model, save_model
-from ..utils.validation import check_choice, check_count
-from .readers import read_weights, write_flax
+from ..utils.validation import check_choice, check_count, check_literals
+from .flax_msgpack import write_flax
+from .readers import read_weights
 from .scenic import load_scenic, nest, to_scenic
 from .scenic_config import describe
 
@@ -20,7 +21,7 @@ _NOT_ARGUMENTS = ("num_positions", "num_learners")
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Turns a checkpoint of scenic's into a model of this package, or the other way round.
+    """Turns a checkpoint of scenic into a model of this package, or the other way round.
 
     Args:
         checkpoint: scenic's checkpoint, or its parameters as .npz; to go back, a saved model.
@@ -40,15 +41,15 @@ class ConvertConfig:
     at: int | None = None
     learner: str | None = None
     gelu: bool | None = None
-    global_pool: str = "avg"
+    global_pool: Literal["avg", "max", "sum"] = "avg"
     num_frames: int = 1
     height: int | None = None
     width: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what is out of range."""
+        """Checks the options."""
         check_count("num_frames", self.num_frames)
-        check_choice("global_pool", self.global_pool, ("avg", "max", "sum"))
+        check_literals(self)
         if self.learner is not None:
             check_choice("learner", self.learner, list(LEARNERS))
         if (self.height is None) != (self.width is None):
@@ -73,55 +74,54 @@ def convert_checkpoint(config: ConvertConfig) -> Path:
     return save_model(load_scenic(create_model(name, **arguments), params), config.out)
 
 
-def model_arguments(told: dict[str, Any], config: ConvertConfig) -> dict[str, Any]:
-    """Completes what a checkpoint tells of its model by what it cannot tell.
+def model_arguments(inferred: dict[str, Any], config: ConvertConfig) -> dict[str, Any]:
+    """Completes the arguments that a checkpoint shows by those that it does not.
 
     Args:
-        told: By `scenic.describe`.
+        inferred: From `scenic_config.describe`.
         config: Has the rest.
 
     Raises:
-        ValueError: Something is missing, or does not go with what the checkpoint tells.
+        ValueError: An argument is missing or contradicts the checkpoint.
     """
-    arguments = {key: value for key, value in told.items() if key not in _NOT_ARGUMENTS}
-    if told["num_tokens"] and "at" not in told and config.at is None:
+    arguments = {key: value for key, value in inferred.items() if key not in _NOT_ARGUMENTS}
+    if inferred["num_tokens"] and "at" not in inferred and config.at is None:
         raise ValueError(
-            "the checkpoint does not tell in front of which block its tokens are learned; pass "
+            "the checkpoint does not show in front of which block its tokens are learned; pass "
             "--at with the tokenlearner_loc it was trained with"
         )
     if config.at is not None:
-        if told.get("at", config.at) != config.at:
-            raise ValueError(f"at is {config.at}, but the fusers start at block {told['at']}")
+        if inferred.get("at", config.at) != config.at:
+            raise ValueError(f"at is {config.at}, but the fusers start at block {inferred['at']}")
         arguments["at"] = config.at
     if config.learner is not None:
         arguments["learner"] = config.learner
-    pool = config.global_pool if told["num_classes"] else ""  # the headless model gives all tokens
-    frames = _frames(told, config)
-    return arguments | frames | {"global_pool": pool, "img_size": _img_size(told, config)}
+    pool = config.global_pool if inferred["num_classes"] else ""  # headless models give all tokens
+    frames = _frames(inferred, config)
+    return arguments | frames | {"global_pool": pool, "img_size": _img_size(inferred, config)}
 
 
-def _frames(told: dict[str, Any], config: ConvertConfig) -> dict[str, Any]:
-    """The arguments that a video model has besides an image model's."""
-    if config.num_frames == 1:
-        if "tubelet_size" in told:
-            raise ValueError(
-                f"this is a video model with tubelets of {told['tubelet_size']}; pass --num_frames"
-            )
-        return {}
-    sampling = "tubelet" if "tubelet_size" in told else "uniform"
-    return {"num_frames": config.num_frames, "sampling": sampling}
+def _frames(inferred: dict[str, Any], config: ConvertConfig) -> dict[str, Any]:
+    """Returns the arguments that a video model has besides an image model's."""
+    tubelet = inferred.get("tubelet_size")
+    if config.num_frames > 1:
+        sampling = "tubelet" if tubelet else "uniform"
+        return {"num_frames": config.num_frames, "sampling": sampling}
+    if tubelet:
+        raise ValueError(f"this is a video model with tubelets of {tubelet}; pass --num_frames")
+    return {}
 
 
-def _img_size(told: dict[str, Any], config: ConvertConfig) -> tuple[int, int]:
-    patch = told["patch_size"]
+def _img_size(inferred: dict[str, Any], config: ConvertConfig) -> tuple[int, int]:
+    patch, positions = inferred["patch_size"], inferred["num_positions"]
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    n, rest = divmod(told["num_positions"], config.num_frames // told.get("tubelet_size", 1) or 1)
+    n, rest = divmod(positions, config.num_frames // inferred.get("tubelet_size", 1) or 1)
     side = math.isqrt(n)
     height = config.height or side * patch_height
     width = config.width or side * patch_width
     if rest or (height // patch_height) * (width // patch_width) != n:
         raise ValueError(
-            f"{told['num_positions']} positions do not make {config.num_frames} frames of "
+            f"{positions} positions do not make {config.num_frames} frames of "
             f"{height} x {width} in patches of {patch_height} x {patch_width}; pass --height and "
             "--width of the images, and --num_frames"
         )

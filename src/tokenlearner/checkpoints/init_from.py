@@ -1,4 +1,4 @@
-"""One model started from the weights of another: other resolutions, images to video, new heads.
+"""Initializes a model from the weights of another: other resolutions, images to video, new heads.
 
 `init_from(model, weights)` is the reference's fine-tuning path. What the two models share is
 copied; position embeddings are resampled to the new grid and repeated for every frame; a kernel of
@@ -32,8 +32,8 @@ _POSITIONS, _PATCHES = "pos_embed", "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
-class Started:
-    """What became of each parameter, by the model's names (`unused`: by the weights' names)."""
+class InitReport:
+    """Lists what happened to each parameter, by the model's names (`unused`: the weights')."""
 
     copied: tuple[str, ...]
     changed: tuple[str, ...]
@@ -43,6 +43,9 @@ class Started:
     unused: tuple[str, ...]
 
 
+Started = InitReport  # its name in version 0.3
+
+
 def init_from(
     model: nn.Module,
     weights: nn.Module | Mapping[str, Any] | str | Path,
@@ -50,8 +53,8 @@ def init_from(
     keep_head: bool = False,
     tubelet_init: str = "central",
     grid: Grid | None = None,
-) -> Started:
-    """Starts a model from the weights of another one of the same width and depth, in place.
+) -> InitReport:
+    """Initializes a model from the weights of another of the same width and depth, in place.
 
     Args:
         model: A `TokenLearnerViT`, `ViViT` or `FrameViT`, or a ViT of timm's.
@@ -67,27 +70,33 @@ def init_from(
         What was copied, changed, left new and not used.
 
     Raises:
-        ValueError: The two do not fit each other. The model is then as it was.
+        ValueError: The two do not fit each other. The model is then not changed.
     """
     check_choice("tubelet_init", tubelet_init, ("central", "average"))
-    came, unused = _state_of(weights, model)
-    came = {_plain(key): value for key, value in came.items()}
-    state = {_plain(key): (key, value) for key, value in model.state_dict().items()}
+    source, unused = _state_of(weights, model)
+    source = {_plain(key): value for key, value in source.items()}
+    names = {_plain(key): key for key in model.state_dict()}
+    target = {_plain(key): value for key, value in model.state_dict().items()}
     if not keep_head:
-        unused += [key for key in came if key.startswith("head.")]
-        came = {key: value for key, value in came.items() if not key.startswith("head.")}
-    _check_names(came, set(state), keep_head)
-    unused += [key for key in came if key not in state]
-    made = {key: came[key] for key in state if key in came}
-    if _POSITIONS in made:
-        source = _without_prefix(came, grid)
-        made[_POSITIONS] = _positions(source, _place(model), grid)
-    if _PATCHES in made:
-        made[_PATCHES] = _kernel(made[_PATCHES], state[_PATCHES][1], tubelet_init)
-    _check_shapes(made, {key: value for key, (_, value) in state.items()})
-    for key, value in made.items():
-        state[key][1].copy_(value)
-    return _report(state, came, made, unused)
+        unused += [key for key in source if key.startswith("head.")]
+        source = {key: value for key, value in source.items() if not key.startswith("head.")}
+    _check_names(source, set(target), keep_head)
+    unused += [key for key in source if key not in target]
+    adapted = {key: source[key] for key in target if key in source}
+    if _POSITIONS in adapted:
+        adapted[_POSITIONS] = _positions(_without_prefix(source, grid), _frames_grid(model), grid)
+    if _PATCHES in adapted:
+        adapted[_PATCHES] = _kernel(adapted[_PATCHES], target[_PATCHES], tubelet_init)
+    _check_shapes(adapted, target)
+    for key, value in adapted.items():
+        target[key].copy_(value)
+    same = {k for k, v in adapted.items() if v is source[k] or torch.equal(v, source[k])}
+    return InitReport(
+        copied=tuple(names[key] for key in adapted if key in same),
+        changed=tuple(names[key] for key in adapted if key not in same),
+        new=tuple(name for key, name in names.items() if key not in adapted),
+        unused=tuple(sorted(unused)),
+    )
 
 
 def resample_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:
@@ -102,7 +111,7 @@ def resample_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 def _state_of(weights: Any, model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights as a state dict, and the names of those that have no place in `model`."""
+    """Returns the weights as a state dict, and the names of those that `model` does not have."""
     if isinstance(weights, nn.Module):
         return dict(weights.state_dict()), []
     if isinstance(weights, str | Path):
@@ -113,31 +122,31 @@ def _state_of(weights: Any, model: nn.Module) -> tuple[dict[str, Tensor], list[s
 
 
 def _plain(key: str) -> str:
-    """A name as it is in a ViT without learners: wrapped blocks and encoders have longer ones."""
+    """Returns a name as it is in a ViT without learners: those in wrapped blocks are longer."""
     return re.sub(r"(^|\.)(blocks\.\d+)\.block\.", r"\1\2.", key.removeprefix("encoder."))
 
 
-def _check_names(came: Mapping[str, Any], wanted: set[str], keep_head: bool) -> None:
+def _check_names(source: Mapping[str, Any], expected: set[str], keep_head: bool) -> None:
     missing = sorted(
         key
-        for key in wanted - came.keys()
+        for key in expected - source.keys()
         if not _NEW.fullmatch(key) and (keep_head or not key.startswith("head."))
     )
-    over = sorted(key for key in came.keys() - wanted if not _DROPPED.fullmatch(key))
-    if missing or over:
-        told = f"missing: {shortened(missing)}; " * bool(missing)
-        told += f"left over: {shortened(over)}; " * bool(over)
+    extra = sorted(key for key in source.keys() - expected if not _DROPPED.fullmatch(key))
+    if missing or extra:
+        problems = f"missing: {shortened(missing)}; " * bool(missing)
+        problems += f"left over: {shortened(extra)}; " * bool(extra)
         raise ValueError(
-            f"the weights do not fit the model: {told}build the model with the depth and layers "
-            "that they come from"
+            f"the weights do not fit the model: {problems}build the model with the depth and "
+            "layers that they come from"
         )
 
 
-def _check_shapes(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _check_shapes(adapted: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     wrong = [
-        f"{key} is {list(value.shape)}, expected {list(wanted[key].shape)}"
-        for key, value in made.items()
-        if value.shape != wanted[key].shape
+        f"{key} is {list(value.shape)}, expected {list(target[key].shape)}"
+        for key, value in adapted.items()
+        if value.shape != target[key].shape
     ]
     if wrong:
         raise ValueError(
@@ -147,28 +156,30 @@ def _check_shapes(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
         )
 
 
-def _without_prefix(came: Mapping[str, Tensor], grid: Grid | None) -> Tensor:
-    """The position embeddings without those of class token and registers: `1 n c`."""
-    positions = came[_POSITIONS]
-    prefix = sum(came[key].shape[1] for key in _PREFIXES if key in came)
+def _without_prefix(source: Mapping[str, Tensor], grid: Grid | None) -> Tensor:
+    """Returns the position embeddings without those of class token and registers: `1 n c`."""
+    positions = source[_POSITIONS]
+    prefix = sum(source[key].shape[1] for key in _PREFIXES if key in source)
     n = positions.shape[1]
     fits = [p for p in (prefix, 0) if (grid and math.prod(check_pair(grid)) == n - p)]
     if not grid:  # timm's no_embed_class has tokens without positions
         fits = [p for p in (prefix, 0) if math.isqrt(n - p) ** 2 == n - p] or [prefix]
     if not fits:
-        raise ValueError(f"{n} positions (with {prefix} class or register tokens) are no {grid}")
+        raise ValueError(
+            f"grid is {grid}, but there are {n} positions, {prefix} of them prefix tokens"
+        )
     return positions[:, fits[0] :]
 
 
-def _place(model: Any) -> tuple[int, Grid]:
-    """The frames that a model has positions for, and the grid of one of them."""
+def _frames_grid(model: Any) -> tuple[int, Grid]:
+    """Returns the number of frames that a model has positions for, and the grid of each."""
     embed = getattr(model, "encoder", model).patch_embed
     return getattr(embed, "frames", 1), embed.grid_size
 
 
-def _positions(source: Tensor, place: tuple[int, Grid], grid: Grid | None) -> Tensor:
-    """Position embeddings of one image or of the same clip, for the frames of a model."""
-    frames, new = place
+def _positions(source: Tensor, target: tuple[int, Grid], grid: Grid | None) -> Tensor:
+    """Makes position embeddings of an image or of the same clip those for a model's frames."""
+    frames, new = target
     n = source.shape[1]
     if grid is None and n == frames * math.prod(new):
         return source
@@ -178,33 +189,17 @@ def _positions(source: Tensor, place: tuple[int, Grid], grid: Grid | None) -> Te
             f"{n} positions are no square, and no clip of {frames} frames of {new}; pass "
             "grid=(height, width) of the image that they come from"
         )
-    one = resample_positions(source, grid or (side, side), new)
-    return repeat(one, "1 n c -> 1 (t n) c", t=frames)
+    resampled = resample_positions(source, grid or (side, side), new)
+    return repeat(resampled, "1 n c -> 1 (t n) c", t=frames)
 
 
-def _kernel(source: Tensor, target: Tensor, how: str) -> Tensor:
-    """An image model's kernel of patches for the tubelets of a video model."""
+def _kernel(source: Tensor, target: Tensor, tubelet_init: str) -> Tensor:
+    """Makes an image model's kernel of patches one for the tubelets of a video model."""
     if source.ndim != 4 or target.ndim != 5:
         return source
     frames = target.shape[2]
-    if how == "average":
+    if tubelet_init == "average":
         return repeat(source / frames, "o i h w -> o i t h w", t=frames)
     kernel = source.new_zeros(*source.shape[:2], frames, *source.shape[2:])
     kernel[:, :, frames // 2] = source
     return kernel
-
-
-def _report(
-    state: Mapping[str, tuple[str, Tensor]],
-    came: Mapping[str, Tensor],
-    made: Mapping[str, Tensor],
-    unused: list[str],
-) -> Started:
-    same = {k for k, v in made.items() if v is came[k] or torch.equal(v, came[k])}
-    names = {key: name for key, (name, _) in state.items()}
-    return Started(
-        copied=tuple(names[key] for key in made if key in same),
-        changed=tuple(names[key] for key in made if key not in same),
-        new=tuple(name for key, name in names.items() if key not in made),
-        unused=tuple(sorted(unused)),
-    )

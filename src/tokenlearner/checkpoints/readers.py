@@ -1,36 +1,19 @@
-"""Weights from a file, as tensors by name; nothing in a file is ever executed.
-
-`read_weights` reads safetensors, npz, PyTorch's own files and flax's msgpack. The last is what
-scenic trains into; it is read and written here without jax or flax.
-Source of its format: google/flax `flax/serialization.py`.
-"""
+"""Weights from a file, as tensors by name; nothing in a file is ever executed."""
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.io import atomic_write
+from .flax_msgpack import as_tensor, check_file, find_params, read_flax, without_params
 
-_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's msgpack extension types
-_CHUNKED = "__msgpack_chunked_array__"  # marks an array that was cut into pieces
-_MOST_BYTES = 2**30  # of one array; flax cuts larger ones
-_NAMES = (
-    "float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
-    "bool complex64 complex128"
-)
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES.split()}
 _NESTS = ("state_dict", "model")  # under which training scripts keep the weights
-_TRAINING = ("optimizer", "opt_state", "model_state", "global_step", "step", "rng")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -48,139 +31,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: There is no such file, it is damaged or of another kind, it has no tensors, or
             reading it would execute code.
     """
-    path = _existing(path)
+    path = check_file(path)
     read = _READERS.get(path.suffix.lower())
     weights = read(path) if read else find_params(read_flax(path))
     if not weights:
         raise ValueError(f"{path} has no tensors by name; pass a file of weights")
     return without_params(weights)
-
-
-def read_flax(path: str | Path) -> dict[str, Any]:
-    """Reads a file of flax's msgpack format, such as a whole train state of scenic.
-
-    Returns:
-        Nested dicts. Arrays and numpy's scalars are tensors; other leaves are plain Python.
-
-    Raises:
-        ValueError: The file is missing, damaged or of another kind, or msgpack is not installed.
-    """
-    path, msgpack = _existing(path), _msgpack()
-    try:
-        tree = _joined(msgpack.unpackb(path.read_bytes(), ext_hook=_leaf, raw=False))
-        if not isinstance(tree, dict):
-            raise ValueError(f"it holds a {type(tree).__name__}, expected a dict")
-    except Exception as error:  # a damaged file can fail at any step
-        raise ValueError(
-            f"{path} cannot be read as a flax checkpoint ({error}); it is cut off, damaged or of "
-            "another kind: copy it again, or name it by its kind, such as .safetensors"
-        ) from error
-    return tree
-
-
-def write_flax(path: str | Path, tree: Mapping[str, Any]) -> None:
-    """Writes nested dicts of arrays as a file that `flax.serialization.msgpack_restore` reads.
-
-    Args:
-        path: The file; it is written whole or not at all.
-        tree: Tensors, numpy arrays, numbers, strings and None in dicts with string keys.
-
-    Raises:
-        ValueError: A key or a leaf has no form in the file, an array is above 1 GiB, or msgpack is
-            not installed.
-    """
-    msgpack = _msgpack()
-    packed = msgpack.packb(_packable(tree, "the tree"), strict_types=True)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(packed)
-
-
-def find_params(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Finds a model's parameters in what `read_flax` returns, by names such as `a/b/kernel`.
-
-    Args:
-        tree: A train state of scenic with `params`, an older one with `optimizer/target`, or the
-            parameters alone. The optimizer's state, steps and random keys are passed over.
-
-    Raises:
-        ValueError: There are no parameters, they are not all arrays, or the model has a state
-            besides them.
-    """
-    flat = flat_tree(_parameters(tree))
-    if not flat or not all(isinstance(value, Tensor | np.ndarray) for value in flat.values()):
-        raise ValueError(
-            f"no parameters found under the keys {', '.join(map(str, tree))}; expected 'params', "
-            "'optimizer/target', or nothing but nested dicts of arrays"
-        )
-    if state := flat_tree(tree.get("model_state") or {}):
-        raise ValueError(
-            f"the model has a state besides its parameters, such as {next(iter(state))}; no model "
-            "here has one, so it cannot be converted"
-        )
-    return {name: as_tensor(value, name) for name, value in flat.items()}
-
-
-def flat_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns nested dicts into one, with names such as `a/b/kernel`; empty dicts leave no trace.
-
-    Raises:
-        ValueError: A key is no string, or a name comes twice.
-    """
-    flat: dict[str, Any] = {}
-    for name, value in _pairs(tree, ""):
-        if name in flat:
-            raise ValueError(f"the name {name} comes twice, nested and with slashes; keep one")
-        flat[name] = value
-    return flat
-
-
-def without_params(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves a `params/` out that stands in front of all names."""
-    prefix = "params/" if all(name.startswith("params/") for name in flat) else ""
-    return {name.removeprefix(prefix): value for name, value in flat.items()}
-
-
-def as_tensor(value: Any, name: str = "the array") -> Tensor:
-    """Returns a tensor as it is, and a copy of anything that numpy takes for an array.
-
-    Raises:
-        ValueError: torch has no such dtype.
-    """
-    if isinstance(value, Tensor):
-        return value.detach()
-    array = np.array(value, order="C")  # a copy: torch warns of arrays that cannot be written to
-    if array.dtype.name == "bfloat16" or array.dtype == np.dtype("V2"):  # so it is in npz files
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    if array.dtype.name not in _DTYPES:
-        raise ValueError(f"{name} is of dtype {array.dtype}, expected one of {_NAMES}; convert it")
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-
-
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; pass a file of weights, such as checkpoint_100")
-    return path
-
-
-def _parameters(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What stands where scenic keeps parameters; nothing for a state that has none."""
-    optimizer = tree.get("optimizer")
-    found = tree.get("params", optimizer.get("target") if isinstance(optimizer, Mapping) else None)
-    if found is None:
-        found = {} if any(key in tree for key in _TRAINING) else tree
-    inner = found.get("params", found) if isinstance(found, Mapping) else {}
-    return inner if isinstance(inner, Mapping) else {}
-
-
-def _pairs(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, Mapping):
-        yield name, tree
-        return
-    for key, value in tree.items():
-        if not isinstance(key, str):
-            raise ValueError(f"the key {key!r} under {name or 'the tree'!r} is no string")
-        yield from _pairs(value, f"{name}/{key}" if name else key)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -207,9 +63,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it holds more than tensors, and to read that is to execute code "
-            "that the file names. Ask for a safetensors file, or save model.state_dict() alone "
-            f"where the file was made. The reason: {_reason(error)}"
+            f"{path} holds more than tensors ({_reason(error)}), and reading that would execute "
+            "code; use a safetensors file, or save model.state_dict() alone where it was made"
         ) from error
     except Exception as error:  # torch raises almost any kind on damaged files
         message = f"{path} is cut off or no PyTorch file of weights ({_reason(error)})"
@@ -228,72 +83,7 @@ _READERS = {
 
 
 def _reason(error: Exception) -> str:
-    """What torch found, without its advice to execute the file."""
-    if found := re.search(r"(GLOBAL|operand) \S+", str(error)):
-        return found[0]
+    """Returns torch's reason, without its advice to execute the file."""
+    if match := re.search(r"(GLOBAL|operand) \S+", str(error)):
+        return match[0]
     return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
-
-
-def _msgpack() -> ModuleType:
-    try:
-        import msgpack
-    except ImportError as error:
-        message = "flax's files need msgpack; install it: pip install 'tokenlearner[convert]'"
-        raise ValueError(message) from error
-    return msgpack
-
-
-def _leaf(code: int, packed: bytes) -> Any:
-    """What an extension type stands for."""
-    if code in (_ARRAY, _SCALAR):
-        shape, name, data = _msgpack().unpackb(packed, raw=True)
-        return _built(shape, name.decode(errors="replace"), data)
-    if code == _COMPLEX:
-        return complex(*_msgpack().unpackb(packed))
-    raise ValueError(f"it holds the extension type {code}, unknown to flax")
-
-
-def _built(shape: list[int], name: str, data: bytes) -> Tensor:
-    """An array of its shape, the name of its dtype and its bytes in row-major order."""
-    if name not in _DTYPES or len(data) != math.prod(shape) * _DTYPES[name].itemsize:
-        raise ValueError(f"it holds {len(data)} bytes for {shape} of {name}; known are {_NAMES}")
-    flat = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: len(data)]
-    return flat.view(_DTYPES[name]).reshape(shape)
-
-
-def _joined(tree: Any) -> Any:
-    """The tree with arrays that flax cut into pieces put together again."""
-    if not isinstance(tree, dict):
-        return tree
-    if _CHUNKED not in tree:
-        return {key: _joined(value) for key, value in tree.items()}
-    shape, pieces = ([tree[k][str(i)] for i in range(len(tree[k]))] for k in ("shape", "chunks"))
-    return torch.cat(pieces).reshape(shape)
-
-
-def _packable(tree: Any, name: str) -> Any:
-    """The tree with arrays as extension types."""
-    if isinstance(tree, Mapping):
-        for key in tree:
-            if not isinstance(key, str) or "/" in key:
-                raise ValueError(
-                    f"the key {key!r} under {name} is no string without a slash; pass nested "
-                    "dicts, which tokenlearner.convert.nest makes of flat names"
-                )
-        return {key: _packable(value, f"{name}/{key}") for key, value in tree.items()}
-    if isinstance(tree, Tensor | np.ndarray | np.generic):
-        return _packed(tree, name)
-    if tree is None or type(tree) in (bool, int, float, str):
-        return tree
-    raise ValueError(f"{name} is a {type(tree).__name__}, expected an array, a number or a string")
-
-
-def _packed(value: Tensor | np.ndarray | np.generic, name: str) -> Any:
-    tensor = as_tensor(value, name)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in _DTYPES or tensor.nbytes > _MOST_BYTES:
-        limit = f"one of {_NAMES} and at most {_MOST_BYTES} bytes; convert or split it"
-        raise ValueError(f"{name} is {dtype} of {tensor.nbytes} bytes, expected {limit}")
-    data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    packed = _msgpack().packb((tuple(tensor.shape), dtype, data), use_bin_type=True)
-    return _msgpack().ExtType(_SCALAR if isinstance(value, np.generic) else _ARRAY, packed)

@@ -1,4 +1,4 @@
-"""scenic's parameters into our modules and back, by table; no weight is left over on either side.
+"""Converts scenic's parameters to our modules and back, by table, with none left over.
 
 A line of the tables is a layer: its flax name, our name, and its parameters with the einops pattern
 that turns their axes, read from left to right into our modules, from right to left out of them.
@@ -23,24 +23,24 @@ from ..layers.blocks import ReducedBlock
 from ..layers.token_fuser import TokenFuser
 from ..layers.token_learner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from ..utils.validation import shortened
-from .readers import as_tensor, flat_tree, without_params
+from .flax_msgpack import as_tensor, flat_tree, without_params
 
 Module = TypeVar("Module", bound=nn.Module)
-Kind = Mapping[str, tuple[str, str]]  # flax's parameter: ours, and the pattern
-Layers = tuple[tuple[str, str, Kind], ...]  # flax's layer, ours, and what kind they are
+LayerType = Mapping[str, tuple[str, str]]  # flax's parameter: ours, and the pattern
+Layers = tuple[tuple[str, str, LayerType], ...]  # flax's layer, ours, and their type
 
-_BIAS: Kind = {"bias": ("bias", "o -> o")}
-_NORM: Kind = {"scale": ("weight", "o -> o"), **_BIAS}
-_DENSE: Kind = {"kernel": ("weight", "i o -> o i"), **_BIAS}
-_CONV: Kind = {"kernel": ("weight", "h w i o -> o i h w")}
-_POINTWISE: Kind = {"kernel": ("weight", "1 1 i o -> o i")}
-_PATCHES: Kind = {**_CONV, **_BIAS}
-_TUBELETS: Kind = {"kernel": ("weight", "t h w i o -> o i t h w"), **_BIAS}
-_HEADS_IN: Kind = {
+_BIAS: LayerType = {"bias": ("bias", "o -> o")}
+_NORM: LayerType = {"scale": ("weight", "o -> o"), **_BIAS}
+_DENSE: LayerType = {"kernel": ("weight", "i o -> o i"), **_BIAS}
+_CONV: LayerType = {"kernel": ("weight", "h w i o -> o i h w")}
+_POINTWISE: LayerType = {"kernel": ("weight", "1 1 i o -> o i")}
+_PATCHES: LayerType = {**_CONV, **_BIAS}
+_TUBELETS: LayerType = {"kernel": ("weight", "t h w i o -> o i t h w"), **_BIAS}
+_HEADS_IN: LayerType = {
     "kernel": ("weight", "three i heads d -> (three heads d) i"),
     "bias": ("bias", "three heads d -> (three heads d)"),
 }
-_HEADS_OUT: Kind = {"kernel": ("weight", "heads d o -> o (heads d)"), **_BIAS}
+_HEADS_OUT: LayerType = {"kernel": ("weight", "heads d o -> o (heads d)"), **_BIAS}
 
 _LEARNER_NORM = ("LayerNorm_0", "norm", _NORM)
 _BLOCK: Layers = (
@@ -68,15 +68,15 @@ _FUSER: Layers = (_LEARNER_NORM, ("Dense_0", "mix", _DENSE))
 _FUSER_NORMS: Layers = tuple((f"fuser_{key}", key, _NORM) for key in ("mix_norm1", "mix_norm2"))
 _MLP_GATES: Layers = tuple((f"token_masking/Dense_{i}", f"gates.{3 * i}", _DENSE) for i in range(2))
 _LINEAR_GATES: Layers = (("Conv_0", "gates", _POINTWISE),)
-LEARNER_TABLES = {"v1": _V1, "v11": _V11, "grouped": _GROUPED}
-_TABLES = {TokenLearner: _V1, TokenLearnerModuleV11: _GROUPED, TokenLearnerV11: _V11}
+LEARNER_LAYERS = {"v1": _V1, "v11": _V11, "grouped": _GROUPED}
+_MODULES = {TokenLearner: _V1, TokenLearnerModuleV11: _GROUPED, TokenLearnerV11: _V11}
 _ENCODER = "Transformer/"
 _HOST = "timm.models.vision_transformer.Block"
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One of our parameters, and those of flax that it is made of."""
+    """A parameter of ours, and those of flax that it is made of."""
 
     names: tuple[str, ...]
     key: str
@@ -89,8 +89,8 @@ class _Row:
 
     def to_flax(self, value: Tensor) -> dict[str, Tensor]:
         left, _, right = self.pattern.partition(" -> ")
-        turned = rearrange(value, f"{right} -> {left}", **self.sizes)
-        parts = turned.unbind() if len(self.names) > 1 else (turned,)
+        rearranged = rearrange(value, f"{right} -> {left}", **self.sizes)
+        parts = rearranged.unbind() if len(self.names) > 1 else (rearranged,)
         return dict(zip(self.names, parts, strict=True))
 
 
@@ -125,9 +125,9 @@ def load_scenic(module: Module, params: Mapping[str, Any]) -> Module:
 def state_from_scenic(
     module: nn.Module, params: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Turns what fits of scenic's parameters into a state dict, whatever the shapes.
+    """Converts the parameters of scenic that fit to a state dict, whatever the shapes.
 
-    This is for starting one model from another's weights, see `adapt.py`. An image model's kernel
+    This is for starting a model from another's weights, see `init_from.py`. An image model's kernel
     of patches stays 4-D for a video model.
 
     Returns:
@@ -157,7 +157,7 @@ def to_scenic(module: nn.Module) -> dict[str, np.ndarray]:
     """
     state = module.state_dict()
     parts = [row.to_flax(state[row.key]) for row in _rows(module)]
-    flat = {name: part.cpu() for turned in parts for name, part in turned.items()}
+    flat = {name: value.cpu() for part in parts for name, value in part.items()}
     wide = {n: v.float() if v.dtype == torch.bfloat16 else v for n, v in flat.items()}
     return {name: np.array(value.numpy(), order="C") for name, value in wide.items()}
 
@@ -186,64 +186,64 @@ def flat_params(params: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: as_tensor(value, name) for name, value in flat.items()}
 
 
-def _check_fit(module: nn.Module, came: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    pairs = [(n, list(v.shape), list(expected[n].shape)) for n, v in came.items() if n in expected]
-    wrong = {
-        "left over": sorted(came.keys() - expected.keys()),
-        "missing": sorted(expected.keys() - came.keys()),
-        "of another shape": [f"{n} is {a}, expected {b}" for n, a, b in pairs if a != b],
-        "no floats": [f"{n} is {v.dtype}" for n, v in came.items() if not v.is_floating_point()],
+def _check_fit(module: nn.Module, values: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    common = [n for n in values if n in expected]
+    shapes = [(n, list(values[n].shape), list(expected[n].shape)) for n in common]
+    problems = {
+        "left over": sorted(values.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - values.keys()),
+        "of another shape": [f"{n} is {a}, expected {b}" for n, a, b in shapes if a != b],
+        "no floats": [f"{n} is {v.dtype}" for n, v in values.items() if not v.is_floating_point()],
     }
-    if told := "; ".join(
-        f"{what}: {shortened(names, 10)}" for what, names in wrong.items() if names
-    ):
+    parts = [f"{problem}: {shortened(names, 10)}" for problem, names in problems.items() if names]
+    if parts:
         raise ValueError(
-            f"the parameters do not fit this {type(module).__name__}, which is left as it was. "
-            f"{told}. Build the module as it was trained, or pass its own parameters"
+            f"the parameters do not fit the {type(module).__name__}, which is not changed: "
+            f"{'; '.join(parts)}; build the module as it was trained"
         )
 
 
 def _rows(module: nn.Module) -> list[_Row]:
-    """The rows of a module; each of its parameters is in one of them."""
-    rows = list(_rows_of(module))
+    """Returns the rows of a module; each of its parameters is in exactly one of them."""
+    rows = list(_module_rows(module))
     if differing := sorted({row.key for row in rows} ^ module.state_dict().keys()):
         raise ValueError(
             f"scenic has no such {type(module).__name__}: {shortened(differing, 10)} would be "
-            "missing or left over. Build it with final_norm=True, fc_norm=False, "
+            "missing or left over; build it with final_norm=True, fc_norm=False, "
             "class_token=False, and without registers, LayerScale, qk_norm and the like"
         )
     return rows
 
 
 def flax_names(layers: Layers) -> set[str]:
-    """The names of flax's parameters in some layers."""
-    return {name for row in _of(layers) for name in row.names}
+    """Returns the names of flax's parameters in some layers."""
+    return {name for row in _layer_rows(layers) for name in row.names}
 
 
-def _rows_of(module: nn.Module, flax: str = "", ours: str = "") -> Iterator[_Row]:
+def _module_rows(module: nn.Module, flax: str = "", ours: str = "") -> Iterator[_Row]:
     if isinstance(module, TokenFuser):
         norms = _FUSER_NORMS if isinstance(module.mix_norm1, nn.LayerNorm) else ()
         gates = _LINEAR_GATES if isinstance(module.gates, nn.Linear) else _MLP_GATES
-        return _of((*_FUSER, *norms, *gates), flax, ours)
-    for kind, table in _TABLES.items():
-        if isinstance(module, kind):
-            return _of(table, flax, ours)
+        return _layer_rows((*_FUSER, *norms, *gates), flax, ours)
+    for cls, layers in _MODULES.items():
+        if isinstance(module, cls):
+            return _layer_rows(layers, flax, ours)
     return _model_rows(module)
 
 
-def _of(layers: Layers, flax: str = "", ours: str = "", heads: int = 1) -> Iterator[_Row]:
-    """The rows of some layers, with what stands in front of their names in flax and here."""
-    for path, key, kind in layers:
+def _layer_rows(layers: Layers, flax: str = "", ours: str = "", heads: int = 1) -> Iterator[_Row]:
+    """Returns the rows of some layers, with the prefixes of their names in flax and here."""
+    for path, key, layer_type in layers:
         scope, slash, lasts = path.rpartition("/")
         starts = [f"{flax}{scope}{slash}{last}" for last in lasts.split("|")]
-        for param, (own, pattern) in kind.items():
+        for param, (name, pattern) in layer_type.items():
             sizes = {a: n for a, n in (("three", 3), ("heads", heads)) if a in pattern}
             names = tuple(f"{start}/{param}" for start in starts)
-            yield _Row(names, f"{ours}{key}.{own}", pattern, sizes)
+            yield _Row(names, f"{ours}{key}.{name}", pattern, sizes)
 
 
 def _model_rows(model: Any) -> Iterator[_Row]:
-    """The rows of an image or video model, which is known by its structure."""
+    """Returns the rows of an image or video model, which is known by its structure."""
     proj = getattr(getattr(model, "patch_embed", None), "proj", None)
     blocks = list(getattr(model, "blocks", ()))
     if not isinstance(proj, nn.Conv2d | nn.Conv3d) or not all(map(_is_block, blocks)):
@@ -252,29 +252,31 @@ def _model_rows(model: Any) -> Iterator[_Row]:
             "of timm's VisionTransformer blocks, such as TokenLearnerViT and ViViT"
         )
     patches = _TUBELETS if isinstance(proj, nn.Conv3d) else _PATCHES
-    yield from _of((("embedding", "patch_embed.proj", patches),))
+    yield from _layer_rows((("embedding", "patch_embed.proj", patches),))
     yield _Row((f"{_ENCODER}posembed_input/pos_embedding",), "pos_embed", "one n o -> one n o", {})
     counts: Counter[str] = Counter()
     for i, block in enumerate(blocks):
         yield from _block_rows(block, i, counts)
-    yield from _of((("encoder_norm", "norm", _NORM),), _ENCODER)
+    yield from _layer_rows((("encoder_norm", "norm", _NORM),), _ENCODER)
     for flax, key in (("pre_logits", "pre_logits"), ("output_projection", "head")):
         if isinstance(getattr(model, key, None), nn.Linear):
-            yield from _of(((flax, key, _DENSE),))
+            yield from _layer_rows(((flax, key, _DENSE),))
 
 
 def _block_rows(block: Any, i: int, counts: Counter[str]) -> Iterator[_Row]:
-    """The rows of a block and of what it is wrapped in, with numbers in the order of the blocks."""
+    """Returns the rows of a block, its learner and its fuser, numbered in the order of blocks."""
     wrapped = isinstance(block, ReducedBlock)
     for key, module in block.named_children() if wrapped else ():
         if key != "block":
             name = "TokenFuser" if key == "fuser" else "TokenLearnerModule"
             name += "V11" if isinstance(module, TokenLearnerV11 | TokenLearnerModuleV11) else ""
-            yield from _rows_of(module, f"{_ENCODER}{name}_{counts[name]}/", f"blocks.{i}.{key}.")
+            yield from _module_rows(
+                module, f"{_ENCODER}{name}_{counts[name]}/", f"blocks.{i}.{key}."
+            )
             counts[name] += 1
     inner: Any = block.block if wrapped else block
     ours = f"blocks.{i}.block." if wrapped else f"blocks.{i}."
-    yield from _of(_BLOCK, f"{_ENCODER}encoderblock_{i}/", ours, inner.attn.num_heads)
+    yield from _layer_rows(_BLOCK, f"{_ENCODER}encoderblock_{i}/", ours, inner.attn.num_heads)
 
 
 def _is_block(block: nn.Module) -> bool:

@@ -258,7 +258,7 @@ def _check_v1(place: Place, points: dict[int, int], fuse: bool, grid: Grid | Non
             "V1's convolutions need a grid, but from the second place on there are tokens without "
             "one; insert learner='v11', or with fuse=True"
         )
-    if grid is None and place.any_size and not getattr(place.host, "tells_grid", False):
+    if grid is None and place.any_size and not getattr(place.host, "passes_grid", False):
         raise ValueError(
             "V1's convolutions need the grid, which a host that takes images of any size "
             "(dynamic_img_size, interpolate_pos_encoding) does not tell; insert learner='v11', "

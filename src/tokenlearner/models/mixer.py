@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from ..layers.token_learner import LEARNERS
 from ..utils.validation import check_choice, check_count
 from .hub import HubModel
 from .insertion import block_index, check_has_grid, wrap
-from .registry import blocks_with_grid, build_variant, register_variants, variant_cfg
+from .registry import register
 
 _OFFICIAL: dict[str, Any] = {
     "act_layer": partial(nn.GELU, approximate="tanh"),
@@ -85,8 +84,10 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         end = num_blocks if fuse else index + 1
         # after timm's initialization, so that learners and fusers keep their own
         for i in range(index, end if num_tokens else index):
-            new = LEARNERS[learner](self.embed_dim, num_tokens)
-            self.blocks[i] = wrap(self.blocks[i], new, fuse, fuser_bottleneck_dim, grid=self.stem)
+            module = LEARNERS[learner](self.embed_dim, num_tokens)
+            self.blocks[i] = wrap(
+                self.blocks[i], module, fuse, fuser_bottleneck_dim, grid=self.stem
+            )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Runs everything but the head: `b c h w -> b k c`, or `b n c` fused or without tokens.
@@ -106,10 +107,10 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """As timm's: the features behind chosen blocks, with or without the final ones.
+        """Returns the features behind chosen blocks, with or without the final ones, as timm does.
 
         Raises:
-            ValueError: The images do not have the model's size, or a feature map is asked for
+            ValueError: The images do not have the model's size, or a feature map is requested
                 where only learned tokens remain.
         """
         self._check_images(x)
@@ -125,8 +126,8 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         expected = (self.stem.proj.in_channels, *size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(
-                f"the images are {list(x.shape)}, expected [b, {', '.join(map(str, expected))}]; "
-                "a Mixer takes one size: resize them, or build it with another img_size or in_chans"
+                f"images are {list(x.shape)}, expected [b, {', '.join(map(str, expected))}]; "
+                "resize them, or build the Mixer with another img_size or in_chans"
             )
 
 
@@ -140,7 +141,7 @@ def _shorter_from(
         nonlocal built
         if num_tokens > seq_len:
             raise ValueError(
-                f"num_tokens is {num_tokens}, but an image has {seq_len} positions; ask for fewer"
+                f"num_tokens is {num_tokens}, expected at most the {seq_len} positions of an image"
             )
         built += 1
         length = num_tokens if built > index else seq_len
@@ -170,28 +171,4 @@ MIXERS: dict[str, dict[str, Any]] = {  # learners are V1.1
     "mixer_l16_tl8at12_fuser_224": {**_LARGE, "patch_size": 16, **_FUSED, "at": 12},
 }
 
-default_cfgs = generate_default_cfgs(  # the name under which timm looks for it
-    {name: variant_cfg(row, "stem.proj", crop_pct=0.875) for name, row in MIXERS.items()}
-)
-
-
-def build_mixer(name: str, pretrained: bool = False, **kwargs: Any) -> TokenLearnerMixer:
-    """Builds a named Mixer, as `timm.create_model(name, pretrained, **kwargs)` does.
-
-    Args:
-        name: A key of `MIXERS`.
-        pretrained: Load the weights that timm was told of; there are no published ones.
-        kwargs: What TokenLearnerMixer takes; goes before the variant's own.
-
-    Raises:
-        ValueError: Weights are asked for and there are none, or an argument is out of range.
-    """
-    config = MIXERS[name] | kwargs
-    out_indices = blocks_with_grid(config, config["num_blocks"])
-    features = {"out_indices": out_indices, "feature_cls": "getter"}
-    return build_variant(
-        TokenLearnerMixer, name, MIXERS[name], pretrained, kwargs, feature_cfg=features
-    )
-
-
-register_variants(__name__, MIXERS, build_mixer)
+build_mixer = register(TokenLearnerMixer, MIXERS, first_conv="stem.proj", crop_pct=0.875)

@@ -1,19 +1,22 @@
-"""How a table of variants becomes names that timm knows.
+"""Names for timm: a table of variants becomes functions that `timm.create_model` finds.
 
-A variant is a name and the keyword arguments of a model class. `vit.py`, `mixer.py` and `video.py`
-have one table each, and register it when they are imported.
+A variant is a name and the keyword arguments of a model class. Each file with a class has one table
+and registers it once, when it is imported.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from ..utils.validation import require
 from .insertion import block_index
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")  # of weights, in timm's configs
 _NOT_ARCHITECTURE = (
@@ -24,6 +27,7 @@ _NOT_ARCHITECTURE = (
 )
 
 SIZES = {  # width, heads, depth
+    "mini": (64, 2, 6),
     "tiny": (192, 3, 12),
     "small": (384, 6, 12),
     "base": (768, 12, 12),
@@ -32,92 +36,59 @@ SIZES = {  # width, heads, depth
 }
 
 
-def sized(size: str, patch: int, resolution: int, depth: int | None = None) -> dict[str, Any]:
-    """Arguments of a ViT in one of the usual sizes, with another depth if it is told."""
-    width, heads, usual = SIZES[size]
-    shape = {"embed_dim": width, "num_heads": heads, "depth": depth or usual}
-    return {"img_size": resolution, "patch_size": patch, **shape}
-
-
-def variant_cfg(config: Mapping[str, Any], first_conv: str, **more: Any) -> dict[str, Any]:
-    """Returns what timm's data code asks of a variant: input size, normalization, classifier."""
-    size = config.get("img_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = config.get("in_chans", 3)
-    return {
-        "input_size": (channels, height, width),
-        "num_classes": config.get("num_classes", 1000),
-        "mean": (0.5,) * channels,
-        "std": (0.5,) * channels,
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "fixed_input_size": True,
-        "first_conv": first_conv,
-        "classifier": "head",
-        **more,
-    }
-
-
-def build_variant(
-    cls: type[nn.Module],
-    name: str,
-    config: Mapping[str, Any],
-    pretrained: bool,
-    arguments: dict[str, Any],
-    **timms: Any,
-) -> Any:
-    """Builds a variant as timm builds its own, with random weights unless a source is named.
+def register(
+    cls: type[Model],
+    variants: Mapping[str, Mapping[str, Any]],
+    *,
+    first_conv: str,
+    crop_pct: float = 0.9,
+    is_video: bool = False,
+    filter_fn: Callable[..., Any] | None = None,
+) -> Callable[..., Model]:
+    """Registers the variants of a class with timm, as functions of the file that defines the class.
 
     Args:
         cls: The model's class.
-        name: The variant.
-        config: Its arguments for the class.
-        pretrained: Load weights from the source in `arguments["pretrained_cfg"]`, as timm's
-            `local-dir:` and `hf-hub:` names have it.
-        arguments: The caller's, which go before `config`.
-        timms: For timm's `build_model_with_cfg`.
+        variants: Names, and the arguments of the class for each.
+        first_conv: The layer whose weights depend on `in_chans`, by its name in the model.
+        crop_pct: Share of an image that timm's evaluation crops.
+        is_video: Whether it takes clips: then it has no `features_only`, and its first layer is one
+            that timm cannot adapt to other channels.
+        filter_fn: Fits a checkpoint's state dict to a model, as timm's `pretrained_filter_fn`.
 
     Returns:
-        The model, which knows its name and arguments as `tokenlearner_config`.
-
-    Raises:
-        ValueError: Weights are asked for, and there are none.
+        `build(name, pretrained=False, **kwargs)`, which builds a variant as `timm.create_model`
+        does. It has random weights unless `pretrained_cfg` or its overlay names a source, and keeps
+        its name and arguments as `tokenlearner_config`. `ValueError` for weights without a source.
     """
-    if pretrained and not _has_source(arguments):
-        raise ValueError(
-            f"there are no pretrained weights for {name}; pass pretrained=False, or load a "
-            "checkpoint of yours with tokenlearner.load_model"
-        )
-    arguments = _told(arguments) | arguments
-    model: Any = build_model_with_cfg(cls, name, pretrained, **timms, **(dict(config) | arguments))
-    own = {key: value for key, value in arguments.items() if key not in _NOT_ARCHITECTURE}
-    model.tokenlearner_config = {"name": name, "kwargs": own}
-    return model
+
+    def build(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
+        _check_pretrained(name, pretrained, kwargs)
+        if is_video:
+            _check_video(cls, pretrained, kwargs)
+        kwargs = _checkpoint_kwargs(kwargs) | kwargs
+        config = dict(variants[name]) | kwargs
+        timm_options: dict[str, Any] = {"pretrained_filter_fn": filter_fn}
+        if kwargs.get("features_only"):
+            timm_options["feature_cfg"] = _feature_cfg(config)
+        model: Any = build_model_with_cfg(cls, name, pretrained, **timm_options, **config)
+        architecture = {k: v for k, v in kwargs.items() if k not in _NOT_ARCHITECTURE}
+        model.tokenlearner_config = {"name": name, "kwargs": architecture}
+        return model
+
+    module: Any = sys.modules[cls.__module__]
+    cfgs: Any = {name: _default_cfg(row, first_conv, crop_pct) for name, row in variants.items()}
+    module.default_cfgs = generate_default_cfgs(cfgs)  # the name under which timm looks for it
+    for name in variants:
+        setattr(module, name, register_model(_entry(module.__name__, name, build)))
+    return build
 
 
-def blocks_with_grid(config: Mapping[str, Any], depth: int) -> tuple[int, ...]:
-    """The last three blocks of a variant that give a feature map, for `features_only=True`."""
-    last = depth
-    if config.get("num_tokens") and not config.get("fuse"):
-        last = max(1, block_index(config.get("at", 0.5), depth))
-    return tuple(range(max(0, last - 3), last))
-
-
-def source_channels(arguments: Mapping[str, Any]) -> int:
-    """The channels of the images that a checkpoint is for, as its config says."""
-    return _told(arguments).get("in_chans", 3)
-
-
-def register_variants(file: str, names: Iterable[str], build: Callable[..., nn.Module]) -> None:
-    """Registers a function with timm for each name, and puts it in the file's module.
-
-    Args:
-        file: `__name__` of the file with the table, which has timm's `default_cfgs` too.
-        names: The variants.
-        build: `build(name, pretrained, **kwargs)`.
-    """
-    for name in names:
-        setattr(sys.modules[file], name, register_model(_entry(file, name, build)))
+def sized(size: str, patch: int, resolution: int, depth: int | None = None) -> dict[str, Any]:
+    """Returns the arguments of a ViT in one of the usual sizes, with another depth if given."""
+    width, heads, usual = SIZES[size]
+    shape = {"embed_dim": width, "num_heads": heads, "depth": depth or usual}
+    return {"img_size": resolution, "patch_size": patch, **shape}
 
 
 def _entry(file: str, name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -128,26 +99,72 @@ def _entry(file: str, name: str, build: Callable[..., nn.Module]) -> Callable[..
     return entry
 
 
-def _has_source(arguments: Mapping[str, Any]) -> bool:
-    """Whether timm was told where weights are: a file, a folder or a Hub id."""
-    return any(config.get(key) for config in _configs(arguments) for key in _SOURCES)
+def _default_cfg(config: Mapping[str, Any], first_conv: str, crop_pct: float) -> dict[str, Any]:
+    """Returns what timm's data code needs of a variant: input size, normalization, classifier."""
+    size = config.get("img_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = config.get("in_chans", 3)
+    return {
+        "input_size": (channels, height, width),
+        "num_classes": config.get("num_classes", 1000),
+        "mean": (0.5,) * channels,
+        "std": (0.5,) * channels,
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct,
+        "fixed_input_size": True,
+        "first_conv": first_conv,
+        "classifier": "head",
+    }
 
 
-def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's config, as in timm's `local-dir:`, says of the model's two ends.
+def _feature_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns timm's options for `features_only`: the last three blocks with a feature map."""
+    end = depth = config["depth"] if "depth" in config else config["num_blocks"]
+    if config.get("num_tokens") and not config.get("fuse"):
+        end = max(1, block_index(config.get("at", 0.5), depth))
+    return {"out_indices": tuple(range(max(0, end - 3), end)), "feature_cls": "getter"}
 
-    timm alone would keep the variant's own and adapt the weights: drop the head, sum the channels.
+
+def _check_pretrained(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> None:
+    """Refuses weights without a source: a file, a folder or a Hub id."""
+    has_source = any(config.get(key) for config in _pretrained_cfgs(kwargs) for key in _SOURCES)
+    require(
+        has_source or not pretrained,
+        f"there are no pretrained weights for {name}; pass pretrained=False, or load a checkpoint "
+        "of yours with tokenlearner.load_model",
+    )
+
+
+def _check_video(cls: type, pretrained: bool, kwargs: Mapping[str, Any]) -> None:
+    """Refuses what timm offers for images only."""
+    require(
+        not kwargs.get("features_only"),
+        f"features_only is for images; build the {cls.__name__} without it and call its methods "
+        "for features",
+    )
+    channels = _checkpoint_kwargs(kwargs).get("in_chans", 3)
+    require(
+        not pretrained or kwargs.get("in_chans", channels) == channels,
+        f"in_chans is {kwargs.get('in_chans')}, but the weights are for {channels} channels and "
+        "timm cannot change tubelets; leave in_chans out",
+    )
+
+
+def _checkpoint_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the classes and input size in a checkpoint's config, such as timm's `local-dir:`.
+
+    timm alone would keep the variant's and adapt the weights: drop the head, sum the channels.
     """
-    told: dict[str, Any] = {}
-    for config in _configs(arguments):
+    result: dict[str, Any] = {}
+    for config in _pretrained_cfgs(kwargs):
         if "num_classes" in config:
-            told["num_classes"] = config["num_classes"]
+            result["num_classes"] = config["num_classes"]
         if "input_size" in config:
-            told["in_chans"], *size = config["input_size"]
-            told["img_size"] = tuple(size)
-    return told
+            result["in_chans"], *size = config["input_size"]
+            result["img_size"] = tuple(size)
+    return result
 
 
-def _configs(arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    configs = [arguments.get("pretrained_cfg"), arguments.get("pretrained_cfg_overlay")]
+def _pretrained_cfgs(kwargs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    configs = [kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")]
     return [config for config in configs if isinstance(config, Mapping)]

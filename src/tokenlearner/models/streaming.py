@@ -1,8 +1,8 @@
-"""Live video: every frame is looked at once, and its learned tokens are kept for a while.
+"""Live video: every frame is encoded once, and its learned tokens are kept in a ring buffer.
 
-As a `FrameViT` looks at no frame together with another before it is tokens, the tokens of old
-frames stay as they are when a new one comes. In `ViViT` frames see each other from the first block
-on, so there every new frame means the whole clip again.
+As a `FrameViT` processes each frame alone until it is tokens, the tokens of old frames do not
+change with a new one. In a `ViViT` frames attend to each other from the first block on, so there
+every new frame needs the whole clip again.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from .framevit import FrameViT
 
 
 class TokenStream:
-    """Keeps the learned tokens of the last frames of a live video, and looks at each frame once.
+    """Keeps the learned tokens of the last frames of a live video, and encodes each frame once.
 
     Tokens and predictions are those of the whole clip at once, to rounding. The model should be in
-    evaluation mode; nothing here is differentiated.
+    evaluation mode; there are no gradients.
 
     Args:
         model: A `FrameViT`.
 
     Raises:
-        ValueError: The model looks at several frames together before they are tokens.
+        ValueError: The model is no `FrameViT`.
 
     >>> model = FrameViT(img_size=32, embed_dim=32, num_heads=2, depth=2, num_frames=3).eval()
     >>> stream = TokenStream(model)
@@ -36,9 +36,8 @@ class TokenStream:
     def __init__(self, model: FrameViT):
         if not isinstance(model, FrameViT):
             raise ValueError(
-                f"a {type(model).__name__} looks at several frames together before they are "
-                "tokens, so old tokens change with every new frame; use a FrameViT, or run the "
-                "whole clip"
+                f"model is a {type(model).__name__}, expected a FrameViT: in others old tokens "
+                "change with every new frame; run them on the whole clip"
             )
         self.model = model
         self.reset()
@@ -56,21 +55,23 @@ class TokenStream:
         Raises:
             ValueError: The frame does not fit the model or the frames before it.
         """
-        one = frame.unsqueeze(self.model.input_format.index("t")) if frame.ndim == 4 else frame
-        if one.ndim == 5 and self._images(one) != self.model.tubelet_size:
+        axis = self.model.input_format.index("t")
+        clip = frame.unsqueeze(axis) if frame.ndim == 4 else frame
+        if clip.ndim == 5 and clip.shape[axis] != self.model.tubelet_size:
             raise ValueError(
                 f"a frame is {list(frame.shape)}, expected {self.model.tubelet_size} images; "
                 "push one frame or tubelet at a time"
             )
-        if self._ring is not None and len(one) != len(self._ring):
+        if self._ring is not None and len(clip) != len(self._ring):
             raise ValueError(
-                f"a batch of {len(one)} videos, {len(self._ring)} before; call reset() first"
+                f"got a batch of {len(clip)} videos, expected {len(self._ring)} as before; call "
+                "reset() first"
             )
-        (tokens,) = self.model.encode(one).unbind(1)
+        (tokens,) = self.model.encode(clip).unbind(1)
         if self._ring is None:
-            self._ring = tokens.new_empty(len(one), self.model.num_frames, *tokens.shape[1:])
-        self._ring[:, self._seen % self.model.num_frames] = tokens
-        self._seen += 1
+            self._ring = tokens.new_empty(len(clip), self.model.num_frames, *tokens.shape[1:])
+        self._ring[:, self._count % self.model.num_frames] = tokens
+        self._count += 1
         return self.model.forward_tokens(self.tokens)
 
     @property
@@ -83,14 +84,11 @@ class TokenStream:
         if self._ring is None:
             raise ValueError("there are no tokens before the first frame; push one")
         size = self.model.num_frames
-        if self._seen <= size:
-            return self._ring[:, : self._seen]
-        return self._ring.roll(-(self._seen % size), dims=1)
+        if self._count <= size:
+            return self._ring[:, : self._count]
+        return self._ring.roll(-(self._count % size), dims=1)
 
     def reset(self) -> None:
         """Forgets all frames, for another video."""
         self._ring: Tensor | None = None
-        self._seen = 0
-
-    def _images(self, frame: Tensor) -> int:
-        return frame.shape[self.model.input_format.index("t")]
+        self._count = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from timm.layers import lecun_normal_
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..layers.blocks import ReducedBlock
 from ..utils.validation import check_choice, check_count
 from .hub import HubModel
 from .insertion import check_has_grid, insert
-from .registry import blocks_with_grid, build_variant, register_variants, sized, variant_cfg
+from .registry import register, sized
 
 _OFFICIAL: dict[str, Any] = {
     "class_token": False,
@@ -60,7 +60,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
     Source: scenic `TokenLearnerViT`.
     """
 
-    tells_grid = True  # forward_features tells V1 the grid of images of any size
+    passes_grid = True  # forward_features gives V1 the grid of images of any size
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class TokenLearnerViT(HubModel, VisionTransformer):
     ):
         kwargs = _OFFICIAL | kwargs
         _check_pool(global_pool, kwargs["class_token"])
-        super().__init__(global_pool=_known_to_timm(global_pool), **kwargs)
+        super().__init__(global_pool=_timm_pool(global_pool), **kwargs)
         self.global_pool = global_pool
         if check_count("num_tokens", num_tokens, least=0):
             insert(
@@ -115,10 +115,10 @@ class TokenLearnerViT(HubModel, VisionTransformer):
         output_fmt: str = "NCHW",
         **kwargs: Any,
     ) -> Any:
-        """As timm's: the features behind chosen blocks, with or without the final ones.
+        """Returns the features behind chosen blocks, with or without the final ones, as timm does.
 
         Raises:
-            ValueError: A feature map is asked for where only learned tokens remain, or V1 would
+            ValueError: A feature map is requested where only learned tokens remain, or V1 would
                 have to know the grid of an image that has not the model's size.
         """
         taken, _ = feature_take_indices(len(self.blocks), indices)
@@ -149,16 +149,16 @@ class TokenLearnerViT(HubModel, VisionTransformer):
         return x if pre_logits else self.head(x)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Exchanges the classifier for an untrained one, and the pooling if it is told.
+        """Replaces the classifier by an untrained one, and the pooling if one is given.
 
         Raises:
             ValueError: There is no such pooling.
         """
         if global_pool is not None:
             _check_pool(global_pool, self.has_class_token)
-        old = self.global_pool if global_pool is None else global_pool
-        super().reset_classifier(num_classes, global_pool and _known_to_timm(global_pool))
-        self.global_pool = old
+        pool = self.global_pool if global_pool is None else global_pool
+        super().reset_classifier(num_classes, global_pool and _timm_pool(global_pool))
+        self.global_pool = pool
         if num_classes and isinstance(self.pre_logits, nn.Linear):
             self.head = self._linear(self.head_hidden_size, num_classes)
 
@@ -187,34 +187,26 @@ def _check_pool(pool: str, class_token: bool) -> None:
     )
 
 
-def _known_to_timm(pool: str) -> Any:
+def _timm_pool(pool: str) -> Any:
+    """Returns a pooling that timm knows; our `pool` does the sum."""
     return "avg" if pool == "sum" else pool
 
 
-def _to_fit(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """As timm fits weights to a ViT, but with the representation layer, which timm leaves out."""
-    own = {key: value for key, value in state.items() if key.startswith("pre_logits.")}
-    return checkpoint_filter_fn(state, model) | own
+def _filter_state(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Fits weights to a ViT as timm does, and keeps the representation layer, which timm drops."""
+    kept = {key: value for key, value in state.items() if key.startswith("pre_logits.")}
+    return checkpoint_filter_fn(state, model) | kept
 
 
 def _learned(
     size: str, patch: int, resolution: int, tokens: int, at: int, depth: int | None = None
 ) -> dict[str, Any]:
-    """As in the paper's tables: V1 learns the tokens."""
+    """Returns the arguments of a model in the paper's tables: V1 learns the tokens."""
     plain = sized(size, patch, resolution, depth)
     return {**plain, "num_tokens": tokens, "at": at, "learner": "v1"}
 
 
-_MINI: dict[str, Any] = {
-    "img_size": 28,
-    "in_chans": 1,
-    "num_classes": 10,
-    "patch_size": 4,
-    "embed_dim": 64,
-    "depth": 6,
-    "num_heads": 2,
-    "weight_init": "",
-}
+_MINI = sized("mini", 4, 28) | {"in_chans": 1, "num_classes": 10, "weight_init": ""}
 FUSED = {"fuse": True, "fuser_bottleneck_dim": 0}  # a linear mask, as when the paper was written
 # fmt: off
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -269,27 +261,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 
-default_cfgs = generate_default_cfgs(  # the name under which timm looks for it
-    {name: variant_cfg(config, "patch_embed.proj") for name, config in VARIANTS.items()}
+build_vit = register(
+    TokenLearnerViT, VARIANTS, first_conv="patch_embed.proj", filter_fn=_filter_state
 )
-
-
-def build_vit(name: str, pretrained: bool = False, **kwargs: Any) -> TokenLearnerViT:
-    """Builds a named ViT, as `timm.create_model(name, pretrained, **kwargs)` does.
-
-    Args:
-        name: A key of `VARIANTS`.
-        pretrained: Load the weights that timm was told of; there are no published ones.
-        kwargs: What TokenLearnerViT takes; goes before the variant's own.
-
-    Raises:
-        ValueError: Weights are asked for and there are none, or an argument is out of range.
-    """
-    config = VARIANTS[name] | kwargs
-    out_indices = blocks_with_grid(config, config["depth"])
-    features = {"out_indices": out_indices, "feature_cls": "getter"}
-    options = {"pretrained_filter_fn": _to_fit, "feature_cfg": features}
-    return build_variant(TokenLearnerViT, name, VARIANTS[name], pretrained, kwargs, **options)
-
-
-register_variants(__name__, VARIANTS, build_vit)

@@ -2,7 +2,7 @@
 
 A learner runs on each frame by itself: `t` frames of `k` tokens remain. Divided space-time
 attention and the X(2+1)D networks of the paper's Charades and AViD tables are not part of this;
-for live video see `stream.py`.
+for live video see `streaming.py`.
 
 Names: `vivit_{size}_patch{p}x{tubelet}[_d{depth}][_tl{tokens}at{block}][_fuser]_{resolution}`.
 Axes: `b` batch, `c` channels, `t` frames (behind the embedding: tubelets), `h w` grid, `n` tokens.
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from einops import rearrange
 from timm.layers import resample_abs_pos_embed
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..utils.validation import check_choice
 from .insertion import check_has_grid
-from .registry import build_variant, register_variants, sized, source_channels, variant_cfg
+from .registry import register, sized
 from .video_embed import ClipEmbed
 from .vit import FUSED, TokenLearnerViT
 
@@ -86,17 +86,17 @@ class ViViT(TokenLearnerViT):
             ValueError: As `ClipEmbed.set_input_size`.
         """
         old, positions = self.patch_embed.grid_size, self.pos_embed
-        timms: Any = super().set_input_size  # takes one number too
+        set_image_size: Any = super().set_input_size  # typed for pairs only
         self.pos_embed = None  # timm would take the frames' positions for those of one image
         try:
-            timms(img_size, patch_size)
+            set_image_size(img_size, patch_size)
         finally:
             self.pos_embed = positions
         new = self.patch_embed.grid_size
         if positions is None or new == old:
             return
         frames = rearrange(positions.detach(), "1 (t n) c -> t 1 n c", t=self.patch_embed.frames)
-        resampled = [resample_abs_pos_embed(one, list(new), list(old), 0) for one in frames]
+        resampled = [resample_abs_pos_embed(frame, list(new), list(old), 0) for frame in frames]
         self.pos_embed = nn.Parameter(torch.cat(resampled, dim=1), positions.requires_grad)
 
     def forward_intermediates(
@@ -110,41 +110,41 @@ class ViViT(TokenLearnerViT):
         intermediates_only: bool = False,
         attn_mask: Tensor | None = None,
     ) -> Any:
-        """Features behind chosen blocks: `b c t h w`, or `b (t n) c` with `output_fmt="NLC"`.
+        """Returns the features behind chosen blocks: `b c t h w`, or `b (t n) c` as `"NLC"`.
 
         Args:
             x: Clips.
             indices: Blocks, or how many of the last ones; None is all.
             return_prefix_tokens: There are none; taken because timm's models take it.
             norm: Apply the final LayerNorm to the features.
-            stop_early: Run no block behind the last that is asked for.
+            stop_early: Run no block behind the last in `indices`.
             output_fmt: `"NCTHW"` or `"NLC"`.
             intermediates_only: Leave the final features out.
             attn_mask: For the blocks of a model without learned tokens.
 
         Raises:
-            ValueError: A grid is asked for where only learned tokens remain.
+            ValueError: A grid is requested where only learned tokens remain.
         """
         check_choice("output_fmt", output_fmt, ("NCTHW", "NLC"))
         taken, last = feature_take_indices(len(self.blocks), indices)
         if output_fmt == "NCTHW":
             check_has_grid(self, taken)
-        x, kept = self.norm_pre(self._pos_embed(self.patch_embed(x))), []
+        x, features = self.norm_pre(self._pos_embed(self.patch_embed(x))), []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             run = block if attn_mask is None else partial(block, attn_mask=attn_mask)
             x = checkpoint(run, x) if self.grad_checkpointing else run(x)
             if i in taken:
-                kept.append(self.norm(x) if norm else x)
+                features.append(self.norm(x) if norm else x)
         if output_fmt == "NCTHW":
             h, w = self.patch_embed.grid_size
-            kept = [rearrange(one, "b (t h w) c -> b c t h w", h=h, w=w) for one in kept]
-        return kept if intermediates_only else (self.norm(x), kept)
+            features = [rearrange(f, "b (t h w) c -> b c t h w", h=h, w=w) for f in features]
+        return features if intermediates_only else (self.norm(x), features)
 
 
 def _plain(
     size: str, patch: int, resolution: int = 224, depth: int | None = None
 ) -> dict[str, Any]:
-    """32 frames in tubelets of 2, and the 400 classes of Kinetics-400."""
+    """Returns the arguments for 32 frames in tubelets of 2 and the 400 classes of Kinetics-400."""
     clip = {"num_frames": 32, "tubelet_size": 2, "num_classes": 400}
     return sized(size, patch, resolution, depth) | clip
 
@@ -152,20 +152,11 @@ def _plain(
 def _learned(
     size: str, patch: int, tokens: int, at: int, depth: int | None = None
 ) -> dict[str, Any]:
-    """As in the paper's tables: V1 learns the tokens."""
+    """Returns the arguments of a model in the paper's tables: V1 learns the tokens."""
     return _plain(size, patch, 224, depth) | {"num_tokens": tokens, "at": at, "learner": "v1"}
 
 
-_MINI: dict[str, Any] = {
-    "img_size": 32,
-    "num_classes": 10,
-    "patch_size": 8,
-    "num_frames": 8,
-    "tubelet_size": 2,
-    "embed_dim": 64,
-    "depth": 6,
-    "num_heads": 2,
-}
+_MINI = sized("mini", 8, 32) | {"num_classes": 10, "num_frames": 8, "tubelet_size": 2}
 VIDEOS: dict[str, dict[str, Any]] = {
     # for trying things out; V1.1
     "vivit_mini_patch8x2_32": _MINI,
@@ -185,34 +176,4 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "vivit_base_patch16x2_tl8at6_224": _learned("base", 16, 8, 6) | {"learner": "v11"},
 }
 
-default_cfgs = generate_default_cfgs(  # the name under which timm looks for it
-    {name: variant_cfg(config, "patch_embed.proj") for name, config in VIDEOS.items()}
-)
-
-
-def build_vivit(name: str, pretrained: bool = False, **kwargs: Any) -> ViViT:
-    """Builds a named video model, as `timm.create_model(name, pretrained, **kwargs)` does.
-
-    Args:
-        name: A key of `VIDEOS`.
-        pretrained: Load the weights that timm was told of; there are no published ones.
-        kwargs: What ViViT takes; goes before the variant's own.
-
-    Raises:
-        ValueError: Weights are asked for and there are none, or an argument is out of range.
-    """
-    if kwargs.get("features_only"):
-        raise ValueError(
-            "timm's features_only is for images; build the video model without it and call "
-            "forward_intermediates"
-        )
-    channels = source_channels(kwargs)
-    if pretrained and kwargs.get("in_chans", channels) != channels:
-        raise ValueError(
-            f"in_chans is {kwargs['in_chans']}, but the weights are for {channels} channels and "
-            "timm cannot change tubelets; leave in_chans out"
-        )
-    return build_variant(ViViT, name, VIDEOS[name], pretrained, kwargs)
-
-
-register_variants(__name__, VIDEOS, build_vivit)
+build_vivit = register(ViViT, VIDEOS, first_conv="patch_embed.proj", is_video=True)

@@ -167,6 +167,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "draw_held_out": "commands._comparison:held_out_images",
     "eval_options": "commands.eval:eval_options",
     "first_tensor": "models.outputs:first_tensor",
+    "flat_tree": "checkpoints.flax_msgpack:flat_tree",
     "frames": "layers.functional:leading_dims",
     "free_folder": "utils.io:unique_path",
     "has_classes": "models.outputs:outputs_logits",
@@ -178,6 +179,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "judged_as": "commands.eval:run_options",
     "labelled_files": "data.file_lists:list_labeled_files",
     "laid_over": "evaluation.map_figures:overlay",
+    "learner_form": "checkpoints.scenic_config:describe_learner",
     "listed": "utils.validation:shortened",
     "listening": "training.checkpointing:handle_signals",
     "load_fashion": "data.fashion_mnist:load_fashion_mnist",
@@ -222,6 +224,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "whole_state": "training.distributed:full_state",
     "widen": "layers.functional:upcast",
     "write_contest": "commands._comparison:write_comparison",
+    "write_flax": "checkpoints.flax_msgpack:write_flax",
     "write_sheet": "evaluation.map_figures:write_figure",
     "written_whole": "utils.io:atomic_write",
 }

@@ -1,0 +1,363 @@
+"""timm's interface, on tiny models of every class with every kind of learner and fuser."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
+from tiny import check_compiled, randomized
+from torch import Tensor, nn
+
+from tokenlearner.layers.blocks import FusedBlock, ReducedBlock
+from tokenlearner.models.framevit import FrameViT
+from tokenlearner.models.mixer import TokenLearnerMixer
+from tokenlearner.models.vit import TokenLearnerViT
+from tokenlearner.models.vivit import ViViT
+
+SHAPE: dict[str, Any] = {
+    "img_size": (8, 12),
+    "patch_size": 2,
+    "embed_dim": 16,
+    "num_classes": 5,
+    "num_tokens": 3,
+    "at": 2,
+}
+ATTENTION: dict[str, Any] = {"depth": 4, "num_heads": 2}
+vit = partial(TokenLearnerViT, **SHAPE, **ATTENTION)
+mixer = partial(TokenLearnerMixer, **SHAPE, num_blocks=4)
+vivit = partial(ViViT, **SHAPE, **ATTENTION, num_frames=6)
+framevit = partial(FrameViT, **SHAPE, **ATTENTION, num_frames=6)
+LINEAR: dict[str, Any] = {"fuse": True, "fuser_bottleneck_dim": None}
+MODELS: dict[str, Any] = {
+    "vit": partial(vit, num_tokens=0),
+    "vit-v1": partial(vit, learner="v1"),
+    "vit-v11": vit,
+    "vit-v1-linear-fuser": partial(vit, learner="v1", **LINEAR),
+    "vit-v11-fuser": partial(vit, fuse=True),
+    "vit-any-size-v1-fuser": partial(vit, learner="v1", fuse=True, dynamic_img_size=True),
+    "vit-grouped-pre-logits": partial(vit, learner="grouped", representation_size=7),
+    "vit-class-token": partial(vit, class_token=True, global_pool="token"),
+    "vit-class-token-fuser": partial(vit, class_token=True, fuse=True),
+    "mixer-v11": mixer,
+    "mixer-v1-linear-fuser": partial(mixer, learner="v1", **LINEAR),
+    "vivit": partial(vivit, num_tokens=0),
+    "vivit-v11": vivit,
+    "vivit-v1-linear-fuser": partial(vivit, learner="v1", **LINEAR),
+    "vivit-uniform": partial(vivit, learner="v1-mean", sampling="uniform", num_frames=3),
+    "framevit-v1": partial(framevit, learner="v1"),
+    "framevit-v11-tubelets": partial(framevit, num_frames=3, tubelet_size=2),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+WITH_INTERMEDIATES = [name for name in MODELS if not name.startswith("framevit")]
+REDUCED = [n for n in WITH_INTERMEDIATES if "fuser" not in n and n not in ("vit", "vivit")]
+each_with_intermediates = pytest.mark.parametrize("name", WITH_INTERMEDIATES)
+
+
+def tiny(name: str, **kwargs: Any) -> Any:
+    return randomized(MODELS[name](**kwargs))
+
+
+def inputs(name: str, batch: int = 2) -> Tensor:
+    """Images, or clips of six frames."""
+    frames = [6] if name.startswith(("vivit", "framevit")) else []
+    return torch.randn(batch, 3, *frames, 8, 12)
+
+
+# --- head --------------------------------------------------------------------------------------
+
+
+@each_model
+@torch.no_grad()
+def test_features_and_head_are_the_model(name: str) -> None:
+    model, x = tiny(name), inputs(name)
+    features, logits = model.forward_features(x), model(x)
+    torch.testing.assert_close(model.forward_head(features), logits)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert features.shape[-1] == model.num_features == model.embed_dim
+    torch.testing.assert_close(model.get_classifier()(pooled), logits)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@each_model
+@torch.no_grad()
+def test_the_classifier_can_be_replaced_and_left_out(name: str, training: bool) -> None:
+    model, x = tiny(name).double(), inputs(name).double()
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.train(training).reset_classifier(3)
+    assert model.num_classes == model.get_classifier().out_features == 3
+    assert model.head.weight.dtype == torch.float64
+    assert model.head.training is training
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert isinstance(model.get_classifier(), nn.Identity)
+    torch.testing.assert_close(model(x), pooled)
+
+
+# --- groups of parameters ----------------------------------------------------------------------
+
+
+def layer(name: str) -> int:
+    """The layer of a parameter: the stem, a block with its learner and fuser, or the head."""
+    if block := re.search(r"blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    return 5 if name.startswith(("head.", "pre_logits.")) else 4 * name.startswith("norm.")
+
+
+@each_model
+def test_layer_decay_puts_learners_and_fusers_in_their_blocks_layer(name: str) -> None:
+    model = tiny(name)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    found = {key: scales[id(p)] for key, p in model.named_parameters()}
+    assert found == {key: 0.5 ** (5 - layer(key)) for key in found}
+
+
+@each_model
+def test_groups_are_the_stem_one_for_each_block_and_the_head(name: str) -> None:
+    model = tiny(name)
+    groups = list(group_parameters(model, model.group_matcher()).values())
+    assert [{layer(key) for key in group} for group in groups] == [{i} for i in range(6)]
+    assert sum(map(len, groups)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("vit-class-token", {"pos_embed", "cls_token"}),
+        ("vivit-v11", {"pos_embed"}),
+        ("framevit-v1", {"encoder.pos_embed", "time_embed"}),
+    ],
+)
+def test_positions_are_without_weight_decay(name: str, keys: set[str]) -> None:
+    assert tiny(name).no_weight_decay() >= keys
+
+
+# --- features ----------------------------------------------------------------------------------
+
+
+def features_by_hooks(model: Any, x: Tensor) -> list[Tensor]:
+    """What comes out of each block, without prefix tokens."""
+    kept: list[Tensor] = []
+
+    def keep(block: nn.Module, args: Any, out: Tensor) -> None:
+        kept.append(out[:, getattr(model, "num_prefix_tokens", 0) :])
+
+    hooks = [block.register_forward_hook(keep) for block in model.blocks]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def as_maps(name: str, flat: Tensor) -> Tensor:
+    grid = (3, 4, 6) if name.startswith("vivit") else (4, 6)
+    return flat.transpose(1, 2).unflatten(2, grid)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@each_with_intermediates
+@torch.no_grad()
+def test_intermediates_are_what_comes_out_of_the_blocks(
+    name: str, checkpointing: bool, norm: bool
+) -> None:
+    model, x = tiny(name), inputs(name)
+    model.set_grad_checkpointing(checkpointing)
+    flat = [model.norm(f) if norm else f for f in features_by_hooks(model, x)]
+    final, tokens = model.forward_intermediates(x, norm=norm, output_fmt="NLC")
+    torch.testing.assert_close(final, model.forward_features(x))
+    torch.testing.assert_close(tokens, flat)
+    if name not in REDUCED:
+        _, maps = model.forward_intermediates(x, norm=norm)
+        torch.testing.assert_close(maps, [as_maps(name, f) for f in flat])
+
+
+@each_with_intermediates
+@torch.no_grad()
+def test_maps_of_chosen_blocks_run_no_block_behind_them(name: str) -> None:
+    model, x, runs = tiny(name), inputs(name), []
+    flat = features_by_hooks(model, x)
+    hook = model.blocks[2].register_forward_hook(lambda *_: runs.append(1))
+    maps = model.forward_intermediates(x, [0, -3], intermediates_only=True, stop_early=True)
+    assert not runs
+    torch.testing.assert_close(maps, [as_maps(name, f) for f in flat[:2]])
+    model.forward_intermediates(x, [1], intermediates_only=True)
+    hook.remove()
+    assert runs
+
+
+@pytest.mark.parametrize(
+    ("indices", "named"), [(None, "2, 3"), (1, "3"), ([0, 2], "2"), ([-1], "3")]
+)
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_map_of_a_block_with_learned_tokens_only_is_refused(
+    name: str, indices: Any, named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"block 2 .*block {named} .*output_fmt='NLC'"):
+        tiny(name).forward_intermediates(inputs(name), indices)
+
+
+@pytest.mark.parametrize("name", ["vit-v11", "vivit-v11"])
+@torch.no_grad()
+def test_intermediate_layers_by_their_older_name_are_the_same(name: str) -> None:
+    model, x = tiny(name), inputs(name)
+    [last] = model.get_intermediate_layers(x, 1)
+    torch.testing.assert_close(last, features_by_hooks(model, x)[-1])
+
+
+VIT, MIXER = "vit_mini_patch4_tl8at3_28", "mixer_mini_patch4_tl8at3_28"
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "blocks"),
+    [
+        ("vit_mini_patch4_28", {}, [3, 4, 5]),
+        (VIT, {}, [0, 1, 2]),
+        (VIT, {"fuse": True}, [3, 4, 5]),
+        (VIT, {"at": 2}, [0, 1]),
+        (VIT, {"at": 0.67, "learner": "v1"}, [1, 2, 3]),
+        (VIT, {"out_indices": (0, 2)}, [0, 2]),
+        (MIXER, {}, [0, 1, 2]),
+        (MIXER, {"fuse": True}, [3, 4, 5]),
+        (MIXER, {"num_blocks": 2, "at": 1}, [0]),
+        (MIXER, {"out_indices": (0, 2)}, [0, 2]),
+    ],
+)
+@torch.no_grad()
+def test_a_feature_pyramid_is_of_the_last_blocks_with_a_grid(
+    name: str, kwargs: dict[str, Any], blocks: list[int]
+) -> None:
+    model: Any = timm.create_model(name, features_only=True, **kwargs).eval()
+    assert list(model.out_indices) == blocks
+    assert model.feature_info.reduction() == [4] * len(blocks)
+    kwargs = {key: value for key, value in kwargs.items() if key != "out_indices"}
+    whole = randomized(timm.create_model(name, **kwargs))
+    model.model.load_state_dict(whole.state_dict(), strict=False)
+    images = torch.randn(2, 1, 28, 28)
+    expected = whole.forward_intermediates(images, blocks, intermediates_only=True)
+    torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("name", [VIT, MIXER])
+def test_a_pyramid_behind_a_learner_in_front_of_all_blocks_is_refused(name: str) -> None:
+    model: Any = timm.create_model(name, features_only=True, at=0)
+    assert list(model.out_indices) == [0]
+    with pytest.raises(ValueError, match="block 0"):
+        model(torch.randn(2, 1, 28, 28))
+
+
+@pytest.mark.parametrize(
+    "name", ["vivit_mini_patch8x2_tl4at3_32", "framevit_mini_patch8_f6_tl4at3_32"]
+)
+def test_a_feature_pyramid_of_clips_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="features_only"):
+        timm.create_model(name, features_only=True)
+
+
+# --- training ----------------------------------------------------------------------------------
+
+# A softmax over positions ignores the first, LayerNorms over channels the others.
+WITHOUT_EFFECT = ("learner.attention_maps.3.bias", "fuser.mix.bias", "mlp_tokens.fc2.bias")
+
+
+@each_model
+def test_every_parameter_is_trained(name: str) -> None:
+    model = tiny(name).double().train()
+    out = model(inputs(name).double())
+    (out * torch.randn_like(out)).sum().backward()
+    largest = {key: p.grad.abs().max().item() for key, p in model.named_parameters()}
+    ignored = {key for key in largest if key.endswith(WITHOUT_EFFECT)}
+    assert max((largest[key] for key in ignored), default=0) < 1e-9
+    assert min(value for key, value in largest.items() if key not in ignored) > 1e-9
+
+
+@each_model
+def test_gradient_checkpointing_changes_no_number(name: str) -> None:
+    model, x, results = tiny(name).train(), inputs(name), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert model.grad_checkpointing is enable
+        out = model(x)
+        gradients = torch.autograd.grad(out.square().sum(), list(model.parameters()))
+        results.append([out, *gradients])
+    torch.testing.assert_close(*results)
+
+
+# --- copies, dtypes, devices, compilers --------------------------------------------------------
+
+
+@each_model
+@torch.no_grad()
+def test_copies_and_a_strict_round_trip_give_the_same_numbers(name: str) -> None:
+    model, x = tiny(name), inputs(name)
+    rebuilt, expected = tiny(name), model(x)
+    assert not torch.equal(rebuilt(x), expected)
+    rebuilt.load_state_dict(model.state_dict(), strict=True)
+    for other in (rebuilt, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)  # the same operations on the same machine
+        stem = getattr(other, "stem", getattr(getattr(other, "encoder", other), "patch_embed", 0))
+        reduced = [block for block in other.modules() if isinstance(block, ReducedBlock)]
+        assert all(block._grid[0] is stem for block in reduced)
+
+
+@each_model
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32(name: str) -> None:
+    model, x = MODELS[name]().eval(), inputs(name)
+    nn.init.normal_(model.head.weight)
+    for block in model.blocks:
+        if isinstance(block, FusedBlock):
+            nn.init.uniform_(block.fuser.mix.weight)  # not near a sum of 0, which a norm inflates
+    expected = model(x)
+    out = model.bfloat16()(x.bfloat16())
+    assert (expected.dtype, out.dtype) == (torch.float32, torch.bfloat16)
+    assert (out - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@each_model
+def test_device_and_dtype_reach_all_parameters(name: str) -> None:
+    model = MODELS[name](device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
+
+
+@each_model
+@torch.no_grad()
+def test_logits_on_the_chosen_device_are_those_on_the_cpu(name: str, device: torch.device) -> None:
+    model, x = tiny(name).double(), inputs(name).double()
+    expected = model(x)
+    torch.testing.assert_close(model.to(device)(x.to(device)).cpu(), expected)
+
+
+QUICK = ("vit-any-size-v1-fuser", "mixer-v11", "vivit-v1-linear-fuser", "framevit-v11-tubelets")
+each_compiled = pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
+
+
+@each_compiled
+def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
+    check_compiled(tiny(name), {"clips" if name.startswith("framevit") else "x": inputs(name)})
+
+
+# Not with aot_eager: torch 2.15 expects the gradient of a LayerNorm, as in front of a fuser's mix,
+# to have the strides of the gradient that comes in, and the CPU's has others. Inductor has its own.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_gradients_of_a_compiled_model_are_those_of_the_plain_one(name: str) -> None:
+    model, x = tiny(name).train(), inputs(name)
+    parameters = list(model.parameters())
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    found = torch.autograd.grad(compiled(x).square().sum(), parameters)
+    expected = torch.autograd.grad(model(x).square().sum(), parameters)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
