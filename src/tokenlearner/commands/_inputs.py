@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ..data.image_folder import decoded, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..training.recipes import run_options
 from ..utils.validation import require
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 VIDEO_FRAMES = 16  # that a model of images looks at, one by one
 STRIDE = 4  # as `tokenlearner train` has it
@@ -90,16 +93,25 @@ class InputPipeline:
             UnreadableFile: It cannot be read.
         """
         if is_video(path):
-            seen = self._cut(self._video(path))
-        else:
-            c, *_ = self.size
-            image = decoded(partial(_open, path), str(path), c)
-            seen = self._plain(image)[None]  # normalized by nothing yet
+            return self.from_frames(self._video(path), name)
+        return self.from_image(decoded(partial(_open, path), str(path), self.size[0]), name)
+
+    def from_image(self, image: Image.Image, name: str) -> MapInput:
+        """Resizes, cuts and normalizes an image that is decoded."""
+        image = image.convert("L" if self.size[0] == 1 else "RGB")
+        return self._normalized(self._plain(image)[None], name, is_video=False)
+
+    def from_frames(self, frames: Tensor, name: str) -> MapInput:
+        """Resizes, cuts and normalizes frames of a video, uint8 `t c h w`."""
+        return self._normalized(self._cut(frames), name, is_video=True)
+
+    def _normalized(self, pixels: Tensor, name: str, *, is_video: bool) -> MapInput:
+        """Normalizes frames in [0, 1], `t c h w`, and puts their axes in the model's order."""
         mean, std = torch.tensor([self.mean, self.std])[..., None, None]
-        taken = (seen - mean) / std
+        taken = (pixels - mean) / std
         if self.takes_clips:
             taken = taken[None] if self.time_first else taken.transpose(0, 1)[None]
-        return MapInput(name, seen.clip(0, 1), taken, is_video(path))
+        return MapInput(name, pixels.clip(0, 1), taken, is_video)
 
     @cached_property
     def _plain(self) -> Any:
