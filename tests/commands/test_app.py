@@ -207,7 +207,7 @@ def test_of_a_clip_a_model_of_images_predicts_the_mean(
 
 
 def test_a_model_that_returns_nan_is_refused(with_tokens: OfferedModel) -> None:
-    broken = create_model(MINI, num_tokens=2, depth=1).eval()
+    broken: Any = create_model(MINI, num_tokens=2, depth=1).eval()
     with torch.no_grad():
         for parameter in broken.get_classifier().parameters():
             parameter.fill_(float("nan"))
@@ -375,8 +375,9 @@ def test_the_cost_is_measured_when_asked_for(page: AppPage) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("port", 0), ("port", 70_000), ("max_frames", -1)])
 def test_options_out_of_range_are_refused(name: str, value: int) -> None:
+    kwargs: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}"):
-        AppConfig(**{name: value})
+        AppConfig(**kwargs)
 
 
 def test_by_default_only_this_computer_can_open_the_page() -> None:

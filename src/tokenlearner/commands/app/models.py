@@ -111,7 +111,7 @@ def _held_out(run: dict[str, Any], pipeline: InputPipeline, is_random: bool) -> 
     A model with random weights is tried on what comes with the package.
     """
     known = _LOCAL_CLIPS if pipeline.takes_clips else _LOCAL
-    name = known[0] if is_random else run.get("data")
+    name = known[0] if is_random else str(run.get("data"))
     if name not in known:
         return None
     kwargs = {key: run[key] for key in ("root", "stride") if key in run}
@@ -127,9 +127,11 @@ def _held_out(run: dict[str, Any], pipeline: InputPipeline, is_random: bool) -> 
 
 def _examples(data: Any, pipeline: InputPipeline) -> dict[str, MapInput]:
     """Reads the first held-out image or clip of each class."""
+    if data is None:
+        return {}
     read = pipeline.from_frames if pipeline.takes_clips else pipeline.from_image
     examples: dict[str, MapInput] = {}
-    for label, name in enumerate(data.classes[:_EXAMPLES] if data is not None else ()):
+    for label, name in enumerate(data.classes[:_EXAMPLES]):
         for index in (data.labels == label).nonzero()[:1, 0].tolist():
             with suppress(UnreadableFile):
                 examples[name] = read(data.load(index), name)
