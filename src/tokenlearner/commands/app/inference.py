@@ -25,7 +25,7 @@ from ..maps import compute_maps, time_step_rows
 from .models import OfferedModel
 
 BATCH = 32  # that is measured besides a single image or clip
-COST_HEADERS = ("model", "GMACs each", "at once", "runs", "ms", "speed-up")
+COST_HEADERS = ("learned tokens", "GMACs each", "at once", "runs", "ms", "speed-up")
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 3, 30, 2.0  # a measurement takes about that long
 _MAX_BATCH_SECONDS = 4.0  # of a round
 
@@ -131,12 +131,12 @@ def _rounds(seconds: float) -> int:
 def _with_and_without(offered: OfferedModel, one: Tensor) -> dict[str, nn.Module]:
     """The model, and before it what it is without learned tokens, where it runs without."""
     if not offered.has_tokens:
-        return {"as it is": offered.model}
+        return {"none": offered.model}
     plain = clone_structure(offered.model)
     try:
         remove(plain)
         with torch.inference_mode():
             plain(one)
     except (ValueError, AssertionError, RuntimeError):
-        return {"with learned tokens; it does not run without": offered.model}
-    return {"without learned tokens": plain, "with learned tokens": offered.model}
+        return {"with (does not run without)": offered.model}
+    return {"without": plain, "with": offered.model}

@@ -97,7 +97,7 @@ class AppPage:
             headers=[*NUMBER_HEADERS], label="In numbers", interactive=False
         )
         self.notes = gr.Markdown()
-        self.button: Any = gr.Button("Measure cost")
+        self.button: Any = gr.Button("Measure cost", visible=False)
         self.cost = gr.Dataframe(
             headers=[*COST_HEADERS], label="Cost", interactive=False, visible=False
         )
@@ -108,7 +108,8 @@ class AppPage:
         running = options | {"concurrency_limit": 1, "concurrency_id": "models"}
         views = [self.maps, self.numbers, self.notes]
         shown = [self.state, self.status, self.prediction, self.block, self.frame, *views]
-        outputs = [*shown, self.file, self.example, self.examples, self.cost, self.cost_notes]
+        costs = [self.button, self.cost, self.cost_notes]
+        outputs = [*shown, *costs, self.file, self.example, self.examples]
         new = [self.blocks.load, self.model.input, self.file.upload, self.file.clear]
         gr.on(new, self.look, [self.model, self.file, self.example], outputs, **running)
         self.examples.select(self.look_at_example, [self.model], outputs, **running)
@@ -118,8 +119,7 @@ class AppPage:
                 self.redraw, inputs, [*views, self.status], trigger_mode="always_last", **running
             )
         measuring = options | {"concurrency_limit": 1, "concurrency_id": "cost"}
-        outputs = [self.cost, self.cost_notes]
-        self.button.click(self.measure, [self.state], outputs, **measuring)
+        self.button.click(self.measure, [self.state], costs, **measuring)
 
     def look_at_example(self, model: str, event: gr.SelectData) -> Updates:
         """Looks at the example that was chosen, and lets the file go."""
@@ -182,7 +182,7 @@ class AppPage:
             (to_pil(example.seen[len(example.seen) // 2]), name)
             for name, example in offered.examples.items()
         ]
-        update = gr.update(value=items, visible=bool(items), selected_index=None)
+        update = gr.update(value=items, visible=bool(items))
         return {self.examples: update, self.example: None}
 
     def _cleared(self) -> Updates:
@@ -190,7 +190,7 @@ class AppPage:
         hidden = gr.update(value=None, visible=False)
         empty = dict.fromkeys((self.prediction, self.maps, self.numbers, self.cost), hidden)
         texts = dict.fromkeys((self.notes, self.cost_notes), "")
-        controls = dict.fromkeys((self.block, self.frame), gr.update(visible=False))
+        controls = dict.fromkeys((self.block, self.frame, self.button), gr.update(visible=False))
         return {self.state: None, **empty, **texts, **controls}
 
     def _predicted(
@@ -202,6 +202,7 @@ class AppPage:
         text = f"{source}{image.name}: {offered.name} says {offered.class_name(best)}, "
         updates: Updates = {
             self.state: (offered.name, prediction),
+            self.button: gr.update(visible=True),
             self.status: _status([f"{text}{100 * shares[best]:.0f} %.", *remarks], offered),
             self.prediction: gr.update(
                 value={offered.class_name(i): share for i, share in enumerate(shares)}, visible=True
