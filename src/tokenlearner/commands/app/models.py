@@ -122,6 +122,8 @@ def _held_out(run: dict[str, Any], pipeline: InputPipeline, is_random: bool) -> 
         data = load_data(name, "test", **kwargs)
     except ValueError:  # the set is not on this machine
         return None
+    if root := kwargs.get("root"):
+        print(f"Examples are read from {str(root)!r}, which train.json names", flush=True)
     return None if is_random and tuple(data.shape) != pipeline.size else data
 
 

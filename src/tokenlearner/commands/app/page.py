@@ -172,7 +172,8 @@ class AppPage:
         except Exception as error:
             _log(error)
             return {self.cost_notes: f"The cost could not be measured ({type(error).__name__})."}
-        return {self.cost: gr.update(value=rows, visible=True), self.cost_notes: notes}
+        cost = gr.update(value=rows, label=f"Cost of {name}", visible=True)
+        return {self.cost: cost, self.cost_notes: notes}
 
     def _offered(self, name: str) -> OfferedModel:
         return self.models.get(name) or next(iter(self.models.values()))
