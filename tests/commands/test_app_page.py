@@ -17,30 +17,29 @@ from typing import Any
 
 import pytest
 from browser import chromium, complaints, requested
-from selenium.webdriver.support.wait import WebDriverWait
-from test_app import MINI, written
-from test_app_uploads import make_image, make_video, png_of
+from files import MINI, make_checkpoint, make_image, make_video, png_bomb
 from tiny import randomized
 
 from tokenlearner import create_model, save_model
-from tokenlearner.commands.app.page import TITLE
+
+pytest.importorskip("gradio")
+from tokenlearner.commands.app.page import NO_MAPS, TITLE
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("gradio")
 
 SECONDS = 60  # until something has to be seen
-SEEN = "return document.body.innerText"
+TEXT = "return document.body.innerText"
 # Says whom it connects to or asks for, but for itself.
 SERVER = """
 import sys
 
-def told(event, args):
+def report(event, args):
     if event == "socket.connect" and str(args[1][0]) not in ("127.0.0.1", "::1"):
         print("connects", args[1], file=sys.stderr, flush=True)
     if event == "socket.getaddrinfo" and str(args[0]) not in ("127.0.0.1", "localhost", "None"):
         print("looks up", args[0], file=sys.stderr, flush=True)
 
-sys.addaudithook(told)
+sys.addaudithook(report)
 from tokenlearner.commands.app.server import AppConfig, app
 
 app(AppConfig(sys.argv[1:], max_upload_mib=1, max_pixels=1_000_000))
@@ -72,28 +71,29 @@ def server(room: Path, *models: str | Path) -> Iterator[tuple[str, subprocess.Po
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A page with a model of images, one of clips and one without learned tokens."""
     root = tmp_path_factory.mktemp("models")
-    written(root / "learned", 4)
-    written(root / "plain", 0)
+    make_checkpoint(root / "learned", 4)
+    make_checkpoint(root / "plain", 0)
     model = create_model("vivit_mini_patch8x2_32", num_tokens=3, depth=2, in_chans=1)
     save_model(randomized(model), root / "clips")
     paths = [root / name for name in ("learned", "plain", "clips")]
-    with server(root / "room", *paths) as (found, _):
-        yield found
+    with server(root / "room", *paths) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
+    with chromium() as program:
+        yield program
 
 
 @pytest.fixture
 def page(address: str, browser: Any) -> Any:
-    """The page, once it has looked at its first example and measured it."""
+    """The page, once it has looked at its first example."""
     browser.get("about:blank")  # Gradio complains of requests that end as its page is left
-    complaints(browser), requested(browser)
+    complaints(browser)
+    requested(browser)
     browser.get(address)
-    until(browser, lambda text: "Measured now" in text)
+    until(browser, lambda text: "held-out example, T-shirt/top: learned says" in text)
     return browser
 
 
@@ -101,30 +101,21 @@ def until(browser: Any, holds: Callable[[str], bool]) -> str:
     """Waits until the page's text is as it should be."""
     end, text = time.monotonic() + SECONDS, ""
     while time.monotonic() < end:
-        text = browser.execute_script(SEEN)
+        text = browser.execute_script(TEXT)
         if holds(text):
             return text
         time.sleep(0.1)
     raise AssertionError(f"still not as expected after {SECONDS} s:\n{text}")
 
 
-def status(browser: Any) -> str:
-    return browser.execute_script("return document.getElementById('tl-status').innerText").strip()
-
-
 def upload(browser: Any, path: Path) -> None:
-    browser.find_element("css selector", "#tl-file input[type=file]").send_keys(str(path))
+    browser.find_element("css selector", "#file input[type=file]").send_keys(str(path))
 
 
-def choose(browser: Any, label: str, value: str) -> None:
-    """Chooses in a list, whose options have no text until it has faded in."""
-
-    def shown(browser: Any) -> Any:
-        options = browser.find_elements("css selector", "[role=option]")
-        return next((one for one in options if one.text.strip().endswith(value)), None)
-
-    browser.find_element("css selector", f"input[aria-label='{label}']").click()
-    WebDriverWait(browser, SECONDS).until(shown).click()
+def choose_model(browser: Any, index: int) -> None:
+    """Chooses in the list by keys; the first model, which is chosen as the page opens, is 0."""
+    field = browser.find_element("css selector", "input[aria-label='Model']")
+    field.send_keys("\ue015" * index + "\ue007")  # down, enter
 
 
 def alts(browser: Any) -> list[str | None]:
@@ -159,94 +150,80 @@ def tab_to(browser: Any, kind: str, name: str) -> None:
 # --- images and clips -------------------------------------------------------------------------
 
 
-def test_an_example_is_shown_with_prediction_maps_numbers_and_cost_at_once(page: Any) -> None:
-    text = page.execute_script(SEEN)
-    for title in ("Where all tokens look", "Prediction", "All tokens", "In numbers", "Cost"):
-        assert title in text
-    assert "with learned tokens" in text
+def test_an_image_that_is_uploaded_is_looked_at_by_one_model_after_the_other(
+    page: Any, tmp_path: Path
+) -> None:
+    upload(page, make_image(tmp_path / "mine.jpg"))
+    text = until(page, lambda text: "mine.jpg: learned says" in text)
+    assert "Block 1: 4 tokens of 7 × 7 positions." in text
+    assert "mine.jpg, as the model gets it: 28 × 28" in alts(page)
+    choose_model(page, 2)
+    until(page, lambda text: "mine.jpg: plain says" in text and NO_MAPS in text)
 
 
-def test_an_image_that_is_uploaded_is_looked_at(page: Any, tmp_path: Path) -> None:
+def test_a_map_is_enlarged_and_has_its_words(page: Any) -> None:
+    page.find_element("css selector", "#maps [aria-label^='Thumbnail 3']").click()
+    until(page, lambda _: any((alt or "").startswith("token 2: row ") for alt in alts(page)))
+
+
+def test_another_example_is_looked_at_and_the_file_let_go(page: Any, tmp_path: Path) -> None:
     upload(page, make_image(tmp_path / "mine.jpg"))
     until(page, lambda text: "mine.jpg: learned says" in text)
-    assert "mine.jpg, as the model gets it: 28 × 28 pixels." in alts(page)
-
-
-def test_another_token_shows_another_map(page: Any) -> None:
-    page.find_element("css selector", "input[type=radio][value='3']").click()
-    until(page, lambda text: "Where token 3 looks" in text)
-    assert any((alt or "").startswith("Map of token 3 over the image.") for alt in alts(page))
-
-
-def test_another_model_looks_at_the_same_image(page: Any, tmp_path: Path) -> None:
-    upload(page, make_image(tmp_path / "mine.jpg"))
-    until(page, lambda text: "mine.jpg: learned says" in text)
-    choose(page, "Model", "plain")
-    text = until(page, lambda text: "mine.jpg: plain says" in text)
-    assert "This model has no learned tokens, so there are no maps." in text
-
-
-def test_another_example_is_looked_at(page: Any) -> None:
-    choose(page, "Or an example", "Bag")
-    until(page, lambda text: "its label is Bag" in text)
+    page.find_element("css selector", "#examples [aria-label^='Thumbnail 9']").click()
+    text = until(page, lambda text: "held-out example, Bag: learned says" in text)
+    assert "mine" not in text
 
 
 def test_a_clip_is_looked_at_frame_by_frame(page: Any, tmp_path: Path) -> None:
-    choose(page, "Model", "clips")
-    until(page, lambda text: "clips says" in text or "choose a clip" in text)
+    choose_model(page, 1)
+    until(page, lambda text: "choose an image or a clip" in text)
     upload(page, make_video(tmp_path / "mine.mp4"))
-    until(page, lambda text: "mine.mp4, frame 1 of 8" in text)
+    until(page, lambda text: "mine.mp4: clips says" in text)
     field = page.find_element("css selector", "input[type=number]")
     field.clear()
     field.send_keys("5\ue007")
     until(page, lambda text: "mine.mp4, frame 5 of 8" in text)
 
 
-def test_the_cost_is_measured_again_when_asked_for(page: Any) -> None:
-    before = page.execute_script(SEEN).partition("Cost")[2]
-    [button] = [b for b in page.find_elements("tag name", "button") if "again" in b.text]
+def test_the_cost_is_measured_while_the_next_image_is_looked_at(page: Any, tmp_path: Path) -> None:
+    [button] = [b for b in page.find_elements("tag name", "button") if b.text == "Measure cost"]
     button.click()
-    until(page, lambda text: text.partition("Cost")[2] not in ("", before))
+    until(page, lambda text: "GMACs each" in text)
+    upload(page, make_image(tmp_path / "mine.jpg"))
+    until(page, lambda text: "mine.jpg: learned says" in text and "GMACs each" not in text)
 
 
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def test_a_broken_file_gives_a_message_and_the_page_goes_on(page: Any, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    upload(page, tmp_path / "broken.png")
-    text = until(page, lambda text: "broken.png starts like PNG, but cannot be read" in text)
+def refuse(page: Any, path: Path, content: bytes, expected: str) -> None:
+    """Uploads a file that gives a message, after which the page goes on."""
+    path.write_bytes(content)
+    upload(page, path)
+    text = until(page, lambda text: expected in text)
     assert "Traceback" not in text
-    choose(page, "Or an example", "Bag")
-    until(page, lambda text: "its label is Bag" in text)
+    assert str(path.parent) not in text
+    page.find_element("css selector", "#examples [aria-label^='Thumbnail 9']").click()
+    until(page, lambda text: "held-out example, Bag: learned says" in text)
 
 
-def test_a_file_that_is_too_large_is_refused(page: Any, tmp_path: Path) -> None:
-    (tmp_path / "large.png").write_bytes(bytes(3 * 2**20))
-    upload(page, tmp_path / "large.png")
-    until(page, lambda text: "large.png has 3.0 MiB, 1 are allowed" in text)
+def test_a_broken_file_gives_a_message_and_the_page_goes_on(page: Any, tmp_path: Path) -> None:
+    refuse(page, tmp_path / "a.png", b"\x89PNG\r\n\x1a\nnothing", "a.png is neither an image nor")
 
 
-def test_a_file_that_is_very_large_is_cut_off_and_the_page_goes_on(
-    page: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "huge.png").write_bytes(bytes(9 * 2**20))
-    upload(page, tmp_path / "huge.png")
-    until(page, lambda text: "maximum allowed size" in text)
-    choose(page, "Or an example", "Bag")
-    until(page, lambda text: "its label is Bag" in text)
+def test_a_file_that_is_too_large_is_refused_before_it_is_kept(page: Any, tmp_path: Path) -> None:
+    refuse(page, tmp_path / "a.png", bytes(2**20 + 1), "maximum allowed size")
 
 
 def test_a_decompression_bomb_is_refused(page: Any, tmp_path: Path) -> None:
-    (tmp_path / "bomb.png").write_bytes(png_of(50_000, 50_000))
-    upload(page, tmp_path / "bomb.png")
-    until(page, lambda text: "bomb.png has more than the 1 million pixels" in text)
+    refuse(page, tmp_path / "a.png", png_bomb(50_000, 50_000), "more than the 1 million pixels")
 
 
 def test_the_name_of_a_file_is_shown_and_not_run(page: Any, tmp_path: Path) -> None:
-    upload(page, make_image(tmp_path / "<img src=x onerror=alert(1)>${1+1}.png"))
-    until(page, lambda text: ("learned says" in text and "onerror" in text) or "img src" in text)
-    assert "x" not in [img.get_attribute("src") for img in page.find_elements("tag name", "img")]
+    upload(page, make_image(tmp_path / "<img src=x onerror=alert(1)>![a](x).png"))
+    until(page, lambda text: "alert" in text and "learned says" in text)
+    sources = [tag.get_attribute("src") or "" for tag in page.find_elements("tag name", "img")]
+    assert all(source.startswith(("http://127.0.0.1", "data:")) for source in sources)
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", __file__, "pyproject.toml"])
@@ -260,14 +237,14 @@ def test_files_of_the_server_are_not_served(file: str, address: str) -> None:
 def test_a_file_of_the_server_cannot_be_passed_off_as_an_upload(address: str) -> None:
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)
-    uploading = [
+    [uploading] = [
         one for one in config["dependencies"] if any(t[1] == "upload" for t in one["targets"])
     ]
-    given = {
+    path = {
         "path": str(Path(__file__).parents[1] / "golden"),
         "meta": {"_type": "gradio.FileData"},
     }
-    body = {"data": ["learned", given, None], "fn_index": uploading[0]["id"], "session_hash": "x"}
+    body = {"data": ["learned", path, None], "fn_index": uploading["id"], "session_hash": "x"}
     request = urllib.request.Request(
         f"{address}gradio_api/queue/join",
         json.dumps(body).encode(),
@@ -275,56 +252,48 @@ def test_a_file_of_the_server_cannot_be_passed_off_as_an_upload(address: str) ->
     )
     urllib.request.urlopen(request).close()
     with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=x") as events:
-        told = [json.loads(line[6:]) for line in events if line.startswith(b"data: ")]
-    [done] = [one for one in told if one["msg"] == "process_completed"]
+        events_data = [json.loads(line[6:]) for line in events if line.startswith(b"data: ")]
+    [done] = [one for one in events_data if one["msg"] == "process_completed"]
     assert done["success"] is False
 
 
 # --- for everybody ------------------------------------------------------------------------------
 
 
-def test_every_image_has_an_alternative_text(page: Any) -> None:
-    assert len(alts(page)) >= 8
+def test_every_map_and_example_has_an_alternative_text(page: Any) -> None:
+    assert len(alts(page)) == 10 + 1 + 4 + 2  # examples, image, maps, their mean and the colors
     assert all(alts(page))
 
 
 def test_the_page_has_a_title_a_language_and_announces_what_it_shows(page: Any) -> None:
     assert page.title == TITLE
     assert page.execute_script("return document.documentElement.lang") == "en"
-    told = page.find_element("id", "tl-status")
-    assert (told.get_attribute("role"), told.get_attribute("aria-live")) == ("status", "polite")
+    status = page.find_element("id", "status")
+    assert (status.get_attribute("role"), status.get_attribute("aria-live")) == ("status", "polite")
 
 
 def test_everything_works_by_the_keyboard(page: Any) -> None:
     tab_to(page, "combobox", "Model")
     tab_to(page, "submit", "Click to upload or drop files")
-    tab_to(page, "combobox", "Or an example")
-    press(page, "\ue015", "\ue015", "\ue007")  # down, down, enter
-    text = until(page, lambda text: "its label is T-shirt/top" not in text and "Measured" in text)
-    assert "A held-out example; its label is" in text
-    tab_to(page, "radio", "2")
-    press(page, " ")
-    until(page, lambda text: "Where token 2 looks" in text)
-    tab_to(page, "radio", "4")  # the keyboard is where it was
-    press(page, " ")
-    until(page, lambda text: "Where token 4 looks" in text)
-    tab_to(page, "submit", "Measure the cost again")
-    before = text.partition("Cost")[2]
+    tab_to(page, "submit", "Thumbnail 2 of 10")
     press(page, "\ue007")
-    until(page, lambda text: text.partition("Cost")[2] not in ("", before))
+    until(page, lambda text: "held-out example, Trouser: learned says" in text)
+    tab_to(page, "submit", "Thumbnail 3 of 7")
+    press(page, "\ue007")
+    until(page, lambda _: any((alt or "").startswith("token 2: row ") for alt in alts(page)))
+    tab_to(page, "submit", "Measure cost")
+    press(page, "\ue007")
+    until(page, lambda text: "GMACs each" in text)
 
 
-def test_nothing_is_asked_of_other_servers(page: Any, address: str, tmp_path: Path) -> None:
+def test_nothing_is_asked_of_other_servers_and_the_console_has_no_complaint(
+    page: Any, address: str, tmp_path: Path
+) -> None:
     upload(page, make_image(tmp_path / "mine.jpg"))
     until(page, lambda text: "mine.jpg: learned says" in text)
-    found = requested(page)
-    assert len(found) > 5
-    assert [url for url in found if not url.startswith(address)] == []
-
-
-def test_the_console_has_no_complaint(page: Any, tmp_path: Path) -> None:
-    upload(page, make_image(tmp_path / "mine.jpg"))
-    until(page, lambda text: "mine.jpg: learned says" in text)
+    urls = requested(page)
+    assert len(urls) > 5
+    assert [url for url in urls if not url.startswith(address)] == []
     known = "Method not implemented."  # by which Gradio ends every upload
     assert [one for one in complaints(page) if known not in one] == []
 
@@ -339,7 +308,7 @@ def test_the_server_ends_cleanly_leaves_nothing_and_connects_nowhere(
     room, mine = tmp_path / "room", make_image(tmp_path / "mine.jpg")
     with server(room, MINI) as (address, process):
         browser.get(address)
-        until(browser, lambda text: "Measured now" in text)
+        until(browser, lambda text: "T-shirt/top: " in text)
         upload(browser, mine)
         until(browser, lambda text: "mine.jpg:" in text)
         assert len([*room.glob("*/*/mine.jpg")]) == 1

@@ -118,7 +118,7 @@ def test_the_numbers_are_those_of_the_maps(
     model, size = load_sized(str(mini), 0, "cpu")
     pipeline = input_pipeline(model, size, str(mini))
     seen = [pipeline.read(folder / name, "") for name in ("a.png", "deep/b.jpg")]
-    [maps] = attention_maps(model, torch.cat([one.taken for one in seen])).values()
+    [maps] = attention_maps(model, torch.cat([one.model_input for one in seen])).values()
     expected = map_run.map_stats(maps)
     stats = results[2]["stats"]["image"]["1"]
     assert (stats["images"], stats["grid"]) == (2, [7, 7])
@@ -155,8 +155,8 @@ def test_an_image_is_cropped_as_in_evaluation(tmp_path: Path) -> None:
         (3, 8, 8), crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic"
     )
     with Image.open(path) as image:
-        torch.testing.assert_close(seen.taken[0], plain(image))
-    torch.testing.assert_close(seen.seen, seen.taken * 0.25 + 0.5)
+        torch.testing.assert_close(seen.model_input[0], plain(image))
+    torch.testing.assert_close(seen.pixels, seen.model_input * 0.25 + 0.5)
 
 
 @pytest.mark.parametrize("size", [(40, 48), (48, 40), (8, 8)])
@@ -165,14 +165,16 @@ def test_a_video_is_cropped_as_in_evaluation(tmp_path: Path, size: tuple[int, in
     config = DataConfig(img_size=16, in_chans=3, frames=4, stride=2, crop_pct=0.875)
     data = VideoFolderDataset("video", "test", (str(path),), torch.zeros(1).long(), ("",), config)
     pipeline = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, 4, 2, False, "")
-    torch.testing.assert_close(pipeline.read(path, "").taken[0], data.eval_transform(data.load(0)))
+    torch.testing.assert_close(
+        pipeline.read(path, "").model_input[0], data.eval_transform(data.load(0))
+    )
 
 
 def test_of_frames_that_are_not_square_the_middle_is_taken(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv", 40, 48, frames=4)
     wide = InputPipeline((1, 4, 20, 48), (0.0,), (1.0,), 1.0, 4, 1, False, "").read(path, "")
     full = InputPipeline((1, 4, 40, 48), (0.0,), (1.0,), 1.0, 4, 1, False, "").read(path, "")
-    torch.testing.assert_close(wide.seen, full.seen[:, :, 10:30])
+    torch.testing.assert_close(wide.pixels, full.pixels[:, :, 10:30])
 
 
 def test_clips_have_their_axes_in_the_models_order(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_clips_have_their_axes_in_the_models_order(tmp_path: Path) -> None:
     first, last = (
         InputPipeline((3, 4, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, 4, 1, order, "")
         .read(path, "")
-        .taken
+        .model_input
         for order in (True, False)
     )
     assert first.shape == (1, 4, 3, 8, 8)
@@ -320,7 +322,7 @@ def test_a_frame_of_a_tubelet_shows_the_tubelets_maps() -> None:
     seen = map_run.MapInput("a", torch.rand(8, 1, 4, 4), torch.empty(0), True)
     maps = {3: torch.rand(4, 2, 2, 2)}
     rows = [map_run.time_step_rows(seen, maps, frame)[0] for frame in range(8)]
-    assert all(torch.equal(row.image, seen.seen[i]) for i, row in enumerate(rows))
+    assert all(torch.equal(row.image, seen.pixels[i]) for i, row in enumerate(rows))
     assert all(torch.equal(row.maps, maps[3][i // 2]) for i, row in enumerate(rows))
     assert [row.label for row in rows[:2]] == ["frame 1\nblock 3", "frame 2\nblock 3"]
 

@@ -26,7 +26,7 @@ from .eval import run_options
 if TYPE_CHECKING:
     from PIL import Image
 
-VIDEO_FRAMES = 16  # of a video, for a model of images
+VIDEO_FRAMES = 16  # that a model of images looks at, one by one
 STRIDE = 4  # as `tokenlearner train` has it
 
 
@@ -36,15 +36,15 @@ class MapInput:
 
     Args:
         name: Of its files.
-        seen: Pixels, float32 `t c h w` in [0, 1]; of an image `t` is 1.
-        taken: Input of the model, with a batch axis: an image or a clip, or for a model of images
-            the frames of a video as a batch.
+        pixels: Pixels, float32 `t c h w` in [0, 1]; of an image `t` is 1.
+        model_input: Input of the model, with a batch axis: an image or a clip, or for a model of
+            images the frames of a video as a batch.
         is_video: Whether it is a video.
     """
 
     name: str
-    seen: Tensor
-    taken: Tensor
+    pixels: Tensor
+    model_input: Tensor
     is_video: bool
 
 

@@ -146,7 +146,7 @@ def run_maps(
     )
 
 
-def compute_maps(model: nn.Module, seen: MapInput) -> ImageMaps:
+def compute_maps(model: nn.Module, item: MapInput) -> ImageMaps:
     """Runs a model on one file, and returns its maps, `t k h w` for each block with a learner.
 
     Raises:
@@ -154,21 +154,21 @@ def compute_maps(model: nn.Module, seen: MapInput) -> ImageMaps:
     """
     like = next(model.parameters())
     try:
-        maps = attention_maps(model, seen.taken.to(like))
+        maps = attention_maps(model, item.model_input.to(like))
     except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ
         raise ValueError(
-            f"the model does not take {list(seen.taken.shape)} ({error}); pass img_size, or a "
-            "model that was built for it"
+            f"the model does not take {list(item.model_input.shape)} ({error}); pass img_size, "
+            "or a model that was built for it"
         ) from error
     return {i: (x[0] if x.ndim == 5 else x).float().cpu() for i, x in maps.items()}
 
 
-def time_step_rows(seen: MapInput, maps: ImageMaps, frame: int) -> list[FigureRow]:
+def time_step_rows(item: MapInput, maps: ImageMaps, frame: int) -> list[FigureRow]:
     """Returns a row for each block, of the frame counted from 0; a tubelet's frames share maps."""
     t = len(next(iter(maps.values())))
-    tubelet = min(frame // (len(seen.seen) // t), t - 1)
-    when = f"frame {frame + 1}\n" if seen.is_video else ""
-    return [FigureRow(f"{when}block {i}", seen.seen[frame], x[tubelet]) for i, x in maps.items()]
+    tubelet = min(frame // (len(item.pixels) // t), t - 1)
+    when = f"frame {frame + 1}\n" if item.is_video else ""
+    return [FigureRow(f"{when}block {i}", item.pixels[frame], x[tubelet]) for i, x in maps.items()]
 
 
 def _draw_all(
@@ -179,30 +179,30 @@ def _draw_all(
     unreadable: list[str] = []
     for name, path in paths.items():
         try:
-            seen = pipeline.read(path, name)
+            item = pipeline.read(path, name)
         except UnreadableFile as error:
             unreadable.append(str(error))
             continue
-        maps = compute_maps(model, seen)
-        _draw(seen, maps, has_gates(model), config)
-        drawn.append((seen.is_video, maps))
+        maps = compute_maps(model, item)
+        _draw(item, maps, has_gates(model), config)
+        drawn.append((item.is_video, maps))
     require(bool(drawn), f"nothing in {config.source} can be read: {(unreadable or [''])[0]}")
     return drawn, unreadable
 
 
-def _draw(seen: MapInput, maps: ImageMaps, gates: bool, config: MapsConfig) -> None:
+def _draw(item: MapInput, maps: ImageMaps, gates: bool, config: MapsConfig) -> None:
     """Writes the figure, and of a video the animations, with one scale."""
-    t, frames = len(next(iter(maps.values()))), len(seen.seen)
+    t, frames = len(next(iter(maps.values()))), len(item.pixels)
     each = frames // t  # frames of a tubelet
-    steps = [time_step_rows(seen, maps, frame) for frame in range(t * each)]
+    steps = [time_step_rows(item, maps, frame) for frame in range(t * each)]
     chosen = torch.linspace(0, t - 1, min(t, MAX_TIME_STEPS)).round().int().tolist()
     rows = [row for i in chosen for row in steps[i * each + each // 2]]
     scale = map_scale([row for step in steps[::each] for row in step], gates)
-    base = config.folder / seen.name
-    write_figure(f"{base}.png", rows, scale, seen.name)
-    if seen.is_video and (suffixes := ANIMATIONS[config.animation]):
+    base = config.folder / item.name
+    write_figure(f"{base}.png", rows, scale, item.name)
+    if item.is_video and (suffixes := ANIMATIONS[config.animation]):
         paths = [f"{base}{suffix}" for suffix in suffixes]
-        write_animation(paths, steps, scale, seen.name, config.frames_per_second)
+        write_animation(paths, steps, scale, item.name, config.frames_per_second)
 
 
 def _check_out(out: Path, source: Path) -> None:

@@ -66,7 +66,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 def check_literals(options: object) -> None:
     """Refuses a dataclass's values where the type of the field is a `Literal` without them."""
     for name, hint in get_type_hints(type(options)).items():
-        value: Any = getattr(options, name, None)
+        value: Any = getattr(options, name)
         kinds = [hint, *get_args(hint)]  # a union with None too
         choices = [v for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
         if choices and not (value is None and type(None) in get_args(hint)):

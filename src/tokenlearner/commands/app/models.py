@@ -1,22 +1,22 @@
-"""The models that the page offers, and the images that each can be tried on."""
+"""The models that the page offers, and the images or clips that each can be tried on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ...data.dataset import UnreadableFile
 from ...data.factory import load_data
 from ...models.insertion import wrapped_blocks
 from ...models.serialization import WEIGHTS
-from ...utils.validation import require
 from .._inputs import InputPipeline, MapInput, input_pipeline
 from .._models import load_sized
 from ..eval import run_options
-from .uploads import preprocess
 
 WITHOUT_CHECKPOINT = "vit_mini_patch4_tl8at3_28"  # its weights are random
 RANDOM = (
@@ -24,8 +24,8 @@ RANDOM = (
     "`tokenlearner demo`, which trains one in minutes, and start the page again in the same folder."
 )
 _DEMOS = "tokenlearner-demo*"
-_BUNDLED = "fashion-mnist-small"
-_STILL, _MOVING = ("fashion-mnist-small", "fashion-mnist"), "moving-photographs"
+_LOCAL = ("fashion-mnist-small", "fashion-mnist", "folder")  # data sets that ask no other computer
+_LOCAL_CLIPS = ("moving-photographs", "video-folder")
 _EXAMPLES = 10
 
 
@@ -34,20 +34,20 @@ class OfferedModel:
     """A model of the page.
 
     Args:
-        name: What it is called there.
+        name: Its name on the page.
         model: In evaluation mode.
-        intake: How it takes images or clips.
+        pipeline: How it takes images or clips.
         classes: The names of its classes; None where they are not known.
         is_random: Whether its weights are as they started.
-        data: Held-out images or clips that it can be tried on.
+        examples: Held-out images or clips that it can be tried on, by the name of their class.
     """
 
     name: str
     model: nn.Module
-    intake: InputPipeline
+    pipeline: InputPipeline
     classes: tuple[str, ...] | None
     is_random: bool
-    data: Any
+    examples: dict[str, MapInput]
 
     @property
     def has_tokens(self) -> bool:
@@ -58,48 +58,22 @@ class OfferedModel:
         """Names a class, counted from 0."""
         return self.classes[number] if self.classes else f"class {number}"
 
-    @property
-    def examples(self) -> list[str]:
-        """The classes that there is an example of, the first held-out image or clip of each."""
-        return list(self.data.classes[:_EXAMPLES]) if self.data is not None else []
-
-    @property
-    def knows_examples(self) -> bool:
-        """Whether the examples' classes are those that it was trained on."""
-        return self.data is not None and self.classes == tuple(self.data.classes)
-
-    def example(self, name: str) -> MapInput:
-        """Reads the example of a class.
-
-        Raises:
-            ValueError: There is none of that name.
-        """
-        known = ", ".join(self.examples) or "none"
-        require(name in self.examples, f"there is no example {name!r}, expected one of: {known}")
-        index = int((self.data.labels == self.data.classes.index(name)).nonzero()[0])
-        raw = self.data.load(index)
-        if not self.intake.takes_clips:
-            return preprocess(raw, name, self.intake)
-        clip = self.data.eval_transform(raw)  # c t h w
-        taken = clip.transpose(0, 1) if self.intake.time_first else clip
-        return MapInput(name, raw.float() / 255, taken[None], is_video=True)
-
 
 def offered_sources(checkpoints: Sequence[str]) -> dict[str, str]:
-    """Finds what the page offers: a name for each, and what to load.
+    """Lists what the page offers: a name for each model, and what to load.
 
     A folder that `tokenlearner demo` wrote stands for the models in it. Without any checkpoint the
     demos of the working folder are taken, and a model with random weights where there is none.
     """
-    told = [*checkpoints] or sorted(str(path) for path in Path().glob(_DEMOS) if path.is_dir())
-    found: dict[str, str] = {}
-    for source in told:
+    sources = [*checkpoints] or sorted(str(path) for path in Path().glob(_DEMOS) if path.is_dir())
+    named: dict[str, str] = {}
+    for source in sources:
         path = Path(source).expanduser()
         parts = [] if (path / WEIGHTS).exists() else sorted(path.glob(f"*/{WEIGHTS}"))
         inner = {f"{path.name}/{part.parent.name}": str(part.parent) for part in parts}
-        for name, where in (inner or {path.name or source: source}).items():
-            found[name if name not in found else where] = where
-    return found or {WITHOUT_CHECKPOINT: WITHOUT_CHECKPOINT}
+        for name, place in (inner or {path.name or source: source}).items():
+            named[name if name not in named else place] = place
+    return named or {WITHOUT_CHECKPOINT: WITHOUT_CHECKPOINT}
 
 
 def load_offered(checkpoints: Sequence[str], device: str) -> dict[str, OfferedModel]:
@@ -109,53 +83,58 @@ def load_offered(checkpoints: Sequence[str], device: str) -> dict[str, OfferedMo
         ValueError: There is no such model or device, or it does not take images or clips.
     """
     models = [_load(name, source, device) for name, source in offered_sources(checkpoints).items()]
-    models.sort(key=lambda one: not one.has_tokens)
-    return {one.name: one for one in models}
+    models.sort(key=lambda offered: not offered.has_tokens)
+    return {offered.name: offered for offered in models}
 
 
 def _load(name: str, source: str, device: str) -> OfferedModel:
-    saved = "/" in source or source.endswith(".safetensors") or Path(source).exists()
+    path = Path(source).expanduser()
+    is_random = not ("/" in source or source.endswith(".safetensors") or path.exists())
     try:
         model, size = load_sized(source, 0, device)
-        intake = input_pipeline(model, size, source)
+        pipeline = input_pipeline(model, size, source)
     except FileNotFoundError as error:
         raise ValueError(f"{source} cannot be read ({error}); pass a checkpoint") from error
-    here = Path(source).expanduser().exists()
-    run = run_options(source) if here else {}
-    data = _examples(run, intake)
-    classes = _classes(run, model, data)
-    shown = name if saved else f"{name} (random weights)"
-    return OfferedModel(shown, model.eval(), intake, classes, not saved, data)
+    run = run_options(source) if path.exists() else {}
+    data = _held_out(run, pipeline, is_random)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    names = data.classes if run and data is not None else config.get("label_names") or ()
+    knows_all = len(names) == getattr(model, "num_classes", None)
+    classes = tuple(map(str, names)) if knows_all else None
+    name = f"{name} (random weights)" if is_random else name
+    return OfferedModel(name, model.eval(), pipeline, classes, is_random, _examples(data, pipeline))
 
 
-def _examples(run: dict[str, Any], intake: InputPipeline) -> Any:
-    """Held-out images of the set that a model was trained on, or of the package; or clips."""
-    name, wanted = _BUNDLED, dict[str, Any]()
-    if intake.takes_clips:
-        c, t, size, _ = intake.size
-        name, wanted = _MOVING, {"img_size": size, "frames": t, "in_chans": c}
-    elif run.get("data") in _STILL:
-        name, wanted = run["data"], {"root": run.get("root")}
+def _held_out(run: dict[str, Any], pipeline: InputPipeline, is_random: bool) -> Any:
+    """Loads the held-out part of the data that a model was trained on; None if it is not here.
+
+    A model with random weights is tried on what comes with the package.
+    """
+    known = _LOCAL_CLIPS if pipeline.takes_clips else _LOCAL
+    name = known[0] if is_random else str(run.get("data"))
+    if name not in known:
+        return None
+    kwargs = {key: run[key] for key in ("root", "stride") if key in run}
+    c, *frames, _, size = pipeline.size
+    if pipeline.takes_clips:
+        kwargs |= {"img_size": size, "in_chans": c, "frames": frames[0]}
     try:
-        return load_data(name, "test", **wanted)
+        data = load_data(name, "test", **kwargs)
     except ValueError:  # the set is not on this machine
         return None
+    if root := kwargs.get("root"):
+        print(f"Examples are read from {str(root)!r}, which train.json names", flush=True)
+    return None if is_random and tuple(data.shape) != pipeline.size else data
 
 
-def _classes(run: dict[str, Any], model: Any, data: Any) -> tuple[str, ...] | None:
-    """The names of a model's classes, of its data set or of its timm configuration."""
-    n = getattr(model, "num_classes", None)
-    names: Any = None
-    if data is not None and run.get("data") == data.name:
-        names = data.classes
-    elif run.get("data") in ("folder", "video-folder"):
-        names = _classes_of_folder(run)
-    names = names or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    return tuple(names) if names and len(names) == n else None
-
-
-def _classes_of_folder(run: dict[str, Any]) -> tuple[str, ...] | None:
-    try:
-        return load_data(run["data"], "test", root=run.get("root")).classes
-    except ValueError:  # the folder is not on this machine
-        return None
+def _examples(data: Any, pipeline: InputPipeline) -> dict[str, MapInput]:
+    """Reads the first held-out image or clip of each class."""
+    if data is None:
+        return {}
+    read = pipeline.from_frames if pipeline.takes_clips else pipeline.from_image
+    examples: dict[str, MapInput] = {}
+    for label, name in enumerate(data.classes[:_EXAMPLES]):
+        for index in (data.labels == label).nonzero()[:1, 0].tolist():
+            with suppress(UnreadableFile):
+                examples[name] = read(data.load(index), name)
+    return examples

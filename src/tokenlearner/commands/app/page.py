@@ -1,242 +1,247 @@
-"""The page itself: its controls, and what happens when one of them is changed."""
+"""The page: Gradio's components, and what happens when one of them is used.
+
+Names of files and classes are text of strangers: they are escaped, or go to components that show
+plain text, never to Markdown.
+"""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import gradio as gr
 
-from .._inputs import MapInput
-from .inference import ALL_TOKENS, Prediction, measure_cost, predict
+from .inference import COST_HEADERS, Prediction, measure_cost, predict
 from .models import RANDOM, OfferedModel
 from .uploads import UploadLimits, read_upload
-from .view import (
-    cost_view,
-    map_view,
-    no_maps_view,
-    numbers_view,
-    prediction_view,
-    sheet_view,
-    status_view,
-)
+from .view import NUMBER_HEADERS, map_images, map_notes, map_numbers, to_pil, when
 
 _HOUR = 3600  # after which uploads are deleted, in seconds
 TITLE = "Where the learned tokens look"
-# Gradio has no attributes for these. The file field's button is otherwise named by its text only.
+# Gradio has no arguments for these.
 ON_LOAD = """() => {
   document.documentElement.lang = "en";
-  const status = document.getElementById("tl-status");
+  const status = document.getElementById("status");
   status.setAttribute("role", "status");
   status.setAttribute("aria-live", "polite");
 }"""
+NO_MAPS = "This model has no learned tokens, so there are no maps. Choose another one to see some."
 
-Taken = tuple[Prediction, Tensor, bool]  # what is shown, what the model took, is it random
+State = tuple[str, Prediction]  # the model's name, and what it made of the image that is shown
+Updates = dict[Any, Any]  # by component
 
 
 class AppPage:
-    """The page's parts and what they do; one visitor's file is looked at at a time.
+    """The page of several models; one image or clip at a time runs on them, of all visitors.
 
     Args:
-        models: What is offered, by name.
-        limits: What an upload may have.
+        models: The models by name.
+        limits: Limits of an upload.
     """
 
     def __init__(self, models: Mapping[str, OfferedModel], limits: UploadLimits):
         self.models, self.limits = models, limits
-
-    def build(self) -> Any:
-        """Makes the page, for `launch`."""
-        import gradio as gr
-
-        told: dict[str, Any] = {"title": TITLE, "analytics_enabled": False, "fill_width": True}
-        with gr.Blocks(delete_cache=(_HOUR, _HOUR), **told) as page:
+        kwargs: dict[str, Any] = {"analytics_enabled": False, "fill_width": True}
+        with gr.Blocks(title=TITLE, delete_cache=(_HOUR, _HOUR), **kwargs) as self.blocks:
             gr.Markdown(f"# {TITLE}")
+            self.example, self.state = gr.State(None), gr.State(None)
             with gr.Row():
-                with gr.Column(scale=2, min_width=280):
-                    self._add_controls(gr)
-                with gr.Column(scale=5, min_width=320):
-                    self._add_views(gr)
-            self._connect(gr, page)
-        return page
+                with gr.Column(scale=1, min_width=320):
+                    self._add_inputs()
+                with gr.Column(scale=2, min_width=320):
+                    self._add_outputs()
+            self._connect()
 
-    def _add_controls(self, gr: Any) -> None:
-        first = next(iter(self.models.values()))
-        most = self.limits
-        self.model = gr.Dropdown([*self.models], value=first.name, label="Model", filterable=False)
-        self.file = gr.File(label="Image or clip of yours", height=150, elem_id="tl-file")
+    def _add_inputs(self) -> None:
+        names, limits = [*self.models], self.limits
+        self.model: Any = gr.Dropdown(names, value=names[0], label="Model", filterable=False)
+        self.file: Any = gr.File(label="Image or clip of yours", height=150, elem_id="file")
+        most = (
+            f"{limits.max_upload_mib} MiB, {limits.max_pixels / 1e6:g} million pixels, "
+            f"{limits.max_frames} frames, {limits.max_seconds} seconds"
+        )
         gr.Markdown(
-            f"PNG, JPEG, WebP, GIF, BMP, TIFF, or MP4, MOV, WebM, MKV, AVI; up to {most.mib} MiB, "
-            f"{most.pixels / 1e6:g} million pixels, {most.frames} frames, {most.seconds} seconds. "
+            f"PNG, JPEG, WebP, GIF, BMP, TIFF, or MP4, MOV, WebM, MKV, AVI; up to {most}. "
             "It stays on the computer that runs this page, and is deleted at the end."
         )
-        self.example = gr.Dropdown(
-            first.examples,
-            value=next(iter(first.examples), None),
-            label="Or an example",
-            visible=bool(first.examples),
-            filterable=False,
+        self.examples: Any = gr.Gallery(
+            label="Or a held-out example",
+            columns=3,
+            height="auto",
+            format="png",
+            allow_preview=False,
+            buttons=[],
+            interactive=False,
+            elem_id="examples",
         )
-        self.token = gr.Radio([ALL_TOKENS], value=ALL_TOKENS, label="Token shown", visible=False)
-        self.block = gr.Dropdown([], label="Learned at block", visible=False, filterable=False)
-        self.frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False)
-        self.again = gr.Button("Measure the cost again")
 
-    def _add_views(self, gr: Any) -> None:
-        self.status = gr.HTML(elem_id="tl-status")
-        self.map, self.prediction, self.cost = gr.HTML(), gr.HTML(), gr.HTML()
-        self.sheet, self.numbers = gr.HTML(), gr.HTML()
-        self.state = gr.State(None)
+    def _add_outputs(self) -> None:
+        self.status = gr.HTML(elem_id="status")
+        self.prediction = gr.Label(num_top_classes=5, label="Prediction", show_heading=False)
+        self.block: Any = gr.Dropdown(label="Learned at block", visible=False, filterable=False)
+        self.frame: Any = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False)
+        self.maps = gr.Gallery(
+            label="Maps (choose one to enlarge it)",
+            columns=3,
+            height="auto",
+            format="png",
+            buttons=[],
+            interactive=False,
+            elem_id="maps",
+        )
+        self.numbers = gr.Dataframe(
+            headers=[*NUMBER_HEADERS], label="In numbers", interactive=False
+        )
+        self.notes = gr.Markdown()
+        self.button: Any = gr.Button("Measure cost", visible=False)
+        self.cost = gr.Dataframe(
+            headers=[*COST_HEADERS], label="Cost", interactive=False, visible=False
+        )
+        self.cost_notes = gr.Markdown()
 
-    def _connect(self, gr: Any, page: Any) -> None:
-        """One thing at a time runs on the models, of all visitors."""
-        told: dict[str, Any] = {
-            "concurrency_limit": 1,
-            "concurrency_id": "models",
-            "show_progress": "minimal",
-            "api_visibility": "private",
-        }
-        chosen = [self.model, self.file, self.example]
-        views = [self.map, self.sheet, self.numbers]
-        looked = [
-            *(self.state, self.status, self.prediction, *views),
-            *(self.token, self.block, self.frame, self.example),
-        ]
-        ways = ((page.load, False), (self.model.input, False), (self.file.upload, False))
-        for event, is_example in (*ways, (self.example.input, True), (self.file.clear, False)):
-            inputs, outputs = chosen, [*looked, self.file]
-            event(partial(self.look, is_example), inputs, outputs, **told).then(
-                self.measure, [self.model, self.state], [self.cost], **told
+    def _connect(self) -> None:
+        options: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
+        running = options | {"concurrency_limit": 1, "concurrency_id": "models"}
+        views = [self.maps, self.numbers, self.notes]
+        shown = [self.state, self.status, self.prediction, self.block, self.frame, *views]
+        costs = [self.button, self.cost, self.cost_notes]
+        outputs = [*shown, *costs, self.file, self.example, self.examples]
+        new = [self.blocks.load, self.model.input, self.file.upload, self.file.clear]
+        gr.on(new, self.look, [self.model, self.file, self.example], outputs, **running)
+        self.examples.select(self.look_at_example, [self.model], outputs, **running)
+        for control in (self.block, self.frame):
+            inputs = [self.state, self.block, self.frame]
+            control.input(
+                self.redraw, inputs, [*views, self.status], trigger_mode="always_last", **running
             )
-        for control in (self.token, self.block, self.frame):
-            inputs = [self.state, self.block, self.token, self.frame]
-            outputs = [*views, self.token, self.status]
-            redraw = partial(self.redraw, control is self.block)
-            control.input(redraw, inputs, outputs, trigger_mode="always_last", **told)
-        self.again.click(self.measure, [self.model, self.state], [self.cost], **told)
+        measuring = options | {"concurrency_limit": 1, "concurrency_id": "cost"}
+        self.button.click(self.measure, [self.state], costs, **measuring)
 
-    def look(
-        self, is_example: bool, model: str, file: str | None, example: str | None
-    ) -> tuple[Any, ...]:
-        """Looks at the file, or at the example: what the whole page shows then, but for the cost.
+    def look_at_example(self, model: str, event: gr.SelectData) -> Updates:
+        """Looks at the example that was chosen, and lets the file go."""
+        name = [*self._offered(model).examples][event.index]
+        return self.look(model, None, name) | {self.file: None}
+
+    def look(self, model: str, file: str | None, example: str | None) -> Updates:
+        """Looks at the file, or without one at the example.
 
         Args:
-            is_example: Whether the example was chosen just now; the file is then let go.
             model: The model's name.
-            file: Where the upload is.
-            example: Its name.
+            file: Path of the upload.
+            example: Its name; of a model that has none of this name the first is taken.
         """
-        import gradio as gr
-
-        offered = self.models.get(model) or next(iter(self.models.values()))
-        path = None if is_example or not file else Path(file)
-        names = offered.examples
-        example = None if path else example if example in names else next(iter(names), None)
-        shown = gr.update(choices=names, value=example, visible=bool(names))
-        kept = gr.update(value=None) if is_example else gr.update()
+        offered = self._offered(model)
+        updates = self._cleared() | self._list_examples(offered)
         try:
-            seen, said = self._read(offered, path, example)
-            looked = predict(offered, seen)
-            label = example if path is None and offered.knows_examples else None
-            drawn = self._drawn(offered, looked, label)
+            if file:
+                image, remarks = read_upload(Path(file), offered.pipeline, self.limits)
+            else:
+                first = next(iter(offered.examples.values()), None)
+                image, remarks = offered.examples.get(example or "", first), []
+            if image is None:
+                raise ValueError("choose an image or a clip to look at")
+            prediction = predict(offered, image)
+            updates |= {self.example: None if file else image.name}
+            return updates | self._predicted(offered, prediction, remarks, is_example=not file)
         except Exception as error:
-            hidden = gr.update(visible=False)
-            return None, _complaint(error), *[""] * 4, hidden, hidden, hidden, shown, kept
-        status = _status([_outcome(offered, looked), *said], offered.is_random)
-        return (
-            (looked, seen.taken, offered.is_random),
-            status,
-            *drawn,
-            *self._choices(gr, looked),
-            shown,
-            kept,
-        )
+            return updates | {self.status: _error(error)}
 
-    def redraw(
-        self, is_block: bool, state: Taken | None, block: str | None, token: str, frame: float
-    ) -> tuple[Any, ...]:
-        """Shows another token, frame or, with `is_block`, block of what was looked at."""
-        import gradio as gr
+    def redraw(self, state: State | None, block: str | None, frame: float | None) -> Updates:
+        """Shows another block or frame of what was looked at."""
+        if state is None or not state[1].maps:
+            return {self.status: gr.skip()}
+        name, prediction = state
+        blocks = [str(block) for block in prediction.maps]
+        block = block if block in blocks else blocks[0]
+        number = min(max(1, round(frame or 1)), prediction.frames)
+        text = f"{prediction.image.name}{when(prediction, number)}, block {block}."
+        status = _status([text], self._offered(name))
+        return self._views(prediction, int(block), number) | {self.status: status}
 
-        if state is None or not state[0].maps:
-            return (*[gr.update()] * 4, gr.update())
-        looked, _, is_random = state
-        block = block if block in looked.blocks else looked.blocks[0]
-        tokens = looked.tokens(block)
-        token = token if token in tokens else ALL_TOKENS
-        at = min(max(1, round(frame or 1)), looked.frames)
-        try:
-            views = _views(looked, block, token, at)
-        except Exception as error:
-            return (*[gr.update()] * 4, _complaint(error))
-        named = "all tokens" if token == ALL_TOKENS else f"token {token}"
-        when = f", frame {at} of {looked.frames}" if looked.is_video else ""
-        # The tokens are told only where they change, since the keyboard's focus would be lost.
-        told = gr.update(choices=tokens, value=token) if is_block else gr.update()
-        return *views, told, _status([f"{looked.name}{when}: {named}."], is_random)
-
-    def measure(self, model: str, state: Taken | None) -> str:
+    def measure(self, state: State | None) -> Updates:
         """Measures the cost of what is shown."""
-        offered = self.models.get(model)
-        if state is None or offered is None:
-            return ""
+        if state is None:
+            return {self.cost_notes: "Choose an image or a clip first."}
+        name, prediction = state
         try:
-            return cost_view(measure_cost(offered, state[1]))
+            rows, notes = measure_cost(self._offered(name), prediction.image.model_input)
         except Exception as error:
-            return _complaint(error)
+            _log(error)
+            return {self.cost_notes: f"The cost could not be measured ({type(error).__name__})."}
+        cost = gr.update(value=rows, label=f"Cost of {name}", visible=True)
+        return {self.cost: cost, self.cost_notes: notes}
 
-    def _read(
-        self, offered: OfferedModel, path: Path | None, example: str | None
-    ) -> tuple[MapInput, Sequence[str]]:
-        if path is not None:
-            return read_upload(path, offered.intake, self.limits)
-        if example is not None:
-            return offered.example(example), []
-        what = "clip" if offered.intake.takes_clips else "image or clip"
-        raise ValueError(f"choose a {what} to look at")
+    def _offered(self, name: str) -> OfferedModel:
+        return self.models.get(name) or next(iter(self.models.values()))
 
-    def _drawn(
-        self, offered: OfferedModel, looked: Prediction, label: str | None
-    ) -> tuple[str, str, str, str]:
-        prediction = prediction_view(offered, looked, label)
-        if not looked.maps:
-            return prediction, no_maps_view(), "", ""
-        return prediction, *_views(looked, looked.blocks[0], ALL_TOKENS, 1)
+    def _list_examples(self, offered: OfferedModel) -> Updates:
+        items = [
+            (to_pil(example.pixels[len(example.pixels) // 2]), name)
+            for name, example in offered.examples.items()
+        ]
+        update = gr.update(value=items, visible=bool(items))
+        return {self.examples: update, self.example: None}
 
-    def _choices(self, gr: Any, looked: Prediction) -> tuple[Any, Any, Any]:
-        """The token, the block and the frame that can be chosen."""
-        blocks, has_maps = looked.blocks, bool(looked.maps)
-        tokens = looked.tokens(blocks[0]) if has_maps else [ALL_TOKENS]
-        return (
-            gr.update(choices=tokens, value=ALL_TOKENS, visible=has_maps),
-            gr.update(choices=blocks, value=next(iter(blocks), None), visible=len(blocks) > 1),
-            gr.update(maximum=max(2, looked.frames), value=1, visible=looked.frames > 1),
-        )
+    def _cleared(self) -> Updates:
+        """An empty page."""
+        hidden = gr.update(value=None, visible=False)
+        empty = dict.fromkeys((self.prediction, self.maps, self.numbers, self.cost), hidden)
+        texts = dict.fromkeys((self.notes, self.cost_notes), "")
+        controls = dict.fromkeys((self.block, self.frame, self.button), gr.update(visible=False))
+        return {self.state: None, **empty, **texts, **controls}
+
+    def _predicted(
+        self, offered: OfferedModel, prediction: Prediction, remarks: list[str], *, is_example: bool
+    ) -> Updates:
+        shares, image = prediction.shares.tolist(), prediction.image
+        best = max(range(len(shares)), key=shares.__getitem__)
+        source = "held-out example, " if is_example else ""
+        text = f"{source}{image.name}: {offered.name} says {offered.class_name(best)}, "
+        updates: Updates = {
+            self.state: (offered.name, prediction),
+            self.button: gr.update(visible=True),
+            self.status: _status([f"{text}{100 * shares[best]:.0f} %.", *remarks], offered),
+            self.prediction: gr.update(
+                value={offered.class_name(i): share for i, share in enumerate(shares)}, visible=True
+            ),
+        }
+        if not prediction.maps:
+            return updates | {self.notes: NO_MAPS}
+        blocks = [str(block) for block in prediction.maps]
+        choices = gr.update(choices=blocks, value=blocks[0], visible=len(blocks) > 1)
+        frames = prediction.frames
+        slider = gr.update(maximum=max(2, frames), value=1, visible=frames > 1)
+        views = self._views(prediction, int(blocks[0]), 1)
+        return updates | views | {self.block: choices, self.frame: slider}
+
+    def _views(self, prediction: Prediction, block: int, frame: int) -> Updates:
+        """The maps of a block in a frame, as images and as numbers."""
+        images = map_images(prediction, block, frame)
+        numbers = map_numbers(prediction, block, frame)
+        return {
+            self.maps: gr.update(value=images, visible=True),
+            self.numbers: gr.update(value=numbers, visible=True),
+            self.notes: map_notes(block, prediction.stats[block]),
+        }
 
 
-def _views(looked: Prediction, block: str, token: str, frame: int) -> tuple[str, str, str]:
-    shown = map_view(looked, block, token, frame)
-    return shown, sheet_view(looked, frame), numbers_view(looked, frame)
+def _status(sentences: list[str], offered: OfferedModel) -> str:
+    """The sentences as HTML; whatever is shown of random weights, they are named."""
+    return "<br>".join(map(escape, [*sentences, *([RANDOM] if offered.is_random else [])]))
 
 
-def _outcome(offered: OfferedModel, looked: Prediction) -> str:
-    top = offered.class_name(int(looked.shares.argmax()))
-    return f"{looked.name}: {offered.name} says {top}, {100 * float(looked.shares.max()):.0f} %."
+def _error(error: Exception) -> str:
+    """A message for the visitor; what nobody expected is printed in full in the terminal."""
+    message = str(error)
+    if not isinstance(error, ValueError):
+        _log(error)
+        message = f"This went wrong on the server ({type(error).__name__}); try another file."
+    return f'<strong role="alert">{escape(message)}</strong>'
 
 
-def _status(said: Sequence[str], is_random: bool) -> str:
-    """What to announce; whatever is shown of random weights, they are named."""
-    return status_view("warning", [*said, RANDOM]) if is_random else status_view("said", said)
-
-
-def _complaint(error: Exception) -> str:
-    """A message for the visitor; what nobody expected is told in full to the terminal."""
-    if isinstance(error, ValueError):
-        return status_view("error", [str(error)])
+def _log(error: Exception) -> None:
     print("".join(traceback.format_exception(error)), file=sys.stderr)
-    message = f"This went wrong on the server ({type(error).__name__}); try another file."
-    return status_view("error", [message])
