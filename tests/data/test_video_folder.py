@@ -671,5 +671,5 @@ def test_loading_leaves_torch_s_random_state_alone(root: Path) -> None:
 
 def test_without_pyav_the_way_out_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"needs PyAV; run pip install 'tokenlearner\[video\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[video\]'"):
         load_data("video-folder", root=root)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..utils.imports import require_package
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
@@ -188,11 +189,7 @@ def _load_hub_stream(name: str, split: str, config: DataConfig) -> StreamDataset
 
 def _from_hub(name: str, split: str, config: DataConfig, streaming: bool) -> tuple[Any, str, str]:
     """A split, its images not decoded, with the columns of images and labels."""
-    try:
-        import datasets
-    except ImportError as error:
-        message = f"{name} needs datasets; run pip install 'tokenlearner[data]'"
-        raise ValueError(message) from error
+    datasets = require_package("datasets", "data", name)
     place = None if config.folder is None else str(config.folder)
     try:
         splits: Any = datasets.load_dataset(

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.imports import require_package
 from ..utils.random import fixed_seed
 from ..utils.validation import require
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
-from .file_lists import list_labeled_files
-from .image_folder import first_read, imagenet_mean_std
+from .image_folder import first_read, imagenet_mean_std, list_labeled_files
 from .loader import eval_batches
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def load_video_folder(name: str, split: str, config: DataConfig) -> VideoFolderD
         ValueError: PyAV or something in the folder is missing, classes differ between splits, or
             none of the first few videos can be read.
     """
-    _check_av()
+    require_package("av", "video", name)
     if config.folder is None:
         raise ValueError(f"{name} needs the folder that holds the videos; pass root")
     paths, labels, classes = list_labeled_files(config.folder, split, VIDEO_EXTENSIONS)
@@ -185,14 +185,6 @@ def _three(frames: Tensor) -> Tensor:
     size, axis = min(h, w), -1 if w > h else -2
     starts = (0, (max(h, w) - size) // 2, max(h, w) - size)
     return torch.stack([frames.narrow(axis, start, size) for start in starts], 1)
-
-
-def _check_av() -> None:
-    try:
-        import av  # noqa: F401
-    except ImportError as error:
-        message = "reading videos needs PyAV; run pip install 'tokenlearner[video]'"
-        raise ValueError(message) from error
 
 
 class _Video:

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
-from .file_lists import FOLDERS
+from .image_folder import FOLDERS
 from .iterable import SHUFFLE_BUFFER, Record, StreamDataset, check_stream
 
 if TYPE_CHECKING:
