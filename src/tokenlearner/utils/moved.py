@@ -90,7 +90,7 @@ MODULES = {  # that were files of version 0.3
     "resume": "training.checkpointing",
     "saving": "models.serialization",
     "scenic": "checkpoints.scenic_config",
-    "shards": "data.webdataset",
+    "shards": "data.hub_datasets",
     "sheets": "evaluation.map_figures",
     "sized": "commands._models",
     "start": "training.setup",
