@@ -182,7 +182,7 @@ def test_a_broken_torchvision_image_is_named(
 ) -> None:
     made_up(monkeypatch, targets=[0, 1, 0])
     data = load("torch/mnist", root=tmp_path)
-    monkeypatch.setattr(type(data.source.dataset), "__getitem__", lambda self, i: 1 / 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(data.source.read.args[0]), "__getitem__", lambda self, i: 1 / 0)  # type: ignore[attr-defined]
     with pytest.raises(UnreadableFile, match=r"image 1 of torch/mnist train cannot be read .*Zero"):
         data.load(1)
 

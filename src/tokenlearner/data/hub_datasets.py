@@ -1,7 +1,7 @@
 """Labeled images of other libraries: torchvision, Hugging Face datasets, tar files of WebDataset.
 
 `torch/NAME` is read through timm. `hfds/NAME` and `hfids/NAME` are read by `datasets` itself, since
-timm's readers have to be told which columns hold the images and the labels.
+timm's readers do not find the columns of the images and the labels by themselves.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HELD_OUT = ("validation", "val", "valid", "test")  # the first that a set has is
 def load_library_dataset(
     name: str, split: str, config: DataConfig
 ) -> ImageFileDataset | StreamDataset:
-    """Gets ready to read the images of another library.
+    """Lists the images of another library, or opens a stream of them.
 
     `torch/cifar10` is a set of torchvision in the folder `config.root`. `hfds/NAME` is one of the
     Hugging Face Hub, fetched unless HF_HUB_OFFLINE=1, or a local folder (`hfds//data/birds`);
@@ -63,35 +63,23 @@ def load_library_dataset(
 
 
 @dataclass(frozen=True)
-class TorchvisionImages:
-    """A set of torchvision."""
+class LibraryImages:
+    """Numbered images of another library.
+
+    Args:
+        name: What errors call it.
+        read: Opens the image of a number.
+    """
 
     name: str
-    dataset: Any
+    read: Callable[[int], Image.Image]
 
     def open(self, number: int) -> Image.Image:
-        """Decodes one of its images."""
-        return self.dataset[number][0]
+        """Opens one of them."""
+        return self.read(number)
 
     def where(self, number: int) -> str:
-        """Names the image by its number."""
-        return f"image {number} of {self.name}"
-
-
-@dataclass(frozen=True)
-class HubImages:
-    """A set of Hugging Face datasets, on disk."""
-
-    name: str
-    dataset: Any
-    column: str
-
-    def open(self, number: int) -> Image.Image:
-        """Opens one of its images."""
-        return _opened(self.dataset[number][self.column])
-
-    def where(self, number: int) -> str:
-        """Names the image by its number."""
+        """Names an image by its number."""
         return f"image {number} of {self.name}"
 
 
@@ -146,13 +134,24 @@ def _load_torch(name: str, split: str, config: DataConfig) -> ImageFileDataset:
             f"torchvision cannot read {inner} in {place} ({error}); pass download=True or "
             "another root"
         ) from error
-    labels, source = _torch_labels(dataset), TorchvisionImages(f"{name} {split}", dataset)
+    labels, source = (
+        _torch_labels(dataset),
+        LibraryImages(f"{name} {split}", partial(_torch_image, dataset)),
+    )
     classes = _classes(labels, getattr(dataset, "classes", None), config)
     return file_dataset(name, split, config, source, labels, classes)
 
 
+def _torch_image(dataset: Any, number: int) -> Image.Image:
+    return dataset[number][0]
+
+
+def _hub_image(dataset: Any, column: str, number: int) -> Image.Image:
+    return _opened(dataset[number][column])
+
+
 def _torch_labels(dataset: Any) -> Tensor:
-    """The labels of a set of torchvision, without its images where that is possible."""
+    """Returns the labels of a set of torchvision, without its images where that is possible."""
     if hasattr(dataset, "targets"):  # QMNIST has rows, with the label first
         return torch.as_tensor(dataset.targets).long().reshape(len(dataset), -1)[:, 0]
     if hasattr(dataset, "index"):  # iNaturalist's pairs of label and file
@@ -169,7 +168,7 @@ def _load_hub(name: str, split: str, config: DataConfig) -> ImageFileDataset:
         values = [number[value] for value in values]
     require(None not in values, f"{name} {split} has images without a label; take another set")
     labels = torch.tensor(values, dtype=torch.int64)
-    source = HubImages(f"{name} {split}", dataset, image)
+    source = LibraryImages(f"{name} {split}", partial(_hub_image, dataset, image))
     return file_dataset(name, split, config, source, labels, _classes(labels, names, config))
 
 
@@ -196,7 +195,7 @@ def _load_hub_stream(name: str, split: str, config: DataConfig) -> StreamDataset
 
 
 def _from_hub(name: str, split: str, config: DataConfig, streaming: bool) -> tuple[Any, str, str]:
-    """A split, its images not decoded, with the columns of images and labels."""
+    """Loads a split, its images not decoded; returns it with the columns of images and labels."""
     datasets = require_package("datasets", "data", name)
     place = None if config.folder is None else str(config.folder)
     try:
@@ -220,7 +219,7 @@ def _from_hub(name: str, split: str, config: DataConfig, streaming: bool) -> tup
 
 
 def _columns(name: str, dataset: Any) -> tuple[str, str]:
-    """The columns of the images and of the labels: by kind, and by the usual name."""
+    """Returns the columns of the images and of the labels: by kind, and by the usual name."""
     from datasets import ClassLabel, Image
 
     features = dataset.features or {}
@@ -241,7 +240,7 @@ def _names(dataset: Any, column: str) -> list[str] | None:
 
 
 def _classes(labels: Tensor, names: Sequence[Any] | None, config: DataConfig) -> tuple[str, ...]:
-    """The names of all labels; numbers where there are none."""
+    """Returns the names of all labels; numbers where there are none."""
     require(
         int(labels.min()) >= 0, f"a label is {int(labels.min())}, expected 0 or more; such a "
         "split is for submissions, take another set",
@@ -266,7 +265,7 @@ def _opened(cell: Any) -> Image.Image:
 
 
 def load_shards(name: str, split: str, config: DataConfig) -> StreamDataset:
-    """Gets ready to read the images of WebDataset's tar files in `config.root`.
+    """Opens a stream of the images of WebDataset's tar files in `config.root`.
 
     They are those that `_info.json` names for the split, in timm's format, or else are called
     train-*.tar and val-*.tar (or valid, validation, test). An image is a file that ends as timm
@@ -345,20 +344,21 @@ class TarShards:
         except (KeyError, ValueError, TypeError) as error:
             expected = f"a .json file with {key!r}" if key else "a .cls file with a number"
             return UnreadableFile(f"{where} has no label ({error!r}), expected {expected}")
-        return Record(where, partial(_open_bytes, images[0]), label)
+        return Record(where, partial(_opened, {"bytes": images[0]}), label)
 
 
 def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFile]]:
     """Yields the files of each image by the ends of their names; at last what cannot be read."""
     key, group, unreadable = "", dict[str, bytes](), []
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with tarfile.open(path, "r|*") as opened:
+            tar: Any = opened
             for entry in tar:
                 tar.members = []  # it would keep all of them
                 match = re.match(r"((?:.*/)?[^.]+)\.([^/]*)$", entry.name)
                 if not entry.isreg() or not match or re.match("__[^/]*__($|/)", entry.name):
                     continue
-                content: Any = tar.extractfile(entry)
+                content = tar.extractfile(entry)
                 start, end = match[1], match[2].lower()
                 if start != key:
                     if group:
@@ -435,12 +435,6 @@ def _read_info(root: Path, split: str) -> _Info | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path} is not as timm writes it ({error!r}); correct it or take it away"
         raise ValueError(message) from error
-
-
-def _open_bytes(content: bytes) -> Image.Image:
-    from PIL import Image
-
-    return Image.open(BytesIO(content))
 
 
 _KINDS: dict[str, Callable[[str, str, DataConfig], ImageFileDataset | StreamDataset]] = {

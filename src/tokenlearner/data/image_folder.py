@@ -38,8 +38,34 @@ def imagenet_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ..
     return (mean, std) if channels == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
 
 
+class FromFiles:
+    """Numbers that data sets in files take from their config."""
+
+    config: DataConfig
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """ImageNet's; for gray the mean of these."""
+        return imagenet_mean_std(self.config.image_shape[0])[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """ImageNet's; for gray the mean of these."""
+        return imagenet_mean_std(self.config.image_shape[0])[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(c, h, w)` of an image."""
+        return self.config.image_shape
+
+    @property
+    def workers(self) -> int:
+        """Processes that read files."""
+        return self.config.reading_workers
+
+
 @dataclass(frozen=True, eq=False)
-class ImageFiles:
+class ImageFiles(FromFiles):
     """What data sets of image files have in common.
 
     Args:
@@ -54,26 +80,6 @@ class ImageFiles:
     classes: tuple[str, ...]
     config: DataConfig = field(repr=False)
 
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """ImageNet's; for gray the mean of these."""
-        return imagenet_mean_std(self.shape[0])[0]
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """ImageNet's; for gray the mean of these."""
-        return imagenet_mean_std(self.shape[0])[1]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """`(c, h, w)` of an image."""
-        return self.config.image_shape
-
-    @property
-    def workers(self) -> int:
-        """Processes that read files."""
-        return self.config.reading_workers
-
     def eval_transform(self, raw: Image.Image) -> Tensor:
         """Resizes and normalizes an image of `load`, and cuts its middle out: `c h w`.
 
@@ -87,7 +93,7 @@ class ImageFiles:
         from timm.data import create_transform
 
         return create_transform(
-            self.shape,
+            self.config.image_shape,
             crop_pct=self.config.crop_pct,
             mean=self.mean,
             std=self.std,
@@ -109,7 +115,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ImagePaths:
-    """Images that are files of their own."""
+    """Images that are one file each."""
 
     paths: Sequence[str]
 

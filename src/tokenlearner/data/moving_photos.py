@@ -20,8 +20,8 @@ from ..utils.validation import require
 from .config import DataConfig
 from .tensor_dataset import ImageDataset
 
-# What moves as the class says, from frame to frame, is what one sees; the window goes the other
-# way. Down is towards the last row.
+# The content moves as the class says, from frame to frame; the window goes the other way.
+# Down is towards the last row.
 MOTIONS = {  # class: rows and columns that the content moves by, at a speed of 1
     "still": (0, 0),
     "right": (0, 1),

@@ -93,9 +93,10 @@ def _crop(config: AugmentConfig, data: LabeledDataset, crop_pct: float, is_clip:
     from timm.data.transforms import RandomResizedCropAndInterpolation
     from torchvision.transforms import v2
 
-    (h, w), scale, ratio = data.shape[-2:], config.scale, config.ratio or [3 / 4, 4 / 3]
+    (h, w), scale = data.shape[-2:], config.scale
+    ratio: Any = config.ratio or (3 / 4, 4 / 3)
     if scale and is_clip:
-        return [v2.RandomResizedCrop((h, w), scale, ratio)]
+        return [v2.RandomResizedCrop((h, w), (scale[0], scale[1]), ratio)]
     if scale:
         args: Any = {"scale": scale, "ratio": ratio}
         return [RandomResizedCropAndInterpolation((h, w), **args, interpolation="bicubic")]
