@@ -146,3 +146,7 @@ def test_a_reader_is_left_where_there_are_more_processes_than_processors(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert TrainConfig().reading_workers == 1
+
+
+def test_the_name_of_version_0_3_for_videos_is_replaced_by_the_new_one() -> None:
+    assert TrainConfig(data="film").data == TrainConfig(data="video-folder").data == "video-folder"
