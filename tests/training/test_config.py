@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tokenlearner import TrainConfig
+from tokenlearner.training.checkpointing import read_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -150,3 +155,12 @@ def test_a_reader_is_left_where_there_are_more_processes_than_processors(
 
 def test_the_name_of_version_0_3_for_videos_is_replaced_by_the_new_one() -> None:
     assert TrainConfig(data="film").data == TrainConfig(data="video-folder").data == "video-folder"
+
+
+def test_a_run_of_version_0_3_on_videos_goes_on(tmp_path: Path) -> None:
+    config = TrainConfig(data="video-folder", out=str(tmp_path), resume="auto")
+    stored = json.dumps(asdict(config) | {"data": "film"})
+    torch.save({"format": 1, "config": stored, "step": 3}, tmp_path / "checkpoint.pt")
+    state = read_checkpoint(config)
+    assert state is not None
+    assert state["step"] == 3
