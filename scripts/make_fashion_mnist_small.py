@@ -1,7 +1,7 @@
 """Make the part of Fashion-MNIST that comes with the package.
 
 `python scripts/make_fashion_mnist_small.py SOURCE_DIR OUT_DIR` takes the first images of each
-class from the full files in SOURCE_DIR and writes them into OUT_DIR as idx files packed with xz,
+class from the full files in SOURCE_DIR and writes them into OUT_DIR as one compressed .npz file,
 with their licence and a README. The same input gives the same bytes.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import lzma
+import io
 import os
-import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenlearner.data.factory import ImageDataset, load_data
-from tokenlearner.data.fashion_mnist import IDX_FILES
+from tokenlearner.data.fashion_mnist import SMALL
 
 LICENSE = """\
 The MIT License (MIT)
@@ -56,15 +56,15 @@ full test files; no image is in both. `tokenlearner.load_data("fashion-mnist-sma
   arXiv:1708.07747. MIT License, (c) 2017 Zalando SE, see `LICENSE`.
 - Made by `python scripts/make_fashion_mnist_small.py SOURCE_DIR OUT_DIR` from the four full files
   (Debian: `apt-get install dataset-fashion-mnist`): the first images of each class, one class
-  after the other in turn, so that the first 10, 20, 30 ... are balanced too; idx files in xz.
+  after the other in turn, so that the first 10, 20, 30 ... are balanced too.
 - All {full:,} training images, scaled to [0, 1], have mean {mean:.6f} and standard deviation
   {std:.6f}. Batches are normalized with these.
 
-sha256 of the files:
+sha256 of the file:
 
 {packed}
 
-sha256 of what is packed in them (another version of xz may pack it into other bytes):
+sha256 of the arrays in it (another version of zlib may pack them into other bytes):
 
 {unpacked}
 """
@@ -72,17 +72,17 @@ sha256 of what is packed in them (another version of xz may pack it into other b
 
 def make(source: Path, out: Path, per_class: dict[str, int]) -> None:
     """Write the small set; nothing is written when something is wrong with the full one."""
-    full = {split: load_data("fashion-mnist", split, root=source) for split in IDX_FILES}
+    full = {split: load_data("fashion-mnist", split, root=source) for split in per_class}
     chosen = {split: first_of_each_class(full[split], per_class[split]) for split in full}
     images = {s: {p.tobytes() for p in full[s].images[chosen[s]].numpy()} for s in full}
     if shared := len(images["train"] & images["test"]):
         raise ValueError(f"{shared} test images are also training images, expected none")
-    raw = {
-        name: content
-        for split, index in chosen.items()
-        for name, content in idx_files(full[split], index).items()
-    }
-    packed = {f"{n}.xz": lzma.compress(r, preset=6 | lzma.PRESET_EXTREME) for n, r in raw.items()}
+    arrays = {}
+    for split, index in chosen.items():
+        arrays[f"{split}_images"] = full[split].images[index, 0].numpy()
+        arrays[f"{split}_labels"] = full[split].labels[index].to(torch.uint8).numpy()
+    np.savez_compressed(file := io.BytesIO(), **arrays)
+    packed = {SMALL: file.getvalue()}
     n, _, h, w = full["train"].images.shape
     std, mean = torch.std_mean(full["train"].images.double() / 255, correction=0)
     readme = README.format(
@@ -94,7 +94,7 @@ def make(source: Path, out: Path, per_class: dict[str, int]) -> None:
         mean=mean.item(),
         std=std.item(),
         packed=checksums(packed),
-        unpacked=checksums(raw),
+        unpacked=checksums({name: array.tobytes() for name, array in arrays.items()}),
     )
     texts = {"LICENSE": LICENSE.encode(), "README.md": readme.encode()}
     out.mkdir(parents=True, exist_ok=True)
@@ -114,17 +114,6 @@ def first_of_each_class(data: ImageDataset, per_class: int) -> Tensor:
         )
     of_class = [(data.labels == label).nonzero()[:per_class] for label in range(len(found))]
     return torch.cat(of_class, dim=1).flatten()
-
-
-def idx_files(data: ImageDataset, index: Tensor) -> dict[str, bytes]:
-    """The chosen images and labels as idx files: type, sizes (big-endian), values."""
-    images, labels = data.images[index, 0], data.labels[index].to(torch.uint8)
-    return {
-        name: bytes((0, 0, 8, values.ndim))
-        + struct.pack(f">{values.ndim}I", *values.shape)
-        + values.numpy().tobytes()
-        for name, values in zip(IDX_FILES[data.split], (images, labels), strict=True)
-    }
 
 
 def checksums(contents: dict[str, bytes]) -> str:

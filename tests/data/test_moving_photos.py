@@ -247,5 +247,5 @@ def test_batches_give_clips_with_frames_behind_channels(clips: dict[str, ImageDa
 
 def test_without_scikit_image_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage.data", None)
-    with pytest.raises(ValueError, match=r"scikit-image; run pip install 'tokenlearner\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[demo\]'"):
         load_data("moving-photographs")

@@ -455,11 +455,6 @@ def test_a_training_clip_depends_on_its_key_alone(long_video: Path) -> None:
     assert not torch.equal(both[0], both[1])
 
 
-def test_a_batch_size_below_1_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        video_set([]).batches(0)
-
-
 def test_fewer_of_a_sample_are_the_first_of_more(tmp_path: Path) -> None:
     data = video_set([tmp_path / f"{i}" for i in range(50)])
     five, ten = data.sample(5, seed=3), data.sample(10, seed=3)
@@ -470,11 +465,6 @@ def test_fewer_of_a_sample_are_the_first_of_more(tmp_path: Path) -> None:
 def test_videos_of_a_sample_keep_their_labels(tmp_path: Path) -> None:
     sample = video_set([tmp_path / f"{i}" for i in range(50)]).sample(20)
     assert [int(Path(path).name) % 2 for path in sample.paths] == sample.labels.tolist()
-
-
-def test_a_sample_of_more_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match="n is 2"):
-        video_set([Path("x")]).sample(2)
 
 
 def test_a_pickled_data_set_reads_the_same(long_video: Path) -> None:
@@ -671,5 +661,5 @@ def test_loading_leaves_torch_s_random_state_alone(root: Path) -> None:
 
 def test_without_pyav_the_way_out_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"needs PyAV; run pip install 'tokenlearner\[video\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[video\]'"):
         load_data("video-folder", root=root)

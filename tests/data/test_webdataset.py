@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -242,7 +241,7 @@ def test_a_tar_file_that_vanishes_is_reported(root: Path) -> None:
     data = load(root)
     (root / "train-001.tar").unlink()
     (batch,) = data.eval_batches(30)
-    assert "train-001.tar cannot be opened" in batch.unreadable[0]
+    assert "train-001.tar cannot be read" in batch.unreadable[0]
 
 
 @pytest.mark.parametrize(
@@ -354,7 +353,7 @@ def test_a_length_that_is_not_known_is_asked_for(root: Path) -> None:
 
 
 def test_the_number_of_classes_is_asked_for(root: Path) -> None:
-    with pytest.raises(ValueError, match="does not tell how many classes it has; pass num_cl"):
+    with pytest.raises(ValueError, match="num_classes"):
         load(root, num_classes=None)
 
 
@@ -393,14 +392,6 @@ def test_missing_shards_name_what_was_looked_for(root: Path, tmp_path: Path) -> 
         load(tmp_path / "none")
     with pytest.raises(ValueError, match=r"wds/ needs the folder .*; pass root"):
         load_data("wds/")
-
-
-def test_without_webdataset_the_way_out_is_named(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ValueError, match=r"needs webdataset; run pip install 'tokenlearner\[data"):
-        load(root)
 
 
 def test_a_record_that_is_broken_is_raised(root: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tokenlearner import TrainConfig
+from tokenlearner.training.checkpointing import read_checkpoint
 
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
@@ -99,3 +104,24 @@ def test_workers_are_the_processors_shared_among_processes(
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", share)
     assert TrainConfig(workers=workers).reading_workers == reading
+
+
+def test_a_reader_is_left_where_there_are_more_processes_than_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert TrainConfig().reading_workers == 1
+
+
+def test_the_name_of_version_0_3_for_videos_is_replaced_by_the_new_one() -> None:
+    assert TrainConfig(data="film").data == TrainConfig(data="video-folder").data == "video-folder"
+
+
+def test_a_run_of_version_0_3_on_videos_goes_on(tmp_path: Path) -> None:
+    config = TrainConfig(data="video-folder", out=str(tmp_path), resume="auto")
+    stored = json.dumps(asdict(config) | {"data": "film"})
+    torch.save({"format": 1, "config": stored, "step": 3}, tmp_path / "checkpoint.pt")
+    state = read_checkpoint(config)
+    assert state is not None
+    assert state["step"] == 3

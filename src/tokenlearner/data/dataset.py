@@ -70,7 +70,7 @@ class _Labeled(ABC):
 class MapDataset(_Labeled):
     """Labeled images or clips with an order, read by their index.
 
-    A data set of one's own has to have the attributes, `labels`, `__len__`, `load`,
+    A subclass has the attributes, `labels`, `__len__`, `load`,
     `eval_transform` and `select`.
 
     Attributes:
@@ -132,7 +132,7 @@ class MapDataset(_Labeled):
 
 
 class IterableDataset(_Labeled):
-    """Labeled images that come one after the other, in no order that could be chosen."""
+    """Labeled images that come one after the other, in no order of one's choice."""
 
     @abstractmethod
     def eval_batches(

@@ -1,26 +1,35 @@
-"""Labeled images of other libraries: torchvision, Hugging Face datasets and WebDataset.
+"""Labeled images of other libraries: torchvision, Hugging Face datasets, tar files of WebDataset.
 
 `torch/NAME` is read through timm. `hfds/NAME` and `hfids/NAME` are read by `datasets` itself, since
-timm's readers have to be told which columns hold the images and the labels.
+timm's readers do not find the columns of the images and the labels by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import lzma
+import random
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
+from ..utils.imports import require_package
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
-from .image_folder import ImageFileDataset, file_dataset
+from .image_folder import FOLDERS, ImageFileDataset, file_dataset
 from .iterable import SHUFFLE_BUFFER, Record, StreamDataset, check_stream
-from .webdataset import load_shards
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +42,7 @@ HELD_OUT = ("validation", "val", "valid", "test")  # the first that a set has is
 def load_library_dataset(
     name: str, split: str, config: DataConfig
 ) -> ImageFileDataset | StreamDataset:
-    """Gets ready to read the images of another library.
+    """Lists the images of another library, or opens a stream of them.
 
     `torch/cifar10` is a set of torchvision in the folder `config.root`. `hfds/NAME` is one of the
     Hugging Face Hub, fetched unless HF_HUB_OFFLINE=1, or a local folder (`hfds//data/birds`);
@@ -54,35 +63,23 @@ def load_library_dataset(
 
 
 @dataclass(frozen=True)
-class TorchvisionImages:
-    """A set of torchvision."""
+class LibraryImages:
+    """Numbered images of another library.
+
+    Args:
+        name: What errors call it.
+        read: Opens the image of a number.
+    """
 
     name: str
-    dataset: Any
+    read: Callable[[int], Image.Image]
 
     def open(self, number: int) -> Image.Image:
-        """Decodes one of its images."""
-        return self.dataset[number][0]
+        """Opens one of them."""
+        return self.read(number)
 
     def where(self, number: int) -> str:
-        """Names the image by its number."""
-        return f"image {number} of {self.name}"
-
-
-@dataclass(frozen=True)
-class HubImages:
-    """A set of Hugging Face datasets, on disk."""
-
-    name: str
-    dataset: Any
-    column: str
-
-    def open(self, number: int) -> Image.Image:
-        """Opens one of its images."""
-        return _opened(self.dataset[number][self.column])
-
-    def where(self, number: int) -> str:
-        """Names the image by its number."""
+        """Names an image by its number."""
         return f"image {number} of {self.name}"
 
 
@@ -131,19 +128,30 @@ def _load_torch(name: str, split: str, config: DataConfig) -> ImageFileDataset:
     require(config.root is not None, f"{name} needs torchvision's folder of data; pass root")
     place, part = str(config.folder), "train" if split == "train" else "validation"
     try:
-        found: Any = create_dataset(name, place, part, download=config.download)
+        dataset: Any = create_dataset(name, place, part, download=config.download)
     except Exception as error:  # torchvision raises RuntimeError, OSError, and what it runs into
         raise ValueError(
             f"torchvision cannot read {inner} in {place} ({error}); pass download=True or "
             "another root"
         ) from error
-    labels, source = _torch_labels(found), TorchvisionImages(f"{name} {split}", found)
-    classes = _classes(labels, getattr(found, "classes", None), config)
+    labels, source = (
+        _torch_labels(dataset),
+        LibraryImages(f"{name} {split}", partial(_torch_image, dataset)),
+    )
+    classes = _classes(labels, getattr(dataset, "classes", None), config)
     return file_dataset(name, split, config, source, labels, classes)
 
 
+def _torch_image(dataset: Any, number: int) -> Image.Image:
+    return dataset[number][0]
+
+
+def _hub_image(dataset: Any, column: str, number: int) -> Image.Image:
+    return _opened(dataset[number][column])
+
+
 def _torch_labels(dataset: Any) -> Tensor:
-    """The labels of a set of torchvision, without its images where that is possible."""
+    """Returns the labels of a set of torchvision, without its images where that is possible."""
     if hasattr(dataset, "targets"):  # QMNIST has rows, with the label first
         return torch.as_tensor(dataset.targets).long().reshape(len(dataset), -1)[:, 0]
     if hasattr(dataset, "index"):  # iNaturalist's pairs of label and file
@@ -160,18 +168,18 @@ def _load_hub(name: str, split: str, config: DataConfig) -> ImageFileDataset:
         values = [number[value] for value in values]
     require(None not in values, f"{name} {split} has images without a label; take another set")
     labels = torch.tensor(values, dtype=torch.int64)
-    source = HubImages(f"{name} {split}", dataset, image)
+    source = LibraryImages(f"{name} {split}", partial(_hub_image, dataset, image))
     return file_dataset(name, split, config, source, labels, _classes(labels, names, config))
 
 
 def _load_hub_stream(name: str, split: str, config: DataConfig) -> StreamDataset:
     dataset, image, label = _from_hub(name, split, config, streaming=True)
-    told = (dataset.info.splits or {}).get(str(dataset.split))
-    num_samples = told.num_examples if told else None
+    info = (dataset.info.splits or {}).get(str(dataset.split))
+    num_samples = info.num_examples if info else None
     names = _names(dataset, label)
     require(
         bool(names or config.num_classes),
-        f"{name} does not tell how many classes it has; pass num_classes",
+        f"{name} has an unknown number of classes; pass num_classes",
     )
     classes = tuple(names or map(str, range(config.num_classes or 0)))
     return check_stream(
@@ -187,12 +195,8 @@ def _load_hub_stream(name: str, split: str, config: DataConfig) -> StreamDataset
 
 
 def _from_hub(name: str, split: str, config: DataConfig, streaming: bool) -> tuple[Any, str, str]:
-    """A split, its images not decoded, with the columns of images and labels."""
-    try:
-        import datasets
-    except ImportError as error:
-        message = f"{name} needs datasets; run pip install 'tokenlearner[data]'"
-        raise ValueError(message) from error
+    """Loads a split, its images not decoded; returns it with the columns of images and labels."""
+    datasets = require_package("datasets", "data", name)
     place = None if config.folder is None else str(config.folder)
     try:
         splits: Any = datasets.load_dataset(
@@ -215,7 +219,7 @@ def _from_hub(name: str, split: str, config: DataConfig, streaming: bool) -> tup
 
 
 def _columns(name: str, dataset: Any) -> tuple[str, str]:
-    """The columns of the images and of the labels: by kind, and by the usual name."""
+    """Returns the columns of the images and of the labels: by kind, and by the usual name."""
     from datasets import ClassLabel, Image
 
     features = dataset.features or {}
@@ -224,7 +228,7 @@ def _columns(name: str, dataset: Any) -> tuple[str, str]:
     labels = labels or [key for key in ("label", "labels", "cls") if key in features]
     require(
         bool(images and labels),
-        f"{name} has the columns {shortened([*features]) or 'none that it tells'}, expected one of "
+        f"{name} has the columns {shortened([*features]) or 'none'}, expected one of "
         "images and one of labels; take a set for classification",
     )
     image = "image" if "image" in images else images[0]
@@ -236,7 +240,7 @@ def _names(dataset: Any, column: str) -> list[str] | None:
 
 
 def _classes(labels: Tensor, names: Sequence[Any] | None, config: DataConfig) -> tuple[str, ...]:
-    """The names of all labels; numbers where there are none."""
+    """Returns the names of all labels; numbers where there are none."""
     require(
         int(labels.min()) >= 0, f"a label is {int(labels.min())}, expected 0 or more; such a "
         "split is for submissions, take another set",
@@ -258,6 +262,179 @@ def _opened(cell: Any) -> Image.Image:
 
     with fsspec.open(cell["path"], "rb") as file:
         return Image.open(BytesIO(file.read()))  # type: ignore[union-attr]
+
+
+def load_shards(name: str, split: str, config: DataConfig) -> StreamDataset:
+    """Opens a stream of the images of WebDataset's tar files in `config.root`.
+
+    They are those that `_info.json` names for the split, in timm's format, or else are called
+    train-*.tar and val-*.tar (or valid, validation, test). An image is a file that ends as timm
+    knows it, its label the number in the .cls file of the same name, or the number that the .json
+    file has under the name that is `alt_label` in _info.json. `config.num_classes` is needed, and
+    `config.num_samples` where there is no _info.json.
+
+    Raises:
+        ValueError: The files or the number of classes are missing, or none of the first few images
+            can be read.
+    """
+    root = config.folder
+    if root is None:
+        raise ValueError(f"{name} needs the folder that holds the tar files; pass root")
+    info = _find_shards(root, split)
+    require(
+        config.num_classes is not None,
+        f"{name} has an unknown number of classes; pass num_classes",
+    )
+    return check_stream(
+        StreamDataset(
+            name,
+            split,
+            tuple(map(str, range(config.num_classes or 0))),
+            config,
+            source=TarShards(info.paths, info.label_key),
+            num_samples=info.num_samples or config.num_samples,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class TarShards:
+    """The images of tar files, which are shared out whole.
+
+    Args:
+        paths: The tar files.
+        label_key: What .json files call the label; empty takes .cls files.
+    """
+
+    paths: tuple[str, ...]
+    label_key: str = ""
+
+    def readers(self, process: int, num_processes: int) -> int:
+        """As many as there are tar files."""
+        return len(self.paths[process::num_processes])
+
+    def records(
+        self, process: int, num_processes: int, seed: int | None
+    ) -> Iterator[Record | UnreadableFile]:
+        """Reads one tar file after the other."""
+        paths = list(self.paths)
+        if seed is not None:
+            random.Random(seed).shuffle(paths)
+        paths, worker = paths[process::num_processes], get_worker_info()
+        if worker:
+            paths = paths[worker.id :: worker.num_workers]
+        records = chain.from_iterable(map(self._read_shard, paths))
+        return records if seed is None else _shuffled(records, random.Random(seed))
+
+    def _read_shard(self, path: str) -> Iterator[Record | UnreadableFile]:
+        """Yields the images up to the end, or to where the tar file is damaged, and why."""
+        for key, group in _read_tar(path):
+            where = f"{path}: {key}"
+            yield group if isinstance(group, UnreadableFile) else self._record(where, group)
+
+    def _record(self, where: str, sample: Mapping[str, Any]) -> Record | UnreadableFile:
+        from timm.data import is_img_extension
+
+        images = [sample[end] for end in sample if is_img_extension(f".{end}")]
+        if not images:
+            return UnreadableFile(f"{where} has no image, expected a file such as .jpg")
+        try:
+            key = self.label_key
+            label = int(json.loads(sample["json"])[key] if key else sample["cls"])
+        except (KeyError, ValueError, TypeError) as error:
+            expected = f"a .json file with {key!r}" if key else "a .cls file with a number"
+            return UnreadableFile(f"{where} has no label ({error!r}), expected {expected}")
+        return Record(where, partial(_opened, {"bytes": images[0]}), label)
+
+
+def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFile]]:
+    """Yields the files of each image by the ends of their names; at last what cannot be read."""
+    key, group, unreadable = "", dict[str, bytes](), []
+    try:
+        with tarfile.open(path, "r|*") as opened:
+            tar: Any = opened
+            for entry in tar:
+                tar.members = []  # it would keep all of them
+                match = re.match(r"((?:.*/)?[^.]+)\.([^/]*)$", entry.name)
+                if not entry.isreg() or not match or re.match("__[^/]*__($|/)", entry.name):
+                    continue
+                content = tar.extractfile(entry)
+                start, end = match[1], match[2].lower()
+                if start != key:
+                    if group:
+                        yield key, group
+                    key, group = start, {}
+                if end in group:
+                    unreadable.append(f"{path} holds {entry.name} twice")
+                else:
+                    group[end] = content.read()
+    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        unreadable.append(f"{path} cannot be read to its end ({error})")
+    if group:
+        yield key, group
+    for reason in unreadable:
+        yield "", UnreadableFile(reason)
+
+
+def _shuffled(records: Iterable[Any], rng: random.Random) -> Iterator[Any]:
+    """Yields all records, each drawn from the next `SHUFFLE_BUFFER`, as WebDataset does."""
+    buffer, records = list[Any](), iter(records)
+    for record in records:
+        buffer.append(record)
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.extend(islice(records, 1))
+        if len(buffer) >= SHUFFLE_BUFFER:
+            yield _pick(buffer, rng)
+    while buffer:
+        yield _pick(buffer, rng)
+
+
+def _pick(buffer: list[Any], rng: random.Random) -> Any:
+    index = rng.randint(0, len(buffer) - 1)
+    buffer[index], buffer[-1] = buffer[-1], buffer[index]
+    return buffer.pop()
+
+
+class _Info(NamedTuple):
+    """The tar files of a split."""
+
+    paths: tuple[str, ...]
+    num_samples: int | None = None
+    label_key: str = ""
+
+
+def _find_shards(root: Path, split: str) -> _Info:
+    require(root.is_dir(), f"{root} is not a folder; pass the one that holds the tar files as root")
+    info = _read_info(root, split)
+    if info:
+        gone = [path for path in info.paths if not Path(path).is_file()]
+        require(not gone, f"{root} lacks what its _info.json names: {shortened(gone)}")
+        return info
+    patterns = [f"{name}-*.tar" for name in FOLDERS[split]]
+    matches = (tuple(map(str, sorted(root.glob(pattern)))) for pattern in patterns)
+    paths = next(filter(None, matches), ())
+    require(
+        bool(paths),
+        f"{root} has nothing for split {split!r}, expected {', '.join(patterns)} or an _info.json "
+        "that names the tar files, as timm reads it",
+    )
+    return _Info(paths)
+
+
+def _read_info(root: Path, split: str) -> _Info | None:
+    path = root / "_info.json"
+    if not path.is_file():
+        return None
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        info = next((splits[name] for name in FOLDERS[split] if name in splits), None)
+        if info is None:
+            return None
+        paths = tuple(str(root / name) for name in info["filenames"])
+        return _Info(paths, int(info["num_samples"]), info.get("alt_label", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{path} is not as timm writes it ({error!r}); correct it or take it away"
+        raise ValueError(message) from error
 
 
 _KINDS: dict[str, Callable[[str, str, DataConfig], ImageFileDataset | StreamDataset]] = {

@@ -1,25 +1,33 @@
-"""Labeled images that stay in their files and are read one by one."""
+"""Labeled images that stay in their files and are read one by one.
+
+The files of a folder are listed and never opened, so a million of them take seconds.
+"""
 
 from __future__ import annotations
 
+import csv
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
-from .file_lists import list_labeled_files
 from .loader import eval_batches
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_OPENED = 10  # images that are opened when a set is loaded, until one can be read
+FOLDERS = {"train": ("train",), "test": ("val", "valid", "validation", "test")}
+_LAYOUT = "make train/ and val/ with a folder a class, or write train.csv and val.csv"
 
 
 def imagenet_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -30,8 +38,34 @@ def imagenet_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ..
     return (mean, std) if channels == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
 
 
+class FromFiles:
+    """Numbers that data sets in files take from their config."""
+
+    config: DataConfig
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """ImageNet's; for gray the mean of these."""
+        return imagenet_mean_std(self.config.image_shape[0])[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """ImageNet's; for gray the mean of these."""
+        return imagenet_mean_std(self.config.image_shape[0])[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(c, h, w)` of an image."""
+        return self.config.image_shape
+
+    @property
+    def workers(self) -> int:
+        """Processes that read files."""
+        return self.config.reading_workers
+
+
 @dataclass(frozen=True, eq=False)
-class ImageFiles:
+class ImageFiles(FromFiles):
     """What data sets of image files have in common.
 
     Args:
@@ -46,26 +80,6 @@ class ImageFiles:
     classes: tuple[str, ...]
     config: DataConfig = field(repr=False)
 
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """ImageNet's; for gray the mean of these."""
-        return imagenet_mean_std(self.shape[0])[0]
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """ImageNet's; for gray the mean of these."""
-        return imagenet_mean_std(self.shape[0])[1]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """`(c, h, w)` of an image."""
-        return self.config.image_shape
-
-    @property
-    def workers(self) -> int:
-        """Processes that read files."""
-        return self.config.reading_workers
-
     def eval_transform(self, raw: Image.Image) -> Tensor:
         """Resizes and normalizes an image of `load`, and cuts its middle out: `c h w`.
 
@@ -79,7 +93,7 @@ class ImageFiles:
         from timm.data import create_transform
 
         return create_transform(
-            self.shape,
+            self.config.image_shape,
             crop_pct=self.config.crop_pct,
             mean=self.mean,
             std=self.std,
@@ -101,7 +115,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ImagePaths:
-    """Images that are files of their own."""
+    """Images that are one file each."""
 
     paths: Sequence[str]
 
@@ -241,3 +255,113 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), drawn)
     color = image.convert("RGB")
     return color if mode == "RGB" else color.convert(mode)
+
+
+def list_labeled_files(
+    root: Path, split: str, extensions: Sequence[str]
+) -> tuple[list[str], list[int], tuple[str, ...]]:
+    """Lists the files of a split, their labels and the classes; opens none of them.
+
+    Args:
+        root: Holds folders of classes or lists, as `load_folder` says.
+        split: `"train"` or `"test"`.
+        extensions: Ends of file names that count, such as ".png", in lower case. What a list names
+            counts whatever its name ends in.
+
+    Raises:
+        ValueError: Something is missing, or the classes are not those of the other split.
+    """
+    require(root.is_dir(), f"{root} is not a folder; {_LAYOUT}")
+    source, other = (_find_source(root, name) for name in (split, *(FOLDERS.keys() - {split})))
+    if source is None:
+        raise ValueError(_missing_split(root, split))
+    files = _read_list(root, source) if source.suffix else _read_folder(source, extensions)
+    classes = sorted({label for _, label in files})
+    if other is not None:
+        listed = {label for _, label in _read_list(root, other)} if other.suffix else ()
+        _check_same_classes(source, classes, other, sorted(listed or _folders(other)))
+    number = {label: i for i, label in enumerate(classes)}
+    return [path for path, _ in files], [number[label] for _, label in files], tuple(classes)
+
+
+def _find_source(root: Path, split: str) -> Path | None:
+    """Returns the list or the folder of a split."""
+    paths = [root / f"{name}{suffix}" for name in FOLDERS[split] for suffix in (".csv", "")]
+    return next((p for p in paths if (p.is_file() if p.suffix else p.is_dir())), None)
+
+
+def _missing_split(root: Path, split: str) -> str:
+    expected = ", ".join(f"{name}/ or {name}.csv" for name in FOLDERS[split])
+    others = [name for name in _folders(root) if name not in sum(FOLDERS.values(), ())]
+    hint = f"it holds {shortened(others)}: if these are classes, " if others else ""
+    return f"{root} has nothing for split {split!r}, expected {expected}; {hint}{_LAYOUT}"
+
+
+def _folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _check_same_classes(
+    source: Path, classes: Sequence[str], other: Path, others: Sequence[str]
+) -> None:
+    pairs = (other, set(classes) - set(others)), (source, set(others) - set(classes))
+    missing = [f"{path} lacks {shortened(sorted(names))}" for path, names in pairs if names]
+    require(
+        not missing,
+        f"{source} and {other} have different classes: {'; '.join(missing)}; both need the same",
+    )
+
+
+def _read_folder(folder: Path, extensions: Sequence[str]) -> list[tuple[str, str]]:
+    classes = _folders(folder)
+    require(bool(classes), f"{folder} holds no folder; make one for each class")
+    pairs, ends = [], tuple(extensions)
+    for name in classes:
+        files = [path for path in _walk(folder / name) if path.lower().endswith(ends)]
+        require(
+            bool(files),
+            f"{folder / name} holds no file that ends in {', '.join(ends)}; put some there, or "
+            "remove the folder",
+        )
+        pairs += [(path, name) for path in files]
+    return pairs
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yields files in the order of torchvision; each folder once, though links may lead back."""
+    visited, files = set(), {}
+    for path, folders, names in os.walk(folder, followlinks=True):
+        stat = os.stat(path)
+        key = (stat.st_dev, stat.st_ino)
+        folders[:] = [n for n in folders if key not in visited and not n.startswith(".")]
+        if key not in visited:
+            files[path] = sorted(name for name in names if not name.startswith("."))
+        visited.add(key)
+    return (os.path.join(path, name) for path in sorted(files) for name in files[path])
+
+
+def _read_list(root: Path, path: Path) -> list[tuple[str, str]]:
+    (_, header), *rows = _read_rows(path) or [(0, [])]
+    require(
+        [cell.strip() for cell in header] == ["path", "label"],
+        f"{path} does not start with the line path,label; write it there",
+    )
+    odd = [f"line {line}" for line, cells in rows if len(cells) != 2 or not all(cells)]
+    require(not odd, f"{path} has {shortened(odd)} without a path and a label; write path,label")
+    require(bool(rows), f"{path} lists no file; write a line path,label for each")
+    files = [(line, os.path.join(root, name), label) for line, (name, label) in rows]
+    gone = [f"{name} (line {line})" for line, name, _ in files if not os.path.isfile(name)]
+    require(not gone, f"{path} lists files that do not exist: {shortened(gone)}; correct the paths")
+    return [(name, label) for _, name, label in files]
+
+
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Returns the number and the cells of every line that is not empty."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            return [(reader.line_num, cells) for cells in reader if cells]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        message = f"{path} cannot be read as a list ({error}); save it as CSV in UTF-8"
+        raise ValueError(message) from error

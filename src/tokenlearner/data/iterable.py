@@ -1,15 +1,16 @@
 """Labeled images that arrive in a stream, one after the other.
 
-timm's readers of streams hide what is broken, and WebDataset's shuffles differently in every worker
-process that is started. These say what is broken, and the same seed gives the same.
+timm's readers of streams hide unreadable files, and WebDataset's shuffles differently in every
+worker process that is started. These report such files, and the same seed gives the same order.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -38,16 +39,16 @@ class Record(NamedTuple):
 
 
 class RecordSource(Protocol):
-    """Where a stream comes from."""
+    """The source of a stream."""
 
     def readers(self, process: int, num_processes: int) -> int:
-        """How many workers can share this process's part."""
+        """Returns how many workers can share this process's part."""
         ...
 
     def records(
         self, process: int, num_processes: int, seed: int | None
     ) -> Iterator[Record | UnreadableFile]:
-        """This process's part, in a worker the worker's; in order, or as a seed shuffles it."""
+        """Reads this process's part, in a worker the worker's; in order, or shuffled by a seed."""
         ...
 
 
@@ -89,12 +90,12 @@ class StreamDataset(ImageFiles, IterableDataset):
         """Yields an epoch's full batches for training, shuffled, the same for the same arguments.
 
         Every process yields as many. One whose part is too small for that, because files are
-        broken or the parts are unequal, begins it again.
+        unreadable or the parts are unequal, begins it again.
 
         Args:
             transform: Makes of an image the input of a model; None is `eval_transform`.
             batch_size: Images of a batch of this process.
-            epoch: Counted from 0; each has an order of its own.
+            epoch: Counted from 0; each has another order.
             seed: Draws the orders, and every image's changes.
             workers: Processes that read; no more are started than there are shards for.
             process: Number of this process, from 0.
@@ -131,7 +132,7 @@ class StreamDataset(ImageFiles, IterableDataset):
 
 
 def check_stream(data: StreamDataset) -> StreamDataset:
-    """The same stream, of which an image could be read.
+    """Returns the stream, of which an image could be read.
 
     Raises:
         ValueError: None of the first few can.
@@ -143,7 +144,7 @@ def check_stream(data: StreamDataset) -> StreamDataset:
 
 @dataclass(frozen=True, eq=False)
 class _Chunks(torch_data.IterableDataset[Batch]):
-    """What a worker does: its part of the stream in batches, the last of what is left."""
+    """Makes batches of a worker's part of the stream, the last of what is left."""
 
     data: StreamDataset
     batch_size: int
@@ -153,39 +154,39 @@ class _Chunks(torch_data.IterableDataset[Batch]):
     num_processes: int = 1
 
     def load(self, workers: int) -> Iterator[Batch]:
-        """The batches of all workers in turn."""
+        """Yields the batches of all workers, interleaved."""
         most = self.data.source.readers(self.process, self.num_processes)
-        private = torch.Generator()  # torch's own is left as it is
+        private = torch.Generator()  # torch's global one is left as it is
         return iter(
             DataLoader(self, batch_size=None, num_workers=min(workers, most), generator=private)
         )
 
     def load_for_ever(self, workers: int) -> Iterator[Batch]:
-        """The batches of pass after pass, each shuffled anew."""
-        for turn in count():
-            found = 0
+        """Yields the batches of pass after pass, each shuffled anew."""
+        for turn in itertools.count():
+            count = 0
             for chunk in replace(self, seeds=(*self.seeds, turn)).load(workers):
-                found += len(chunk.labels)
+                count += len(chunk.labels)
                 yield chunk
             what = f"{self.data.name} {self.data.split}"
-            require(found > 0, f"nothing in {what} can be read; replace the files")
+            require(count > 0, f"nothing in {what} can be read; replace the files")
 
     def __iter__(self) -> Iterator[Batch]:
         seed = derive_seed(*self.seeds) if self.seeds else None
         records = self.data.source.records(self.process, self.num_processes, seed)
-        images, labels, broken = [], [], []
+        images, labels, unreadable = [], [], []
         for number, record in enumerate(records):
             try:
                 image, label = self._example(record, number)
                 images.append(image)
                 labels.append(label)
             except UnreadableFile as error:
-                broken.append(str(error))
+                unreadable.append(str(error))
             if len(labels) == self.batch_size:
-                yield self._batch(images, labels, broken)
-                images, labels, broken = [], [], []
-        if labels or broken:
-            yield self._batch(images, labels, broken)
+                yield self._batch(images, labels, unreadable)
+                images, labels, unreadable = [], [], []
+        if labels or unreadable:
+            yield self._batch(images, labels, unreadable)
 
     def _example(self, record: Record | UnreadableFile, number: int) -> tuple[Tensor, int]:
         if isinstance(record, UnreadableFile):
@@ -193,19 +194,19 @@ class _Chunks(torch_data.IterableDataset[Batch]):
         image, worker = self.data.image(record), get_worker_info()
         if self.transform is None:
             return self.data.eval_transform(image), record.label
-        own = (self.process, worker.id if worker else 0, number)
-        with fixed_seed(derive_seed(*self.seeds, *own)):
+        part = (self.process, worker.id if worker else 0, number)
+        with fixed_seed(derive_seed(*self.seeds, *part)):
             return self.transform(image), record.label
 
     def _batch(
-        self, images: Sequence[Tensor], labels: Sequence[int], broken: Sequence[str]
+        self, images: Sequence[Tensor], labels: Sequence[int], unreadable: Sequence[str]
     ) -> Batch:
         stacked = torch.stack(list(images)) if images else torch.empty(0, *self.data.shape)
-        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), tuple(broken))
+        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), tuple(unreadable))
 
 
 def _of_size(chunks: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
-    """The same images in batches of one size, at the end one of what is left."""
+    """Yields the images in batches of one size, at the end one of what is left."""
     left = None
     for chunk in chunks:
         left = chunk if left is None else _joined(left, chunk)

@@ -62,7 +62,7 @@ def load_batches(
             num_workers=workers,
             pin_memory=pin,
             worker_init_fn=_leave_signals,
-            generator=torch.Generator(),  # a private one: torch's own is left as it is
+            generator=torch.Generator(),  # a private one: torch's global one is left as it is
         )
     )
 
@@ -83,7 +83,7 @@ def eval_batches(
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of `n` images in an epoch, counted from 0: an epoch of its own for each seed."""
+    """Returns the order of `n` images in an epoch, counted from 0, of a seed."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epoch):
         torch.randperm(n, generator=generator)
@@ -169,7 +169,7 @@ class _Lists:
 
 
 def _leave_signals(worker: int) -> None:
-    """Lets a worker live on when its whole group is asked to stop: who reads from it sees to it."""
+    """Lets a worker live on when its process group gets a signal: its reader ends it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

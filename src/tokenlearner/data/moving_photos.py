@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
+from ..utils.imports import require_package
 from ..utils.validation import require
 from .config import DataConfig
 from .tensor_dataset import ImageDataset
 
-# What moves as the class says, from frame to frame, is what one sees; the window goes the other
-# way. Down is towards the last row.
+# The content moves as the class says, from frame to frame; the window goes the other way.
+# Down is towards the last row.
 MOTIONS = {  # class: rows and columns that the content moves by, at a speed of 1
     "still": (0, 0),
     "right": (0, 1),
@@ -96,12 +97,8 @@ def _cut(photograph: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
 
 def _photographs(split: str) -> list[np.ndarray]:
     """The photographs of a split in gray, `h w`, the shorter side being 256."""
-    try:
-        import skimage.data
-    except ImportError as error:
-        message = "moving photographs need scikit-image; run pip install 'tokenlearner[demo]'"
-        raise ValueError(message) from error
-    return [_gray(getattr(skimage.data, name)()) for name in MOVING_PHOTOGRAPHS[split]]
+    data = require_package("skimage.data", "demo", "moving-photographs")
+    return [_gray(getattr(data, name)()) for name in MOVING_PHOTOGRAPHS[split]]
 
 
 def _gray(pixels: np.ndarray) -> np.ndarray:

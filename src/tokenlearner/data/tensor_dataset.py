@@ -26,7 +26,7 @@ class ImageDataset(MapDataset, Dataset[tuple[Tensor, int]]):
     """Holds one split of labeled images in memory and checks that they fit together.
 
     `dataset[i]` is one image, float32 `[c, h, w]` in [0, 1], and its label as an int, for a
-    `DataLoader` with its own transforms. `batches` gives normalized batches and is much quicker.
+    `DataLoader` with other transforms. `batches` gives normalized batches and is much quicker.
 
     Args:
         name: What the data set is called.
@@ -95,7 +95,7 @@ class ImageDataset(MapDataset, Dataset[tuple[Tensor, int]]):
         Args:
             batch_size: Images in a batch; the last batch has what is left.
             shuffle: Draw a new order; otherwise the order is that of `images`.
-            generator: Draws the order; None is torch's own. Unused without `shuffle`.
+            generator: Draws the order; None is torch's global one. Unused without `shuffle`.
             drop_last: Leave out the last batch when it is not full.
 
         Shape:

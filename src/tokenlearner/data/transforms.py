@@ -1,7 +1,8 @@
-"""Training images and clips, changed at random: timm's transforms, torchvision's for clips."""
+"""Augmentation of training images and clips: torchvision's transforms, with timm's policies."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,54 +16,67 @@ from .config import AugmentConfig
 from .dataset import LabeledDataset
 from .loader import Transform
 
-_ASKED_FOR = ("scale", "hflip", "color_jitter", "aa", "reprob")
+_OPTIONS = ("scale", "hflip", "color_jitter", "aa", "reprob")
+_EXAMPLE = "'rand-m9-mstd0.5-inc1'"
 _RAND_AUGMENT = re.compile(
     r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t(weights|3a|3aw)))*"
 )
-_OF_CLIPS = re.compile(r"rand(?:-(?:m(?P<m>10|\d)|n(?P<n>\d+)|mstd[\d.]+|inc[01]))*")
+_CLIP_POLICY = re.compile(r"rand(?:-(?:m(?P<m>10|\d)|n(?P<n>\d+)|mstd[\d.]+|inc[01]))*")
 _STRONGEST = 10  # magnitude of RandAugment, in timm's words
 
 
 def train_transform(
-    options: AugmentConfig, data: LabeledDataset, crop_pct: float = 0.875
+    config: AugmentConfig, data: LabeledDataset, crop_pct: float = 0.875
 ) -> Transform | None:
-    """What makes of an image as it is read one that is changed at random, ready for a model.
+    """Builds the augmentation that makes of a loaded image or clip the input of a model.
 
     Args:
-        options: What is asked for. Of RandAugment's options clips take two, m and n.
-        data: The images, `c h w`, or clips, `c t h w`, all frames of which are changed alike.
+        config: The options. Of RandAugment's options clips take two, m and n.
+        data: The images, `c h w`, or clips, `c t h w`, all frames of which are augmented alike.
         crop_pct: Share of the resized side that is kept where nothing is cut out at random.
 
     Returns:
-        None where nothing is asked for: `data.eval_transform` will do.
+        None without augmentation: `data.eval_transform` will do.
 
     Raises:
         ValueError: timm or torchvision does not know the policy.
     """
-    if not any(getattr(options, name) for name in _ASKED_FOR):
+    if not any(getattr(config, name) for name in _OPTIONS):
         return None
-    # Images in memory have their size; evaluation takes the whole of them.
-    kept = None if data.in_memory else crop_pct
-    if len(data.shape) == 4:
-        return _of_clips(options, data, kept)
-    return _of_images(options, data, kept)
+    from torchvision.transforms import ToTensor, v2
+
+    is_clip = len(data.shape) == 4
+    steps = _crop(config, data, crop_pct, is_clip)
+    if config.hflip:
+        steps.append(v2.RandomHorizontalFlip(config.hflip))
+    if config.color_jitter and is_clip:
+        steps.append(v2.ColorJitter(*[config.color_jitter] * 3))
+    if config.aa:
+        steps.append(_clip_policy(config.aa) if is_clip else _image_policy(config.aa, data))
+    if config.color_jitter and not is_clip:
+        steps.append(v2.ColorJitter(*[config.color_jitter] * 3))
+    steps.append(v2.ToDtype(torch.float32, scale=True) if is_clip else ToTensor())
+    steps.append(v2.Normalize(list(data.mean), list(data.std)))
+    if config.reprob:
+        steps.append(_erase(config.reprob, is_clip))
+    return v2.Compose([*steps, _time_second] if is_clip else steps)
 
 
 def mixup_transform(
-    options: AugmentConfig, num_classes: int, seed: int
+    config: AugmentConfig, num_classes: int, seed: int
 ) -> Callable[..., Any] | None:
-    """Mixup and CutMix of a batch, as `(images, labels, step) -> (images, targets b classes)`.
+    """Builds Mixup and CutMix of a batch, `(images, labels, step) -> (images, targets b classes)`.
 
-    The same step of the same seed mixes alike. Returns None where neither is asked for.
+    The same step of the same seed mixes alike. Returns None without mixup and cutmix.
     """
-    if not (options.mixup or options.cutmix):
+    if not (config.mixup or config.cutmix):
         return None
     from timm.data.mixup import Mixup
 
     mixup = Mixup(
-        options.mixup,
-        options.cutmix,
-        label_smoothing=options.smoothing,
+        config.mixup,
+        config.cutmix,
+        label_smoothing=config.smoothing,
         num_classes=num_classes,
     )
 
@@ -75,74 +89,69 @@ def mixup_transform(
     return mix
 
 
-def _check_policy(aa: str | None) -> None:
-    """Refuses a RandAugment of which timm would pass over a part."""
-    require(
-        not (aa or "").startswith("rand") or _RAND_AUGMENT.fullmatch(aa or "") is not None,
-        f"aa is {aa!r}, expected parts such as m9, n2, mstd0.5 and inc1, as in "
-        "'rand-m9-mstd0.5-inc1'",
-    )
-
-
-def _of_images(options: AugmentConfig, data: LabeledDataset, crop_pct: float | None) -> Transform:
-    from timm.data import create_transform
-    from torchvision import transforms
-
-    size: Any = data.shape[-2:]
-    options_of_crop: dict[str, Any] = {"scale": options.scale, "ratio": options.ratio}
-    _check_policy(options.aa)
-    try:
-        crop, policy, final = create_transform(  # type: ignore[misc]
-            size,
-            is_training=True,
-            **options_of_crop,
-            hflip=options.hflip,
-            color_jitter=options.color_jitter,
-            auto_augment=options.aa,
-            re_prob=options.reprob,
-            re_mode="pixel",
-            interpolation="bicubic",
-            mean=data.mean,
-            std=data.std,
-            separate=True,
-        )
-    except (AssertionError, KeyError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"aa is {options.aa!r}, which timm does not take ({error}); try 'rand-m9-mstd0.5-inc1'"
-        ) from error
-    if options.scale is None:
-        whole: Any = create_transform(size, crop_pct=crop_pct, interpolation="bicubic")
-        crop.transforms[:1] = whole.transforms[:2] if crop_pct else []
-    if options.aa and options.color_jitter:  # timm leaves it out beside a policy
-        policy.transforms.append(transforms.ColorJitter(*[options.color_jitter] * 3))
-    return transforms.Compose([crop, policy, final])
-
-
-def _of_clips(options: AugmentConfig, data: LabeledDataset, crop_pct: float | None) -> Transform:
+def _crop(config: AugmentConfig, data: LabeledDataset, crop_pct: float, is_clip: bool) -> list[Any]:
+    from timm.data.transforms import RandomResizedCropAndInterpolation
     from torchvision.transforms import v2
 
-    size, steps = data.shape[-2:], list[Any]()
-    if options.scale:
-        shape: Any = options.ratio or (3 / 4, 4 / 3)
-        cut: Any = options.scale
-        steps += [v2.RandomResizedCrop(size, cut, shape, antialias=True)]
-    elif crop_pct:
-        steps += [v2.Resize(round(size[0] / crop_pct), antialias=True), v2.CenterCrop(size)]
-    if options.hflip:
-        steps.append(v2.RandomHorizontalFlip(options.hflip))
-    if options.color_jitter:
-        steps.append(v2.ColorJitter(*[options.color_jitter] * 3))
-    if options.aa:
-        found = _OF_CLIPS.fullmatch(options.aa)
-        require(
-            found is not None,
-            f"aa is {options.aa!r}, expected RandAugment for clips, such as 'rand-m9-n2', with m "
-            f"up to {_STRONGEST}",
+    (h, w), scale = data.shape[-2:], config.scale
+    ratio: Any = config.ratio or (3 / 4, 4 / 3)
+    if scale and is_clip:
+        return [v2.RandomResizedCrop((h, w), (scale[0], scale[1]), ratio)]
+    if scale:
+        args: Any = {"scale": scale, "ratio": ratio}
+        return [RandomResizedCropAndInterpolation((h, w), **args, interpolation="bicubic")]
+    if data.in_memory:  # at its size already; evaluation takes the whole of it
+        return []
+    if is_clip:
+        return [v2.Resize(round(h / crop_pct)), v2.CenterCrop((h, w))]
+    mode = v2.InterpolationMode.BICUBIC
+    return [v2.Resize(math.floor(h / crop_pct), mode), v2.CenterCrop((h, w))]
+
+
+def _image_policy(aa: str, data: LabeledDataset) -> Any:
+    """Builds one of timm's policies; timm itself passes over parts that it does not know."""
+    from timm.data import auto_augment
+
+    require(
+        not aa.startswith("rand") or _RAND_AUGMENT.fullmatch(aa) is not None,
+        f"aa is {aa!r}, expected parts such as m9, n2, mstd0.5 and inc1, as in {_EXAMPLE}",
+    )
+    params: dict[str, Any] = {
+        "translate_const": int(min(data.shape[-2:]) * 0.45),
+        "img_mean": tuple(min(255, round(255 * mean)) for mean in data.mean),
+        "interpolation": auto_augment.Image.Resampling.BICUBIC,
+    }
+    try:
+        if aa.startswith("rand"):
+            return auto_augment.rand_augment_transform(aa, params)
+        if aa.startswith("augmix"):
+            return auto_augment.augment_and_mix_transform(aa, params | {"translate_pct": 0.3})
+        return auto_augment.auto_augment_transform(aa, params)
+    except (AssertionError, KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"aa is {aa!r}, unknown to timm ({error}); try {_EXAMPLE}") from error
+
+
+def _clip_policy(aa: str) -> Any:
+    from torchvision.transforms import v2
+
+    match = _CLIP_POLICY.fullmatch(aa)
+    if match is None:
+        raise ValueError(
+            f"aa is {aa!r}, expected RandAugment for clips, such as 'rand-m9-n2', with m up to "
+            f"{_STRONGEST}"
         )
-        magnitude, number = found["m"], found["n"]  # type: ignore[index]
-        steps.append(v2.RandAugment(int(number or 2), int(magnitude or 9), _STRONGEST + 1))
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
-    if options.reprob:
-        steps.append(v2.RandomErasing(options.reprob))
-    change = v2.Compose(steps)
-    return lambda frames: change(frames).transpose(0, 1).contiguous()
+    return v2.RandAugment(int(match["n"] or 2), int(match["m"] or 9), _STRONGEST + 1)
+
+
+def _erase(probability: float, is_clip: bool) -> Any:
+    from timm.data.random_erasing import RandomErasing
+    from torchvision.transforms import v2
+
+    if is_clip:
+        return v2.RandomErasing(probability)
+    return RandomErasing(probability, mode="pixel", device="cpu")
+
+
+def _time_second(frames: Tensor) -> Tensor:
+    """Rearranges a clip, `t c h w -> c t h w`."""
+    return frames.transpose(0, 1).contiguous()

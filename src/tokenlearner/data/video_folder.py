@@ -1,6 +1,6 @@
 """Labeled videos in files: of each only the frames of a clip are decoded, and what leads to them.
 
-A video's frames are counted in the order in which they are shown, whatever their rate.
+A video's frames are counted in the order of display, whatever their rate.
 Axes: `t` frames of a clip, `v` views of a video, `c h w`.
 """
 
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.imports import require_package
 from ..utils.random import fixed_seed
 from ..utils.validation import require
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
-from .file_lists import list_labeled_files
-from .image_folder import first_read, imagenet_mean_std
+from .image_folder import FromFiles, first_read, list_labeled_files
 from .loader import eval_batches
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def load_video_folder(name: str, split: str, config: DataConfig) -> VideoFolderD
         ValueError: PyAV or something in the folder is missing, classes differ between splits, or
             none of the first few videos can be read.
     """
-    _check_av()
+    require_package("av", "video", name)
     if config.folder is None:
         raise ValueError(f"{name} needs the folder that holds the videos; pass root")
     paths, labels, classes = list_labeled_files(config.folder, split, VIDEO_EXTENSIONS)
@@ -56,10 +56,10 @@ def load_video_folder(name: str, split: str, config: DataConfig) -> VideoFolderD
 
 
 @dataclass(frozen=True, eq=False)
-class VideoFolderDataset(MapDataset):
-    """One split of labeled videos, which are read when they are asked for.
+class VideoFolderDataset(FromFiles, MapDataset):
+    """One split of labeled videos, which are read one by one.
 
-    Clips of the split `"train"` start at random, drawn from torch's own generator; with stride 0
+    Clips of the split `"train"` start at random, drawn from torch's global generator; with stride 0
     one frame is drawn from each of `frames` equal parts of the video. Clips of the split `"test"`
     lie at fixed places: one view in the middle, several from the start to the end; with stride 0
     in the middle of each part. A video that is too short goes on with its last frame.
@@ -83,25 +83,10 @@ class VideoFolderDataset(MapDataset):
     config: DataConfig = field(repr=False)
 
     @property
-    def mean(self) -> tuple[float, ...]:
-        """ImageNet's; for gray the mean of these."""
-        return imagenet_mean_std(self.shape[0])[0]
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """ImageNet's; for gray the mean of these."""
-        return imagenet_mean_std(self.shape[0])[1]
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Of one clip: `(c, t, h, w)`."""
         c, h, w = self.config.image_shape
         return c, self.config.frames, h, w
-
-    @property
-    def workers(self) -> int:
-        """Processes that read videos."""
-        return self.config.reading_workers
 
     def load(self, index: int) -> Tensor:
         """Decodes a clip: uint8 `t c h w`, with several views or crops `v t c h w`.
@@ -187,19 +172,11 @@ def _three(frames: Tensor) -> Tensor:
     return torch.stack([frames.narrow(axis, start, size) for start in starts], 1)
 
 
-def _check_av() -> None:
-    try:
-        import av  # noqa: F401
-    except ImportError as error:
-        message = "reading videos needs PyAV; run pip install 'tokenlearner[video]'"
-        raise ValueError(message) from error
-
-
 class _Video:
-    """An open video, and the time at which each of its frames is shown, in order.
+    """An open video, and the times of display of its frames, in order.
 
-    Decoding starts at the last keyframe before a wanted frame. In files that do not keep the time
-    of each frame, such as avi and mpg, it starts at the first frame and counts.
+    Decoding starts at the last keyframe before the frame. In files that do not keep the time of
+    each frame, such as avi and mpg, it starts at the first frame and counts.
 
     Args:
         files: Closes what is opened.
@@ -209,8 +186,8 @@ class _Video:
     def __init__(self, files: ExitStack, path: str):
         self.files, self.path = files, path
         self.container = self._open()
-        shown = (p for p in self.container.demux(video=0) if p.size and not p.is_discard)
-        packets = [(p.pts, p.is_keyframe) for p in shown]
+        displayed = (p for p in self.container.demux(video=0) if p.size and not p.is_discard)
+        packets = [(p.pts, p.is_keyframe) for p in displayed]
         require(len(packets) > 0, "it has no frames")
         self.times = sorted(pts for pts, _ in packets if pts is not None)
         self.timed = self.container.format.name in _TIMED and len(set(self.times)) == len(packets)
@@ -231,26 +208,26 @@ class _Video:
 
     def _at(self, times: Sequence[int]) -> dict[int, VideoFrame]:
         """The frames of rising times; for what is missing the next one, at the end the last."""
-        found: dict[int, VideoFrame] = {}
+        frames: dict[int, VideoFrame] = {}
         last = None
         for key, group in groupby(times, self._key_before):
             waiting = list(group)
             for time, last in self._frames_from(key):
                 while waiting and waiting[0] <= time:
-                    found[waiting.pop(0)] = last
+                    frames[waiting.pop(0)] = last
                 if not waiting:
                     break
             if last is None:
                 raise ValueError("its frames cannot be decoded")
-            found |= dict.fromkeys(waiting, last)
-        return found
+            frames |= dict.fromkeys(waiting, last)
+        return frames
 
     def _key_before(self, time: int) -> int | None:
         before = bisect_right(self.keys, time)
         return self.keys[before - 1] if before else None
 
     def _frames_from(self, key: int | None) -> Iterator[tuple[int, VideoFrame]]:
-        """Frames and their times from a keyframe on, or from the first if it is not found."""
+        """Frames and their times from a keyframe on, or from the first if there is none."""
         from av.error import FFmpegError
 
         if key is not None:
