@@ -141,10 +141,10 @@ def test_maps_of_a_clip_are_those_of_its_frames(fuse: bool) -> None:
     for index, maps in attention_maps(model, clip).items():
         assert maps.shape == (2, 4, 4, 4, 4)  # clips, frames, tokens, height, width
         block = model.blocks[index]
-        seen: list[torch.Tensor] = []
-        block.learner.register_forward_pre_hook(lambda _, args, kept=seen: kept.append(args[0]))
+        inputs: list[torch.Tensor] = []
+        block.learner.register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0]))
         model(clip)
-        third = seen[0].unflatten(0, (2, 4))[1, 2]  # of the second clip the third frame
+        third = inputs[0].unflatten(0, (2, 4))[1, 2]  # of the second clip the third frame
         expected = block.learner.attention(third[None])[0].unflatten(-1, (4, 4))
         torch.testing.assert_close(maps[1, 2], expected)
 
@@ -153,11 +153,11 @@ def test_maps_of_a_clip_are_those_of_its_frames(fuse: bool) -> None:
 def test_maps_of_tokens_that_are_learned_from_tokens_lead_back_to_the_grid() -> None:
     model, x = insert(vit(), (5, 2), at=(1, 3)), images()
     maps, (first, second) = attention_maps(model, x), (model.blocks[1], model.blocks[3])
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     for block in (first, second):
-        block.learner.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        block.learner.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model(x)
-    direct, of_tokens = first.learner.attention(seen[0]), second.learner.attention(seen[1])
+    direct, of_tokens = first.learner.attention(inputs[0]), second.learner.attention(inputs[1])
     expected = torch.einsum("b j k, b k n -> b j n", of_tokens, direct)
     torch.testing.assert_close(maps[3], expected.unflatten(-1, (2, 5)))
     torch.testing.assert_close(maps[1], direct.unflatten(-1, (2, 5)))
