@@ -77,7 +77,7 @@ def test_a_batch_size_of_zero_is_refused() -> None:
         evaluate(Brightness(), make_images([0], [0]), batch_size=0)
 
 
-# --- views, unreadable files, several processes -----------------------------------------------------
+# --- views, unreadable files, several processes ------------------------------------------------
 
 
 class Files(MapDataset):

@@ -256,13 +256,6 @@ def test_a_first_estimate_that_is_off_is_put_right(
     assert pairs(options[1:]) == expected
 
 
-def test_the_host_is_left_as_it_was_by_a_budget_of_latency_too(clock: list[float]) -> None:
-    model = timed(clock)
-    before = snapshot(model)
-    plan(model, IMAGES, 0.7, measure="latency", num_tokens=[4], rounds=2)
-    assert snapshot(model) == before
-
-
 def test_a_single_block_is_planned_for_too(clock: list[float]) -> None:
     model = timed(clock, (1,))
     options = plan(model, IMAGES, 0.5, measure="latency", num_tokens=(4, 8), rounds=2)
@@ -363,10 +356,6 @@ def test_the_command_prints_the_host_and_the_pair(mini: tuple[list[list[str]], s
         ["–", "–", f"{whole / 1e9:.3f}", "1.00"],
         ["3", "8", f"{macs / 1e9:.3f}", f"{macs / whole:.2f}"],
     ]
-
-
-def test_no_cell_goes_on_in_the_next_line(mini: tuple[list[list[str]], str]) -> None:
-    assert {len(row) for row in mini[0]} == {8}
 
 
 def test_a_row_of_the_table_has_the_numbers_of_its_option() -> None:
