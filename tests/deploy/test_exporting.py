@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from tokenlearner import create_model, evaluate, insert, load_data, load_model, save_model
-from tokenlearner.commands._models import load_sized
 from tokenlearner.commands.export import (
-    COLUMNS_OF_BATCHES,
-    COLUMNS_OF_PRECISIONS,
+    BATCH_COLUMNS,
+    PRECISION_COLUMNS,
     ExportConfig,
     export_table,
 )
@@ -110,7 +110,7 @@ def agree(name: str, suffix: str, folder: Path) -> None:
     assert [check.batch_size for check in made.checks] == [4, 1]
     file = load_exported(made.path)
     assert file.inputs == {"images": ("batch", *shape)}
-    for n in (1, 7):  # tracing saw neither
+    for n in (1, 7):  # neither was traced
         images = torch.randn(n, *shape)
         expected = logits(model, images)
         assert expected.abs().max() > 1e-3
@@ -168,7 +168,7 @@ def made(vit: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export(vit, str(path), torch.randn(2, 1, 28, 28), rounds=2)
 
 
-def test_the_result_tells_the_file_and_both_ends(made: Exported) -> None:
+def test_the_result_has_the_file_and_both_ends(made: Exported) -> None:
     assert made.path.name == "vit.pt2"
     assert made.precision == "float32"
     assert made.size_mib == made.path.stat().st_size / 2**20
@@ -219,12 +219,14 @@ def test_the_model_is_left_as_it_was(vit: Any, precision: str, tmp_path: Path) -
 def test_the_model_runs_in_evaluation_mode(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Dropout(0.9), Affine()).train()
     made = export(model, tmp_path / "a.pt2", ONES, rounds=2)
-    assert torch.equal(load_exported(made.path)(ONES), logits(model, ONES))
+    torch.testing.assert_close(load_exported(made.path)(ONES), logits(model, ONES))
 
 
 def test_a_file_is_evaluated_like_its_model(vit: Any, made: Exported) -> None:
     data = load_data("fashion-mnist-small", "test").sample(50)
-    assert evaluate(load_exported(made.path), data) == evaluate(vit, data)
+    file, model = evaluate(load_exported(made.path), data), evaluate(vit, data)
+    assert file.loss == pytest.approx(model.loss, rel=1e-5)
+    assert replace(file, loss=0) == replace(model, loss=0)
 
 
 def test_a_file_gives_no_gradient(made: Exported) -> None:
@@ -236,7 +238,7 @@ def test_a_file_gives_no_gradient(made: Exported) -> None:
 
 
 def off_by(difference: float) -> Callable[..., None]:
-    """Writes a file of another model than is asked for."""
+    """Writes a file of another model than the given one."""
 
     def write(model: Any, *rest: Any) -> None:
         with torch.no_grad():
@@ -263,8 +265,9 @@ def test_a_difference_that_is_too_large_leaves_what_was_there(
 ) -> None:
     (tmp_path / "a.pt2").write_text("before")
     monkeypatch.setitem(export.__globals__, "write_program", off_by(difference))
-    message = f"at batch size 5 the file differs from the model by {difference:.2g}, expected"
-    with pytest.raises(RuntimeError, match=re.escape(message)):
+    with pytest.raises(
+        RuntimeError, match=re.escape(f"differs from the model by {difference:.2g}")
+    ):
         export(Affine(size), tmp_path / "a.pt2", ONES, rounds=2)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
@@ -282,14 +285,14 @@ def test_outputs_that_are_no_numbers_leave_no_file(tmp_path: Path) -> None:
 
 
 class Branching(Affine):
-    """What it does depends on the numbers, which no graph tells."""
+    """The branch depends on the numbers, which no graph has."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images if images.sum() > 0 else -images)
 
 
-def test_a_model_that_cannot_be_exported_is_told_in_a_line(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"cannot be exported to \.pt2 \(.+\); \.onnx") as info:
+def test_a_model_that_cannot_be_exported_is_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be exported to \.pt2") as info:
         export(Branching(), tmp_path / "a.pt2", ONES)
     assert "\n" not in str(info.value)
     assert not list(tmp_path.iterdir())
@@ -299,51 +302,46 @@ def test_a_model_that_cannot_be_exported_is_told_in_a_line(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("path", "told", "message"),
+    ("path", "kwargs", "message"),
     [
-        ("a.pth", {}, "a.pth ends in '.pth', expected .onnx for onnxruntime or .pt2 for torch"),
-        ("a", {}, "a ends in '', expected .onnx"),
-        ("none/a.onnx", {}, "none for a.onnx; make it"),
-        ("a.pt2", {"precision": "int4"}, "precision is 'int4', expected one of 'float32', "),
-        ("a.onnx", {"precision": "bfloat16"}, "no bfloat16 convolution for a CPU; export to .pt2"),
-        ("a.pt2", {"rounds": 1}, "rounds is 1, expected an integer of 2 or more"),
-        ("a.pt2", {"tolerance": 0}, "tolerance is 0, expected a number above 0"),
-        ("a.pt2", {"images": ONES[0]}, "images are [1, 4, 4], expected a batch of images"),
-        ("a.pt2", {"images": ONES[:0]}, "images are [0, 1, 4, 4], expected a batch of images"),
-        ("a.pt2", {"images": "cat.png"}, "images are [], expected a batch of images"),
-        ("a.pt2", {"images": ONES.byte()}, "images are torch.uint8, expected torch.float32"),
-        ("a.pt2", {"images": ONES[..., :3]}, "does not run on images of [5, 1, 4, 3] ("),
-        ("a.onnx", {"model": Affine().double()}, "weights of torch.float64, expected float32"),
+        ("a.pth", {}, "a.pth ends in '.pth'"),
+        ("a", {}, "a ends in ''"),
+        ("none/a.onnx", {}, "none for a.onnx"),
+        ("a.pt2", {"precision": "int4"}, "precision is 'int4'"),
+        ("a.onnx", {"precision": "bfloat16"}, "bfloat16"),
+        ("a.pt2", {"rounds": 1}, "rounds is 1"),
+        ("a.pt2", {"tolerance": 0}, "tolerance is 0"),
+        ("a.pt2", {"images": ONES[0]}, "images are [1, 4, 4]"),
+        ("a.pt2", {"images": ONES[:0]}, "images are [0, 1, 4, 4]"),
+        ("a.pt2", {"images": "cat.png"}, "images are []"),
+        ("a.pt2", {"images": ONES.byte()}, "images are torch.uint8"),
+        ("a.pt2", {"images": ONES[..., :3]}, "images of [5, 1, 4, 3]"),
+        ("a.onnx", {"model": Affine().double()}, "weights of torch.float64"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
-    path: str, told: dict[str, Any], message: str, tmp_path: Path
+    path: str, kwargs: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    arguments = {"model": Affine(), "images": ONES} | told
+    arguments = {"model": Affine(), "images": ONES} | kwargs
     with pytest.raises(ValueError, match=re.escape(message)):
         export(path=tmp_path / path, **arguments)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("module", "path", "precision", "message"),
+    ("module", "path", "precision"),
     [
-        ("onnx", "a.onnx", "float32", "export to .onnx needs onnx; run pip install"),
-        ("onnxscript", "a.onnx", "float32", "needs onnxscript; run"),
-        ("onnxruntime", "a.onnx", "int8", "needs onnxruntime; run"),
-        ("torchao.quantization", "a.pt2", "int8", "int8 in .pt2 needs torchao; run"),
+        ("onnx", "a.onnx", "float32"),
+        ("onnxscript", "a.onnx", "float32"),
+        ("onnxruntime", "a.onnx", "int8"),
+        ("torchao.quantization", "a.pt2", "int8"),
     ],
 )
-def test_a_missing_package_is_told_before_any_work(
-    module: str,
-    path: str,
-    precision: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_missing_package_is_an_error_before_any_work(
+    module: str, path: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=re.escape(message) + r".*'tokenlearner\[export\]'"):
+    with pytest.raises(ValueError, match=module.partition(".")[0]):
         export(nn.Identity(), tmp_path / path, ONES, precision=precision)
 
 
@@ -351,13 +349,12 @@ def test_a_model_too_large_for_one_onnx_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(formats_module, "_ONNX_BYTES", 4 * (2 * 16 + 2))
-    with pytest.raises(ValueError, match=r"GiB of weights, and one ONNX file holds .*\.pt2"):
+    with pytest.raises(ValueError, match="GiB of weights"):
         export(Affine(), tmp_path / "a.onnx", ONES)
 
 
 def test_an_image_of_another_size_is_refused_by_its_model(tmp_path: Path) -> None:
-    message = r"does not run on images of \[2, 1, 28, 35\] \(.*set_input_size"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"images of \[2, 1, 28, 35\]"):
         export(small_vit(), tmp_path / "a.onnx", torch.zeros(2, 1, 28, 35))
 
 
@@ -366,11 +363,11 @@ def test_an_image_of_another_size_is_refused_by_its_model(tmp_path: Path) -> Non
     [
         ("a.pth", "a.pth ends in '.pth'"),
         ("none.onnx", "there is no file"),
-        ("damaged.onnx", "damaged.onnx cannot be read ("),
-        ("damaged.pt2", "an int8 one needs torchao where it is read"),
+        ("damaged.onnx", "damaged.onnx cannot be read"),
+        ("damaged.pt2", "damaged.pt2 cannot be read"),
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # torch says first which files it looked for
+@pytest.mark.filterwarnings("ignore")  # torch warns of missing files first
 def test_a_file_that_cannot_be_read_is_refused(name: str, message: str, tmp_path: Path) -> None:
     for suffix in (".onnx", ".pt2"):
         (tmp_path / f"damaged{suffix}").write_bytes(b"no model")
@@ -410,7 +407,7 @@ def test_int8_in_onnx_takes_any_batch_and_leaves_one_file(int8: Exported) -> Non
 
 @slow
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
-def test_a_narrow_program_is_near_the_model_and_not_equal_to_it(
+def test_a_program_of_lower_precision_is_near_the_model_and_not_equal_to_it(
     precision: str, tmp_path: Path
 ) -> None:
     images = torch.randn(4, 1, 28, 28)
@@ -425,12 +422,12 @@ def test_a_narrow_program_is_near_the_model_and_not_equal_to_it(
 # --- the command --------------------------------------------------------------------------------
 
 
-def printed(**told: Any) -> str:
-    """What the command prints on a narrow terminal."""
+def printed(**options: Any) -> str:
+    """Returns what the command prints on a terminal of 80 columns."""
     from rich.console import Console
 
     out = io.StringIO()
-    config = ExportConfig(**{"rounds": 2, "device": "cpu"} | told)
+    config = ExportConfig(**{"rounds": 2, "device": "cpu"} | options)
     Console(file=out, width=80).print(*export_table(config), sep="\n")
     return out.getvalue()
 
@@ -442,32 +439,32 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_model(model, tmp_path_factory.mktemp("saved") / "model.safetensors"))
 
 
-def few(*name: str, **wanted: Any) -> Any:
-    return load_data(*name, **wanted).sample(64)
+def few(*name: str, **kwargs: Any) -> Any:
+    return load_data(*name, **kwargs).sample(64)
 
 
 @pytest.fixture(scope="module")
-def shown(saved: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def output(saved: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A file that the command wrote, and what it printed."""
-    path = tmp_path_factory.mktemp("shown") / "a.pt2"
-    told: dict[str, Any] = {"batch_size": 3, "img_size": 35, "data": "fashion-mnist-small"}
+    path = tmp_path_factory.mktemp("output") / "a.pt2"
+    options: dict[str, Any] = {"batch_size": 3, "img_size": 35, "data": "fashion-mnist-small"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(export_table.__globals__, "load_data", few)
-        return path, printed(model=saved, out=str(path), **told)
+        return path, printed(model=saved, out=str(path), **options)
 
 
-def test_the_command_judges_model_and_file_on_data(saved: str, shown: tuple[Path, str]) -> None:
+def test_the_command_evaluates_model_and_file_on_data(saved: str, output: tuple[Path, str]) -> None:
     model = load_model(saved)
     model.set_input_size((35, 35))
     top1 = evaluate(model, few("fashion-mnist-small", "test", img_size=35)).top1_percent
-    rows = {line.split()[0]: line.split() for line in shown[1].splitlines() if line.strip()}
+    rows = {line.split()[0]: line.split() for line in output[1].splitlines() if line.strip()}
     assert rows["model"][1] == rows["file"][1] == f"{top1:.2f}"
     assert max(float(rows[batch][1]) for batch in ("3", "1")) < 1e-4
-    assert "Top-1 of the 64 held-out images of fashion-mnist-small." in shown[1]
+    assert "Top-1 of the 64 held-out images of fashion-mnist-small." in output[1]
 
 
-def test_the_command_names_file_size_and_both_ends(shown: tuple[Path, str]) -> None:
-    path, text = shown[0], " ".join(shown[1].split())
+def test_the_command_names_file_size_and_both_ends(output: tuple[Path, str]) -> None:
+    path, text = output[0], " ".join(output[1].split())
     size = f"{path.stat().st_size / 2**20:.1f} MiB"
     ends = "takes images (batch x 1 x 35 x 35), gives logits (batch x 10)"
     assert f"a.pt2: float32, {size}, {ends}" in text
@@ -497,14 +494,14 @@ def test_clips_are_exported_on_noise(tmp_path: Path) -> None:
 def test_a_row_has_the_numbers_of_its_batch() -> None:
     model, file = Timing(12.34, 12, 13), Timing(3.21, 3, 4)
     check = BatchCheck(8, 1.23e-6, 4.56, model, file, Timing(3.84, 3, 4))
-    assert [cell(check) for cell in COLUMNS_OF_BATCHES.values()] == [
+    assert [cell(check) for cell in BATCH_COLUMNS.values()] == [
         *("8", "1.2e-06", "4.6", "12.3 (12.0–13.0)", "3.2 (3.0–4.0)", "3.84"),
     ]
 
 
 def test_a_row_has_the_numbers_of_its_precision() -> None:
     row = PrecisionRow("int8", None, 0.5, Timing(3.21, 3, 4), Timing(2, 1, 3), 1.26)
-    assert [cell(row) for cell in COLUMNS_OF_PRECISIONS.values()] == [
+    assert [cell(row) for cell in PRECISION_COLUMNS.values()] == [
         *("int8", "–", "5.0e-01", "3.2 (3.0–4.0)", "2.00", "1.3"),
     ]
 
@@ -518,9 +515,9 @@ def test_a_format_gives_the_file_its_ending(out: str, form: str, name: str, tmp_
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("options", "message"),
     [
-        ({"format": "tflite"}, "format is 'tflite', expected one of 'auto', 'onnx', 'pt2'"),
+        ({"format": "tflite"}, "format is 'tflite'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"img_size": -1}, "img_size is -1"),
         ({"rounds": 1}, "rounds is 1"),
@@ -528,41 +525,20 @@ def test_a_format_gives_the_file_its_ending(out: str, form: str, name: str, tmp_
         ({"precision": "int2"}, "precision is 'int2'"),
     ],
 )
-def test_options_out_of_range_are_refused(told: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        ExportConfig(**{"model": MINI, "out": "a.pt2"} | told)
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("mixer_mini_patch4_tl8at3_28", [1, 28, 28]),
-        ("framevit_mini_patch8_f6_tl4at3_32", [3, 6, 32, 32]),
-        ("vivit_mini_patch8x2_32", [3, 8, 32, 32]),
-        ("resnet10t", [3, 176, 176]),
-    ],
-)
-def test_a_loaded_model_takes_the_size_it_is_said_to_take(name: str, size: list[int]) -> None:
-    model, told = load_sized(name, 0, "cpu")
-    assert told == size
-    assert logits(model, torch.zeros(1, *told)).ndim == 2
-
-
-def test_a_size_that_a_model_cannot_have_is_refused() -> None:
-    with pytest.raises(ValueError, match="mixer_mini_patch4_tl8at3_28 cannot be set to 56 pixels"):
-        load_sized("mixer_mini_patch4_tl8at3_28", 56, "cpu")
+        ExportConfig(**{"model": MINI, "out": "a.pt2"} | options)
 
 
 def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
-    told = {"model": "vivit_mini_patch8x2_32", "out": str(tmp_path / "a.pt2")}
-    message = r"fashion-mnist-small gives .* and vivit_mini_patch8x2_32 takes 3 x 8 x 32 x 32"
-    with pytest.raises(ValueError, match=message):
-        export_table(ExportConfig(**told, data="fashion-mnist-small"))
+    out, data = str(tmp_path / "a.pt2"), "fashion-mnist-small"
+    with pytest.raises(ValueError, match=r"fashion-mnist-small gives .* takes 3 x 8 x 32 x 32"):
+        export_table(ExportConfig("vivit_mini_patch8x2_32", out, data=data))
 
 
 def test_data_are_refused_by_a_model_of_images_that_are_not_square(tmp_path: Path) -> None:
     model = create_model(MINI, **SMALL, img_size=(28, 35))
     file = save_model(model, tmp_path / "model.safetensors")
     config = ExportConfig(str(file), str(tmp_path / "a.pt2"), data="fashion-mnist-small")
-    with pytest.raises(ValueError, match="takes 1 x 28 x 35, and data are squares of 1 or 3"):
+    with pytest.raises(ValueError, match="takes 1 x 28 x 35"):
         export_table(config)

@@ -1,7 +1,8 @@
-"""Fewer bits: which layers change, that the model does not, and what the comparison tells."""
+"""Quantized models: which layers change, that the model does not, and the comparison."""
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from typing import Any
@@ -32,7 +33,7 @@ def vit() -> Any:
 
 
 def rounded(model: nn.Module) -> set[str]:
-    """The linear layers whose weights are not torch's own."""
+    """Returns the linear layers whose weights are not torch's own."""
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     return {name for name, m in linear.items() if type(m.weight) is not nn.Parameter}
 
@@ -60,11 +61,11 @@ def test_int8_leaves_the_attention_of_torchvision_and_runs() -> None:
 @torch.no_grad()
 def test_a_copy_takes_and_gives_float32_near_the_model(vit: Any, precision: str) -> None:
     copy = quantize(vit, precision)
-    came, expected = copy(IMAGES), vit.eval()(IMAGES)
+    output, expected = copy(IMAGES), vit.eval()(IMAGES)
     vit.train()
-    assert came.dtype == torch.float32
-    difference = largest_difference(expected, came) / expected.abs().max().item()
-    assert (difference == 0) == (precision == "float32")
+    assert output.dtype == torch.float32
+    difference = largest_difference(expected, output) / expected.abs().max().item()
+    assert (difference > 1e-6) == (precision != "float32")
     assert difference < 0.05
 
 
@@ -88,12 +89,11 @@ def test_a_difference_is_the_largest_and_absolute() -> None:
 
 
 def test_a_difference_with_a_nan_is_one() -> None:
-    came = largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")]))
-    assert came != came
+    assert math.isnan(largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")])))
 
 
 def test_outputs_of_other_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"the outputs are \[2, 1\] and \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"\[2, 1\] and \[2, 2\]"):
         largest_difference(torch.ones(2, 1), torch.ones(2, 2))
 
 
@@ -111,7 +111,7 @@ def test_there_is_a_row_for_each_precision(rows: list[Any]) -> None:
 
 
 def test_the_first_row_is_what_others_are_compared_with(rows: list[Any]) -> None:
-    assert (rows[0].largest_difference, rows[0].speedup.median) == (0, 1)
+    assert (rows[0].largest_difference, rows[0].speedup.median) == (0, 1)  # the same run
     assert min(row.largest_difference for row in rows[1:]) > 0
 
 
@@ -133,7 +133,7 @@ def test_without_data_there_is_no_accuracy() -> None:
 
 
 class Named(nn.Module):
-    """Returns what transformers does: names, of which one is the logits."""
+    """Returns logits by name, as transformers' models do."""
 
     def forward(self, images: Tensor) -> Any:
         from transformers.modeling_outputs import ImageClassifierOutput
@@ -141,7 +141,7 @@ class Named(nn.Module):
         return ImageClassifierOutput(logits=images.mean((1, 2, 3))[:, None])
 
 
-def test_of_transformers_the_logits_are_taken() -> None:
+def test_the_logits_of_transformers_are_taken() -> None:
     assert quantize(Named(), "float32")(IMAGES).shape == (4, 1)
 
 
@@ -149,23 +149,21 @@ def test_of_transformers_the_logits_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("kwargs", "message"),
     [
-        ({"precisions": ["float16"]}, "precision is 'float16', expected one of 'float32', "),
-        ({"precisions": []}, "precisions is empty, expected one or more"),
-        ({"rounds": 1}, "rounds is 1, expected an integer of 2 or more"),
-        ({"images": IMAGES[:0]}, "the count of images is 0"),
-        ({"model": nn.Conv2d(1, 1, 1)}, "Conv2d has no linear layer of 32 channels or more"),
+        ({"precisions": ["float16"]}, "precision is 'float16'"),
+        ({"precisions": []}, "precisions is empty"),
+        ({"rounds": 1}, "rounds is 1"),
+        ({"images": IMAGES[:0]}, "images is 0"),
+        ({"model": nn.Conv2d(1, 1, 1)}, "Conv2d has no linear layer"),
     ],
 )
-def test_arguments_out_of_range_are_refused(vit: Any, told: dict[str, Any], message: str) -> None:
+def test_arguments_out_of_range_are_refused(vit: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        compare_precisions(**{"model": vit, "data": None, "images": IMAGES} | told)
+        compare_precisions(**{"model": vit, "data": None, "images": IMAGES} | kwargs)
 
 
 def test_int8_without_torchao_names_the_extra(monkeypatch: pytest.MonkeyPatch, vit: Any) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(
-        ValueError, match=r"needs torchao; run pip install 'tokenlearner\[export\]'"
-    ):
+    with pytest.raises(ValueError, match="torchao"):
         quantize(vit, "int8")

@@ -43,9 +43,9 @@ def test_docs_list_every_named_model_in_order() -> None:
 
 @pytest.mark.parametrize("pattern", ["*mini*", "vit_base_patch16_tl8at6_224", "*_tiny_*"])
 def test_rows_of_the_docs_are_those_that_the_command_prints(pattern: str) -> None:
-    printed = catalog_markdown(catalog(pattern)).splitlines()[2:]
+    lines = catalog_markdown(catalog(pattern)).splitlines()[2:]
     names = list_models(pattern)
-    assert printed == [line for line in table("docs/models.md") if name_of(line) in names]
+    assert lines == [line for line in table("docs/models.md") if name_of(line) in names]
 
 
 @pytest.mark.slow
@@ -54,9 +54,9 @@ def test_all_rows_of_the_docs_are_those_that_the_command_prints() -> None:
 
 
 def test_the_readme_shows_rows_of_the_same_table() -> None:
-    shown = table("README.md")
-    assert len(shown) > 9
-    assert set(shown) <= set(table("docs/models.md"))
+    rows = table("README.md")
+    assert len(rows) > 9
+    assert set(rows) <= set(table("docs/models.md"))
 
 
 def test_the_command_prints_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,5 +74,5 @@ def test_multiply_adds_are_doubled_for_flops() -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no model matches 'resnet\*'; list_models\(\) names"):
+    with pytest.raises(ValueError, match=r"resnet\*"):
         catalog("resnet*")

@@ -1,17 +1,17 @@
-"""A plan as a person reads it: what `tokenlearner plan` prints."""
+"""`tokenlearner plan`: where tokens can be learned, and how many, within a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..evaluation.planning import Option, check_plan, plan
-from ..utils.validation import check_count
+from ..utils.validation import check_count, check_literals
 from ._models import load_sized
-from ._tables import plain_table
+from ._tables import REALIZED, filled_table, realized_text
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PlanConfig:
     Args:
         model: A name that `create_model` knows, ours or timm's, or a checkpoint of `save_model`.
         budget: Share of what the model costs, above 0 and up to 1.
-        measure: What the budget is a share of: macs or latency.
+        measure: What the budget is a share of, multiply-adds or latency.
         tokens: Numbers of tokens to try, with commas between them.
         learner: v11, v1, v1-mean or grouped.
         fuse: Put learned tokens back on all positions behind each block.
@@ -36,7 +36,7 @@ class PlanConfig:
 
     model: str
     budget: float = 0.5
-    measure: str = "macs"
+    measure: Literal["macs", "latency"] = "macs"
     tokens: str = "4,8,16,32"
     learner: str = "v11"
     fuse: bool = False
@@ -46,6 +46,7 @@ class PlanConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_literals(self)
         check_plan(self.budget, self.measure, self.num_tokens, self.rounds)
         check_count("batch_size", self.batch_size)
         check_count("img_size", self.img_size, least=0)
@@ -61,23 +62,20 @@ class PlanConfig:
 
 
 def plan_table(config: PlanConfig) -> tuple[Any, str]:
-    """Makes a plan into a table for rich, and a line on how it was measured.
+    """Plans, and returns a table for rich and a line on how it was measured.
 
     Raises:
         ValueError: As `plan`, or there is no such model or device.
     """
     model, size = load_sized(config.model, config.img_size, config.device, hosts_only=True)
     images = torch.randn(config.batch_size, *size).to(next(model.parameters()))
-    told = ("budget", "measure", "num_tokens", "learner", "fuse", "rounds")
-    options = plan(model, images, **{name: getattr(config, name) for name in told})
-    table = plain_table(COLUMNS)
-    for option in options:
-        table.add_row(*(cell(option) for cell in COLUMNS.values()))
-    where = f"{images.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return table, (
-        f"{config.model}: {config.batch_size} x {' x '.join(map(str, size))} on {where}; medians "
-        f"(quartiles) of {config.rounds} rounds in turn. share: of the host's GMACs; of MACs: the "
-        "speed-up as a share of what the GMACs promise."
+    names = ("budget", "measure", "num_tokens", "learner", "fuse", "rounds")
+    options = plan(model, images, **{name: getattr(config, name) for name in names})
+    setting = f"{images.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return filled_table(COLUMNS, options), (
+        f"{config.model}: {config.batch_size} x {' x '.join(map(str, size))} on {setting}; medians "
+        f"(quartiles) of {config.rounds} interleaved rounds. share: of the host's GMACs; realized: "
+        f"the speed-up as a share of what the GMACs allow, * where it is below {REALIZED}."
     )
 
 
@@ -88,6 +86,6 @@ COLUMNS: dict[str, Callable[[Option], str]] = {
     "share": lambda option: f"{option.macs_share:.2f}",
     "ms a batch": lambda option: f"{option.latency_ms:.1f}",
     "speed-up": lambda option: f"{option.speedup.median:.2f}",
-    "of MACs": lambda option: f"{option.of_macs_ratio:.2f}",
+    "realized": lambda option: realized_text(option.realized_speedup),
     "images/s": lambda option: f"{option.images_per_second.median:.1f}",
 }

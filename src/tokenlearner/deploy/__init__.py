@@ -1,4 +1,4 @@
-"""Models as files that run without their code, and in fewer bits."""
+"""Models as files that run without their code, and quantized models."""
 
 from typing import TYPE_CHECKING
 
@@ -7,12 +7,14 @@ from ..utils.lazy import lazy_exports
 if TYPE_CHECKING:
     from .exporting import export as export
     from .formats import load_exported as load_exported
+    from .quantization import compare_precisions as compare_precisions
+    from .quantization import quantize as quantize
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "exporting": ("export",),
         "formats": ("load_exported",),
-        "quantization": (),
+        "quantization": ("compare_precisions", "quantize"),
     },
 )

@@ -1,6 +1,6 @@
-"""A model becomes a file that runs without its code: `export(model, "model.onnx", images)`.
+"""Files that run without a model's code: `export(model, "model.onnx", images)`.
 
-What was written is read again and run beside the model before it takes its name.
+A file is read again and run beside the model before it takes its name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .quantization import PlainModel, largest_difference, quantize
 
 @dataclass(frozen=True)
 class BatchCheck:
-    """One batch through the file and through the model, in turn."""
+    """One batch through the file and through the model, interleaved."""
 
     batch_size: int
     largest_difference: float
@@ -46,7 +46,7 @@ class BatchCheck:
     latency_ms: Timing
     """Of the file."""
     speedup: Timing
-    """How many times as fast as the model the file is, round by round."""
+    """Times as fast as the model, round by round."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def export(
         model: Any model of images or clips.
         path: Ends in `.onnx`, or in `.pt2` for `torch.export.load`; its folder has to be there.
         images: One batch as the model takes it, on its device; nothing of it is written.
-        precision: `"float32"`; `"int8"`, in `.pt2` as `narrow` has it, in `.onnx` by onnxruntime,
-            which takes all products with weights; or, in `.pt2` only, `"bfloat16"`.
+        precision: `"float32"`; `"int8"`, in `.pt2` as by `quantize`, in `.onnx` by onnxruntime,
+            for all products with weights; or, in `.pt2` only, `"bfloat16"`.
         tolerance: Largest difference to the model, as a share of its largest output, or absolute
-            if that is below 1. Other precisions differ by more, so there it holds for what should
-            be exact: the program against the model of `narrow`, the ONNX file before int8.
+            if that is below 1. Other precisions differ by more, so there it holds for the program
+            against the model of `quantize`, and for the ONNX file before int8.
         rounds: Timed runs of file and model at each batch size, after two that are not counted.
 
     Raises:
@@ -129,7 +129,7 @@ def export(
 
 
 def _plain(model: nn.Module, images: Tensor) -> PlainModel:
-    """The model as a file has it, with its own weights, once it is certain that it runs."""
+    """Copies the structure of a model as a file has it, and checks that it runs."""
     require(
         isinstance(images, Tensor) and images.ndim in (4, 5) and len(images) > 0,
         f"images are {list(getattr(images, 'shape', []))}, expected a batch of images, "
@@ -153,30 +153,30 @@ def _plain(model: nn.Module, images: Tensor) -> PlainModel:
 
 
 def _write(exact: nn.Module, batches: Sequence[Tensor], tolerance: float, path: Path) -> LoadedFile:
-    """Writes a file that gives the same as a model, or none that stays, and reads it."""
+    """Writes a file, reads it, and checks that it gives the same as the model."""
     images = batches[0]
     sizes = {len(batch) for batch in batches}
     traced = next(n for n in (2, 3, 4) if n not in sizes)  # 1 would be taken for a constant
-    with _in_a_line(path.suffix):
+    with _export_errors(path.suffix):
         write_program(exact, images.new_zeros(traced, *images.shape[1:]), path)
     loaded = load_exported(path, images.device)
     with torch.inference_mode():
         for batch in batches:
             expected = exact(batch)
-            came = largest_difference(expected, loaded(batch))
+            difference = largest_difference(expected, loaded(batch))
             allowed = tolerance * max(1.0, expected.abs().max().item())
-            if not came <= allowed:  # NaN is not either
+            if not difference <= allowed:  # NaN is not either
                 raise RuntimeError(
-                    f"at batch size {len(batch)} the file differs from the model by {came:.2g}, "
-                    f"expected {allowed:.2g} at most; it was not kept. Pass another tolerance if "
-                    "that will do"
+                    f"at batch size {len(batch)} the file differs from the model by "
+                    f"{difference:.2g}, expected {allowed:.2g} at most; it was not kept; pass a "
+                    "larger tolerance to keep it"
                 )
     return loaded
 
 
 @contextmanager
-def _in_a_line(suffix: str) -> Iterator[None]:
-    """Puts an exporter's error, which fills pages, in a line."""
+def _export_errors(suffix: str) -> Iterator[None]:
+    """Shortens an exporter's error, which fills pages, to a line."""
     try:
         yield
     except Exception as error:
@@ -188,12 +188,12 @@ def _in_a_line(suffix: str) -> Iterator[None]:
 
 def _compare(plain: nn.Module, loaded: nn.Module, batch: Tensor, rounds: int) -> BatchCheck:
     with torch.inference_mode():
-        expected, came = plain(batch), loaded(batch)
+        expected, output = plain(batch), loaded(batch)
         runs = {"model": partial(plain, batch), "file": partial(loaded, batch)}
         seconds = time_interleaved(runs, rounds)
     return BatchCheck(
         batch_size=len(batch),
-        largest_difference=largest_difference(expected, came),
+        largest_difference=largest_difference(expected, output),
         largest_output=expected.abs().max().item(),
         model_latency_ms=seconds["model"].latency_ms,
         latency_ms=seconds["file"].latency_ms,

@@ -41,7 +41,7 @@ class LoadedFile(nn.Module):
         super().__init__()
         self._run = (run,)  # no part of this module: torch's programs refuse to be put in a mode
         self.inputs, self.outputs = inputs, outputs
-        self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self.device_marker = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Runs the file; no gradient comes back."""
@@ -75,10 +75,10 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Loade
 
 
 def check_suffix(path: Path) -> None:
-    """Refuses a file that is of neither kind.
+    """Checks that a file's name ends in `.onnx` or `.pt2`.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It ends otherwise.
     """
     require(
         path.suffix in SUFFIXES,
@@ -87,7 +87,7 @@ def check_suffix(path: Path) -> None:
 
 
 def check_target(path: str | Path, precision: str) -> Path:
-    """Refuses a path or a precision that cannot be written, before anything heavy is done.
+    """Checks early that a path and a precision can be written.
 
     Raises:
         ValueError: They do not fit, or a package is missing.
@@ -109,10 +109,10 @@ def check_target(path: str | Path, precision: str) -> Path:
 
 
 def check_weights(model: nn.Module, path: Path) -> None:
-    """Refuses weights that the file could not hold.
+    """Checks that a file can hold a model's weights.
 
     Raises:
-        ValueError: It is an ONNX file, and they are no float32, or too many.
+        ValueError: It is an ONNX file, and they are not float32, or too large.
     """
     if path.suffix != ".onnx":
         return
@@ -149,9 +149,11 @@ def write_program(model: nn.Module, blank: Tensor, path: Path) -> None:
 
 
 def quantize_onnx(source: Path, target: Path) -> None:
-    """Rounds the weights of matrix products in an ONNX file to 8 bits, and their input as it comes.
+    """Rounds the weights of matrix products of an ONNX file to 8 bits, and their input as it runs.
 
     Each output channel has its own scale. Products of two activations, as in attention, stay.
+    The weights are unsigned: processors without VNNI add products of unsigned and signed numbers in
+    16 bits, which overflow.
     """
     quantization = require_package("onnxruntime.quantization", "export", "int8 in .onnx")
     tools = require_package("onnxruntime.quantization.shape_inference", "export", "int8 in .onnx")
@@ -159,7 +161,7 @@ def quantize_onnx(source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bare, shaped = Path(folder) / "bare.onnx", Path(folder) / "shaped.onnx"
         graph = onnx.load(source)
-        del graph.graph.value_info[:]  # shapes that onnxruntime 1.23 finds to be others
+        del graph.graph.value_info[:]  # shapes that onnxruntime 1.23 infers otherwise
         onnx.save(graph, bare)
         tools.quant_pre_process(bare, shaped, skip_symbolic_shape=True)
         quantization.quantize_dynamic(
@@ -167,17 +169,17 @@ def quantize_onnx(source: Path, target: Path) -> None:
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            weight_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QUInt8,
         )
 
 
 def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
     program = torch.export.load(path)
     nodes = {node.name: node for node in program.graph.nodes}
-    told = program.graph_signature
-    [came], [left] = told.user_inputs, told.user_outputs
-    inputs = {str(came): _axes(nodes[came].meta["val"].shape)}
-    outputs = {_OUTPUT: _axes(nodes[left].meta["val"].shape)}
+    signature = program.graph_signature
+    [input_], [output] = signature.user_inputs, signature.user_outputs
+    inputs = {str(input_): _axes(nodes[input_].meta["val"].shape)}
+    outputs = {_OUTPUT: _axes(nodes[output].meta["val"].shape)}
     return LoadedFile(program.module(), inputs, outputs, device)
 
 
@@ -186,9 +188,9 @@ def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    known = onnxruntime.get_available_providers()
-    wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
-    providers = [name for name in [*wanted, "CPUExecutionProvider"] if name in known]
+    available = onnxruntime.get_available_providers()
+    gpu = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+    providers = [name for name in [*gpu, "CPUExecutionProvider"] if name in available]
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
 
     def run(images: Tensor) -> Tensor:
@@ -203,11 +205,11 @@ def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
 
 
 def first_line(error: Exception) -> str:
-    """An error in a line; exporters' fill pages."""
+    """Returns the first line of an error; exporters' fill pages."""
     lines = (line.strip() for line in str(error).splitlines())
     return f"{type(error).__name__}: {next(filter(None, lines), 'no message')}"
 
 
 def _axes(shape: Sequence[Any]) -> Axes:
-    """Sizes, and a name for what takes any."""
+    """Returns sizes, and a name for an axis that takes any."""
     return tuple(size if isinstance(size, int) else _BATCH for size in shape)

@@ -1,4 +1,4 @@
-"""Models in fewer bits: `narrow(model, "int8")`, and what that does to accuracy, speed and size."""
+"""Quantized models: `quantize(model, "int8")`, and their accuracy, speed and size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..utils.validation import check_choice, check_count, require
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
-_LEAST_WIDTH = 32  # of a linear layer that is worth int8
+_MIN_WIDTH = 32  # of a linear layer that is worth int8
 _KEPT = (  # learners and fusers cost little and decide much; torch's attention reads weights itself
     *(TokenLearner, TokenLearnerModuleV11, TokenLearnerV11, TokenFuser),
     nn.MultiheadAttention,
@@ -31,18 +31,18 @@ _KEPT = (  # learners and fusers cost little and decide much; torch's attention 
 
 
 class PlainModel(nn.Module):
-    """A model as a file has it: float32 images go in, and one float32 tensor comes out.
+    """A model as a file has it, from float32 images to one float32 tensor.
 
     Args:
-        model: Any model of images or clips. Of what transformers returns the logits are taken,
-            without any the features.
+        model: Any model of images or clips. Of the outputs of transformers' models the logits are
+            taken, without any the features.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
         self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-        self._num_prefix_tokens = _prefix_of(model)
+        self._num_prefix_tokens = _num_prefix_tokens(model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Runs the model: `b c h w -> b classes`, of clips `b c t h w -> b classes`."""
@@ -53,11 +53,11 @@ class PlainModel(nn.Module):
 
 
 def quantize(model: nn.Module, precision: str) -> PlainModel:
-    """Copies a model into another precision; float32 images go in and float32 logits come out.
+    """Copies a model into another precision, with float32 images and logits.
 
     `"bfloat16"` has weights and activations of 16 bits. `"int8"` has the weights of linear layers
     of at least 32 channels in 8 bits, one scale an output channel, and rounds their input to 8 bits
-    as it comes; learners, fusers, other layers and torchvision's attention stay as they are.
+    when it runs; learners, fusers, other layers and torchvision's attention stay as they are.
 
     Args:
         model: Any model of images or clips; it is left as it is.
@@ -71,7 +71,7 @@ def quantize(model: nn.Module, precision: str) -> PlainModel:
 
     >>> from tokenlearner import create_model
     >>> vit = create_model("vit_mini_patch4_28", num_tokens=4)
-    >>> narrow(vit, "bfloat16")(torch.ones(2, 1, 28, 28)).dtype
+    >>> quantize(vit, "bfloat16")(torch.ones(2, 1, 28, 28)).dtype
     torch.float32
     """
     check_choice("precision", precision, PRECISIONS)
@@ -82,7 +82,7 @@ def quantize(model: nn.Module, precision: str) -> PlainModel:
 
 @dataclass(frozen=True)
 class PrecisionRow:
-    """What a model is worth in one precision; differences and speeds are against the first row."""
+    """A model in one precision; differences and speeds are against the first row's."""
 
     precision: str
     top1_percent: float | None
@@ -104,23 +104,23 @@ def compare_precisions(
     *,
     rounds: int = 10,
 ) -> list[PrecisionRow]:
-    """Measures copies of a model in several precisions side by side, as PyTorch runs them.
+    """Measures copies of a model in several precisions, as PyTorch runs them.
 
     Args:
-        model: As in `narrow`.
+        model: As in `quantize`.
         data: Labeled images for the accuracy, or None.
         images: One batch for differences and latency, on the model's device.
         precisions: The first is what the others are compared with.
         rounds: Timed runs of each, after two that are not counted.
 
     Raises:
-        ValueError: As in `narrow`, or `evaluate`; or there is no precision or no image.
+        ValueError: As in `quantize` or `evaluate`, or there is no precision or no image.
     """
     require(len(precisions) > 0, "precisions is empty, expected one or more of " + str(PRECISIONS))
     for precision in precisions:
         check_choice("precision", precision, PRECISIONS)
     copies: dict[str, nn.Module] = {name: quantize(model, name) for name in precisions}
-    sizes = {name: weights_mib(one) for name, one in copies.items()}
+    sizes = {name: weights_mib(model) for name, model in copies.items()}
     return precision_rows(copies, sizes, data, images, rounds)
 
 
@@ -131,7 +131,7 @@ def precision_rows(
     images: Tensor,
     rounds: int = 10,
 ) -> list[PrecisionRow]:
-    """Measures models side by side that are the same one but for their precision.
+    """Measures models that differ in their precision only.
 
     Args:
         models: By the name of their precision; the first is what the others are compared with.
@@ -163,47 +163,49 @@ def precision_rows(
     ]
 
 
-def largest_difference(expected: Tensor, came: Tensor) -> float:
-    """The largest absolute difference of two outputs; NaN if one has a NaN.
+def largest_difference(expected: Tensor, output: Tensor) -> float:
+    """Returns the largest absolute difference of two outputs; NaN if one has a NaN.
 
     Raises:
         ValueError: They have different shapes.
     """
-    shapes = list(expected.shape), list(came.shape)
+    shapes = list(expected.shape), list(output.shape)
     require(shapes[0] == shapes[1], f"the outputs are {shapes[0]} and {shapes[1]}, expected alike")
-    return (expected.double() - came.double()).abs().max().item()
+    return (expected.double() - output.double()).abs().max().item()
 
 
 def weights_mib(model: nn.Module) -> float:
-    """The size of a model's weights as torch saves them, in MiB; int8 ones tell no size."""
-    buffer = io.BytesIO()
+    """Returns the size of a model's weights as torch saves them, in MiB."""
+    buffer = io.BytesIO()  # int8 tensors have no right `element_size`
     torch.save(model.state_dict(), buffer)
     return buffer.getbuffer().nbytes / 2**20
 
 
 def _int8(model: nn.Module) -> nn.Module:
     torchao = require_package("torchao.quantization", "export", "precision int8")
-    changed = copy.deepcopy(model)
-    kept = {id(m) for part in changed.modules() if isinstance(part, _KEPT) for m in part.modules()}
-    chosen = {id(m) for m in changed.modules() if _is_wide(m) and id(m) not in kept}
+    quantized = copy.deepcopy(model)
+    kept = {
+        id(m) for part in quantized.modules() if isinstance(part, _KEPT) for m in part.modules()
+    }
+    chosen = {id(m) for m in quantized.modules() if _is_wide(m) and id(m) not in kept}
     require(
         bool(chosen),
-        f"{type(model).__name__} has no linear layer of {_LEAST_WIDTH} channels or more besides "
+        f"{type(model).__name__} has no linear layer of {_MIN_WIDTH} channels or more besides "
         "learners, fusers and torch's own attention; int8 saves nothing here, pass bfloat16",
     )
     config = torchao.Int8DynamicActivationInt8WeightConfig()
-    torchao.quantize_(changed, config, filter_fn=lambda module, _: id(module) in chosen)
-    return changed
+    torchao.quantize_(quantized, config, filter_fn=lambda module, _: id(module) in chosen)
+    return quantized
 
 
 def _is_wide(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
-    return min(module.in_features, module.out_features) >= _LEAST_WIDTH
+    return min(module.in_features, module.out_features) >= _MIN_WIDTH
 
 
-def _prefix_of(model: nn.Module) -> int:
-    """What `output_of` has to know of a model that may be no host."""
+def _num_prefix_tokens(model: nn.Module) -> int:
+    """Returns the number of prefix tokens that `output_tensor` needs, for any model."""
     try:
         return find_host(model).num_prefix_tokens
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a model is worth: accuracy, multiply-adds, latency, and where its tokens look."""
+"""Accuracy, multiply-adds and latency of a model, and where its learned tokens look."""
 
 from typing import TYPE_CHECKING
 

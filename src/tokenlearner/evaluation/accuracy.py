@@ -1,4 +1,4 @@
-"""A model and a data set become numbers: `evaluate(model, data)`."""
+"""Loss and accuracy of a model on a data set: `evaluate(model, data)`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..data.loader import SampleKey, load_batches
 from ..utils.modules import training_mode
 from ..utils.validation import check_count, require
 
-_NUMBERS = 2**25  # that go into a model at a time, or little more
+_MAX_NUMBERS = 2**25  # that go into a model at a time, about
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out, over `images` images."""
+    """Loss and accuracy over `images` images."""
 
     images: int
     loss: float
@@ -34,7 +34,7 @@ class Evaluation:
 def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> Evaluation:
     """Classifies every image of `data` and returns loss and accuracy.
 
-    The model is put in evaluation mode for this and left in the mode it came in. Files that cannot
+    The model runs in evaluation mode and keeps its own. Files that cannot
     be read are left out and counted. Where a clip is given in several views, their logits are
     averaged.
 
@@ -50,9 +50,14 @@ def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> E
     return mean_metrics(sum_metrics(model, data, batch_size), data)
 
 
-def eval_batch_size(shape: Sequence[int], squares: int = 1) -> int:
-    """How many images or clips of a shape, in so many views and crops, to judge at a time."""
-    return max(1, min(500, _NUMBERS // math.prod(shape)) // squares)
+def eval_batch_size(shape: Sequence[int], views: int = 1) -> int:
+    """Returns how many images or clips of a shape to evaluate at a time.
+
+    Args:
+        shape: Of one image, `c h w`, or clip, `c t h w`.
+        views: Views and crops of each.
+    """
+    return max(1, min(500, _MAX_NUMBERS // math.prod(shape)) // views)
 
 
 @torch.inference_mode()
@@ -63,10 +68,10 @@ def sum_metrics(
     process: int = 0,
     num_processes: int = 1,
 ) -> Tensor:
-    """Counts the part of one of several processes: images, broken ones, loss, top-1, top-5.
+    """Sums over one process's part of the data: images, unreadable files, loss, top-1, top-5.
 
-    Every process runs the model as often as the others, which models that are shared out among
-    processes need; one that has no image left runs it on a blank.
+    Every process runs the model equally often, as sharded models need; one without an image left
+    runs it on a blank.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(5, dtype=torch.float64)
@@ -86,33 +91,33 @@ def sum_metrics(
 
 
 def mean_metrics(sums: Tensor, data: LabeledDataset) -> Evaluation:
-    """What `tally` counted, over all processes, becomes means.
+    """Makes means of the sums of all processes.
 
     Raises:
         ValueError: No image could be read.
     """
     n, broken, loss, top1, top5 = sums.tolist()
-    require(n > 0, f"none of the {int(broken)} files of {data.name} can be read; mend them")
+    require(n > 0, f"none of the {int(broken)} files of {data.name} can be read")
     return Evaluation(int(n), loss / n, 100 * top1 / n, 100 * top5 / n, int(broken))
 
 
 def _batches(
     data: LabeledDataset, batch_size: int, process: int, num_processes: int
 ) -> Iterator[Batch]:
-    """This process's part, as many batches as any other's."""
+    """Yields this process's part, in as many batches as any other's."""
     if isinstance(data, IterableDataset):
         return data.eval_batches(batch_size, process, num_processes)
-    own = range(process, len(data), num_processes)
+    indices = range(process, len(data), num_processes)
     most = -(-len(data) // num_processes)
     keys = [
-        [SampleKey(index) for index in own[first : first + batch_size]]
+        [SampleKey(index) for index in indices[first : first + batch_size]]
         for first in range(0, most, batch_size)
     ]
     return load_batches(data, keys, workers=data.workers)
 
 
 def _logits(model: nn.Module, images: Tensor, data: LabeledDataset) -> Tensor:
-    """Of images and clips, `b classes`; the mean over views, if there are several."""
+    """Returns `b classes` for images and clips, the mean over views if there are several."""
     if images.ndim == len(data.shape) + 1:
         return model(images).float()
     return model(images.flatten(0, 1)).float().unflatten(0, images.shape[:2]).mean(1)

@@ -1,4 +1,4 @@
-"""The table of all named models: what goes in, how many parameters, how many multiply-adds.
+"""The table of all named models: input size, parameters, multiply-adds.
 
 `docs/models.md` is what `tokenlearner models --markdown` prints.
 """

@@ -1,4 +1,4 @@
-"""What a forward pass takes whatever the machine: multiply-adds, and tensors alive at once."""
+"""Costs that do not depend on the machine: multiply-adds, and tensors alive at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 
 def live_peak_mib(run: Callable[[], object]) -> float:
-    """Runs something and returns the most that its new tensors took at once, in MiB.
+    """Runs a function and returns the most memory that its new tensors took at once, in MiB.
 
     What an operation allocates and frees inside itself is not seen.
     """

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def describe_machine(device: torch.device) -> dict[str, str | int | None]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = named[0] if named else cpu
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        cpu = names[0] if names else cpu
     is_cuda = device.type == "cuda"
     return {
         "cpu": cpu,

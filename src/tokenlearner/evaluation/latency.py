@@ -1,23 +1,21 @@
-"""What models cost, measured side by side: `benchmark({"a": model_a, "b": model_b}, images)`."""
+"""The cost of models, measured interleaved: `benchmark({"a": model_a, "b": model_b}, images)`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..utils.modules import clone_structure as clone_structure
 from ..utils.modules import training_mode
 from ..utils.validation import check_count
-from .flops import count_macs as count_macs
-from .flops import live_peak_mib
+from .flops import count_macs, live_peak_mib
 
 Key = TypeVar("Key")
 
@@ -63,7 +61,7 @@ class Seconds(list[float]):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs; speeds are taken in turn with the other models of the same call.
+    """The cost of one model; its runs are interleaved with those of the same call's other models.
 
     `speedup` and `training_speedup` compare with the first model, round by round.
     """
@@ -81,7 +79,7 @@ class Cost:
 
 
 def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, Cost]:
-    """Measures models on the same images, in turn, so that a busy machine slows all alike.
+    """Measures models on the same images, interleaved, so that a busy machine slows all alike.
 
     A training step is forward and backward of the mean output; there is no optimizer in it. The
     models' modes and gradients are left as they were.
@@ -92,7 +90,7 @@ def benchmark(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 15)
         rounds: Timed runs of each model, after two that are not counted.
 
     Raises:
-        ValueError: There is no model or no image, or fewer than 2 rounds.
+        ValueError: There is no model or no image, or `rounds` is below 2.
     """
     inference = time_models(models, images, rounds)
     training = time_models(models, images, rounds, training=True)
@@ -120,7 +118,7 @@ def time_models(
     training: bool = False,
     compiled: bool = False,
 ) -> dict[str, Seconds]:
-    """Measures a forward pass, or a training step, of models in turn on the same images.
+    """Times a forward pass, or a training step, of models interleaved on the same images.
 
     Args:
         models: As in `benchmark`.
@@ -161,8 +159,8 @@ def peak_memory_mib(model: nn.Module, images: Tensor, *, training: bool = False)
 
 
 @contextmanager
-def _ready(model: nn.Module, training: bool) -> Any:
-    """In its mode, and at inference without gradients; outside of what is timed."""
+def _ready(model: nn.Module, training: bool) -> Iterator[None]:
+    """Puts a model in its mode, and at inference turns gradients off."""
     with training_mode(model, training), torch.inference_mode(not training):
         yield
 
@@ -191,7 +189,7 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def time_interleaved(runs: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, Seconds]:
-    """Measures runs one after the other, round by round, so that a busy machine slows all alike.
+    """Times runs one after the other, round by round, so that a busy machine slows all alike.
 
     Every other round goes backwards, so that none always runs behind the same one. Each run is
     waited for, on an accelerator too.

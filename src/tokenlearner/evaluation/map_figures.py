@@ -1,8 +1,8 @@
-"""Maps as a person sees them: sheets as PNG, and animations as GIF or MP4.
+"""Figures of attention maps as PNG, and animations as GIF or MP4.
 
 One square is one position of the model's grid; nothing is smoothed. The colors are cividis, which
 rises evenly in lightness, so that it reads alike with color blindness and in gray print. They lie
-over the image, grayed and pale, and the bar beside a sheet shows them over middle gray.
+over the image, grayed and pale, and the bar beside a figure shows them over middle gray.
 Axes: `k` tokens, `h w` grid or pixels, `c` channels.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.imports import require_package
 from ..utils.io import atomic_write
 from ..utils.validation import require
 
@@ -59,7 +60,7 @@ class MapScale:
         return "gate, from 0 to 1" if self.gates else "weight, in multiples\nof the even share 1/n"
 
     def shown(self, maps: Tensor) -> Tensor:
-        """Maps in the scale's unit, and behind them their sum divided by their count."""
+        """Returns maps in the scale's unit, and behind them their sum divided by their count."""
         values = maps.float().cpu()
         values = values if self.gates else values * values.shape[-2:].numel()
         return torch.cat([values, values.mean(0, keepdim=True)])
@@ -69,8 +70,8 @@ def map_scale(rows: Sequence[FigureRow], gates: bool) -> MapScale:
     """Finds one scale for all rows: 0 to 1 for gates, otherwise up to nearly the largest weight."""
     if gates:
         return MapScale(_GATES_TOP, True)
-    shown = torch.cat([MapScale(1, False).shown(row.maps).flatten() for row in rows])
-    return MapScale(max(_LEAST_TOP, float(np.quantile(shown.numpy(), 0.995))), False)
+    values = torch.cat([MapScale(1, False).shown(row.maps).flatten() for row in rows])
+    return MapScale(max(_LEAST_TOP, float(np.quantile(values.numpy(), 0.995))), False)
 
 
 def write_figure(path: str | Path, rows: Sequence[FigureRow], scale: MapScale, title: str) -> Path:
@@ -87,18 +88,18 @@ def write_figure(path: str | Path, rows: Sequence[FigureRow], scale: MapScale, t
 
 def write_animation(
     paths: Sequence[str | Path],
-    moments: Sequence[Sequence[FigureRow]],
+    time_steps: Sequence[Sequence[FigureRow]],
     scale: MapScale,
     title: str,
     frames_per_second: int = 4,
 ) -> list[Path]:
-    """Writes what the sheets of several moments would show, one after the other.
+    """Writes an animation of the figures of several time steps.
 
     Args:
         paths: Files that end in .gif (which goes round and round) or .mp4.
-        moments: For each of them rows of the same shapes.
-        scale: As of a sheet.
-        title: As of a sheet.
+        time_steps: For each of them rows of the same shapes.
+        scale: As of a figure.
+        title: As of a figure.
         frames_per_second: How fast they follow each other.
 
     Raises:
@@ -107,7 +108,7 @@ def write_animation(
     writers = {".gif": _write_gif, ".mp4": _write_mp4}
     odd = [str(path) for path in paths if Path(path).suffix not in writers]
     require(not odd, f"{odd} cannot be written, expected names that end in .gif or .mp4")
-    frames = _pixels(moments, scale, title)
+    frames = _pixels(time_steps, scale, title)
     for path in paths:
         with atomic_write(path) as temporary:
             writers[Path(path).suffix](temporary, frames, frames_per_second)
@@ -115,28 +116,24 @@ def write_animation(
 
 
 def check_matplotlib() -> None:
-    """Refuses to draw without matplotlib.
+    """Checks that matplotlib is installed.
 
     Raises:
         ValueError: It is missing.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        message = "drawing maps needs matplotlib; run pip install 'tokenlearner[train]'"
-        raise ValueError(message) from error
+    require_package("matplotlib", "train", "drawing maps")
 
 
-def overlay(image: Tensor, shown: Tensor, scale: MapScale) -> np.ndarray:
+def overlay(image: Tensor, values: Tensor, scale: MapScale) -> np.ndarray:
     """Colors a map and lays it over an image: `c h w`, `h w` of the grid -> `h w 3` in [0, 1].
 
     Where patches do not fill an image, what is left at its right and lower edge stays uncolored.
     """
     gray = image.float().mean(0).cpu().numpy()
-    seen = 0.5 + _CONTRAST * (gray - 0.5)
-    cell = [max(1, pixels // squares) for pixels, squares in zip(gray.shape, shown.shape)]  # noqa: B905
-    squares = np.kron(shown.numpy(), np.ones(cell))[: gray.shape[0], : gray.shape[1]]
-    pixels = np.repeat(seen[..., None], 3, axis=-1)
+    pale = 0.5 + _CONTRAST * (gray - 0.5)
+    cell = [max(1, pixels // squares) for pixels, squares in zip(gray.shape, values.shape)]  # noqa: B905
+    squares = np.kron(values.numpy(), np.ones(cell))[: gray.shape[0], : gray.shape[1]]
+    pixels = np.repeat(pale[..., None], 3, axis=-1)
     covered = pixels[: squares.shape[0], : squares.shape[1]]
     covered[:] = _blended(squares / scale.top, covered)
     return pixels
@@ -150,13 +147,13 @@ def _blended(shares: np.ndarray, beneath: np.ndarray) -> np.ndarray:
 
 
 def _panels(row: FigureRow, scale: MapScale) -> list[np.ndarray]:
-    """What stands in a line of a sheet, from left to right."""
+    """Returns what stands in a line of a figure, from left to right."""
     color = row.image.float().cpu().expand(3, -1, -1).permute(1, 2, 0).clip(0, 1).numpy()
     return [color, *(overlay(row.image, one, scale) for one in scale.shown(row.maps))]
 
 
 def _figure(rows: Sequence[FigureRow], scale: MapScale, title: str) -> tuple[Any, list[list[Any]]]:
-    """A sheet that is ready to be drawn, and its images, row by row."""
+    """Makes a figure that is ready to be drawn, and returns it with its images, row by row."""
     check_matplotlib()
     require(len(rows) > 0, "there is no image to draw; pass one or more")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -192,7 +189,7 @@ def _titles(k: int) -> list[str]:
 
 
 def _add_bar(figure: Any, axes: Any, scale: MapScale) -> None:
-    """The colors as they look over middle gray, and the numbers they stand for."""
+    """Adds the colors as they look over middle gray, and the numbers they stand for."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
@@ -204,14 +201,14 @@ def _add_bar(figure: Any, axes: Any, scale: MapScale) -> None:
     bar.ax.tick_params(labelsize=7)
 
 
-def _pixels(moments: Sequence[Sequence[FigureRow]], scale: MapScale, title: str) -> np.ndarray:
-    """Draws every moment at the same places, `t h w 3`; height and width are even, as MP4 needs."""
-    require(len(moments) > 0, "there is no moment to draw; pass one or more")
-    figure, images = _figure(moments[0], scale, title)
+def _pixels(time_steps: Sequence[Sequence[FigureRow]], scale: MapScale, title: str) -> np.ndarray:
+    """Draws every time step in the same layout, `t h w 3`; `h` and `w` are even, as MP4 needs."""
+    require(len(time_steps) > 0, "there is no time step to draw; pass one or more")
+    figure, images = _figure(time_steps[0], scale, title)
     figure.canvas.draw()
-    figure.set_layout_engine("none")  # the places are found
+    figure.set_layout_engine("none")  # keeps the layout
     frames = []
-    for rows in moments:
+    for rows in time_steps:
         for line, row in zip(images, rows, strict=True):
             line[0].axes.set_ylabel(row.label, fontsize=8)
             for image, panel in zip(line, _panels(row, scale), strict=True):
@@ -234,11 +231,7 @@ def _write_gif(path: Path, frames: np.ndarray, frames_per_second: int) -> None:
 
 
 def _write_mp4(path: Path, frames: np.ndarray, frames_per_second: int) -> None:
-    try:
-        import av
-    except ImportError as error:
-        message = "writing MP4 needs PyAV; run pip install 'tokenlearner[video]'"
-        raise ValueError(message) from error
+    av = require_package("av", "video", "writing MP4")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=frames_per_second)

@@ -1,4 +1,4 @@
-"""Numbers about maps: `map_stats(maps)` says how far tokens look at different things, and where.
+"""Statistics of attention maps: `map_stats(maps)` says how far tokens look at different things.
 
 Each map counts as a distribution over positions; V1's gates are divided by their sum for that.
 Two maps are compared by their Bhattacharyya overlap, the sum over positions of `sqrt(p q)`: 1 for
@@ -26,7 +26,7 @@ EVEN = 0.95  # effective share of the image from which on a map is as good as av
 
 @dataclass(frozen=True)
 class AttentionStats:
-    """What the maps of one insertion point have in common; tokens are counted from 1."""
+    """Statistics of the maps of one insertion point; tokens are counted from 1."""
 
     images: int
     """Images or clips."""
@@ -50,8 +50,8 @@ class AttentionStats:
     def alike(self) -> tuple[float, tuple[int, int]] | None:
         """The largest overlap of two tokens, and which ones; None for a single token."""
         k = len(self.pairs)
-        found = [(self.pairs[i][j], (i + 1, j + 1)) for i in range(k) for j in range(i + 1, k)]
-        return max(found, default=None)
+        pairs = [(self.pairs[i][j], (i + 1, j + 1)) for i in range(k) for j in range(i + 1, k)]
+        return max(pairs, default=None)
 
     @property
     def collapsed(self) -> list[list[int]]:
@@ -64,18 +64,18 @@ class AttentionStats:
         return sorted(sorted(i + 1 for i in group) for group in groups if len(group) > 1)
 
     def warnings(self) -> list[str]:
-        """Says what is wrong with the tokens, a sentence each; nothing if nothing is."""
-        said = [
+        """Returns a sentence for each thing that is wrong with the tokens."""
+        sentences = [
             f"tokens {', '.join(map(str, group))} have collapsed onto each other: their "
             f"maps overlap by {COLLAPSED} or more, so at most 14 % of their weight lies elsewhere"
             for group in self.collapsed
         ]
         if even := [str(i + 1) for i, x in enumerate(self.effective_share) if x >= EVEN]:
-            said.append(
+            sentences.append(
                 f"the maps of some tokens are almost even ({', '.join(even)}): they spread over "
                 f"{EVEN:.0%} of the image or more, as average pooling does"
             )
-        return said
+        return sentences
 
 
 def map_stats(maps: Tensor) -> AttentionStats:
@@ -87,11 +87,11 @@ def map_stats(maps: Tensor) -> AttentionStats:
         maps: `b k h w`, of clips `b t k h w`; no number below 0.
 
     Raises:
-        ValueError: The maps have other axes, are empty, or hold what no weight can be.
+        ValueError: The maps have other axes, are empty, or hold NaN, infinity or numbers below 0.
 
     >>> left, right = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 0, 1, 1])
-    >>> found = map_stats(torch.stack([left, right]).reshape(1, 2, 2, 2))
-    >>> found.overlap, found.entropy_bits, found.effective_share
+    >>> stats = map_stats(torch.stack([left, right]).reshape(1, 2, 2, 2))
+    >>> stats.overlap, stats.entropy_bits, stats.effective_share
     (0.0, [1.0, 1.0], [0.5, 0.5])
     """
     require(
@@ -133,7 +133,7 @@ def _over_frames(root: Tensor) -> list[float] | None:
 
 
 def _across_images(root: Tensor) -> list[float] | None:
-    """The mean over all pairs of images, from the square of their sum: `b t k n -> k`."""
+    """Returns the mean over all pairs of images, from the square of their sum: `b t k n -> k`."""
     b = len(root)
     if b < 2:
         return None

@@ -1,4 +1,4 @@
-"""Where the learned tokens look: `attention_maps(model, images)`, and a sheet that shows it."""
+"""Where the learned tokens look: `attention_maps(model, images)`, and a figure of it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
         V1.1 maps sum to 1 over an image, V1 maps are gates in (0, 1).
 
     Raises:
-        ValueError: The model has no learned tokens, or the grid cannot be told.
+        ValueError: The model has no learned tokens, or its grid is unknown.
     """
-    found, maps = wrapped_blocks(model), {}
-    reduced: list[Tensor] = []  # maps behind which there are tokens only, in the order of the run
-    if not found:
+    blocks, maps = wrapped_blocks(model), {}
+    reduced: list[Tensor] = []  # maps of blocks behind which there are tokens only, in order
+    if not blocks:
         raise ValueError("this model has no learned tokens to look at; insert(model) adds them")
 
     def keep(index: int, block: ReducedBlock) -> Any:
@@ -53,7 +53,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
         return hook
 
-    hooks = [b.learner.register_forward_pre_hook(keep(i, b)) for i, b in found.items()]
+    hooks = [b.learner.register_forward_pre_hook(keep(i, b)) for i, b in blocks.items()]
     try:
         with training_mode(model, training=False):
             model(images)
@@ -64,25 +64,24 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
 
 def has_gates(model: nn.Module) -> bool:
-    """Whether a model's maps are V1's gates in (0, 1), and not distributions over positions."""
-    found = wrapped_blocks(model).values()
-    return any(isinstance(block.learner, TokenLearner) for block in found)
+    """Returns whether a model's maps are V1's gates in (0, 1), not distributions over positions."""
+    return any(isinstance(b.learner, TokenLearner) for b in wrapped_blocks(model).values())
 
 
 def draw_maps(
     path: str | Path, images: Tensor, maps: Tensor, names: Sequence[str], title: str
 ) -> Path:
-    """Writes a sheet with a row for each image: itself, its `k` maps over it, and their sum.
+    """Writes a figure with a row for each image: itself, its `k` maps over it, and their sum.
 
-    One color scale serves the whole sheet. It counts in multiples of the even share, so 1 means
-    that a position gets as much as any, and a bar beside the sheet says so.
+    One color scale serves the whole figure. It counts in multiples of the even share, so 1 means
+    that a position gets as much as any, and a bar beside the figure says so.
 
     Args:
         path: The PNG to write.
         images: `b c h w` in [0, 1], gray or color.
         maps: `b k h w` of one insertion point, each map summing to 1.
         names: What to write beside each image.
-        title: What to write above the sheet.
+        title: What to write above the figure.
     """
     rows = [FigureRow(*row) for row in zip(names, images, maps, strict=True)]
     return write_figure(path, rows, map_scale(rows, gates=False), title)

@@ -1,6 +1,6 @@
 """Where to learn tokens and how many: pairs that meet a budget, measured before any training.
 
-The host is never touched: what is counted and timed are twins of it.
+The host is never touched: structural copies of it are counted and timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEFAULT_TOKENS = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Option:
-    """What `insert(model, option.num_tokens, option.at)` costs; timed in turn with the host."""
+    """The cost of `insert(model, option.num_tokens, option.at)`, interleaved with the host."""
 
     at: int | None
     """The block in front of which tokens are learned; None is the host as it is."""
@@ -40,7 +40,7 @@ class Option:
     """Of the whole batch."""
     images_per_second: Timing
     speedup: Timing
-    """How many times as fast as the host, round by round."""
+    """Times as fast as the host, round by round."""
 
     @property
     def latency_share(self) -> float:
@@ -48,8 +48,8 @@ class Option:
         return 1 / self.speedup.median
 
     @property
-    def of_macs_ratio(self) -> float:
-        """How much of what the multiply-adds promise becomes speed; 1 is all of it."""
+    def realized_speedup(self) -> float:
+        """The speed-up as a share of the theoretical one, which is the ratio of multiply-adds."""
         return self.speedup.median * self.macs_share
 
 
@@ -107,7 +107,7 @@ _HOST: Pair = (None, None)
 
 
 def check_plan(budget: float, measure: str, num_tokens: Sequence[int], rounds: int) -> list[int]:
-    """Refuses what cannot be planned, and returns the numbers of tokens in order, each once."""
+    """Checks the arguments of `plan`, and returns the numbers of tokens in order, each once."""
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
         raise ValueError(f"budget is {budget!r}, expected a share above 0 and up to 1, such as 0.5")
     check_choice("measure", measure, ("macs", "latency"))
@@ -119,52 +119,52 @@ def check_plan(budget: float, measure: str, num_tokens: Sequence[int], rounds: i
 class _Trials:
     """Counts and times a host with tokens learned at pairs of a block and a number."""
 
-    def __init__(self, model: nn.Module, images: Tensor, rounds: int, **told: Any):
-        self.model, self.images, self.rounds, self.told = model, images, rounds, told
+    def __init__(self, model: nn.Module, images: Tensor, rounds: int, **kwargs: Any):
+        self.model, self.images, self.rounds, self.kwargs = model, images, rounds, kwargs
         self.last = len(find_host(model).blocks) - 1
         self.macs = cache(self._macs)
 
     def _macs(self, at: int | None, k: int | None) -> int:
-        """The multiply-adds of one image; on the meta device nothing is computed."""
+        """Counts the multiply-adds of one image; on the meta device nothing is computed."""
         image = torch.empty_like(self.images[:1], device="meta")
         return count_macs(self._with_tokens(at, k, device="meta"), image)
 
     def share(self, at: int | None, k: int | None) -> float:
-        """The multiply-adds as a share of the host's."""
+        """Returns the multiply-adds as a share of the host's."""
         return self.macs(at, k) / self.macs(*_HOST)
 
     def seconds(self, pairs: Sequence[Pair]) -> dict[Pair, Seconds]:
-        """Times the host and all pairs in turn."""
+        """Times the host and all pairs interleaved."""
         models = {pair: self._with_tokens(*pair) for pair in (_HOST, *pairs)}
         with torch.inference_mode():
             runs = {pair: partial(model, self.images) for pair, model in models.items()}
             return time_interleaved(runs, self.rounds)
 
     def options(self, seconds: dict[Pair, Seconds]) -> list[Option]:
-        """What the host and the pairs cost that were timed."""
+        """Returns the cost of the host and the pairs that were timed."""
         return [
             Option(
                 at=at,
                 num_tokens=k,
                 gmacs=self.macs(at, k) / 1e9,
                 macs_share=self.share(at, k),
-                latency_ms=own.latency_ms,
-                images_per_second=own.per_second(len(self.images)),
-                speedup=own.speedup_over(seconds[_HOST]),
+                latency_ms=runs.latency_ms,
+                images_per_second=runs.per_second(len(self.images)),
+                speedup=runs.speedup_over(seconds[_HOST]),
             )
-            for (at, k), own in seconds.items()
+            for (at, k), runs in seconds.items()
         ]
 
     def _with_tokens(self, at: int | None, k: int | None, device: str | None = None) -> nn.Module:
         model = clone_structure(self.model, device).eval()
         if at is not None and k is not None:
             with torch.random.fork_rng(devices=[]):  # new learners draw their weights
-                insert(model, k, at, **self.told)
+                insert(model, k, at, **self.kwargs)
         return model
 
 
 def _within_macs(trials: _Trials, budget: float, sizes: Sequence[int]) -> list[Option]:
-    """Counts say which blocks are the deepest; only these are timed."""
+    """Finds the deepest blocks by counting; only these are timed."""
     blocks = range(trials.last + 1)
     deepest = {k: bisect_right(blocks, budget, key=partial(trials.share, k=k)) - 1 for k in sizes}
     if pairs := [(at, k) for k, at in deepest.items() if at >= 0]:
@@ -174,34 +174,36 @@ def _within_macs(trials: _Trials, budget: float, sizes: Sequence[int]) -> list[O
 
 def _within_latency(trials: _Trials, budget: float, sizes: Sequence[int]) -> list[Option]:
     """Starts one block behind the estimate and goes back until all fit in one and the same run."""
-    seen = _shares(trials.seconds([(at, k) for at in (0, trials.last) for k in sizes]))
-    deepest = {k: _estimate(budget, trials.last, seen[0, k], seen[trials.last, k]) for k in sizes}
+    measured = _shares(trials.seconds([(at, k) for at in (0, trials.last) for k in sizes]))
+    deepest = {
+        k: _estimate(budget, trials.last, measured[0, k], measured[trials.last, k]) for k in sizes
+    }
     while pairs := [(at, k) for k, at in deepest.items() if at >= 0]:
         seconds = trials.seconds(pairs)
         shares = _shares(seconds)
         if all(share <= budget for share in shares.values()):
             return trials.options(seconds)
-        seen |= shares
+        measured |= shares
         deepest = {k: at - (shares[at, k] > budget) for at, k in pairs}
-    raise _nothing_fits(budget, "latency", seen)
+    raise _nothing_fits(budget, "latency", measured)
 
 
 def _shares(seconds: dict[Pair, Seconds]) -> dict[Pair, float]:
-    """What each pair takes of the host's time."""
+    """Returns the share of the host's time that each pair takes."""
     host, *pairs = seconds
     return {pair: 1 / seconds[pair].speedup_over(seconds[host]).median for pair in pairs}
 
 
 def _estimate(budget: float, last: int, low: float, high: float) -> int:
-    """One block behind the deepest within the budget, from the shares at first and last block."""
+    """Returns one block behind the deepest in budget, from the shares at first and last block."""
     saved = max(high - low, 1e-9)  # noise may leave nothing
     return min(last, 1 + math.floor(last * (budget - low) / saved))
 
 
 def _nothing_fits(budget: float, measure: str, shares: dict[Any, float]) -> ValueError:
     share, (at, k) = min((share, pair) for pair, share in shares.items())
-    way = "pass that or more" if share <= 1 else "tokens save nothing here, larger batches may"
+    hint = "pass that or more" if share <= 1 else "tokens save nothing here, larger batches may"
     return ValueError(
         f"nothing meets a budget of {budget} of the host's {measure}; the smallest share is "
-        f"{math.ceil(1000 * share) / 1000}, with num_tokens={k} at block {at}: {way}"
+        f"{math.ceil(1000 * share) / 1000}, with num_tokens={k} at block {at}: {hint}"
     )

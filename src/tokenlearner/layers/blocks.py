@@ -25,9 +25,6 @@ from ..utils.validation import Grid, check_count
 from .token_fuser import TokenFuser
 from .token_learner import TokenLearner
 
-# torch before 2.7 cannot tell exporting from compiling.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
 
 @dataclass(frozen=True)
 class PositionArgs:
@@ -113,7 +110,7 @@ class PositionFreeBlock(nn.Module):
             ValueError: There is an attention mask.
         """
         left_out = self.of_positions.arguments
-        if _is_exporting():
+        if torch.compiler.is_exporting():
             left_out += self.of_positions.exported
         names = (*self._arguments, *[""] * len(args))
         args = tuple(None if n in left_out else value for n, value in zip(names, args))  # noqa: B905

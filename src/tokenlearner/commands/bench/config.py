@@ -1,4 +1,4 @@
-"""What `tokenlearner bench` is told: options, and models such as `NAME+insert(8,6)`."""
+"""Options of `tokenlearner bench`, and models such as `NAME+insert(8,6)`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from ...layers.token_learner import LEARNERS
-from ...utils.validation import check_choice, check_count, require
+from ...utils.validation import check_count, check_literals, require
 
 _EXPECTED = (
     "expected MODEL or MODEL+insert(NUM_TOKENS, AT), AT a block such as 6 or a share "
-    f"such as 0.5, then, if you like, fuse and one of {', '.join(LEARNERS)}; and behind either, "
-    "if you like, +onednn"
+    f"such as 0.5, then optionally fuse and one of {', '.join(LEARNERS)}; +onednn may follow"
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measures models in turn: multiply-adds, memory, latency, throughput and training.
+    """Measures models interleaved: multiply-adds, memory, latency, throughput and training.
 
     Args:
         models: Names that `create_model` knows, ours or timm's, or checkpoints of `save_model`;
@@ -35,25 +31,25 @@ class BenchConfig:
         batch_size: Images at a time for throughput and training; latency is that of one.
         img_size: Height and width of the images; 0 leaves them as the models have them.
         rounds: Timed runs of each model and measurement.
-        dtype: Of weights and images: float32, bfloat16 or float16.
+        dtype: Of weights and images.
         threads: For torch on a CPU; 0 leaves them as they are.
         compile: Time what torch.compile makes of the models; multiply-adds and memory are counted
             without.
         training: Measure a training step (forward and backward) too.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         json: File for all numbers, for programs.
-        plot: PNG file for an image of speed-ups.
+        plot: PNG file for a plot of speed-ups.
 
     Raises:
-        ValueError: A number is out of range, a model is named wrongly or twice, or a file has no
-            place.
+        ValueError: A number is out of range, a model is misspelled or given twice, or a file
+            cannot be written.
     """
 
     models: list[str]
     batch_size: int = 8
     img_size: int = 0
     rounds: int = 15
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = 0
     compile: bool = False
     training: bool = True
@@ -64,40 +60,40 @@ class BenchConfig:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("img_size", 0), ("rounds", 2), ("threads", 0)):
             check_count(name, getattr(self, name), least)
-        check_choice("dtype", self.dtype, list(DTYPES))
+        check_literals(self)
         _check_file("json", self.json, ".json")
         _check_file("plot", self.plot, ".png")
-        require(bool(self.models), "there are 0 models, expected 1 or more; name one")
-        twice = {text for text in self.models if self.models.count(text) > 1}
-        require(not twice, f"{', '.join(sorted(twice))} is named twice; name each model once")
-        for candidate in self.candidates:
+        require(bool(self.models), "models is empty, expected one or more")
+        repeated = {text for text in self.models if self.models.count(text) > 1}
+        require(not repeated, f"models has {', '.join(sorted(repeated))} twice, expected once")
+        for model in self.parsed_models:
             require(
-                not candidate.onednn or (self.dtype == "float32" and not self.compile),
-                f"{candidate.text!r} asks for oneDNN, which computes float32 that is not compiled; "
-                "leave out +onednn, or dtype and compile",
+                not model.onednn or (self.dtype == "float32" and not self.compile),
+                f"{model.text!r} uses oneDNN, which computes float32 and is not compiled; leave "
+                "out +onednn, or dtype and compile",
             )
 
     @property
-    def candidates(self) -> list[BenchModel]:
-        """The models as they are named."""
+    def parsed_models(self) -> list[BenchModel]:
+        """The models, parsed."""
         return [parse_bench_model(text) for text in self.models]
 
     @property
     def command(self) -> str:
-        """What measures the same again."""
-        given = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        """The command line that measures the same again."""
         options = [
             word
-            for name, value, default in given
-            if default is not MISSING and value != default
-            for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
+            for option in fields(self)
+            if option.default is not MISSING
+            and (value := getattr(self, option.name)) != option.default
+            for word in (f"--{option.name}", _word(value))
         ]
         return shlex.join(["tokenlearner", "bench", *self.models, *options])
 
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A model as it is named on the command line.
+    """A model as it is given on the command line.
 
     Args:
         text: All of it.
@@ -113,37 +109,39 @@ class BenchModel:
 
 
 def parse_bench_model(text: str) -> BenchModel:
-    """Reads `MODEL` or `MODEL+insert(NUM_TOKENS, AT, fuse, LEARNER)`, with `+onednn` or without.
+    """Parses `MODEL` or `MODEL+insert(NUM_TOKENS, AT, fuse, LEARNER)`, optionally with `+onednn`.
 
     Behind the number of tokens any part may be left out, and their order is free.
 
     Raises:
         ValueError: It has another form.
 
-    >>> parse_candidate("vit_base_patch16_224+insert(8,6)").tokens
+    >>> parse_bench_model("vit_base_patch16_224+insert(8,6)").tokens
     {'num_tokens': 8, 'at': 6}
     """
     rest = text.removesuffix("+onednn")
-    onednn = rest != text
-    base, plus, inserted = rest.partition("+insert")
-    form = re.fullmatch(r"\(([^()]*)\)", inserted)
-    if not base or base.endswith("+onednn") or (plus and form is None):
+    form = re.fullmatch(r"(?P<base>.+?)(\+insert\((?P<words>[^()]*)\))?", rest)
+    if form is None or "+insert" in form["base"] or form["base"].endswith("+onednn"):
         raise ValueError(f"there is no model in {text!r}, {_EXPECTED}")
-    if form is None:
-        return BenchModel(text, base, onednn=onednn)
-    first, *others = (word.strip() for word in form[1].split(","))
-    if not first.isdecimal() or int(first) == 0:
-        raise ValueError(f"{text!r} has {first!r} for the number of tokens, {_EXPECTED}")
-    tokens: dict[str, Any] = {"num_tokens": int(first)}
-    for key, value in (_argument(word, text) for word in others):
-        if key in tokens:
-            raise ValueError(f"{text!r} says {key} twice, {tokens[key]} and {value}; keep one")
-        tokens[key] = value
-    return BenchModel(text, base, tokens, onednn)
+    tokens: dict[str, Any] = {}
+    if form["words"] is not None:
+        first, *others = (word.strip() for word in form["words"].split(","))
+        if not first.isdecimal() or int(first) == 0:
+            raise ValueError(f"{text!r} has {first!r} for the number of tokens, {_EXPECTED}")
+        tokens["num_tokens"] = int(first)
+        for key, value in (_argument(word, text) for word in others):
+            if key in tokens:
+                raise ValueError(f"{text!r} has {key} twice, {tokens[key]} and {value}; keep one")
+            tokens[key] = value
+    return BenchModel(text, form["base"], tokens, onednn=rest != text)
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _argument(word: str, text: str) -> tuple[str, Any]:
-    """A word behind the number of tokens as an argument of `insert`."""
+    """Parses a word behind the number of tokens as an argument of `insert`."""
     if word == "fuse":
         return "fuse", True
     if word in LEARNERS:
@@ -156,7 +154,7 @@ def _argument(word: str, text: str) -> tuple[str, Any]:
 
 
 def _check_file(option: str, path: str, suffix: str) -> None:
-    """Refuses a file that could not be written in the end."""
+    """Checks early that a file can be written later."""
     if not path:
         return
     file, folder = Path(path), Path(path).parent

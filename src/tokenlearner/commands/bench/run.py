@@ -1,10 +1,11 @@
-"""What `tokenlearner bench` does: models measured in turn, and how each compares to the first."""
+"""Models of `tokenlearner bench`, measured interleaved, each against the first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +13,29 @@ from torch import Tensor, nn
 from ...evaluation.flops import count_macs
 from ...evaluation.hardware import describe_machine, read_gigabytes_per_second
 from ...evaluation.latency import Seconds, Timing, peak_memory_mib, time_models
+from ...layers.onednn import use_onednn
+from ...models.insertion import insert
 from ...utils.modules import pick_device
-from .config import DTYPES, BenchConfig
-from .models import load_bench_models
+from ...utils.validation import require
+from .._models import load_sized
+from .config import BenchConfig, BenchModel
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model is in one measurement, and against the first one."""
+    """The speed of a model in one measurement, and over the first model's."""
 
     value: Timing
     """In the unit of the measurement."""
     speedup: Timing
-    """How many times as fast as the first model, round by round."""
-    of_macs_ratio: float
-    """How much of what the multiply-adds promise becomes speed; 1 is all of it."""
+    """Times as fast as the first model, round by round."""
+    realized_speedup: float
+    """The speed-up as a share of the theoretical one, which is the ratio of multiply-adds."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was timed.
+    """What is timed.
 
     Args:
         name: `latency`, `throughput` or `training`.
@@ -45,7 +49,7 @@ class Measurement:
 
     @property
     def label(self) -> str:
-        """In words."""
+        """The measurement in words."""
         return f"{self.name} at batch {self.batch_size}, {self.unit}"
 
     def timing(self, seconds: Seconds) -> Timing:
@@ -55,7 +59,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What one model costs; `speeds` are by the name of the measurement."""
+    """The cost of one model."""
 
     name: str
     parameters: int
@@ -65,11 +69,12 @@ class BenchRow:
     gflops: float
     """Twice that."""
     macs_ratio: float
-    """How many times as many the first model takes."""
+    """Multiply-adds of the first model over this one's: the theoretical speed-up."""
     peak_memory_mib: float
     """Tensors alive at once beyond model and input, at inference on the whole batch."""
     training_peak_memory_mib: float | None
     speeds: dict[str, Speed]
+    """By the name of the measurement."""
 
 
 @dataclass(frozen=True)
@@ -87,100 +92,124 @@ class BenchResult:
 
 
 def bench(config: BenchConfig, report: Callable[[str], object] = lambda line: None) -> BenchResult:
-    """Measures the models of a configuration in turn.
+    """Measures the models of a configuration interleaved.
 
     Args:
         config: What to measure, and how.
-        report: Is told what comes next, in a line.
+        report: Called with a line on what comes next.
 
     Raises:
-        ValueError: There is no such model or device, tokens cannot be inserted, the models take
-            images of different sizes, or none of the size that is asked for.
+        ValueError: There is no such model or device, tokens cannot be inserted, or the models do
+            not take images of one size.
     """
-    device, dtype = pick_device(config.device), DTYPES[config.dtype]
+    device, dtype = pick_device(config.device), getattr(torch, config.dtype)
+    batch = config.batch_size
+    measurements = [Measurement("latency", 1, "ms"), Measurement("throughput", batch, "images/s")]
+    measurements += [Measurement("training", batch, "images/s")] if config.training else []
     with _threads(config.threads):
         report("building")
-        models, axes = load_bench_models(config.candidates, config.img_size, device, dtype)
-        images = torch.randn(config.batch_size, *axes).to(device, dtype)
+        models, axes = load_bench_models(config.parsed_models, config.img_size, device, dtype)
+        images = torch.randn(batch, *axes).to(device, dtype)
         report("counting multiply-adds and memory")
-        counted = {name: _count(name, model, images, config) for name, model in models.items()}
-        measurements, seconds = _measurements(config), {}
-        for one in measurements:
-            report(f"{one.label}, in {config.rounds + 2} rounds")
-            seconds[one.name] = time_models(
+        rows: list[BenchRow] = []
+        for name, model in models.items():
+            with _size_errors(name, config.img_size):
+                rows.append(_count(name, model, images, config.training, rows[:1]))
+        for measurement in measurements:
+            report(f"{measurement.label}, in {config.rounds + 2} rounds")
+            seconds = time_models(
                 models,
-                images[: one.batch_size],
+                images[: measurement.batch_size],
                 config.rounds,
-                training=one.name == "training",
+                training=measurement.name == "training",
                 compiled=config.compile,
             )
-        return BenchResult(
-            config=config,
-            machine=describe_machine(device),
-            read_gigabytes_per_second=read_gigabytes_per_second(device),
-            input_axes=axes,
-            measurements=measurements,
-            rows=_rows(models, counted, measurements, seconds),
+            for row in rows:
+                speedup = seconds[row.name].speedup_over(seconds[rows[0].name])
+                value = measurement.timing(seconds[row.name])
+                realized = speedup.median / row.macs_ratio
+                row.speeds[measurement.name] = Speed(value, speedup, realized)
+        reading = read_gigabytes_per_second(device)
+        return BenchResult(config, describe_machine(device), reading, axes, measurements, rows)
+
+
+def load_bench_models(
+    given: Sequence[BenchModel], img_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, nn.Module], list[int]]:
+    """Builds models that take images of one size.
+
+    Args:
+        given: What to build.
+        img_size: Height and width; 0 leaves them as the models have them.
+        device: Where to put them.
+        dtype: What to turn them into.
+
+    Returns:
+        The models by their text on the command line, and the axes of one image, `c h w`, or clip,
+        `c t h w`.
+
+    Raises:
+        ValueError: There is no such model, tokens cannot be inserted, oneDNN is given on another
+            device than a CPU, or sizes differ.
+    """
+    models, sizes = {}, {}
+    for model in given:
+        require(
+            not model.onednn or device.type == "cpu",
+            f"{model.text!r} uses oneDNN, which computes on a CPU, and the device is {device}; "
+            "leave out +onednn, or pass device cpu",
         )
+        with _size_errors(model.text, img_size):
+            built, sizes[model.text] = load_sized(model.base, img_size, str(device))
+        try:
+            if model.tokens:
+                insert(built, **model.tokens)
+        except ValueError as error:
+            raise ValueError(f"{model.text}: {error}") from error
+        models[model.text] = (use_onednn(built) if model.onednn else built).to(dtype)
+    if len({tuple(size) for size in sizes.values()}) > 1:
+        all_sizes = ", ".join(f"{name} {' x '.join(map(str, s))}" for name, s in sizes.items())
+        hint = "measure them separately" if img_size else "pass img_size"
+        raise ValueError(f"the models take images of different sizes ({all_sizes}); {hint}")
+    return models, next(iter(sizes.values()))
 
 
-def _measurements(config: BenchConfig) -> list[Measurement]:
-    found = [
-        Measurement("latency", 1, "ms"),
-        Measurement("throughput", config.batch_size, "images/s"),
-    ]
-    return found + (
-        [Measurement("training", config.batch_size, "images/s")] if config.training else []
+def _count(
+    name: str, model: Any, images: Tensor, training: bool, first: Sequence[BenchRow]
+) -> BenchRow:
+    """Counts all but the speeds."""
+    gmacs = count_macs(model, images[:1]) / 1e9
+    parameters = list(model.parameters())
+    return BenchRow(
+        name=name,
+        parameters=sum(p.numel() for p in parameters),
+        weights_mib=sum(p.numel() * p.element_size() for p in parameters) / 2**20,
+        gmacs=gmacs,
+        gflops=2 * gmacs,
+        macs_ratio=first[0].gmacs / gmacs if first else 1.0,
+        peak_memory_mib=peak_memory_mib(model, images),
+        training_peak_memory_mib=peak_memory_mib(model, images, training=True)
+        if training
+        else None,
+        speeds={},
     )
 
 
-CountedCost = tuple[int, float, float | None]  # multiply-adds, and MiB at inference and in training
-
-
-def _count(name: str, model: nn.Module, images: Tensor, config: BenchConfig) -> CountedCost:
+@contextmanager
+def _size_errors(name: str, img_size: int) -> Iterator[None]:
+    """Explains errors of timm and torch where the size was changed."""
     try:
-        macs = count_macs(model, images[:1])
-    except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes do not fit
-        axes = " x ".join(map(str, images.shape[1:]))
-        raise ValueError(f"{name} cannot take {axes} ({error}); pass another img_size") from error
-    training = peak_memory_mib(model, images, training=True) if config.training else None
-    return macs, peak_memory_mib(model, images), training
-
-
-def _rows(
-    models: Mapping[str, nn.Module],
-    counted: Mapping[str, CountedCost],
-    measurements: Sequence[Measurement],
-    seconds: Mapping[str, Mapping[str, Seconds]],
-) -> list[BenchRow]:
-    first, rows = next(iter(models)), []
-    for name, model in models.items():
-        macs, inference_mib, training_mib = counted[name]
-        ratio, speeds = counted[first][0] / macs, {}
-        for one in measurements:
-            own = seconds[one.name][name]
-            speedup = own.speedup_over(seconds[one.name][first])
-            speeds[one.name] = Speed(one.timing(own), speedup, speedup.median / ratio)
-        parameters = list(model.parameters())
-        rows.append(
-            BenchRow(
-                name=name,
-                parameters=sum(p.numel() for p in parameters),
-                weights_mib=sum(p.numel() * p.element_size() for p in parameters) / 2**20,
-                gmacs=macs / 1e9,
-                gflops=2 * macs / 1e9,
-                macs_ratio=ratio,
-                peak_memory_mib=inference_mib,
-                training_peak_memory_mib=training_mib,
-                speeds=speeds,
-            )
-        )
-    return rows
+        yield
+    except (AssertionError, RuntimeError) as error:
+        if not img_size:
+            raise
+        message = f"{name} does not take img_size {img_size} ({error}); pass another"
+        raise ValueError(message) from error
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Gives torch so many threads for as long as this lasts."""
+    """Gives torch so many threads inside the block; 0 leaves them as they are."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
