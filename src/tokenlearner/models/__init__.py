@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .hosts import HOSTS as HOSTS
     from .hosts import Host as Host
     from .hosts import find_host as find_host
+    from .insertion import InsertionConfig as InsertionConfig
     from .insertion import insert as insert
     from .insertion import remove as remove
     from .mixer import TokenLearnerMixer as TokenLearnerMixer
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "find_host",
         ),
         "insertion": (
+            "InsertionConfig",
             "insert",
             "remove",
         ),

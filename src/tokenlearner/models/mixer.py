@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..layers.token_learner import LEARNERS
 from ..utils.validation import check_choice, check_count
 from .hub import HubModel
-from .insertion import block_index, check_has_grid, wrap
+from .insertion import InsertionConfig, block_index, check_has_grid, wrap
 from .registry import blocks_with_grid, build_variant, register_variants, variant_cfg
 
 _OFFICIAL: dict[str, Any] = {
@@ -87,6 +87,10 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         for i in range(index, end if num_tokens else index):
             new = LEARNERS[learner](self.embed_dim, num_tokens)
             self.blocks[i] = wrap(self.blocks[i], new, fuse, fuser_bottleneck_dim, grid=self.stem)
+        if num_tokens:
+            self.tokenlearner_insertion = InsertionConfig(
+                num_tokens, index, learner, fuse, fuser_bottleneck_dim or 0
+            )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Runs everything but the head: `b c h w -> b k c`, or `b n c` fused or without tokens.
