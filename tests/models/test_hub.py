@@ -20,9 +20,8 @@ from tiny import randomized
 from torch import Tensor, nn
 
 from tokenlearner import benchmark, create_model, load_model, save_model
-from tokenlearner.models.card import model_card
+from tokenlearner.models.hub import HubModel, model_card
 from tokenlearner.models.factory import push_to_hub
-from tokenlearner.models.hub import HubModel
 from tokenlearner.models.insertion import get_insertion, insert, remove
 from tokenlearner.models.mixer import TokenLearnerMixer
 from tokenlearner.models.serialization import build_named
