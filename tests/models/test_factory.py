@@ -16,9 +16,17 @@ from safetensors import safe_open
 from tiny import randomized
 from torch import Tensor, nn
 
-from tokenlearner import create_model, list_models, load_model, remove, save_model
+from tokenlearner import (
+    TokenLearnerV11,
+    create_model,
+    list_models,
+    load_model,
+    remove,
+    save_model,
+)
 from tokenlearner.checkpoints.readers import read_weights
-from tokenlearner.models.insertion import get_insertion, insert
+from tokenlearner.layers import ReducedBlock
+from tokenlearner.models.insertion import InsertionConfig, get_insertion, insert
 
 PLAIN, LEARNED = "vit_mini_patch4_28", "vit_mini_patch4_tl8at3_28"
 MIXER, CLIPS = "mixer_mini_patch4_tl8at3_28", "vivit_mini_patch8x2_tl4at3_32"
@@ -315,6 +323,16 @@ def test_tokens_that_a_mixer_was_not_built_with_are_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"blocks\.3\."):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_wrapped_by_hand_are_saved_once_a_config_describes_them(tmp_path: Path) -> None:
+    model: Any = small()
+    model.blocks[1] = ReducedBlock(model.blocks[1], TokenLearnerV11(24, 3), grid=model.patch_embed)
+    model, x = randomized(model), images()
+    with pytest.raises(ValueError, match="InsertionConfig"):
+        save_model(model, tmp_path)
+    model.tokenlearner_insertion = InsertionConfig(num_tokens=3, at=1)
+    torch.testing.assert_close(load_model(save_model(model, tmp_path))(x), model(x))
 
 
 def _new_head(model: nn.Module) -> None:

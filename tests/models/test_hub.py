@@ -174,6 +174,12 @@ def test_a_folder_brings_back_how_images_were_prepared(tmp_path: Path) -> None:
 # --- folders -----------------------------------------------------------------------------------
 
 
+def test_a_folder_of_weights_alone_is_loaded(tmp_path: Path) -> None:
+    model = small()
+    save_model(model, tmp_path / "model.safetensors")
+    assert same(model, load_model(tmp_path))
+
+
 def test_a_readme_is_kept(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     model = small()
@@ -322,7 +328,7 @@ def test_what_building_does_not_bring_back_is_refused(
     model = build_named("deaf", {})
     save_model(model, tmp_path / "a.safetensors")
     model.global_pool = "max"
-    with pytest.raises(ValueError, match="global_pool .*'avg' to 'max'"):
+    with pytest.raises(ValueError, match=r"global_pool .*'avg' to 'max'"):
         save_model(model, tmp_path / "b.safetensors")
 
 
@@ -477,7 +483,7 @@ def test_other_paths_are_never_asked_of_the_hub(path: str | Path, hub: Hub) -> N
 def test_a_model_of_others_is_refused_before_its_weights_are_fetched(config: str, hub: Hub) -> None:
     (hub.root / "timm/net").mkdir(parents=True)
     (hub.root / "timm/net/config.json").write_text(config)
-    with pytest.raises(ValueError, match="timm/net .*config.json"):
+    with pytest.raises(ValueError, match=r"timm/net .*config.json"):
         load_model("timm/net")
     assert [call[1] for call in hub.calls] == ["config.json"]
 
@@ -527,6 +533,10 @@ def test_the_code_on_a_card_runs(tmp_path: Path) -> None:
         names: dict[str, Any] = {}
         exec(part, names)
         assert same(model, names["model"])
+
+
+def test_a_card_of_a_host_does_not_name_a_class_without_from_pretrained() -> None:
+    assert "from_pretrained" not in model_card(host())
 
 
 @pytest.mark.parametrize("name", [CLIPS, FRAMES])
