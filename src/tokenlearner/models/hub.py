@@ -58,7 +58,7 @@ class HubModel(
     takes_tokens = True  # as arguments of its class, by the names that `insert` has
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
+        self: Any,
         save_directory: str | Path,
         *,
         measured: Measured | None = None,
@@ -91,7 +91,7 @@ class HubModel(
         return self.push_to_hub(repo_id, measured=measured, **push_to_hub_kwargs)
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, repo_id: str, *, measured: Measured | None = None, **kwargs: Any
+        self: Any, repo_id: str, *, measured: Measured | None = None, **kwargs: Any
     ) -> str:
         """Uploads the model, as `tokenlearner.push_to_hub`."""
         return push_to_hub(self, repo_id, measured, **kwargs)

@@ -128,7 +128,8 @@ def insert(
         elif place.position_args:
             place.blocks[i] = _like_block(PositionFreeBlock(place.blocks[i], place.position_args))
     indices, counts = list(points), list(points.values())
-    place.host.tokenlearner_insertion = InsertionConfig(
+    host: Any = place.host
+    host.tokenlearner_insertion = InsertionConfig(
         num_tokens=counts if len(counts) > 1 else counts[0],
         at=indices if len(indices) > 1 else indices[0],
         learner=learner,

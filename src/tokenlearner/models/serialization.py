@@ -60,9 +60,9 @@ def build_named(name: str, kwargs: Mapping[str, Any]) -> Any:
         hint = f"did you mean {' or '.join(close)}?" if close else "list_models() names ours"
         raise ValueError(f"there is no model {name!r}; {hint}")
     linear = {"fuser_bottleneck_dim": 0} if "fuser_bottleneck_dim" in kwargs else {}
-    kwargs = linear | {key: value for key, value in kwargs.items() if value is not None}
-    model: Any = timm.create_model(name, **kwargs)  # which would leave out a None
-    model.tokenlearner_config = {"name": name, "kwargs": kwargs}
+    given: dict[str, Any] = linear | {k: value for k, value in kwargs.items() if value is not None}
+    model: Any = timm.create_model(name, **given)  # which would leave out a None
+    model.tokenlearner_config = {"name": name, "kwargs": given}
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 def check_literals(options: object) -> None:
     """Checks the fields of a dataclass whose type is a `Literal`, or one or None."""
     for name, hint in get_type_hints(type(options)).items():
-        value = getattr(options, name, None)
+        value: Any = getattr(options, name, None)
         types = [hint, *get_args(hint)]  # a union with None too
         choices = [v for t in types if get_origin(t) is Literal for v in get_args(t)]
         if choices and not (value is None and type(None) in get_args(hint)):
