@@ -56,7 +56,7 @@ def check_from_zero(options: object, *names: str) -> None:
         require(0 <= value < math.inf, f"{name} is {value}, expected a number of 0 or more")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Returns `value` if it is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
@@ -66,7 +66,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 def check_literals(options: object) -> None:
     """Checks the fields of a dataclass whose type is a `Literal`, or one or None."""
     for name, hint in get_type_hints(type(options)).items():
-        value: Any = getattr(options, name, None)
+        value = getattr(options, name, None)
         types = [hint, *get_args(hint)]  # a union with None too
         choices = [v for t in types if get_origin(t) is Literal for v in get_args(t)]
         if choices and not (value is None and type(None) in get_args(hint)):
