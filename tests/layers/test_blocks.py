@@ -303,7 +303,7 @@ def test_further_arguments_reach_the_block(fuse: bool) -> None:
     "mask", [{"attn_mask": torch.ones(N, N)}, {"is_causal": True}], ids=["mask", "causal"]
 )
 def test_an_attention_mask_is_refused(mask: dict[str, Any], fuse: bool) -> None:
-    with pytest.raises(ValueError, match="is an attention mask"):
+    with pytest.raises(ValueError, match="attention mask"):
         wrap(timm_block(), fuse=fuse)(torch.randn(1, N, C), **mask)
 
 
@@ -347,7 +347,7 @@ def test_what_belongs_to_positions_is_left_out_and_the_rest_passes(
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_mask_is_refused_by_its_name_and_in_its_place(by_name: bool, kind: str) -> None:
     wrapped, x, mask = WRAPPERS[kind](Positioned()), torch.randn(1, N, C), torch.ones(N, N)
-    with pytest.raises(ValueError, match="mask is an attention mask"):
+    with pytest.raises(ValueError, match=r"attention mask .* without mask"):
         wrapped(x, mask=mask) if by_name else wrapped(x, None, mask)
 
 

@@ -279,6 +279,6 @@ def _check_is_no_mask(name: str, value: Any) -> None:
     is_mask = "mask" in name and name != "head_mask" and value is not None
     if is_mask or (name == "is_causal" and value):
         raise ValueError(
-            f"{name} is an attention mask over positions, which does not fit learned tokens; call "
-            f"the model without {name}, or remove() the learners"
+            "an attention mask over positions does not fit learned tokens; call the model without "
+            f"{name}, or remove() the learners"
         )

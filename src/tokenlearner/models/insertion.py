@@ -226,8 +226,9 @@ def check_has_grid(model: nn.Module, indices: list[int]) -> None:
     at = min(reduced, default=math.inf)
     if without := [str(i) for i in indices if i >= at]:
         raise ValueError(
-            f"there is no feature map of block {', '.join(without)}: from block {at} on there are "
-            f"learned tokens; pass indices below {at}, output_fmt='NLC', or build with fuse=True"
+            f"from block {at} on there are learned tokens and no grid, but a feature map of block "
+            f"{', '.join(without)} is asked for; take indices below {at}, output_fmt='NLC', or a "
+            "model with fuse=True"
         )
 
 
@@ -260,7 +261,7 @@ def _check_positions(place: Place, points: dict[int, int], grid: Grid | None) ->
     n, k = math.prod(place.grid.grid_size), max(points.values())
     source = place.grid if grid is None else check_grid(grid, n)
     if k > n:
-        raise ValueError(f"num_tokens is {k}, but an image has {n} positions; pass a lower number")
+        raise ValueError(f"num_tokens is {k}, but an image has {n}; ask for fewer")
     return source
 
 

@@ -48,6 +48,6 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        message = f"device {name!r} is not available ({error}); pass cpu or auto"
+        message = f"device {name!r} is not to be had here ({error}); pass cpu or auto"
         raise ValueError(message) from error
     return torch.device(name)

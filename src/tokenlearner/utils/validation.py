@@ -53,7 +53,7 @@ def check_from_zero(options: object, *names: str) -> None:
     """Checks that options are finite and not negative; None is allowed."""
     for name in names:
         value = getattr(options, name) or 0
-        require(0 <= value < math.inf, f"{name} is {value}, expected a number of 0 or more")
+        require(0 <= value < math.inf, f"{name} is {value}, expected a number from 0 on")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
