@@ -459,7 +459,7 @@ def test_what_is_neither_here_nor_on_the_hub_is_refused(
     load: Callable[[str], Any], reachable: bool, hub: Hub
 ) -> None:
     hub.reachable = reachable
-    with pytest.raises(ValueError, match=r"me/mini .* config.json .* at v1 .LocalEntryNotFound"):
+    with pytest.raises(ValueError, match=r"me/mini .*config.json.* at v1 .*LocalEntryNotFound"):
         load("me/mini@v1")
 
 
