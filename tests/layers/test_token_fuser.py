@@ -4,49 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import reference
 import torch
-from tiny import drawn
-from torch import Tensor, nn
+from learners import FUSERS, Golden, Make, check_golden, half_dtypes, randomized, tokens_for, uneven
+from torch import nn
 
 from tokenlearner import TokenFuser
 
-Golden = Callable[[str], dict[str, np.ndarray]]
-Make = Callable[..., TokenFuser]
-
-FUSERS: dict[str, Make] = {
-    "gain_at_0": partial(TokenFuser, bottleneck_dim=10, zero_init="norm"),
-    "default": partial(TokenFuser, bottleneck_dim=10),
-    "linear": partial(TokenFuser, bottleneck_dim=None, norm_eps=1e-5),
-    "without_norm": partial(TokenFuser, bottleneck_dim=10, use_normalization=False),
-    "exact_gelu": partial(TokenFuser, bottleneck_dim=10, approximate="none"),
-}
 each_fuser = pytest.mark.parametrize("make", FUSERS.values(), ids=FUSERS)
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-narrow_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 SHAPES = {"flat": (2, 35, 9), "grid": (2, 5, 7, 9), "clip": (2, 3, 5, 7, 9)}
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-randomized = partial(drawn, std=0.5)
-
-
-def uneven(*shape: int) -> Tensor:
-    """Random float64 values, the channels of which differ in offset and by 10^4 in scale."""
-    scale = 10 ** torch.linspace(-2, 2, shape[-1], dtype=torch.float64)
-    offset = 30 * torch.randn(shape[-1], dtype=torch.float64)
-    return offset + scale * torch.randn(shape, dtype=torch.float64)
-
-
-def tokens_for(original: Tensor, k: int = 4) -> Tensor:
-    frames = original.shape[: 2 if original.ndim == 5 else 1]
-    return torch.randn(*frames, k, original.shape[-1]).to(original)
 
 
 # --- equal to scenic ---------------------------------------------------------------------------
@@ -76,21 +47,6 @@ SCENIC = {
 }
 
 
-def run(
-    file: str, arrays: dict[str, np.ndarray], backward: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """The output for the golden inputs, and the gradient of the tokens."""
-    make, table = SCENIC[file]
-    fuser = make()
-    # Flax keeps a kernel as `in out`, torch as `out in`.
-    fuser.load_state_dict({key: torch.from_numpy(arrays[name].T) for name, key in table.items()})
-    tokens = torch.from_numpy(arrays["input0"]).requires_grad_()
-    out = fuser(tokens, torch.from_numpy(arrays["input1"]))
-    if backward:
-        (out * torch.from_numpy(arrays["cotangent"])).sum().backward()
-    return out.detach(), tokens.grad
-
-
 @pytest.mark.parametrize("file", SCENIC)
 def test_every_scenic_parameter_has_one_place_and_no_place_stays_empty(
     file: str, golden: Golden
@@ -101,20 +57,12 @@ def test_every_scenic_parameter_has_one_place_and_no_place_stays_empty(
 
 
 @pytest.mark.parametrize("file", SCENIC)
-def test_outputs_are_those_of_scenic(file: str, golden: Golden) -> None:
-    arrays = golden(file)
-    out, _ = run(file, arrays)
-    np.testing.assert_allclose(out, arrays["output"], rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        out, _ = run(file, arrays, backward=False)
-    np.testing.assert_allclose(out, arrays["output"], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("file", SCENIC)
-def test_gradients_of_the_tokens_are_those_of_scenic(file: str, golden: Golden) -> None:
-    arrays = golden(file)
-    _, grad = run(file, arrays)
-    np.testing.assert_allclose(grad, arrays["grad_input"], rtol=1e-5, atol=1e-5)
+def test_outputs_and_gradients_are_those_of_scenic(file: str, golden: Golden) -> None:
+    (make, table), arrays = SCENIC[file], golden(file)
+    fuser = make()
+    # Flax keeps a kernel as `in out`, torch as `out in`.
+    fuser.load_state_dict({key: torch.from_numpy(arrays[name].T) for name, key in table.items()})
+    check_golden(fuser, arrays)
 
 
 # --- equal to the equations --------------------------------------------------------------------
@@ -138,21 +86,6 @@ def test_the_result_follows_the_equations(name: str, shape: tuple[int, ...]) -> 
     params = {key: value.numpy() for key, value in fuser.state_dict().items()}
     expected = reference.fuser(tokens.numpy(), original.numpy(), params, **EQUATIONS[name])
     np.testing.assert_allclose(fuser(tokens, original), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("start", [randomized, lambda fuser: fuser], ids=["random", "initial"])
-@each_fuser
-def test_gradients_are_the_derivatives_of_the_result(make: Make, start: Callable) -> None:
-    fuser = start(make(3, 2, norm_eps=1e-2).double())
-    names, parameters = zip(*fuser.named_parameters(), strict=True)
-
-    def call(tokens: Tensor, original: Tensor, *values: Tensor) -> Tensor:
-        state = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(fuser, state, (tokens, original))
-
-    tokens = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
-    original = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(call, (tokens, original, *parameters), fast_mode=True)
 
 
 # --- the start ---------------------------------------------------------------------------------
@@ -257,15 +190,6 @@ def test_the_result_has_the_shape_of_the_original(make: Make, shape: tuple[int, 
 
 @each_fuser
 @torch.no_grad()
-def test_frames_of_a_clip_are_fused_one_by_one(make: Make) -> None:
-    fuser, original = randomized(make(9, 4).double()), uneven(2, 3, 5, 7, 9)
-    tokens = tokens_for(original)
-    frames = [fuser(tokens[:, t], original[:, t]) for t in range(3)]
-    torch.testing.assert_close(fuser(tokens, original), torch.stack(frames, 1))
-
-
-@each_fuser
-@torch.no_grad()
 def test_a_grid_gives_what_its_flat_positions_give(make: Make) -> None:
     fuser, original = randomized(make(9, 4).double()), uneven(2, 5, 7, 9)
     tokens = tokens_for(original)
@@ -297,45 +221,10 @@ def test_a_gates_column_spreads_its_own_token(make: Make) -> None:
     torch.testing.assert_close(change, share[..., None] * mixed[:, 2:3])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 81, 100])
-@each_fuser
-def test_any_number_of_tokens_can_be_spread_over_81_positions(make: Make, num_tokens: int) -> None:
-    original = torch.randn(2, 9, 9, 9)
-    result = randomized(make(9, num_tokens))(tokens_for(original, num_tokens), original)
-    assert result.shape == (2, 9, 9, 9)
-    assert result.isfinite().all()
-
-
-@each_fuser
-def test_an_empty_batch_gives_an_empty_batch(make: Make) -> None:
-    assert make(9, 4)(torch.ones(0, 4, 9), torch.ones(0, 5, 7, 9)).shape == (0, 5, 7, 9)
-
-
-@each_fuser
-def test_an_empty_batch_has_a_backward_pass(make: Make) -> None:
-    fuser = make(9, 4)
-    fuser(torch.ones(0, 4, 9), torch.ones(0, 5, 7, 9)).sum().backward()
-    assert all((p.grad == 0).all() for p in fuser.parameters())
-
-
-@each_fuser
-def test_shapes_are_known_on_the_meta_device(make: Make) -> None:
-    original = torch.empty(10_000, 512, 512, 9, device="meta")
-    result = make(9, 4).to("meta")(torch.empty(10_000, 4, 9, device="meta"), original)
-    assert result.shape == original.shape
-
-
 # --- dtypes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_fuser
-def test_the_result_has_the_dtype_of_the_original(make: Make, dtype: torch.dtype) -> None:
-    original = torch.randn(2, 5, 7, 9, dtype=dtype)
-    assert make(9, 4).to(dtype)(tokens_for(original), original).dtype == dtype
-
-
-@narrow_dtypes
+@half_dtypes
 @torch.no_grad()
 def test_thousands_of_tokens_are_added_up_exactly(dtype: torch.dtype) -> None:
     fuser = TokenFuser(3, 4096, None, use_normalization=False).to(dtype)
@@ -343,34 +232,6 @@ def test_thousands_of_tokens_are_added_up_exactly(dtype: torch.dtype) -> None:
     fuser.mix.bias.fill_(1)  # every mixed token is 1
     result = fuser(torch.randn(1, 4096, 3).to(dtype), torch.randn(1, 2, 3).to(dtype))
     assert (result == 2048).all()  # a sum in bfloat16 stops at 128, in float16 at 1024
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str
-)
-@each_fuser
-@torch.no_grad()
-def test_narrow_results_are_close_to_the_float32_ones(
-    make: Make, dtype: torch.dtype, tolerance: float
-) -> None:
-    fuser, original = randomized(make(24, 4)), torch.randn(2, 14, 14, 24)
-    tokens = tokens_for(original)
-    exact = fuser(tokens, original)
-    narrow = fuser.to(dtype)(tokens.to(dtype), original.to(dtype)).float()
-    assert (narrow - exact).abs().max() / exact.abs().max() < tolerance
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@each_fuser
-@torch.no_grad()
-def test_autocast_gives_the_dtype_of_the_original(make: Make, dtype: torch.dtype) -> None:
-    fuser, original = randomized(make(24, 4)), torch.randn(2, 14, 14, 24)
-    tokens = tokens_for(original)
-    exact = fuser(tokens, original)
-    with torch.autocast("cpu", torch.bfloat16):
-        result = fuser(tokens, original.to(dtype))
-    assert result.dtype == dtype
-    assert 0 < (result.float() - exact).abs().max() / exact.abs().max() < 3e-2
 
 
 # --- dropout -----------------------------------------------------------------------------------
@@ -404,57 +265,3 @@ def test_there_is_no_dropout_in_eval_mode() -> None:
     original = torch.randn(2, 5, 7, 9)
     tokens = tokens_for(original)
     assert torch.equal(dropping(tokens, original), plain(tokens, original))
-
-
-# --- life --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-    ids=["deepcopy", "pickle"],
-)
-@each_fuser
-@torch.no_grad()
-def test_a_used_fuser_can_be_copied(make: Make, duplicate: Callable) -> None:
-    fuser, original = randomized(make(9, 4)), torch.randn(2, 5, 7, 9)
-    tokens = tokens_for(original)
-    expected = fuser(tokens, original)
-    twin = duplicate(fuser)
-    for parameter in fuser.parameters():
-        parameter.zero_()
-    assert torch.equal(twin(tokens, original), expected)
-
-
-@each_fuser
-@torch.no_grad()
-def test_a_state_dict_makes_a_second_fuser_equal(make: Make) -> None:
-    first, second = randomized(make(9, 4)), randomized(make(9, 4))
-    second.load_state_dict(first.state_dict(), strict=True)
-    original = torch.randn(2, 5, 7, 9)
-    tokens = tokens_for(original)
-    assert torch.equal(second(tokens, original), first(tokens, original))
-
-
-@each_fuser
-@torch.no_grad()
-def test_the_result_on_the_chosen_device_is_that_on_the_cpu(
-    make: Make, device: torch.device
-) -> None:
-    fuser, original = randomized(make(9, 4).double()), uneven(2, 5, 7, 9)
-    tokens = tokens_for(original)
-    expected = fuser(tokens, original)
-    result = fuser.to(device)(tokens.to(device), original.to(device))
-    torch.testing.assert_close(result.cpu(), expected)
-
-
-@pytest.mark.parametrize("name", ["default", "linear", "without_norm"])
-def test_compiled_as_one_graph_for_several_grids(name: str) -> None:
-    torch.compiler.reset()
-    fuser = randomized(FUSERS[name](9, 4))
-    compiled = torch.compile(fuser, fullgraph=True, backend="aot_eager")
-    for h, w in ((4, 4), (6, 6), (5, 7)):
-        original = torch.randn(2, h, w, 9)
-        tokens = tokens_for(original)
-        expected = fuser(tokens, original)
-        torch.testing.assert_close(compiled(tokens, original), expected, rtol=1e-4, atol=1e-5)

@@ -16,9 +16,17 @@ from safetensors import safe_open
 from tiny import randomized
 from torch import Tensor, nn
 
-from tokenlearner import create_model, list_models, load_model, remove, save_model
+from tokenlearner import (
+    TokenLearnerV11,
+    create_model,
+    list_models,
+    load_model,
+    remove,
+    save_model,
+)
 from tokenlearner.checkpoints.readers import read_weights
-from tokenlearner.models.insertion import get_insertion, insert
+from tokenlearner.layers import ReducedBlock
+from tokenlearner.models.insertion import InsertionConfig, get_insertion, insert
 
 PLAIN, LEARNED = "vit_mini_patch4_28", "vit_mini_patch4_tl8at3_28"
 MIXER, CLIPS = "mixer_mini_patch4_tl8at3_28", "vivit_mini_patch8x2_tl4at3_32"
@@ -44,11 +52,6 @@ def write(path: Path, state: dict[str, Tensor], config: Any) -> Path:
 
 
 # --- names -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_a_name_of_ours_becomes_a_model() -> None:
-    assert create_model(LEARNED)(images()).shape == (2, 10)
 
 
 @torch.no_grad()
@@ -79,41 +82,34 @@ def test_tokens_stand_half_way_unless_told_otherwise() -> None:
     ],
 )
 def test_an_unknown_name_is_refused_with_close_ones(name: str, close: str) -> None:
-    with pytest.raises(ValueError, match=f"no model '{name}'; did you mean .*{close}"):
+    with pytest.raises(ValueError, match=rf"{name}.*{close}"):
         create_model(name)
 
 
 def test_a_name_like_no_other_is_refused_with_where_to_look() -> None:
-    with pytest.raises(ValueError, match=r"no model '!!'; list_models\(\) names ours"):
+    with pytest.raises(ValueError, match="!!"):
         create_model("!!")
 
 
 @pytest.mark.parametrize(
-    "told", [{"num_tokens": 4}, {"at": 2}, {"learner": "v1"}, {"fuse": True}], ids=str
+    "kwargs", [{"num_tokens": 4}, {"at": 2}, {"learner": "v1"}, {"fuse": True}], ids=str
 )
-def test_what_is_told_goes_before_what_the_name_says(told: dict[str, Any]) -> None:
+def test_arguments_take_precedence_over_the_name(kwargs: dict[str, Any]) -> None:
     by_name = {"num_tokens": 8, "at": 3, "learner": "v11", "fuse": False}
-    assert get_insertion(create_model(LEARNED, **told)) == by_name | told
+    assert get_insertion(create_model(LEARNED, **kwargs)) == by_name | kwargs
 
 
 @pytest.mark.parametrize("name", [PLAIN, TIMM])
-@pytest.mark.parametrize("told", [{"at": 2}, {"learner": "v1"}, {"fuse": True}], ids=str)
-def test_how_to_learn_no_tokens_is_refused(told: dict[str, Any], name: str) -> None:
-    (key,) = told
-    with pytest.raises(ValueError, match=f"learns no tokens, but {key} is given; pass num_tokens"):
-        create_model(name, **told)
+@pytest.mark.parametrize("kwargs", [{"at": 2}, {"learner": "v1"}, {"fuse": True}], ids=str)
+def test_how_to_learn_no_tokens_is_refused(kwargs: dict[str, Any], name: str) -> None:
+    (key,) = kwargs
+    with pytest.raises(ValueError, match=rf"{key} .*num_tokens"):
+        create_model(name, **kwargs)
 
 
 def test_tokens_in_a_model_that_cannot_take_them_are_refused() -> None:
-    with pytest.raises(ValueError, match="ResNet is no model that tokens can be inserted in"):
+    with pytest.raises(ValueError, match="ResNet"):
         create_model("resnet10t", num_tokens=8)
-
-
-def test_all_tables_are_listed_in_order() -> None:
-    names = list_models()
-    assert names == sorted(set(names))
-    assert {PLAIN, LEARNED, MIXER, CLIPS, FRAMES, FUSED} <= set(names)
-    assert {name.partition("_")[0] for name in names} == {"vit", "mixer", "vivit", "framevit"}
 
 
 @pytest.mark.parametrize(
@@ -277,14 +273,6 @@ def test_the_file_tells_how_the_model_was_built(tmp_path: Path) -> None:
     assert config == {"name": PLAIN, "kwargs": SHAPE | {"num_tokens": 3}, "insert": tokens}
 
 
-def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    model = small(num_tokens=3).train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    save_model(model, tmp_path)
-    assert model.training
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
 def test_loading_does_not_ask_for_pretrained_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +296,7 @@ def test_loading_does_not_need_the_checkpoint_that_the_model_started_from(tmp_pa
 
 def test_a_model_made_elsewhere_is_refused(tmp_path: Path) -> None:
     model = timm.create_model(TIMM, **FOREIGN)
-    with pytest.raises(ValueError, match="VisionTransformer does not know how it was built; make"):
+    with pytest.raises(ValueError, match="VisionTransformer"):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -316,7 +304,7 @@ def test_a_model_made_elsewhere_is_refused(tmp_path: Path) -> None:
 def test_a_pooling_that_cannot_be_built_is_refused(tmp_path: Path) -> None:
     model = small()
     model.global_pool = "median"
-    with pytest.raises(ValueError, match="global_pool was changed from 'avg' to 'median' since"):
+    with pytest.raises(ValueError, match=r"global_pool .*'avg' to 'median'"):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -324,7 +312,7 @@ def test_a_pooling_that_cannot_be_built_is_refused(tmp_path: Path) -> None:
 def test_a_pooling_that_the_class_does_not_take_is_refused(tmp_path: Path) -> None:
     model = create_model(FRAMES)
     model.global_pool = "max"
-    with pytest.raises(ValueError, match="global_pool was changed from None to 'max' since"):
+    with pytest.raises(ValueError, match=r"global_pool .*None to 'max'"):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -332,9 +320,19 @@ def test_a_pooling_that_the_class_does_not_take_is_refused(tmp_path: Path) -> No
 def test_tokens_that_a_mixer_was_not_built_with_are_refused(tmp_path: Path) -> None:
     model = create_model(MIXER, embed_dim=24)
     model.blocks[3] = model.blocks[3].block
-    with pytest.raises(ValueError, match="TokenLearnerMixer is no model that tokens can be"):
+    with pytest.raises(ValueError, match=r"blocks\.3\."):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_wrapped_by_hand_are_saved_once_a_config_describes_them(tmp_path: Path) -> None:
+    model: Any = small()
+    model.blocks[1] = ReducedBlock(model.blocks[1], TokenLearnerV11(24, 3), grid=model.patch_embed)
+    model, x = randomized(model), images()
+    with pytest.raises(ValueError, match="InsertionConfig"):
+        save_model(model, tmp_path)
+    model.tokenlearner_insertion = InsertionConfig(num_tokens=3, at=1)
+    torch.testing.assert_close(load_model(save_model(model, tmp_path))(x), model(x))
 
 
 def _new_head(model: nn.Module) -> None:
@@ -358,14 +356,14 @@ def test_a_model_that_was_changed_is_refused_before_anything_is_written(
 ) -> None:
     model = small(num_tokens=3)
     change(model)
-    with pytest.raises(ValueError, match=f"changed since create_model made it: .*{key}.*differ"):
+    with pytest.raises(ValueError, match=key):
         save_model(model, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_arguments_that_json_has_no_form_for_are_refused(tmp_path: Path) -> None:
     model = small(norm_layer=nn.LayerNorm)
-    with pytest.raises(ValueError, match=r"cannot be saved as JSON .*use plain values"):
+    with pytest.raises(ValueError, match=r"norm_layer.* JSON"):
         save_model(model, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -394,28 +392,28 @@ def test_a_save_that_fails_midway_keeps_the_model_that_was_there(
 
 @pytest.mark.parametrize("path", ["nowhere", "nowhere.safetensors"])
 def test_a_file_that_is_not_there_is_named(path: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no .*nowhere.*\.safetensors; pass the file"):
+    with pytest.raises(ValueError, match=r"nowhere.*\.safetensors"):
         load_model(tmp_path / path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"not a model"], ids=str)
 def test_a_file_that_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         load_model(tmp_path)
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     file = save_model(small(), tmp_path)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not"):
         load_model(file)
 
 
 def test_weights_without_a_config_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     safetensors.torch.save_file(small().state_dict(), str(file))
-    with pytest.raises(ValueError, match="weights but no config; save it with"):
+    with pytest.raises(ValueError, match="no config"):
         load_model(file)
 
 
@@ -429,7 +427,7 @@ MISFITS = {
 @pytest.mark.parametrize("config", MISFITS.values(), ids=MISFITS)
 def test_a_config_that_the_weights_do_not_fit_is_refused(config: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", small().state_dict(), config)
-    with pytest.raises(ValueError, match=r"a\.safetensors does not fit the model it names: .*diff"):
+    with pytest.raises(ValueError, match=r"a\.safetensors .*differ"):
         load_model(file)
 
 
@@ -447,7 +445,7 @@ BROKEN = {
 @pytest.mark.parametrize("config", BROKEN.values(), ids=BROKEN)
 def test_a_config_that_makes_no_model_is_refused(config: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", small().state_dict(), config)
-    with pytest.raises(ValueError, match=r"a\.safetensors has a config that makes no model"):
+    with pytest.raises(ValueError, match=r"config in .*a\.safetensors"):
         load_model(file)
 
 
@@ -468,7 +466,7 @@ def test_a_pickle_is_refused_and_what_it_carries_does_not_run(
     mark, file = tmp_path / "mark", tmp_path / "model.safetensors"
     with file.open("wb") as opened:
         dump(Payload(mark), opened)
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not"):
         load_model(tmp_path)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Payload(mark)))
@@ -484,8 +482,7 @@ def test_a_file_that_only_unpickling_reads_is_not_opened(
     file.parent.mkdir()
     with file.open("wb") as opened:
         torch.save(Payload(mark), opened)
-    match = rf"{name} .*weights but no config.*not opened\. tokenlearner\.checkpoints\.read_weights"
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=rf"{name} .*read_weights"):
         load_model(str(file.parent if in_folder else file))
     assert not mark.exists()
 
@@ -526,13 +523,6 @@ def test_a_config_cannot_name_a_model_elsewhere(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", small().state_dict(), config)
     with pytest.raises(ValueError, match="there is no model 'local-dir:"):
         load_model(file)
-
-
-@torch.no_grad()
-def test_a_model_keeps_its_dtype(tmp_path: Path) -> None:
-    model = small(num_tokens=3).bfloat16()
-    loaded = load_model(save_model(model, tmp_path))
-    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
 @torch.no_grad()

@@ -691,7 +691,7 @@ def two_towers() -> nn.ModuleDict:
     "call", [find_host, insert, remove, lambda model: insert(model, fuse=True)]
 )
 def test_of_several_hosts_none_is_guessed(call: Callable[[nn.Module], Any]) -> None:
-    message = r"several models .*: left \(VisionTransformer\), right \(Beit\); pass .*model\.left"
+    message = r"left \(VisionTransformer\), right \(Beit\)"
     with pytest.raises(ValueError, match=message):
         call(two_towers())
 
@@ -721,7 +721,7 @@ def test_keys_of_torchvisions_blocks_survive() -> None:
 @both_ways
 @pytest.mark.parametrize("name", ["eva02", "rope_mixed"])
 def test_a_mask_over_positions_is_refused_by_timms_hosts(name: str, fuse: bool) -> None:
-    with pytest.raises(ValueError, match="without attn_mask"):
+    with pytest.raises(ValueError, match="attn_mask"):
         inserted(name, fuse).forward_features(images(), attn_mask=torch.zeros(17, 17))  # type: ignore[operator]
 
 
@@ -729,9 +729,7 @@ def test_a_mask_over_positions_is_refused_by_timms_hosts(name: str, fuse: bool) 
 @pytest.mark.parametrize("name", ["hf_vit", "hf_clip", "hf_siglip", "hf_videomae"])
 def test_a_mask_over_positions_is_refused_by_transformers_hosts(name: str, fuse: bool) -> None:
     blocks = find_host(inserted(name, fuse)).blocks
-    with pytest.raises(
-        ValueError, match=r"mask over positions does not fit .*without attention_mask"
-    ):
+    with pytest.raises(ValueError, match="attention_mask"):
         blocks[AT](torch.randn(2, 33, 24), attention_mask=torch.zeros(2, 1, 33, 33))
 
 
@@ -739,9 +737,7 @@ def test_a_mask_over_positions_is_refused_by_transformers_hosts(name: str, fuse:
 @pytest.mark.parametrize("name", ["hf_clip", "hf_siglip"])
 def test_a_mask_is_refused_in_its_place_behind_the_tokens_too(name: str, fuse: bool) -> None:
     blocks = find_host(inserted(name, fuse)).blocks
-    with pytest.raises(
-        ValueError, match=r"mask over positions does not fit .*without attention_mask"
-    ):
+    with pytest.raises(ValueError, match="attention_mask"):
         blocks[AT](torch.randn(2, 17, 24), torch.zeros(2, 1, 17, 17))
 
 
@@ -788,13 +784,13 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "our_mixer": (
         lambda: TokenLearnerMixer(num_tokens=2, img_size=32, embed_dim=24, num_blocks=2),
-        rf"TokenLearnerMixer is .*{MIXES}; build it anew with num_tokens",
+        rf"TokenLearnerMixer is .*{MIXES}",
     ),
     "our_frames": (
         lambda: FrameViT(img_size=32, embed_dim=24, num_heads=2, depth=2),
-        "FrameViT is .*learns tokens by itself; build it anew",
+        "FrameViT is .*learns tokens already",
     ),
-    "backbone": (hf("Dinov2Backbone", "Dinov2Config", MLP), "Dinov2Backbone is .*feature maps"),
+    "backbone": (hf("Dinov2Backbone", "Dinov2Config", MLP), "Dinov2Backbone .*feature maps"),
     "backbone_registers": (
         hf("Dinov2WithRegistersBackbone", "Dinov2WithRegistersConfig", MLP),
         "Dinov2WithRegistersBackbone is .*feature maps",
@@ -804,8 +800,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "within": (lambda: nn.Sequential(hf_swin(), nn.Linear(3, 3)), rf"SwinModel is .*{WINDOWS}"),
     "unknown": (
         lambda: nn.Linear(3, 3),
-        r"Linear is no model .*; known: VisionTransformer, Eva, Beit of timm; VisionTransformer of "
-        r"torchvision; ViTModel, .*wrappers\.ReducedBlock, or add a row to tokenlearner\.hosts",
+        r"Linear .*VisionTransformer, Eva, Beit of timm; .* of torchvision; ViTModel",
     ),
 }
 
@@ -841,7 +836,7 @@ def test_a_model_that_reads_positions_takes_fused_tokens_only(
     make: Callable[[], nn.Module], kind: str
 ) -> None:
     model = make()
-    with pytest.raises(ValueError, match=f"{kind} reads positions .*insert with fuse=True"):
+    with pytest.raises(ValueError, match=f"{kind} .*fuse=True"):
         insert(model, K)
     assert get_insertion(model) is None
     assert get_insertion(insert(model, K, fuse=True)) is not None
@@ -849,20 +844,20 @@ def test_a_model_that_reads_positions_takes_fused_tokens_only(
 
 @pytest.mark.parametrize("name", ["hf_vit_classes", "hf_videomae_classes", "beit", "torchvision"])
 def test_more_tokens_than_an_image_has_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="num_tokens is 17, but an image has 16"):
+    with pytest.raises(ValueError, match="num_tokens is 17"):
         insert(FAMILIES[name].model(), 17)
 
 
 @each_family
 def test_tokens_cannot_be_inserted_twice(name: str) -> None:
-    with pytest.raises(ValueError, match=r"learned tokens already; call remove\(model\)"):
+    with pytest.raises(ValueError, match=r"remove\(model\)"):
         insert(inserted(name), K)
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "hf_clip_text", "hf_dinov2", "eva_any_size"])
 def test_v1_needs_a_grid_that_is_told_where_images_have_any_size(name: str) -> None:
     model = FAMILIES[name].model()
-    with pytest.raises(ValueError, match=r"take.* images of any size.*pass grid=\(height, width\)"):
+    with pytest.raises(ValueError, match=r"grid=\(height, width\)"):
         insert(model, K, learner="v1")
     insert(model, K, AT, learner="v1", grid=(4, 4))
     assert run(model, FAMILIES[name].inputs(model)).isfinite().all()
@@ -878,7 +873,7 @@ def test_v1_learns_on_the_grid_of_hosts_with_one_size(name: str) -> None:
 
 
 def test_v1_is_refused_where_positions_are_dropped() -> None:
-    with pytest.raises(ValueError, match="patch_drop_rate leaves some out"):
+    with pytest.raises(ValueError, match="patch_drop_rate"):
         insert(Eva(**ROTARY, patch_drop_rate=0.5), K, learner="v1")
 
 

@@ -19,10 +19,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny import randomized
 from torch import Tensor, nn
 
-from tokenlearner import benchmark, create_model, load_model, save_model
-from tokenlearner.models.card import model_card
-from tokenlearner.models.factory import push_to_hub
-from tokenlearner.models.hub import HubModel
+from tokenlearner import benchmark, create_model, load_model, push_to_hub, save_model
+from tokenlearner.models.hub import HubModel, model_card
 from tokenlearner.models.insertion import get_insertion, insert, remove
 from tokenlearner.models.mixer import TokenLearnerMixer
 from tokenlearner.models.serialization import build_named
@@ -176,16 +174,6 @@ def test_a_folder_brings_back_how_images_were_prepared(tmp_path: Path) -> None:
 # --- folders -----------------------------------------------------------------------------------
 
 
-def test_a_file_has_no_folder_around_it(tmp_path: Path) -> None:
-    save_model(small(), tmp_path / "a.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
-
-
-def test_a_folder_has_three_files(tmp_path: Path) -> None:
-    assert save_model(small(), tmp_path) == tmp_path / "model.safetensors"
-    assert {path.name for path in tmp_path.iterdir()} == FILES
-
-
 def test_a_folder_of_weights_alone_is_loaded(tmp_path: Path) -> None:
     model = small()
     save_model(model, tmp_path / "model.safetensors")
@@ -211,10 +199,9 @@ def test_a_config_that_is_not_a_models_is_kept(tmp_path: Path) -> None:
 def test_a_half_written_folder_is_refused(tmp_path: Path) -> None:
     save_model(small(), tmp_path)
     save_model(small(num_classes=3), tmp_path / "model.safetensors")  # without the config
-    with pytest.raises(ValueError, match=r"config\.json and model\.safetensors are of two models"):
-        load_model(tmp_path)
-    with pytest.raises(ValueError, match="a save was cut off; save the model again"):
-        TokenLearnerViT.from_pretrained(tmp_path)
+    for load in (load_model, TokenLearnerViT.from_pretrained):
+        with pytest.raises(ValueError, match=r"config\.json and model\.safetensors"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json"])
@@ -245,11 +232,11 @@ def test_weights_take_their_place_first_and_the_config_last(
 ) -> None:
     order, replace = [], Path.replace
 
-    def told(path: Path, target: Path) -> Path:
+    def recorded(path: Path, target: Path) -> Path:
         order.append(Path(target).name)
         return replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", told)
+    monkeypatch.setattr(Path, "replace", recorded)
     save_model(small(), tmp_path)
     assert order == ["model.safetensors", "README.md", "config.json"]
 
@@ -288,13 +275,6 @@ def test_copies_and_pickles_are_the_same_models(cls: Any, make: Any, tmp_path: P
         assert same(model, load_model(tmp_path))
 
 
-def test_a_compiled_model_gives_the_same_numbers() -> None:
-    model: Any = small()
-    compiled, x = torch.compile(model, backend="eager", fullgraph=True), images(model)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x))
-
-
 def test_a_compiled_model_is_saved_as_the_model_that_it_is(tmp_path: Path) -> None:
     model = small()
     compiled: Any = torch.compile(model, backend="eager")
@@ -305,34 +285,24 @@ def test_a_compiled_model_is_saved_as_the_model_that_it_is(tmp_path: Path) -> No
         assert "A TokenLearnerViT with" in (folder / "README.md").read_text()
 
 
-def test_arguments_are_not_recorded_a_second_time() -> None:
-    assert small()._hub_mixin_config is None
-
-
 def test_a_model_of_another_class_is_refused(tmp_path: Path) -> None:
     save_model(small(), tmp_path)
-    with pytest.raises(ValueError, match="has a TokenLearnerViT, expected a ViViT; call tokenle"):
+    with pytest.raises(ValueError, match="has a TokenLearnerViT, expected a ViViT"):
         ViViT.from_pretrained(tmp_path)
 
 
 def test_a_model_that_was_made_by_its_class_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="TokenLearnerViT does not know how it was built"):
+    with pytest.raises(ValueError, match="TokenLearnerViT"):
         TokenLearnerViT(**SHAPE).save_pretrained(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_arguments_that_would_change_the_model_are_refused(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"takes no num_classes: .* call reset_classifier"):
+    with pytest.raises(TypeError, match="num_classes"):
         TokenLearnerViT.from_pretrained(tmp_path, num_classes=3)
-    with pytest.raises(ValueError, match="takes config, private with push_to_hub=True only"):
+    with pytest.raises(ValueError, match="config, private"):
         small().save_pretrained(tmp_path, config={}, private=True)
-
-
-def test_the_mixins_information_reaches_the_classes() -> None:
-    info = TokenLearnerMixer._hub_mixin_info
-    assert info.model_card_data.library_name == "tokenlearner"
-    assert info.paper_url == "https://arxiv.org/abs/2106.11297"
 
 
 def test_none_is_an_argument_for_the_fusers_and_otherwise_left_out() -> None:
@@ -358,7 +328,7 @@ def test_what_building_does_not_bring_back_is_refused(
     model = build_named("deaf", {})
     save_model(model, tmp_path / "a.safetensors")
     model.global_pool = "max"
-    with pytest.raises(ValueError, match="global_pool was changed from 'avg' to 'max' since"):
+    with pytest.raises(ValueError, match=r"global_pool .*'avg' to 'max'"):
         save_model(model, tmp_path / "b.safetensors")
 
 
@@ -469,20 +439,17 @@ def test_nothing_is_made_on_the_hub_for_a_model_that_cannot_be_saved(hub: Hub) -
 def test_options_reach_the_hub(hub: Hub, tmp_path: Path) -> None:
     push_to_hub(small(), "me/mini")
     hub.calls.clear()
-    options = {"revision": "v1", "cache_dir": tmp_path, "token": "hf_x"}
-    load_model("me/mini", **options)
-    name = {"library_name": "tokenlearner"}
-    assert hub.calls == [
-        ("me/mini", f, options | name) for f in ("config.json", "model.safetensors")
-    ]
-    hub.calls.clear()
-    more = {"force_download": True, "local_files_only": True}
-    TokenLearnerViT.from_pretrained("me/mini@v1", cache_dir=tmp_path, token="hf_x", **more)
-    assert [call[2] for call in hub.calls] == [options | name | more] * 2
+    options = {"cache_dir": tmp_path, "token": "hf_x"}
+    options |= {"force_download": True, "local_files_only": True}
+    load_model("me/mini", revision="v1", **options)
+    TokenLearnerViT.from_pretrained("me/mini@v1", **options)
+    options |= {"revision": "v1", "library_name": "tokenlearner"}
+    files = ("config.json", "model.safetensors") * 2
+    assert hub.calls == [("me/mini", file, options) for file in files]
 
 
 def test_two_revisions_are_refused(hub: Hub) -> None:
-    with pytest.raises(ValueError, match="asked for at v1 and at v2; name one"):
+    with pytest.raises(ValueError, match="v1 and revision='v2'"):
         load_model("me/mini@v1", revision="v2")
 
 
@@ -492,8 +459,7 @@ def test_what_is_neither_here_nor_on_the_hub_is_refused(
     load: Callable[[str], Any], reachable: bool, hub: Hub
 ) -> None:
     hub.reachable = reachable
-    match = "me/mini is no file or folder here, and the Hub does not give config.json .* at v1 .Loc"
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=r"me/mini .*config.json.* at v1 .*LocalEntryNotFound"):
         load("me/mini@v1")
 
 
@@ -508,7 +474,7 @@ def test_a_folder_that_exists_goes_before_the_hub(hub: Hub, tmp_path: Path) -> N
     "path", ["mini", "./mini", "../mini", "a/b/c", "me/mini.safetensors", "/mini", Path("me/mini")]
 )
 def test_other_paths_are_never_asked_of_the_hub(path: str | Path, hub: Hub) -> None:
-    with pytest.raises(ValueError, match=r"there is no .*mini|there is no a/b/c"):
+    with pytest.raises(ValueError, match=r"mini|a/b/c"):
         load_model(path)
     assert hub.calls == []
 
@@ -517,7 +483,7 @@ def test_other_paths_are_never_asked_of_the_hub(path: str | Path, hub: Hub) -> N
 def test_a_model_of_others_is_refused_before_its_weights_are_fetched(config: str, hub: Hub) -> None:
     (hub.root / "timm/net").mkdir(parents=True)
     (hub.root / "timm/net/config.json").write_text(config)
-    with pytest.raises(ValueError, match=r"not one of .*save_model's; .*create_model\(name, pretr"):
+    with pytest.raises(ValueError, match=r"timm/net .*config.json"):
         load_model("timm/net")
     assert [call[1] for call in hub.calls] == ["config.json"]
 
@@ -525,7 +491,7 @@ def test_a_model_of_others_is_refused_before_its_weights_are_fetched(config: str
 def test_a_repository_without_weights_is_refused(hub: Hub) -> None:
     push_to_hub(small(), "me/mini")
     (hub.root / "me/mini/model.safetensors").rename(hub.root / "me/mini/pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"the Hub does not give model\.safetensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors of me/mini"):
         load_model("me/mini")
 
 
@@ -562,7 +528,7 @@ def test_a_card_says_where_tokens_are_learned(make: Callable[[], Any], sentence:
 def test_the_code_on_a_card_runs(tmp_path: Path) -> None:
     model = small()
     save_model(model, tmp_path)
-    code = model_card(model, place=str(tmp_path)).split("```python\n")[1].split("```")[0]
+    code = model_card(model, location=str(tmp_path)).split("```python\n")[1].split("```")[0]
     for part in code.split("# or\n"):
         names: dict[str, Any] = {}
         exec(part, names)
@@ -610,12 +576,12 @@ def test_a_benchmark_goes_into_the_card(tmp_path: Path) -> None:
 def test_what_is_no_table_is_refused_before_anything_is_written(
     measured: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="expected columns of rows"):
+    with pytest.raises(ValueError, match="measured is"):
         save_model(small(), tmp_path / "run", measured)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_measurements_have_no_place_in_a_single_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no model card; pass measured with a folder"):
+    with pytest.raises(ValueError, match="measured"):
         save_model(small(), tmp_path / "a.safetensors", {"a": {"b": 1}})
     assert list(tmp_path.iterdir()) == []

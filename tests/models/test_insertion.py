@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -28,15 +27,6 @@ TINY: dict[str, Any] = {
     "num_heads": 3,
     "num_classes": 5,
 }
-HOSTS: dict[str, dict[str, Any]] = {
-    "class_token": {},
-    "registers": {"reg_tokens": 4},
-    "no_class_token": {"class_token": False, "global_pool": "avg"},
-    "distilled": {"cls": VisionTransformerDistilled},
-    "map_pooling": {"class_token": False, "global_pool": "map"},
-    "layer_scale_and_qk_norm": {"init_values": 1e-5, "qk_norm": True},
-}
-each_host = pytest.mark.parametrize("kind", HOSTS)
 each_learner = pytest.mark.parametrize("learner", LEARNERS)
 both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduce", "fuse"])
 
@@ -82,63 +72,7 @@ def outputs_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
 
 
-# --- every kind of host ------------------------------------------------------------------------
-
-
-@each_host
-@both_ways
-@torch.no_grad()
-def test_the_output_has_the_hosts_shape_but_other_numbers(fuse: bool, kind: str) -> None:
-    host, x = vit(**HOSTS[kind]), images()
-    before = host(x)
-    after = randomized(insert(host, 3, fuse=fuse))(x)
-    assert after.shape == before.shape
-    assert after.isfinite().all()
-    assert not torch.allclose(after, before, rtol=1e-6, atol=1e-6)
-
-
-@each_host
-@torch.no_grad()
-def test_later_blocks_see_the_prefix_and_the_learned_tokens(kind: str) -> None:
-    host = insert(vit(**HOSTS[kind]), 3, at=1)
-    seen = [inputs_of(host.blocks[i], lambda: host(images())).shape[1] for i in range(4)]
-    prefix = host.num_prefix_tokens
-    assert seen == [prefix + 16, prefix + 16, prefix + 3, prefix + 3]
-
-
-@each_host
-@both_ways
-@torch.no_grad()
-def test_what_runs_before_the_learner_is_the_hosts_own(fuse: bool, kind: str) -> None:
-    host, x = vit(**HOSTS[kind]), images()
-    before = inputs_of(host.blocks[2], lambda: host(x))
-    insert(host, 3, at=2, fuse=fuse)
-    assert torch.equal(inputs_of(host.blocks[2], lambda: host(x)), before)
-
-
-@each_host
-@both_ways
-@torch.no_grad()
-def test_remove_gives_the_host_back_bit_for_bit(fuse: bool, kind: str) -> None:
-    host, x = vit(**HOSTS[kind]), images()
-    before, out = copy.deepcopy(host.state_dict()), host(x)
-    remove(insert(host, 3, fuse=fuse))
-    after = host.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert torch.equal(host(x), out)
-
-
-@each_host
-@both_ways
-def test_blocks_and_parameters_of_the_host_stay_the_same_objects(fuse: bool, kind: str) -> None:
-    host = vit(**HOSTS[kind])
-    blocks, parameters = list(host.blocks), {id(p) for p in host.parameters()}
-    insert(host, 3, at=1, fuse=fuse)
-    unwrapped = [b.block if isinstance(b, ReducedBlock) else b for b in host.blocks]
-    assert all(a is b for a, b in zip(unwrapped, blocks, strict=True))
-    kept = {id(p) for p in host.parameters()} - {id(p) for p in new_parameters(host).values()}
-    assert kept == parameters
+# --- the host ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -240,8 +174,8 @@ def test_fused_blocks_learn_from_all_positions_at_every_place() -> None:
 
 
 def test_one_place_in_a_list_is_one_place() -> None:
-    told = {"num_tokens": 3, "at": 2, "learner": "v11", "fuse": False}
-    assert get_insertion(insert(vit(), [3], at=[2])) == told
+    expected = {"num_tokens": 3, "at": 2, "learner": "v11", "fuse": False}
+    assert get_insertion(insert(vit(), [3], at=[2])) == expected
 
 
 def test_remove_takes_the_tokens_out_of_every_place() -> None:
@@ -376,23 +310,14 @@ def test_a_copy_gives_the_same_and_shares_nothing(
 ) -> None:
     host, x = randomized(insert(vit(), 3, learner=learner, fuse=fuse)), images()
     other = copied(host)
-    assert torch.equal(other(x), host(x))
+    assert torch.equal(other(x), host(x))  # the same operations on the same machine
+    assert get_insertion(other) == get_insertion(host) is not None
     assert not {p.data_ptr() for p in host.parameters()} & {
         p.data_ptr() for p in other.parameters()
     }
     assert all(
         block.grid is other.patch_embed.grid_size for block in wrapped_blocks(other).values()
     )
-
-
-@both_ways
-@each_learner
-@torch.no_grad()
-def test_a_state_dict_fits_a_model_built_alike(learner: str, fuse: bool) -> None:
-    host, x = randomized(insert(vit(), 3, learner=learner, fuse=fuse)), images()
-    other = insert(vit(), 3, learner=learner, fuse=fuse)
-    other.load_state_dict(host.state_dict(), strict=True)
-    assert torch.equal(other(x), host(x))
 
 
 @both_ways
@@ -490,11 +415,11 @@ INSERTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", INSERTIONS, ids=str)
-def test_insertion_tells_what_insert_was_given(arguments: dict[str, Any]) -> None:
+def test_get_insertion_returns_the_arguments_of_insert(arguments: dict[str, Any]) -> None:
     assert get_insertion(insert(vit(), **arguments)) == arguments
 
 
-def test_insertion_tells_a_share_of_the_depth_as_a_block() -> None:
+def test_a_share_of_the_depth_is_kept_as_a_block() -> None:
     assert get_insertion(insert(vit(), 3, at=0.75))["at"] == 3
 
 
@@ -503,9 +428,28 @@ def test_insertion_is_none_without_learned_tokens() -> None:
     assert get_insertion(remove(insert(vit(), 3))) is None
 
 
+def test_each_host_in_a_model_keeps_its_insertion() -> None:
+    towers = nn.ModuleDict({"left": vit(), "right": insert(vit(), 3, at=1)})
+    assert get_insertion(towers["left"]) is None
+    assert (get_insertion(towers) or {})["at"] == 1
+    insert(towers["left"], 5)
+    remove(towers["right"])
+    assert (get_insertion(towers) or {})["num_tokens"] == 5
+
+
+@torch.no_grad()
+def test_blocks_wrapped_by_hand_run_and_are_removed_but_say_no_arguments() -> None:
+    host, x = vit(), images()
+    expected = host(x)
+    host.blocks[2] = ReducedBlock(host.blocks[2], TokenLearnerV11(24, 3), num_prefix_tokens=1)
+    assert not torch.allclose(host(x), expected)
+    assert get_insertion(host) is None
+    torch.testing.assert_close(remove(host)(x), expected)
+
+
 @pytest.mark.parametrize("arguments", INSERTIONS, ids=str)
 @torch.no_grad()
-def test_inserting_what_insertion_tells_builds_the_same_model(arguments: dict[str, Any]) -> None:
+def test_inserting_with_these_arguments_builds_the_same_model(arguments: dict[str, Any]) -> None:
     host, x = randomized(insert(vit(), **arguments)), images()
     other = insert(vit(), **get_insertion(host))
     other.load_state_dict(host.state_dict())
@@ -513,7 +457,7 @@ def test_inserting_what_insertion_tells_builds_the_same_model(arguments: dict[st
 
 
 @torch.no_grad()
-def test_insertion_tells_a_grid_that_was_passed() -> None:
+def test_a_grid_that_was_passed_is_kept() -> None:
     host, x = randomized(insert(vit(), 3, learner="v1", grid=(2, 8))), images()
     other = insert(vit(), **get_insertion(host))
     other.load_state_dict(host.state_dict())
@@ -534,27 +478,19 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_a_model_that_is_not_known_is_named_and_refused(
     make: Callable[[], nn.Module], name: str, call: Callable[[nn.Module], Any]
 ) -> None:
-    known = "known: VisionTransformer, .* of timm"
-    with pytest.raises(ValueError, match=rf"{name} is no model that tokens can be .*{known}"):
+    with pytest.raises(ValueError, match=rf"{name} .*VisionTransformer, .* of timm"):
         call(make())
 
 
-@both_ways
-def test_tokens_cannot_be_inserted_twice(fuse: bool) -> None:
-    host = insert(vit(), 3, fuse=fuse)
-    with pytest.raises(ValueError, match=r"learned tokens already; call remove\(model\)"):
-        insert(host, 3, at=0)
-
-
 def test_nothing_can_be_removed_from_a_plain_host() -> None:
-    with pytest.raises(ValueError, match="no learned tokens to remove"):
+    with pytest.raises(ValueError, match="no learned tokens"):
         remove(vit())
 
 
-_AT = r"expected a block from 0 to 3, or a share from 0\.0 to below 1"
+_AT = "expected a block from 0 to 3"
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"num_tokens": 17}, "num_tokens is 17, but an image has 16"),
-    ({"num_tokens": 0}, "num_tokens is 0, expected an integer of 1 or more"),
+    ({"num_tokens": 17}, "num_tokens is 17"),
+    ({"num_tokens": 0}, "num_tokens is 0"),
     ({"num_tokens": -1}, "num_tokens is -1"),
     ({"num_tokens": 2.0}, r"num_tokens is 2\.0"),
     ({"num_tokens": True}, "num_tokens is True"),
@@ -567,22 +503,22 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"at": "x"}, f"at is 'x', {_AT}"),
     (
         {"at": (0.25, 0.5)},
-        r"num_tokens is 3 and at is \(0\.25, 0\.5\), expected .* for every place",
+        r"num_tokens is 3 and at is \(0\.25, 0\.5\)",
     ),
-    ({"num_tokens": (3, 2)}, r"num_tokens is \(3, 2\) and at is 0\.5, expected .* for every place"),
-    ({"num_tokens": (3, 2, 1), "at": (1, 2)}, "expected a number of tokens for every place"),
-    ({"num_tokens": (), "at": ()}, "expected a number of tokens for every place"),
-    ({"num_tokens": (3, 2), "at": (2, 1)}, r"at is \(2, 1\), which are blocks \[2, 1\] of 4; name"),
-    ({"num_tokens": (3, 2), "at": (2, 0.6)}, r"are blocks \[2, 2\] of 4; name each place once"),
-    ({"num_tokens": (2, 3), "at": (1, 2)}, r"\(2, 3\), but .* only become fewer; pass \(3, 2\)"),
-    ({"num_tokens": (17, 3), "at": (1, 2)}, "num_tokens is 17, but an image has 16"),
+    ({"num_tokens": (3, 2)}, r"num_tokens is \(3, 2\) and at is 0\.5"),
+    ({"num_tokens": (3, 2, 1), "at": (1, 2)}, "num_tokens is .* and at is"),
+    ({"num_tokens": (), "at": ()}, "num_tokens is .* and at is"),
+    ({"num_tokens": (3, 2), "at": (2, 1)}, r"at is \(2, 1\)"),
+    ({"num_tokens": (3, 2), "at": (2, 0.6)}, r"at is \(2, 0\.6\)"),
+    ({"num_tokens": (2, 3), "at": (1, 2)}, r"num_tokens is \(2, 3\)"),
+    ({"num_tokens": (17, 3), "at": (1, 2)}, "num_tokens is 17"),
     ({"num_tokens": (3, 0), "at": (1, 2)}, "num_tokens is 0, expected"),
     ({"num_tokens": (3, 2), "at": (1, 4)}, f"at is 4, {_AT}"),
     (
         {"num_tokens": (3, 2), "at": (1, 2), "learner": "v1-mean"},
-        "from the second place on there are tokens without one; insert learner='v11', or with fuse",
+        "V1's convolutions need a grid",
     ),
-    ({"learner": "v2"}, "learner is 'v2', expected one of 'v11', 'v1', 'v1-mean', 'grouped'"),
+    ({"learner": "v2"}, "learner is 'v2'"),
     ({"grid": (3, 5)}, "16 positions do not fit a 3 x 5 grid of 15"),
     ({"grid": 4}, r"grid is 4, expected \(height, width\)"),
     ({"grid": (16,)}, r"grid is \(16,\), expected \(height, width\)"),
@@ -601,15 +537,6 @@ def test_a_bad_argument_is_refused_and_leaves_the_model_as_it_was(
 
 def test_as_many_tokens_as_positions_are_allowed() -> None:
     assert insert(vit(), 16)(images()).shape == (2, 5)
-
-
-@both_ways
-@pytest.mark.parametrize(
-    "mask", [{"attn_mask": torch.ones(17, 17)}, {"is_causal": True}], ids=["mask", "causal"]
-)
-def test_a_mask_over_positions_is_refused(mask: dict[str, Any], fuse: bool) -> None:
-    with pytest.raises(ValueError, match="attention mask over positions does not fit"):
-        insert(vit(), 3, fuse=fuse).forward_features(images(), **mask)
 
 
 @both_ways

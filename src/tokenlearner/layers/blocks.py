@@ -1,14 +1,14 @@
-"""The two ways a learner enters a network: around a transformer block, which is left as it is.
+"""Wrappers that put a learner in front of a transformer block, which itself is not changed.
 
-`blocks[i] = ReducedBlock(blocks[i], learner)` lets that block and all behind it see `k` tokens;
-`blocks[i] = FusedBlock(blocks[i], learner, fuser)` lets that block alone see them. Both pass prefix
-tokens (class, distillation, registers) around the learner and learn each frame's tokens by itself.
+With `blocks[i] = ReducedBlock(blocks[i], learner)` that block and all later ones run on `k` tokens;
+with `blocks[i] = FusedBlock(blocks[i], learner, fuser)` only that block does. Both pass prefix
+tokens (class, distillation, registers) around the learner and learn tokens frame by frame.
 
-A learned token has no position. Blocks that are told positions besides (`OfPositions`) run on
-tokens without them, and those behind a `ReducedBlock` are wrapped as `UnplacedBlock` for that.
+A learned token has no position. Blocks that take positions besides their input (`PositionArgs`) run
+on tokens without them; blocks behind a `ReducedBlock` are wrapped as `PositionFreeBlock` for that.
 
 Axes: `b` batch, `p` prefix tokens, `t` frames, `n` positions of a frame, `k` tokens, `c` channels.
-Source: scenic `EncoderMod` and `EncoderModFuser`, whose encoders these wrappers make of any.
+Source: scenic `EncoderMod` and `EncoderModFuser`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from .token_learner import TokenLearner
 
 @dataclass(frozen=True)
 class PositionArgs:
-    """What a block is told of positions besides its input.
+    """Names what a block takes of positions besides its input.
 
     Args:
-        arguments: Names of call arguments that are left out for tokens, such as `"rope"`: without
-            a rotation all tokens are at one place.
-        parameters: Paths from the block to parameters that are set aside while it runs on tokens;
-            its attention has to take None for "no bias".
-        exported: Names of call arguments that are left out while `torch.export` traces. Some of
-            transformers' models then make a mask of ones, where they make none when they run; that
-            one cannot be told from a mask that was passed, which is refused in every run.
+        arguments: Call arguments to leave out for tokens, such as `"rope"`.
+        parameters: Paths from the block to parameters to set aside while it runs on tokens; its
+            attention has to take None for "no bias".
+        exported: Call arguments to leave out only while `torch.export` traces. Some of
+            transformers' models then create a mask of ones that they do not create when they run.
+            While tracing it cannot be told apart from a user's mask, which every run refuses.
     """
 
     arguments: tuple[str, ...] = ()
@@ -47,18 +46,18 @@ class PositionArgs:
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """The grid of a host that knows its image and its patches, but no grid; height first."""
+    """Computes the grid of a host from its image size and patch size; height first."""
 
     image_size: Grid
     patch_size: Grid
 
     @property
     def grid_size(self) -> Grid:
-        """Height and width in positions of an image of the host's size."""
+        """Returns height and width in positions of an image of the host's size."""
         return self.dynamic_feat_size(self.image_size)
 
     def dynamic_feat_size(self, image_size: Grid) -> Grid:
-        """Height and width in positions of an image of any size; the name is timm's."""
+        """Returns height and width in positions of an image of any size; the name is timm's."""
         (h, w), (patch_h, patch_w) = image_size, self.patch_size
         return h // patch_h, w // patch_w
 
@@ -66,31 +65,37 @@ class PatchGrid:
 class PositionFreeBlock(nn.Module):
     """Runs a block on tokens that have no position.
 
-    A parameter that is set aside is this module's while it lasts, under the last part of its name:
-    so it is in the state dict, moves along with `to`, and gets no gradient. `unwrap` puts the same
-    object back in its place.
+    A parameter that is set aside belongs to this module meanwhile, under the last part of its name:
+    it stays in the state dict, moves along with `to`, and gets no gradient. `unwrap` puts the same
+    object back.
 
     Args:
         block: Any module `b n c -> b n c` whose other weights do not depend on `n`.
-        of_positions: What of it belongs to positions.
+        position_args: What the block takes of positions.
     """
 
-    def __init__(self, block: nn.Module, of_positions: PositionArgs | None = None):
+    def __init__(self, block: nn.Module, position_args: PositionArgs | None = None):
         super().__init__()
-        self._wrap(block, of_positions)
+        self._wrap(block, position_args)
 
-    def _wrap(self, block: nn.Module, of_positions: PositionArgs | None) -> None:
+    def _wrap(self, block: nn.Module, position_args: PositionArgs | None) -> None:
         self.block = block
-        self.of_positions = of_positions or PositionArgs()
+        self.position_args = position_args or PositionArgs()
         self._arguments = _positional_arguments(block)
-        for path in self.of_positions.parameters:
+        for path in self.position_args.parameters:
             owner, name = _owner(block, path)
             self.register_parameter(name, getattr(owner, name))
             setattr(owner, name, None)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickles a block; version 0.3 had another name for `position_args`."""
+        if "of_positions" in state:
+            state["position_args"] = state.pop("of_positions")
+        super().__setstate__(state)
+
     def unwrap(self) -> nn.Module:
-        """Returns the block as it was; this module is of no more use."""
-        for path in self.of_positions.parameters:
+        """Returns the block as it was; this module cannot be used any more."""
+        for path in self.position_args.parameters:
             owner, name = _owner(self.block, path)
             setattr(owner, name, getattr(self, name))
             setattr(self, name, None)
@@ -104,19 +109,19 @@ class PositionFreeBlock(nn.Module):
     def without_positions(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments of a call as tokens take them.
+        """Returns the arguments of a call without those that belong to positions.
 
         Raises:
-            ValueError: There is an attention mask.
+            ValueError: An attention mask is given.
         """
-        left_out = self.of_positions.arguments
+        left_out = self.position_args.arguments
         if torch.compiler.is_exporting():
-            left_out += self.of_positions.exported
+            left_out += self.position_args.exported
         names = (*self._arguments, *[""] * len(args))
         args = tuple(None if n in left_out else value for n, value in zip(names, args))  # noqa: B905
         kwargs = {n: value for n, value in kwargs.items() if n not in left_out}
         for name, value in (*zip(names, args), *kwargs.items()):  # noqa: B905
-            _refuse_mask(name, value)
+            _check_is_no_mask(name, value)
         return args, kwargs
 
 
@@ -128,9 +133,9 @@ class ReducedBlock(PositionFreeBlock):
         learner: Pools each frame, as `TokenLearnerV11`.
         num_prefix_tokens: Tokens at the front that are no positions; they pass by the learner.
         frames: Frames `t` that follow one another in the sequence.
-        grid: Height and width of a frame, or what knows it as `grid_size`, such as a module or a
-            `PatchGrid`, and is asked at every call. Only V1 needs it.
-        of_positions: What of the block belongs to positions.
+        grid: Height and width of a frame, or a module or `PatchGrid` whose `grid_size` is read at
+            every call. Only V1 needs it.
+        position_args: What the block takes of positions.
 
     Raises:
         ValueError: A count is out of range.
@@ -143,33 +148,27 @@ class ReducedBlock(PositionFreeBlock):
         num_prefix_tokens: int = 0,
         frames: int = 1,
         grid: Grid | nn.Module | PatchGrid | None = None,
-        of_positions: PositionArgs | None = None,
+        position_args: PositionArgs | None = None,
     ):
         nn.Module.__init__(self)
         self.learner = learner  # in front of the block when parameters are counted
-        self._wrap(block, of_positions)
+        self._wrap(block, position_args)
         self.num_prefix_tokens = check_count("num_prefix_tokens", num_prefix_tokens, least=0)
         self.frames = check_count("frames", frames)
         self._grid = (grid,)  # in a tuple, so that the host's module is not registered twice
 
     @property
     def grid(self) -> Grid | None:
-        """Height and width of a frame as far as known."""
-        (known,) = self._grid
-        asked = isinstance(known, nn.Module | PatchGrid)
-        return getattr(known, "grid_size", None) if asked else known
-
-    @property
-    def fixed_grid(self) -> Grid | None:
-        """The grid that was passed as such, None where the host is asked."""
-        (known,) = self._grid
-        return None if isinstance(known, nn.Module | PatchGrid) else known
+        """Returns height and width of a frame, None if unknown."""
+        (source,) = self._grid
+        is_owner = isinstance(source, nn.Module | PatchGrid)
+        return getattr(source, "grid_size", None) if is_owner else source
 
     def grid_of(self, image_size: tuple[int, int]) -> Grid | None:
-        """Height and width in positions of an image of this size, as far as known."""
-        (known,) = self._grid
-        ask = getattr(known, "dynamic_feat_size", None)  # timm's, for hosts that take any size
-        return self.grid if ask is None else ask(image_size)
+        """Returns height and width in positions of an image of this size, None if unknown."""
+        (source,) = self._grid
+        compute = getattr(source, "dynamic_feat_size", None)  # timm's, for images of any size
+        return self.grid if compute is None else compute(image_size)
 
     def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Any:
         """Learns tokens and runs the block on them: `b (p + t n) c -> b (p + t k) c`.
@@ -193,16 +192,16 @@ class ReducedBlock(PositionFreeBlock):
 
     @property
     def needs_grid(self) -> bool:
-        """Whether the learner depends on the grid: V1's convolutions do, V1.1 does not."""
+        """Returns whether the learner depends on the grid: V1's convolutions do, V1.1 does not."""
         return isinstance(self.learner, TokenLearner)
 
     @property
     def learner_grid(self) -> Grid | None:
-        """What the learner is told about the grid unless a call tells it another."""
+        """Returns the grid for the learner, unless a call passes another."""
         return self.grid if self.needs_grid else None
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Parts a sequence into prefix and frames: `b (p + t n) c` to `b p c`, `(b t) n c`."""
+        """Splits a sequence into prefix and frames: `b (p + t n) c` to `b p c`, `(b t) n c`."""
         prefix, rest = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         if self.frames == 1:
             return prefix, rest
@@ -214,7 +213,7 @@ class ReducedBlock(PositionFreeBlock):
         return prefix, rearrange(rest, "b (t n) c -> (b t) n c", t=self.frames)
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
-        """The way back from `split`: `b p c`, `(b t) n c` to `b (p + t n) c`."""
+        """Reverses `split`: `b p c`, `(b t) n c` to `b (p + t n) c`."""
         rest = rearrange(frames, "(b t) n c -> b (t n) c", t=self.frames)
         return torch.cat([prefix, rest], dim=1) if self.num_prefix_tokens else rest
 
@@ -229,7 +228,7 @@ class FusedBlock(ReducedBlock):
         num_prefix_tokens: Tokens at the front that are no positions; the block sees them.
         frames: Frames `t` that follow one another in the sequence.
         grid: As in `ReducedBlock`.
-        of_positions: As in `ReducedBlock`: the block runs on tokens, so it is left out here too.
+        position_args: As in `ReducedBlock`.
     """
 
     def __init__(
@@ -240,40 +239,40 @@ class FusedBlock(ReducedBlock):
         num_prefix_tokens: int = 0,
         frames: int = 1,
         grid: Grid | nn.Module | PatchGrid | None = None,
-        of_positions: PositionArgs | None = None,
+        position_args: PositionArgs | None = None,
     ):
-        super().__init__(block, learner, num_prefix_tokens, frames, grid, of_positions)
+        super().__init__(block, learner, num_prefix_tokens, frames, grid, position_args)
         self.fuser = fuser
 
     def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Any:
         """Runs the block on learned tokens: `b (p + t n) c -> b (p + t n) c`.
 
-        Positions change only by what the fuser adds; prefix tokens are the block's. Of a block that
-        returns a tuple the first is meant, and the rest is passed on.
+        Positions change only by what the fuser adds; prefix tokens are the block's. If the block
+        returns a tuple, its first element is used and the others are passed on.
         """
         args, kwargs = self.without_positions(args, kwargs)
         prefix, positions = self.split(x)
-        seen = self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
-        prefix, tokens = self.split(seen[0] if isinstance(seen, tuple) else seen)
+        out = self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
+        prefix, tokens = self.split(out[0] if isinstance(out, tuple) else out)
         x = self.join(prefix, positions + self.fuser(tokens, positions))
-        return (x, *seen[1:]) if isinstance(seen, tuple) else x
+        return (x, *out[1:]) if isinstance(out, tuple) else x
 
 
 def _positional_arguments(block: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments that a call may give by their place, behind the tokens."""
+    """Returns the names of positional arguments of a block's `forward`, without the tokens."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(block.forward).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]
 
 
 def _owner(block: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that has a parameter, and the parameter's name there."""
+    """Returns the module that has a parameter, and the parameter's name in it."""
     module, _, name = path.rpartition(".")
     return block.get_submodule(module), name
 
 
-def _refuse_mask(name: str, value: Any) -> None:
-    """Refuses a mask over positions; one over heads is none."""
+def _check_is_no_mask(name: str, value: Any) -> None:
+    """Raises ValueError for a mask over positions; a mask over heads is allowed."""
     is_mask = "mask" in name and name != "head_mask" and value is not None
     if is_mask or (name == "is_causal" and value):
         raise ValueError(

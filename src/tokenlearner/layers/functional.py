@@ -1,6 +1,6 @@
-"""The pieces that the modules are made of: frames folded, maps applied, small networks.
+"""Functions that the layers share: folding frames, applying maps, building small networks.
 
-Axes as in `modules.py`: `b` batch, `t` frames, `h w` grid, `n` positions, `k` tokens, `c` channels.
+Axes: `b` batch, `t` frames, `h w` grid, `n` positions, `k` tokens, `c` channels.
 """
 
 from __future__ import annotations
@@ -14,60 +14,60 @@ from torch import Tensor, nn
 
 from ..utils.validation import Grid, check_choice, check_count, check_rate
 
-_CACHED = 4 * 2**20  # bytes
+_CACHE_BYTES = 4 * 2**20  # of a CPU core, about
 
 
 def leading_dims(x: Tensor) -> tuple[int, ...]:
-    """The axes that count frames: `(b,)`, and `(b, t)` for `b t h w c`."""
+    """Returns the sizes of the axes that count frames: `(b,)`, or `(b, t)` for `b t h w c`."""
     return tuple(x.shape[: 2 if x.ndim == 5 else 1])
 
 
 def flatten(x: Tensor) -> Tensor:
-    """`b n c`, `b h w c` or `b t h w c` to one frame after the other: `(b t) n c`."""
+    """Folds frames into the batch: `b n c`, `b h w c` or `b t h w c` to `(b t) n c`."""
     lead = leading_dims(x)
     return x.reshape(math.prod(lead), math.prod(x.shape[len(lead) : -1]), x.shape[-1])
 
 
 def chunks(x: Tensor) -> tuple[Tensor, ...]:
-    """The frames of `b n c`, a few at a time where all of them would leave a CPU's cache.
+    """Splits `b n c` along the batch where all frames together do not fit a CPU's cache.
 
-    That pays for many frames of few channels (benchmarks/modules_speed.py), and saves memory in the
-    backward pass; wide ones gain nothing, and a compiler wants one piece.
+    This pays for many frames of few channels (benchmarks/modules_speed.py) and saves memory in the
+    backward pass. Wide frames gain nothing, and a compiler gets one piece.
     """
     b, n, c = x.shape
     if not _is_eager_on_cpu(x):
         return (x,)
-    at_once = max(1, _CACHED // max(1, n * c * x.element_size()))
-    return x.split(at_once) if c <= 256 and b > at_once else (x,)
+    chunk_size = max(1, _CACHE_BYTES // max(1, n * c * x.element_size()))
+    return x.split(chunk_size) if c <= 256 and b > chunk_size else (x,)
 
 
 def _is_eager_on_cpu(x: Tensor) -> bool:
-    """Where the shortcuts of this file were measured; a compiler finds its own."""
+    """Returns whether the CPU shortcuts of this file apply; a compiler does better without them."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def square_grid(n: int) -> Grid:
-    """The grid of `n` positions if it is a square."""
+    """Returns the grid of `n` positions, which have to be a square."""
     side = round(n**0.5)
     if side * side != n:
-        raise ValueError(f"{n} positions are no square; pass grid=(height, width)")
+        raise ValueError(f"{n} positions are not a square; pass grid=(height, width)")
     return side, side
 
 
 def upcast(x: Tensor) -> Tensor:
-    """To float32 at least, for sigmoid and softmax."""
+    """Converts to float32 unless `x` is wider, for sigmoid and softmax."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """`b n k -> b k n`, every map a distribution over the positions."""
+    """Turns logits into maps, each a distribution over the positions: `b n k -> b k n`."""
     return upcast(logits).transpose(1, 2).softmax(-1)
 
 
 def pool(maps: Tensor, x: Tensor) -> Tensor:
-    """`b k n, b n c -> b k c` as one batched product, which sums in float32 for narrow dtypes too.
+    """Pools positions by maps: `b k n, b n c -> b k c`, without a tensor of `b k n c`.
 
-    Nothing of shape `b k n c` is made.
+    The batched product sums in float32 for float16 and bfloat16 too.
     """
     return torch.bmm(maps.to(x.dtype), x)
 
@@ -78,21 +78,21 @@ def check_gelu(approximate: str) -> str:
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A 3 x 3 convolution that keeps the grid, without bias."""
+    """Returns a 3 x 3 convolution that keeps the grid, without bias."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
 
 
 def wide_conv3x3(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
-    """Applies a `conv3x3` to few channels: `b n c -> b k h w`.
+    """Applies a `conv3x3` from many channels to few: `b n c -> b k h w`.
 
-    Where `c` is large, one matrix product to the 9 taps of each channel and a sum of what overlaps
-    are up to 4 times as fast on a CPU as oneDNN's convolution (benchmarks/modules_speed.py); their
-    backward pays from 1024 channels on. A compiler gets the convolution, which it knows better.
+    For a large `c`, one matrix product to the 9 taps of each output channel and a sum of the
+    overlaps are up to 4 times as fast on a CPU as oneDNN's convolution
+    (benchmarks/modules_speed.py); with the backward pass from 1024 channels on.
     """
     b, _, c = x.shape
     wide = c >= (1024 if torch.is_grad_enabled() else 256)
-    narrow = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
-    if not wide or narrow or not _is_eager_on_cpu(x):
+    half = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
+    if not wide or half or not _is_eager_on_cpu(x):
         return conv(rearrange(x, "b (h w) c -> b c h w", h=grid[0]))
     taps = rearrange(conv.weight.flip(2, 3), "k c i j -> (k i j) c")  # a sum turns them around
     spread = torch.bmm(taps.expand(b, *taps.shape), x.transpose(1, 2))
@@ -102,7 +102,10 @@ def wide_conv3x3(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
 def mlp(
     in_channels: int, hidden: int | None, out_channels: int, dropout_rate: float, approximate: str
 ) -> nn.Module:
-    """Two linear layers with GELU and dropout, initialized as scenic's MlpBlock; or just one."""
+    """Returns two linear layers with GELU and dropout, initialized as scenic's MlpBlock.
+
+    Without a hidden width it is one linear layer without bias.
+    """
     check_rate(dropout_rate)
     gelu = nn.GELU(check_gelu(approximate))
     if hidden is None:

@@ -1,8 +1,9 @@
-"""Linear layers by oneDNN, which many CPUs run faster than torch's own product of float32.
+"""Experimental: linear layers by oneDNN, which some CPUs run faster than torch's own product.
 
-torch multiplies float32 matrices with MKL. On processors that are not Intel's, and wherever a
-product has few rows, as behind a TokenLearner, oneDNN may be the faster of the two, for the same
-numbers; `use_onednn` takes it (docs/bench.md says what that gave).
+torch multiplies float32 matrices with MKL. On processors that are not Intel's, and for products
+with few rows, as behind a TokenLearner, oneDNN can be faster (docs/bench.md has measurements). It
+is used only in models that are passed to `use_onednn`, through an operator that torch keeps
+private.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def use_onednn(model: Model, on: bool = True) -> Model:
-    """Lets oneDNN compute the linear layers of a model, forward and backward, in place.
+    """Experimental: computes a model's linear layers by oneDNN; changes the model in place.
 
-    It takes part in eager float32 on a CPU and nowhere else: under autocast, in a compiler or an
-    exporter, and on other devices the layers are what they were. Parameters, their names and state
-    dicts stay as they are; results differ by rounding. Not kept in a saved model.
+    This applies to eager float32 on a CPU, forward and backward. Under autocast, in a compiler or
+    an exporter, and on other devices the layers run as before. Parameters and state dicts do not
+    change, results differ by rounding, and a saved model does not keep it.
 
     Args:
-        model: Any. Layers that are exactly `nn.Linear` take part, subclasses do not.
+        model: Any module. Layers that are exactly `nn.Linear` are changed, subclasses are not.
         on: False goes back to torch's own product.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: It is no module, or this torch was built without oneDNN.
+        ValueError: `model` is not a module, or this torch was built without oneDNN.
 
     >>> linear = use_onednn(nn.Linear(64, 8))
     >>> linear(torch.ones(2, 196, 64)).shape
@@ -49,31 +50,31 @@ def use_onednn(model: Model, on: bool = True) -> Model:
         not on or torch.backends.mkldnn.is_available(),
         "this torch was built without oneDNN; leave use_onednn out, or install torch from PyPI",
     )
-    kind: Any = OneDNNLinear if on else nn.Linear
+    cls: Any = OneDNNLinear if on else nn.Linear
     for module in model.modules():
         if type(module) in (nn.Linear, OneDNNLinear):
-            module.__class__ = kind
+            module.__class__ = cls
     return model
 
 
 class OneDNNLinear(nn.Linear):
-    """What `use_onednn` makes of `nn.Linear`: the same layer, multiplied by oneDNN."""
+    """Computes what `nn.Linear` computes by oneDNN; `use_onednn` makes it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`: `... i -> ... o`."""
-        if not _takes_part(input, self):
+        """Applies the layer: `... i -> ... o`."""
+        if not _is_supported(input, self):
             return super().forward(input)
         if torch.is_grad_enabled():
             return _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
         return _linear(input, self.weight, self.bias)
 
 
-def _takes_part(x: Tensor, layer: nn.Linear) -> bool:
-    """Plain tensors of float32 on a CPU, in eager mode; all else is left to torch.
+def _is_supported(x: Tensor, layer: nn.Linear) -> bool:
+    """Returns whether oneDNN can take a call: plain float32 tensors on a CPU, in eager mode.
 
-    So is what something looks at: a tracer, torch's dispatch modes, which count operations, the
+    Tracers and torch's dispatch modes, which count operations, get torch's own operation; so do the
     transforms of `torch.func`, for which oneDNN's product has no rule, and forward-mode
-    differentiation, for which it has no formula and gives no error.
+    differentiation, for which it has no formula and raises no error.
     """
     weight = layer.weight
     return (
@@ -100,12 +101,12 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by oneDNN, which knows no gradients."""
+    """Computes `F.linear` by oneDNN, without gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
-    """`F.linear` with its gradients; of those, torch computes further gradients, if asked for."""
+    """Computes `F.linear` and its gradients by oneDNN; second gradients are torch's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

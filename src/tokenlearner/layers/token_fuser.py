@@ -17,18 +17,17 @@ from .functional import flatten, leading_dims, mlp, pool, upcast
 
 
 class TokenFuser(nn.Module):
-    """Spreads learned tokens over the positions of the original, to be added to it by the caller.
+    """Spreads learned tokens over the positions of the original; the caller adds the result to it.
 
-    Every position gets a sum of the mixed tokens, weighted by sigmoid gates that look at the
+    Every position gets a sum of the mixed tokens, weighted by sigmoid gates computed from the
     original. A new fuser returns exactly 0, so a model starts as if it had none.
 
-    That 0 comes from the mix over tokens, whose kernel starts at 0. The LayerNorm behind it then
-    sees zeros, where its slope is 1 / sqrt(eps) = 1000: the kernel's first gradient dwarfs all
-    others, and a global clip spends the first step on it. `zero_init="norm"` starts the gain of
-    that norm at 0 instead: the same function and parameters, the same 0, ordinary gradients. It is
-    not the default, since the official start was ahead for the first 50 steps under AdamW and level
-    after an epoch (`benchmarks/README.md`); it is for where the size of a gradient counts, such as
-    float16.
+    That 0 comes from the mix over tokens, whose kernel starts at 0. The slope of the LayerNorm
+    behind it is 1 / sqrt(eps) = 1000 there: the kernel's first gradient dwarfs all others, and a
+    global clip spends the first step on it. `zero_init="norm"` starts the gain of that norm at 0
+    instead: the same function and parameters, the same 0, ordinary gradients. It is for where the
+    size of a gradient matters, such as float16. The default is the official start, which was ahead
+    for the first 50 steps under AdamW and level after an epoch (`benchmarks/README.md`).
 
     Args:
         in_channels: Channels `c` of tokens and original.
@@ -36,7 +35,7 @@ class TokenFuser(nn.Module):
         bottleneck_dim: Hidden width of the gates' MLP; None is the paper's single linear layer.
         dropout_rate: Dropout in the gates' MLP and of the result.
         use_normalization: LayerNorm before and after the mix; needed after sum pooling.
-        zero_init: What starts at 0, `"mix"` or `"norm"`; without normalization it is the mix.
+        zero_init: The part that starts at 0, `"mix"` or `"norm"`; the mix without normalization.
         norm_eps: LayerNorm's epsilon.
         approximate: The GELU, `"none"` (exact) or `"tanh"`.
 
@@ -75,7 +74,7 @@ class TokenFuser(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Makes the fuser return 0 again; timm's models call this when they are initialized."""
+        """Resets the fuser to return 0; timm's models call this when they are initialized."""
         nn.init.zeros_(self.mix.bias)
         if isinstance(self.mix_norm2, nn.LayerNorm) and self.zero_init == "norm":
             nn.init.xavier_uniform_(self.mix.weight)
@@ -84,7 +83,7 @@ class TokenFuser(nn.Module):
             nn.init.zeros_(self.mix.weight)
 
     def forward(self, tokens: Tensor, original: Tensor) -> Tensor:
-        """Spreads `tokens` over the positions of `original`; adds nothing to it.
+        """Spreads `tokens` over the positions of `original`, without adding it.
 
         Args:
             tokens: The tokens of each frame.

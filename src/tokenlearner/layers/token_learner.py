@@ -46,11 +46,11 @@ from .functional import (
     wide_conv3x3,
 )
 
-_OFFICIAL_EPS = 1e-6  # LayerNorm's in flax; torch's own is 1e-5
+_OFFICIAL: dict[str, Any] = {"norm_eps": 1e-6, "approximate": "tanh"}  # flax's numbers
 
 
 class _Learner(nn.Module):
-    """What the learners share: the shapes they take, and maps that pool positions into tokens."""
+    """Base of the learners: checks and folds the input, and pools positions by maps."""
 
     def __init__(self, in_channels: int, num_tokens: int, norm_eps: float):
         super().__init__()
@@ -63,7 +63,7 @@ class _Learner(nn.Module):
 
         Args:
             x: Floating point, channels last, of the parameters' dtype (any under autocast).
-            grid: Height and width of a flat `x`. Only V1 looks at it, and only if `n` is no square.
+            grid: Height and width of a flat `x`. Only V1 needs it, and only if `n` is not a square.
 
         Shape:
             `b n c -> b k c`, `b h w c -> b k c`, `b t h w c -> b t k c`; the dtype is that of `x`.
@@ -88,11 +88,11 @@ class _Learner(nn.Module):
         return maps.reshape(*leading_dims(x), self.num_tokens, *x.shape[len(leading_dims(x)) : -1])
 
     def extra_repr(self) -> str:
-        """Says how many tokens are learned when the module is printed."""
+        """Returns the sizes for `print`."""
         return f"in_channels={self.in_channels}, num_tokens={self.num_tokens}"
 
     def _fold(self, x: Tensor, grid: Grid | None) -> tuple[Tensor, Grid | None]:
-        """Puts frames in the batch and the grid in one axis: `b n c` and the grid."""
+        """Folds frames into the batch and the grid into one axis: `b n c` and the grid."""
         check_input("the input", x, POSITIONS, self.in_channels, self.norm.weight.dtype)
         if x.ndim == 3:
             return x, None if grid is None else check_grid(grid, x.shape[1])
@@ -102,11 +102,11 @@ class _Learner(nn.Module):
         return flatten(x), (h, w)
 
     def _maps(self, x: Tensor, grid: Grid | None) -> Tensor:
-        """`b n c -> b k n`, in float32 or wider."""
+        """Computes the maps: `b n c -> b k n`, in float32 or wider."""
         raise NotImplementedError
 
     def _tokens(self, x: Tensor, maps: Tensor) -> Tensor:
-        """`b n c, b k n -> b k c`."""
+        """Pools positions by maps: `b n c, b k n -> b k c`."""
         return pool(maps, x)
 
 
@@ -115,7 +115,7 @@ class TokenLearner(_Learner):
 
     The defaults are those of the small PyTorch port that many started from. The official numbers
     are `use_sum_pooling=True, norm_eps=1e-6, approximate="tanh"`. Sum pooling makes tokens about
-    `n` times as large as V1.1 does, so it wants the fuser's normalization.
+    `n` times as large as V1.1 does, so it needs the fuser's normalization.
 
     Args:
         in_channels: Channels `c` of the input.
@@ -165,8 +165,8 @@ class TokenLearner(_Learner):
 class TokenLearnerModuleV11(_Learner):
     """Learns tokens by grouped 1 x 1 convolutions and a softmax: V1.1 of December 2021.
 
-    Kept for checkpoints of that time; new models want `TokenLearnerV11`. What is linear is computed
-    in the cheaper order: two convolutions in a row as one, the values after pooling, not before.
+    Kept for checkpoints of that time; new models use `TokenLearnerV11`. Linear parts run in
+    the cheaper order: two convolutions in a row as one, the values after pooling, not before.
 
     Args:
         in_channels: Channels `c` of the input.
@@ -221,7 +221,7 @@ class TokenLearnerModuleV11(_Learner):
         return self.dropout(values)
 
     def _grouped(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`b n c -> b n c`, a linear map for each group of channels."""
+        """Applies a linear map to each group of channels: `b n c -> b n c`."""
         x = rearrange(x, "b n (g i) -> b n g i", g=self.num_groups)
         weight = rearrange(weight, "(g o) i -> g o i", g=self.num_groups)
         return rearrange(einsum(x, weight, "b n g i, g o i -> b n g o"), "b n g o -> b n (g o)")
@@ -230,8 +230,8 @@ class TokenLearnerModuleV11(_Learner):
 class TokenLearnerV11(_Learner):
     """Learns tokens by an MLP and a softmax: V1.1 since March 2022, the official default.
 
-    Every map is a distribution over the positions, and their order plays no part, so any number of
-    positions in any arrangement will do.
+    Every map is a distribution over the positions, whose number, order and arrangement do not
+    matter.
 
     Args:
         in_channels: Channels `c` of the input.
@@ -258,7 +258,7 @@ class TokenLearnerV11(_Learner):
         bottleneck_dim: int = 64,
         dropout_rate: float = 0.0,
         *,
-        norm_eps: float = _OFFICIAL_EPS,
+        norm_eps: float = 1e-6,
         approximate: str = "tanh",
     ):
         super().__init__(in_channels, num_tokens, norm_eps)
@@ -269,9 +269,6 @@ class TokenLearnerV11(_Learner):
 
     def _maps(self, x: Tensor, grid: Grid | None) -> Tensor:
         return softmax(self.attention_maps(self.norm(x)))
-
-
-_OFFICIAL: dict[str, Any] = {"norm_eps": 1e-6, "approximate": "tanh"}
 
 
 LEARNERS: dict[str, Callable[[int, int], nn.Module]] = {

@@ -7,13 +7,14 @@ from ..utils.lazy import lazy_exports
 if TYPE_CHECKING:
     from .factory import create_model as create_model
     from .factory import list_models as list_models
-    from .factory import load_model as load_model
-    from .factory import push_to_hub as push_to_hub
-    from .factory import save_model as save_model
     from .framevit import FrameViT as FrameViT
     from .hosts import HOSTS as HOSTS
     from .hosts import Host as Host
     from .hosts import find_host as find_host
+    from .hub import load_model as load_model
+    from .hub import push_to_hub as push_to_hub
+    from .hub import save_model as save_model
+    from .insertion import InsertionConfig as InsertionConfig
     from .insertion import insert as insert
     from .insertion import remove as remove
     from .mixer import TokenLearnerMixer as TokenLearnerMixer
@@ -27,9 +28,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "factory": (
             "create_model",
             "list_models",
-            "load_model",
-            "push_to_hub",
-            "save_model",
         ),
         "framevit": ("FrameViT",),
         "hosts": (
@@ -37,7 +35,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "Host",
             "find_host",
         ),
+        "hub": ("load_model", "push_to_hub", "save_model"),
         "insertion": (
+            "InsertionConfig",
             "insert",
             "remove",
         ),

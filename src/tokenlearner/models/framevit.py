@@ -22,7 +22,7 @@ from ..layers.blocks import ReducedBlock
 from ..layers.token_learner import LEARNERS
 from ..utils.validation import check_choice, check_count
 from .hub import HubModel
-from .insertion import block_index
+from .insertion import InsertionConfig, block_index
 from .registry import register, sized
 from .video_embed import FORMATS, to_bcthw
 from .vivit import ViViT
@@ -85,6 +85,7 @@ class FrameViT(HubModel, nn.Module):
         self.blocks = vivit.blocks[index:]
         self.norm, self.head_drop, self.head = vivit.norm, vivit.head_drop, vivit.head
         self.encoder = _to_encoder(vivit, index, LEARNERS[learner](vivit.embed_dim, num_tokens))
+        self.tokenlearner_insertion = InsertionConfig(num_tokens, index, learner)
         like = vivit.patch_embed.proj.weight
         self.time_embed = nn.Parameter(like.new_empty(1, num_frames, 1, vivit.embed_dim))
         trunc_normal_(self.time_embed, std=0.02)

@@ -1,8 +1,8 @@
-"""Where families of models keep what insertion needs: a table, and `look(model)` that reads it.
+"""The models that tokens can be inserted in: a table, and `find_host(model)` that reads it.
 
-A family is a row in `HOSTS`. A new one is a row here and a row in tests/test_hosts.py. Models whose
-blocks cannot run on tokens have a row in `REFUSED` that says why. Nothing is imported for either:
-classes are known by name.
+A family of models is a row in `HOSTS`; a new one needs a row here and one in
+tests/models/test_hosts.py. Models whose blocks cannot run on tokens have a row in `REFUSED` with
+the reason. Classes are given by name, so that nothing has to be imported.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import nn
 
 from ..layers.blocks import PatchGrid, PositionArgs
 
-Source = str | int | Callable[[Any], Any]  # a path to an attribute, the value, or what finds it
+Source = str | int | Callable[[Any], Any]  # path of an attribute, value, or function of the model
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where a family of models keeps what insertion needs.
+    """Describes a family of models: for each field, where the model keeps the value.
 
     Args:
-        blocks: Paths to the list of blocks; the first that is there counts.
-        width: Of a token.
+        blocks: Paths to the list of blocks; the first that exists counts.
+        width: Channels of a token.
         num_prefix_tokens: Tokens in front of the positions.
-        grid: What knows `grid_size`.
+        grid: Module or object with a `grid_size`.
         frames: Frames in the sequence.
-        any_size: Whether images of several sizes are taken without the grid being told.
-        of_positions: What a block is told of positions besides its input.
+        dynamic_img_size: Whether the model takes images of several sizes.
+        position_args: What a block takes of positions besides its input.
         pools_positions: Whether the head reads a mean of positions besides prefix tokens.
     """
 
@@ -39,25 +39,25 @@ class Host:
     num_prefix_tokens: Source
     grid: Source
     frames: Source = 1
-    any_size: Source = False
-    of_positions: PositionArgs | None = None
+    dynamic_img_size: Source = False
+    position_args: PositionArgs | None = None
     pools_positions: Source = False
 
 
 @dataclass(frozen=True)
 class Place:
-    """What was found in a model: the host, and what insertion needs of it.
+    """Holds the host that a model is or has, with the values that insertion needs.
 
     Args:
         name: Path of the host in the model; empty if it is the model itself.
         host: The module that has the blocks.
-        blocks: They themselves, in their container; wrapped where tokens are learned.
+        blocks: The container of the blocks; they are wrapped where tokens are learned.
         width: Channels `c` of a token.
         num_prefix_tokens: Tokens in front of the positions.
         frames: Frames `t` in the sequence.
-        grid: What knows the `grid_size` of a frame.
-        any_size: Whether images of several sizes are taken without the grid being told.
-        of_positions: What a block is told of positions besides its input.
+        grid: Module or object with the `grid_size` of a frame.
+        dynamic_img_size: Whether the host takes images of several sizes.
+        position_args: What a block takes of positions besides its input.
         pools_positions: Whether the head reads a mean of positions besides prefix tokens.
     """
 
@@ -68,8 +68,8 @@ class Place:
     num_prefix_tokens: int
     frames: int
     grid: Any
-    any_size: bool
-    of_positions: PositionArgs | None
+    dynamic_img_size: bool
+    position_args: PositionArgs | None
     pools_positions: bool
 
 
@@ -79,7 +79,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _patches(path: str = "") -> Callable[[Any], PatchGrid]:
-    """Finds `image_size` and `patch_size` in the module at a path."""
+    """Returns a function that reads `image_size` and `patch_size` of the module at a path."""
 
     def find(model: nn.Module) -> PatchGrid:
         owner: Any = model.get_submodule(path)
@@ -93,8 +93,8 @@ _TIMM = Host(
     width="embed_dim",
     num_prefix_tokens="num_prefix_tokens",
     grid="patch_embed",
-    frames=lambda model: getattr(model.patch_embed, "frames", 1),  # our video models' tell
-    any_size=lambda model: not getattr(model.patch_embed, "strict_img_size", True),
+    frames=lambda model: getattr(model.patch_embed, "frames", 1),  # of our video models
+    dynamic_img_size=lambda model: not getattr(model.patch_embed, "strict_img_size", True),
     pools_positions=lambda model: model.global_pool not in ("token", ""),
 )
 _TORCHVISION = Host(
@@ -105,18 +105,18 @@ _TRANSFORMERS = Host(
     width="config.hidden_size",
     num_prefix_tokens=1,
     grid=_patches("embeddings.patch_embeddings"),
-    any_size=True,  # by interpolate_pos_encoding
-    of_positions=PositionArgs(exported=("attention_mask",)),
+    dynamic_img_size=True,  # by interpolate_pos_encoding
+    position_args=PositionArgs(exported=("attention_mask",)),
 )
-_CLIP = replace(_TRANSFORMERS, grid=_patches("embeddings"), of_positions=None)
+_CLIP = replace(_TRANSFORMERS, grid=_patches("embeddings"), position_args=None)
 _SIGLIP = replace(_CLIP, num_prefix_tokens=0)
 
 HOSTS: dict[str, Host] = {
     "timm.models.vision_transformer.VisionTransformer": _TIMM,
-    "timm.models.eva.Eva": replace(_TIMM, of_positions=PositionArgs(arguments=("rope",))),
+    "timm.models.eva.Eva": replace(_TIMM, position_args=PositionArgs(arguments=("rope",))),
     "timm.models.beit.Beit": replace(
         _TIMM,
-        of_positions=PositionArgs(
+        position_args=PositionArgs(
             arguments=("shared_rel_pos_bias",), parameters=("attn.relative_position_bias_table",)
         ),
     ),
@@ -136,15 +136,15 @@ HOSTS: dict[str, Host] = {
         _TRANSFORMERS,
         num_prefix_tokens=0,
         frames=lambda model: model.config.num_frames // model.config.tubelet_size,
-        any_size=False,
-        of_positions=None,
+        dynamic_img_size=False,
+        position_args=None,
     ),
 }
 
 _WINDOWS = "attends in windows of the grid, and learned tokens have no place in one"
 _GRID = "pools or convolves the grid in its blocks, and learned tokens have no place in one"
 _MIXES = "mixes tokens with weights whose size depends on the count of tokens"
-_MAPS = "gives feature maps of blocks, which learned tokens are not; take the family's bare model"
+_MAPS = "returns feature maps of its blocks, which learned tokens are not; use the plain model"
 _OUTER = "wraps a model: insert into that model first, then compile or distribute it"
 _WINDOWED = {
     "timm.models": "swin_transformer swin_transformer_v2 swin_transformer_v2_cr maxxvit hiera "
@@ -162,8 +162,8 @@ REFUSED: dict[str, str] = {  # classes, or files with all of theirs
     "timm.models.levit": _GRID,
     "torchvision.models.video.mvit": _GRID,
     "timm.models.mlp_mixer": f"{_MIXES}; tokenlearner.models.TokenLearnerMixer is built for them",
-    "tokenlearner.models.mixer": f"{_MIXES}; build it anew with num_tokens and at",
-    "tokenlearner.models.framevit": "learns tokens by itself; build it anew with num_tokens and at",
+    "tokenlearner.models.mixer": f"{_MIXES}; pass num_tokens and at when you build it",
+    "tokenlearner.models.framevit": "learns tokens already; pass num_tokens when you build it",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Backbone": _MAPS,
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
     ".Dinov2WithRegistersBackbone": _MAPS,
@@ -181,10 +181,9 @@ NEEDS_POSITIONS = {  # classes around a host that read positions from its output
 
 
 def find_host(model: nn.Module) -> Place:
-    """Finds the host in a model, which is the model itself or a part of it.
+    """Finds the host in a model: the model itself, or the only part that is one.
 
-    Works with and without learned tokens. A part is taken if there is one host only: so the vision
-    tower of a model of images and text is found, and its text tower is no host.
+    Works with and without learned tokens. Of a model for images and text it is the vision tower.
 
     Args:
         model: Any module.
@@ -193,54 +192,54 @@ def find_host(model: nn.Module) -> Place:
         ValueError: There is no host, or several, or its blocks cannot run on tokens.
 
     >>> import timm
-    >>> look(timm.create_model("vit_tiny_patch16_224")).num_prefix_tokens
+    >>> find_host(timm.create_model("vit_tiny_patch16_224")).num_prefix_tokens
     1
     """
-    found = {id(part): (name, part, row) for name, part, row in _search(model)}
-    hosts = [one for one in found.values() if isinstance(one[2], Host)]
+    matches = {id(part): (name, part, row) for name, part, row in _search(model)}
+    hosts = [match for match in matches.values() if isinstance(match[2], Host)]
     if len(hosts) == 1:
         return _place(*hosts[0])
     if hosts:
         names = ", ".join(f"{name} ({type(part).__name__})" for name, part, _ in hosts)
         raise ValueError(
             f"{type(model).__name__} has several models that tokens can be inserted in: {names}; "
-            f"pass the one you mean, such as model.{hosts[0][0]}"
+            f"pass one of them, such as model.{hosts[0][0]}"
         )
-    for _, part, reason in found.values():
+    for _, part, reason in matches.values():
         raise ValueError(f"{_class(type(part))} is {_NO_HOST}: it {reason}")
-    raise ValueError(f"{_class(type(model))} is {_NO_HOST}; {_known()}")
+    raise ValueError(f"{_class(type(model))} is {_NO_HOST}; {_known_hosts()}")
 
 
 def check_positions_are_not_needed(model: nn.Module) -> None:
-    """Refuses a model that reads all positions from its host's output.
+    """Checks that a model does not read all positions from its host's output.
 
     Raises:
-        ValueError: It is one.
+        ValueError: It does.
     """
     for part in model.modules():
         if any(_class(cls) in NEEDS_POSITIONS for cls in type(part).__mro__):
             raise ValueError(
-                f"{type(part).__name__} reads positions from its blocks, of which learned tokens "
-                "are left; insert with fuse=True, which puts the tokens back on all positions"
+                f"{type(part).__name__} reads all positions from its host, but learned tokens have "
+                "none; insert with fuse=True, which puts the tokens back on all positions"
             )
 
 
 _NO_HOST = "no model that tokens can be inserted in"
 
 
-def _known() -> str:
+def _known_hosts() -> str:
     families: dict[str, list[str]] = {}
     for name in HOSTS:
         families.setdefault(name.partition(".")[0], []).append(name.rpartition(".")[2])
     known = "; ".join(f"{', '.join(names)} of {family}" for family, names in families.items())
     return (
-        f"known: {known}. For others, wrap a block yourself with "
-        "tokenlearner.layers.blocks.ReducedBlock, or add a row to tokenlearner.models.hosts.HOSTS"
+        f"supported: {known}. For other models, wrap a block with "
+        "tokenlearner.layers.ReducedBlock, or add a row to tokenlearner.models.HOSTS"
     )
 
 
 def _search(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, Host | str]]:
-    """The outermost parts that have a row, with it: a host, or why it is none."""
+    """Yields the outermost parts that have a row in a table: path, module, `Host` or reason."""
     if (row := _row(model)) is not None:
         yield name, model, row
         return
@@ -266,15 +265,15 @@ def _place(name: str, model: nn.Module, host: Any) -> Place:
         num_prefix_tokens=_read(model, host.num_prefix_tokens),
         frames=_read(model, host.frames),
         grid=_read(model, host.grid),
-        any_size=_read(model, host.any_size),
-        of_positions=host.of_positions,
+        dynamic_img_size=_read(model, host.dynamic_img_size),
+        position_args=host.position_args,
         pools_positions=_read(model, host.pools_positions),
     )
 
 
 def _blocks(model: nn.Module, host: Host) -> Any:
-    found = (_read(model, path) for path in host.blocks)
-    return next((blocks for blocks in found if blocks is not None), None)
+    candidates = (_read(model, path) for path in host.blocks)
+    return next((blocks for blocks in candidates if blocks is not None), None)
 
 
 def _read(model: nn.Module, source: Source) -> Any:

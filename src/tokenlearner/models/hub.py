@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, and the methods with which classes save and load."""
+"""Models on the Hugging Face Hub, their model cards, and the methods that save and load classes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    ModelHubMixin,
+    hf_hub_download,
+)
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 
-from .card import CODE, LIBRARY, LICENSE, PAPER, TAGS, Measured, model_card
+from .insertion import get_insertion
 from .serialization import (
     CARD,
     CONFIG,
     WEIGHTS,
-    is_config,
+    get_build_args,
     read_config,
     read_files,
     weights_file,
     write_files,
 )
+
+Measured = Mapping[str, Mapping[str, object]]
+TAGS = ["timm", "token-reduction", "tokenlearner"]
+LIBRARY, LICENSE, PAPER = "tokenlearner", "apache-2.0", "https://arxiv.org/abs/2106.11297"
+CODE = "https://github.com/google-research/scenic/tree/main/scenic/projects/token_learner"
+TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _REPO = re.compile(r"(?:hf-hub:)?(\w[\w.-]*/\w[\w.-]*)(?:@([^@]+))?")
@@ -37,18 +50,15 @@ class HubModel(
 ):
     """Gives a class `save_pretrained`, `from_pretrained` and `push_to_hub`; comes first in bases.
 
-    A model knows how it was built if `tokenlearner.create_model`, `timm.create_model` or a loading
-    function made it. Its folder is described at the top of `saving.py`.
+    The mixin's own methods write a file after the other and take no `.safetensors` file; here a
+    folder is that of `serialization.py`, written atomically. A model can be saved if
+    `tokenlearner.create_model`, `timm.create_model` or a loading function made it.
     """
 
-    takes_tokens = True  # by the names that `insert` has, when it is built
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Makes an instance without the mixin's record of the arguments: ours is more exact."""
-        return object.__new__(cls)
+    takes_tokens = True  # as arguments of its class, by the names that `insert` has
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
+        self: Any,
         save_directory: str | Path,
         *,
         measured: Measured | None = None,
@@ -56,17 +66,17 @@ class HubModel(
         push_to_hub: bool = False,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Writes the folder, and uploads it if told to.
+        """Writes the folder, and uploads it if `push_to_hub` is set.
 
         Args:
-            save_directory: The folder; what it has besides is kept, a README too.
+            save_directory: The folder; other files and an existing README are kept.
             measured: As in `model_card`.
-            repo_id: For `push_to_hub`; the folder's name if it is not told.
+            repo_id: For `push_to_hub`; by default the folder's name.
             push_to_hub: Upload the model too.
             push_to_hub_kwargs: As in `push_to_hub`.
 
         Returns:
-            The address of the commit if there is one.
+            The address of the commit, None without upload.
 
         Raises:
             ValueError: The model could not be built again from the folder.
@@ -74,116 +84,165 @@ class HubModel(
         if push_to_hub_kwargs and not push_to_hub:
             names = ", ".join(push_to_hub_kwargs)
             raise ValueError(f"save_pretrained takes {names} with push_to_hub=True only")
-        write_model(self, save_directory, measured)
+        save_model(self, save_directory, measured)
         if not push_to_hub:
             return None
         repo_id = repo_id or Path(save_directory).name
         return self.push_to_hub(repo_id, measured=measured, **push_to_hub_kwargs)
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, repo_id: str, *, measured: Measured | None = None, **kwargs: Any
+        self: Any, repo_id: str, *, measured: Measured | None = None, **kwargs: Any
     ) -> str:
-        """Uploads the model; the arguments and errors are those of `upload_model`."""
-        return upload_model(self, repo_id, measured, **kwargs)
+        """Uploads the model, as `tokenlearner.push_to_hub`."""
+        return push_to_hub(self, repo_id, measured, **kwargs)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-        **model_kwargs: Any,
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
     ) -> Any:
-        """Loads a model of this class, in evaluation mode.
+        """Loads a model of this class as it was saved, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: As in `tokenlearner.load_model`.
-            force_download: Download what is in the cache already.
-            token: For the Hub; by default that of `hf auth login`.
-            cache_dir: Of the Hub's files.
-            local_files_only: Take the Hub's files from the cache only.
-            revision: A branch, tag or commit on the Hub.
-            model_kwargs: None can be taken: the model is as it was saved.
+            options: As in `tokenlearner.load_model`. No argument can change the model; call
+                `reset_classifier` or `set_input_size` afterwards.
 
         Raises:
             ValueError: There is no such model, it is damaged or half-written, or of another class.
         """
-        if model_kwargs:
+        model = load_model(pretrained_model_name_or_path, **options)
+        if not isinstance(model, cls):
             raise ValueError(
-                f"from_pretrained takes no {', '.join(model_kwargs)}: a model comes as it was "
-                "saved; call reset_classifier or set_input_size on it afterwards"
+                f"{pretrained_model_name_or_path} has a {type(model).__name__}, expected a "
+                f"{cls.__name__}; call tokenlearner.load_model, which takes any"
             )
-        return cls._from_pretrained(
-            model_id=pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-        )
+        return model
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Returns `model_card` as the Hub's type."""
         return ModelCard(model_card(self, *args, **kwargs))
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        write_model(self, save_directory)
 
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str | Path, **options: Any) -> Any:  # pyright: ignore
-        model = read_model(model_id, **options)
-        if not isinstance(model, cls):
-            raise ValueError(
-                f"{model_id} has a {type(model).__name__}, expected a {cls.__name__}; call "
-                "tokenlearner.load_model, which takes any"
-            )
-        return model
-
-
-def write_model(
-    model: Any, path: str | Path, measured: Measured | None = None, place: str | None = None
-) -> Path:
-    """Writes a model to a file, or to a folder with a model card if that has none.
+def model_card(model: Any, measured: Measured | None = None, location: str | None = None) -> str:
+    """Returns the text of a model card: what the model is, how to load it, what was measured.
 
     Args:
         model: As in `write_files`.
-        path: As in `write_files`.
-        measured: As in `model_card`; for a folder.
-        place: As in `model_card`.
+        measured: A table as columns of rows, such as `{"ours": asdict(benchmark(...)["ours"])}`
+            or `{"ours": {"top-1": 0.81}}`.
+        location: Path of the model, or its name on the Hub such as `user/name`.
+
+    Raises:
+        ValueError: `measured` is no table, or the model does not know how it was built.
+    """
+    is_video = hasattr(model, "num_frames")
+    data = ModelCardData(
+        library_name=LIBRARY,
+        license=getattr(model, "pretrained_cfg", {}).get("license") or LICENSE,
+        pipeline_tag="video-classification" if is_video else "image-classification",
+        tags=list(TAGS),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=get_build_args(model)["name"],
+        class_name=type(model).__name__,
+        is_ours=isinstance(model, HubModel),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        insertion=get_insertion(model),
+        location=location or "path/to/this/folder",
+        paper=PAPER,
+        code=CODE,
+        table=_table(measured) if measured else None,
+    )
+    return f"{card.content}\n"
+
+
+def _table(measured: Measured) -> list[list[str]]:
+    """Returns the cells of a table: a row of names, then a row for each thing that was measured."""
+    is_table = isinstance(measured, Mapping)
+    if not is_table or not all(isinstance(column, Mapping) for column in measured.values()):
+        raise ValueError(
+            f"measured is {measured!r}, expected columns of rows, such as "
+            "{'this model': {'top-1': 0.81}}; take dataclasses.asdict of a result"
+        )
+    names = dict.fromkeys(name for column in measured.values() for name in column)
+    rows = [[name, *(column.get(name, "") for column in measured.values())] for name in names]
+    return [[_cell(value) for value in row] for row in [["", *measured], *rows]]
+
+
+def _cell(value: object) -> str:
+    """Formats a value; a timing, which is a mapping, as its median and quartiles."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"median", "low", "high"}:
+            return f"{_cell(value['median'])} ({_cell(value['low'])} to {_cell(value['high'])})"
+        return ", ".join(f"{_cell(key)} {_cell(inner)}" for key, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def save_model(model: nn.Module, path: str | Path, measured: Measured | None = None) -> Path:
+    """Writes a model and all that is needed to build it again, to a file or a folder.
+
+    The classes, the pooling and the size of images may have been changed since it was made, by
+    `reset_classifier` and `set_input_size`.
+
+    Args:
+        model: Made by `create_model` or `load_model`, or a named one of ours by
+            `timm.create_model`; with or without learned tokens.
+        path: A file that ends in `.safetensors`, or a folder for `model.safetensors`,
+            `config.json`, which timm reads too, and a model card. An existing README is kept, and
+            so is a `config.json` that is not a model's: timm cannot read the folder then.
+        measured: A table for the model card, as columns of rows: `{"ours": {"top-1": 0.81}}`.
 
     Returns:
         The file with the weights.
 
     Raises:
-        ValueError: The model could not be built again, or `measured` is no table or has no place.
+        ValueError: The model could not be built again, or `measured` is no table or has no card.
     """
-    path, model = Path(path), getattr(model, "_orig_mod", model)  # where torch.compile wraps it
+    path, model = Path(path), _without_compiler(model)
     if weights_file(path) != path:
-        card = None if (path / CARD).exists() else model_card(model, measured, place)
+        card = None if (path / CARD).exists() else model_card(model, measured)
         return write_files(model, path, card)
     if measured is not None:
         raise ValueError(f"{path} is one file and has no model card; pass measured with a folder")
     return write_files(model, path)
 
 
-def read_model(path: str | Path, **options: Any) -> Any:
-    """Builds the model in a file, in a folder or on the Hub, in evaluation mode.
+def load_model(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """Builds the model that `save_model` wrote, learned tokens included, in evaluation mode.
 
     Args:
-        path: A file, a folder, or a string `user/repo`, `user/repo@revision` or
-            `hf-hub:user/repo` where no such path exists.
-        options: For the Hub: what `hf_hub_download` takes.
+        path: The file, the folder, or a model on the Hub: `user/repo`, `user/repo@revision` or
+            `hf-hub:user/repo`. A string is looked up on the Hub if there is no such path.
+        revision: On the Hub: a branch, a tag or a commit.
+        cache_dir: Where files of the Hub are kept.
+        token: For the Hub; by default that of `hf auth login`.
+        force_download: Download files again that are kept already.
+        local_files_only: Take files of the Hub only where they are kept already.
 
     Raises:
-        ValueError: There is no such model, or it is damaged, half-written or of another kind.
+        ValueError: There is no such model here or on the Hub, or it is not one of `save_model`'s.
     """
     local, repo = Path(path), _REPO.fullmatch(path) if isinstance(path, str) else None
     if repo and not local.exists() and local.suffix not in (".safetensors", *_PICKLES):
-        return read_files(*_download(repo[1], repo[2], options))
+        if repo[2] and revision and repo[2] != revision:
+            raise ValueError(f"{path} and revision={revision!r} differ; pass one revision")
+        options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        options |= {"revision": repo[2] or revision, "force_download": force_download}
+        return read_files(*_download(repo[1], options))
     _check_kind(local)
     file, config_file = weights_file(local), local / CONFIG
     if not file.is_file():
@@ -191,49 +250,8 @@ def read_model(path: str | Path, **options: Any) -> Any:
     return read_files(file, config_file if config_file.is_file() else None)
 
 
-def _check_kind(path: Path) -> None:
-    """Refuses files that only unpickling can read, alone or in a folder without ours."""
-    found = [path]
-    if path.is_dir() and not (path / WEIGHTS).exists():
-        found = sorted(path.iterdir())
-    for file in found:
-        if file.suffix.lower() in _PICKLES and not file.is_dir():
-            raise ValueError(
-                f"{file} is of a kind that has weights but no config, and may hold code; it is not "
-                "opened. tokenlearner.checkpoints.read_weights reads it and executes nothing; give "
-                "what it returns to model.load_state_dict"
-            )
-
-
-def _download(repo_id: str, revision: str | None, options: Mapping[str, Any]) -> tuple[Path, Path]:
-    """The weights and the config of a repository, in the cache."""
-    told = options.get("revision")
-    if revision and told and revision != told:
-        raise ValueError(f"{repo_id} is asked for at {revision} and at {told}; name one revision")
-    options = {**options, "revision": revision or told, "library_name": LIBRARY}
-    config = _file_of(repo_id, CONFIG, options)
-    if not is_config(read_config(config)):
-        raise ValueError(
-            f"{repo_id} on the Hub has a {CONFIG} that is not one of tokenlearner.save_model's; "
-            "timm's own models are built by tokenlearner.create_model(name, pretrained=True)"
-        )
-    return _file_of(repo_id, WEIGHTS, options), config
-
-
-def _file_of(repo_id: str, name: str, options: Mapping[str, Any]) -> Path:
-    try:
-        return Path(hf_hub_download(repo_id, name, **options))
-    except Exception as error:  # the Hub's, the network's and the disk's are of many kinds
-        where = f" at {options['revision']}" if options["revision"] else ""
-        raise ValueError(
-            f"{repo_id} is no file or folder here, and the Hub does not give {name} of a model "
-            f"{repo_id}{where} ({type(error).__name__}: {str(error).strip()}); correct the path or "
-            "the name, connect, or log in with `hf auth login` if it is private"
-        ) from error
-
-
-def upload_model(
-    model: Any,
+def push_to_hub(
+    model: nn.Module,
     repo_id: str,
     measured: Measured | None = None,
     *,
@@ -243,31 +261,71 @@ def upload_model(
     branch: str | None = None,
     **upload: Any,
 ) -> str:
-    """Uploads a model's folder in one commit; the repository is made if there is none.
+    """Uploads to the Hub what `save_model` writes to a folder, in one commit.
 
     Args:
-        model: As in `write_model`.
-        repo_id: Such as `user/name`.
-        measured: As in `model_card`. A README that the repository has is kept.
-        commit_message: Of the commit.
-        private: Whether a new repository is private.
+        model: As in `save_model`.
+        repo_id: Such as `user/name`; the repository is created if there is none.
+        measured: As in `save_model`. An existing README of the repository is kept.
+        commit_message: Message of the commit.
+        private: Make a new repository private.
         token: For the Hub; by default that of `hf auth login`.
-        branch: To push to; by default `main`.
-        upload: What `HfApi.upload_folder` takes besides, such as `create_pr`.
+        branch: Branch to push to; by default `main`.
+        upload: Further arguments of `HfApi.upload_folder`, such as `create_pr`.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: The model could not be built again, or `repo_id` is no name; before anything
-            is made on the Hub.
+        ValueError: The model could not be built again, or `repo_id` is no name. Nothing has been
+            created on the Hub then.
     """
     validate_repo_id(repo_id)
+    model = _without_compiler(model)
     with TemporaryDirectory() as folder:
-        write_model(model, folder, measured, repo_id)
+        write_files(model, Path(folder), model_card(model, measured, repo_id))
         api = HfApi(token=token, library_name=LIBRARY)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if api.file_exists(repo_id, CARD, revision=branch):
             (Path(folder) / CARD).unlink()
-        where = {"repo_id": repo_id, "folder_path": folder, "revision": branch}
-        return api.upload_folder(**where, commit_message=commit_message, **upload)
+        options = {"repo_id": repo_id, "folder_path": folder, "revision": branch}
+        return api.upload_folder(**options, commit_message=commit_message, **upload)
+
+
+def _without_compiler(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _check_kind(path: Path) -> None:
+    """Raises ValueError for files that only unpickling reads, alone or in a folder."""
+    is_other_folder = path.is_dir() and not (path / WEIGHTS).exists()
+    for file in sorted(path.iterdir()) if is_other_folder else [path]:
+        if file.suffix.lower() in _PICKLES and not file.is_dir():
+            raise ValueError(
+                f"{file} has weights but no config, and may contain code, so it is not opened; "
+                "load its weights with tokenlearner.checkpoints.read_weights, which executes "
+                "nothing, and pass them to model.load_state_dict"
+            )
+
+
+def _download(repo_id: str, options: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Downloads the weights and the config of a repository to the cache."""
+    config = _download_file(repo_id, CONFIG, options)
+    if not read_config(config):
+        raise ValueError(
+            f"{repo_id} on the Hub has a {CONFIG} that is not one of tokenlearner.save_model's; "
+            "timm's own models are built by tokenlearner.create_model(name, pretrained=True)"
+        )
+    return _download_file(repo_id, WEIGHTS, options), config
+
+
+def _download_file(repo_id: str, name: str, options: Mapping[str, Any]) -> Path:
+    try:
+        return Path(hf_hub_download(repo_id, name, library_name=LIBRARY, **options))
+    except Exception as error:  # the Hub's, the network's and the disk's are of many kinds
+        where = f" at {options['revision']}" if options["revision"] else ""
+        raise ValueError(
+            f"{repo_id} is not a file or folder, and {name} of {repo_id}{where} cannot be loaded "
+            f"from the Hub ({type(error).__name__}: {str(error).strip()}); correct the path or the "
+            "name, connect, or log in with `hf auth login` if it is private"
+        ) from error

@@ -1,27 +1,59 @@
 """Learned tokens in a model that was built without them: `insert(model)`, and `remove(model)`.
 
-Where a model keeps its blocks and what they need is told by `hosts.py`. Its own code is never
-touched: blocks are wrapped (`wrappers.py`) and can be unwrapped again.
+The model's code is never changed: its blocks are wrapped (`layers/blocks.py`) and can be unwrapped
+again. `hosts.py` knows where a model keeps its blocks. The host keeps the arguments of `insert` as
+`tokenlearner_insertion`, an `InsertionConfig`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ..layers.blocks import FusedBlock, PositionFreeBlock, ReducedBlock
 from ..layers.token_fuser import TokenFuser
-from ..layers.token_learner import LEARNERS, TokenLearner, TokenLearnerModuleV11
-from ..utils.validation import Grid, check_choice, check_count, check_grid
+from ..layers.token_learner import LEARNERS
+from ..utils.validation import Grid, check_choice, check_count, check_grid, check_pair
 from .hosts import Place, check_positions_are_not_needed, find_host
 
 Model = TypeVar("Model", bound=nn.Module)
 Wrapped = TypeVar("Wrapped", bound=PositionFreeBlock)
 Counts = int | Sequence[int]
 Places = int | float | Sequence[int | float]
+
+
+@dataclass(frozen=True)
+class InsertionConfig:
+    """Holds the arguments of `insert` that a host's learners were made with.
+
+    Args:
+        num_tokens: One number, or a list of them.
+        at: One block, counted from 0, or as many as there are numbers.
+        learner: As in `insert`.
+        fuse: As in `insert`.
+        fuser_bottleneck_dim: As in `insert`; 0 is the linear layer.
+        grid: As in `insert`.
+    """
+
+    num_tokens: int | list[int]
+    at: int | list[int]
+    learner: str = "v11"
+    fuse: bool = False
+    fuser_bottleneck_dim: int = 64
+    grid: list[int] | None = None
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Returns plain values for `insert` and JSON; options without effect are left out."""
+        kwargs = asdict(self)
+        if not self.fuse or self.fuser_bottleneck_dim == 64:
+            del kwargs["fuser_bottleneck_dim"]
+        if self.grid is None:
+            del kwargs["grid"]
+        return kwargs
 
 
 def insert(
@@ -36,11 +68,11 @@ def insert(
 ) -> Model:
     """Makes `model` run on `num_tokens` learned tokens from block `at` on; changes it in place.
 
-    The new parameters take the device and dtype of the block they stand at, and start untrained:
-    train or distil before use. Prefix tokens (class, distillation, registers) are kept besides the
-    learned ones. Learned tokens have no position, so blocks that are told positions (by rotation,
-    or by a bias such as BEiT's) run on them without; a table of biases gets no gradient then.
-    `remove` takes everything out again.
+    The new parameters take the device and dtype of their block and start untrained: train or
+    distill before use. Prefix tokens (class, distillation, registers) are kept beside the learned
+    ones. Learned tokens have no position, so blocks that add positions (by rotation, or by a bias
+    such as BEiT's) run on them without; a table of biases gets no gradient then. `remove` takes
+    everything out again.
 
     Args:
         model: A ViT of timm (EVA, DINOv3 and BEiT too), torchvision or transformers, or a model
@@ -54,9 +86,9 @@ def insert(
             with the mean, which keeps tokens at the size that pretrained blocks expect),
             `"grouped"` (V1.1 of January 2022) or `"grouped-linear"` (V1.1 of December 2021).
         fuse: Put the tokens back on all positions behind each block from `at` on, for dense tasks.
-        fuser_bottleneck_dim: Hidden width of the fusers' gates; None or 0, which timm can carry, is
-            the paper's linear layer.
-        grid: Height and width of the positions, where the model cannot tell them.
+        fuser_bottleneck_dim: Hidden width of the fusers' gates; None or 0 is the paper's linear
+            layer.
+        grid: Height and width of the positions, where the model does not know them.
 
     Returns:
         The model itself.
@@ -81,39 +113,49 @@ def insert(
         check_positions_are_not_needed(model)
     if learner in ("v1", "v1-mean"):
         _check_v1(place, points, fuse, grid)
-    seen: dict[str, Any] = {
+    options: dict[str, Any] = {
         "num_prefix_tokens": place.num_prefix_tokens,
         "frames": place.frames,
-        "grid": _known_grid(place, points, grid),
-        "of_positions": place.of_positions,
+        "grid": _check_positions(place, points, grid),
+        "position_args": place.position_args,
     }
     k = 0
     for i in range(min(points), len(place.blocks)):
         k = points.get(i, k if fuse else 0)
         if k:
             new = LEARNERS[learner](place.width, k)
-            place.blocks[i] = wrap(place.blocks[i], new, fuse, fuser_bottleneck_dim, **seen)
-        elif place.of_positions:
-            place.blocks[i] = _in_its_mode(PositionFreeBlock(place.blocks[i], place.of_positions))
+            place.blocks[i] = wrap(place.blocks[i], new, fuse, fuser_bottleneck_dim, **options)
+        elif place.position_args:
+            place.blocks[i] = _like_block(PositionFreeBlock(place.blocks[i], place.position_args))
+    indices, counts = list(points), list(points.values())
+    host: Any = place.host
+    host.tokenlearner_insertion = InsertionConfig(
+        num_tokens=counts if len(counts) > 1 else counts[0],
+        at=indices if len(indices) > 1 else indices[0],
+        learner=learner,
+        fuse=fuse,
+        fuser_bottleneck_dim=fuser_bottleneck_dim or 0,
+        grid=None if grid is None else list(check_pair(grid)),
+    )
     return model
 
 
 def wrap(
-    block: nn.Module, learner: Any, fuse: bool, fuser_bottleneck_dim: int | None, **place: Any
+    block: nn.Module, learner: Any, fuse: bool, fuser_bottleneck_dim: int | None, **options: Any
 ) -> ReducedBlock:
     """Puts a learner in front of a block, in the block's device, dtype and mode.
 
     Args:
         block: As in `ReducedBlock`.
-        learner: One that `LEARNERS` makes.
-        fuse: Whether a fuser stands behind the block.
+        learner: A module that `LEARNERS` makes.
+        fuse: Put a fuser behind the block.
         fuser_bottleneck_dim: As in `insert`.
-        place: What `ReducedBlock` takes besides.
+        options: Further arguments of `ReducedBlock`.
     """
     if not fuse:
-        return _in_its_mode(ReducedBlock(block, learner, **place))
+        return _like_block(ReducedBlock(block, learner, **options))
     fuser = TokenFuser(learner.in_channels, learner.num_tokens, fuser_bottleneck_dim or None)
-    return _in_its_mode(FusedBlock(block, learner, fuser, **place))
+    return _like_block(FusedBlock(block, learner, fuser, **options))
 
 
 def remove(model: Model) -> Model:
@@ -131,43 +173,32 @@ def remove(model: Model) -> Model:
     for i, block in enumerate(place.blocks):
         if isinstance(block, PositionFreeBlock):
             place.blocks[i] = block.unwrap()
+    vars(place.host).pop("tokenlearner_insertion", None)
     return model
 
 
 def wrapped_blocks(model: nn.Module) -> dict[int, ReducedBlock]:
-    """Finds the blocks of any model that learners stand at, by their index in their list.
+    """Returns the blocks of any model that have a learner, by their index in their list.
 
     Blocks that are in no list are counted in their order.
     """
-    found: dict[int, ReducedBlock] = {}
+    blocks: dict[int, ReducedBlock] = {}
     for parent in nn.ModuleList([model]).modules():
         is_list = isinstance(parent, nn.Sequential | nn.ModuleList)
         for i, child in enumerate(parent.children()):
             if isinstance(child, ReducedBlock):
-                found[i if is_list else len(found)] = child
-    return found
+                blocks[i if is_list else len(blocks)] = child
+    return blocks
 
 
 def get_insertion(model: nn.Module) -> dict[str, Any] | None:
-    """Returns the arguments of `insert` that lead to this model's learners, None without any."""
-    found = wrapped_blocks(model)
-    if not found:
-        return None
-    _, first = min(found.items())
-    learner = first.learner
-    if isinstance(learner, TokenLearner):
-        name = "v1" if learner.use_sum_pooling else "v1-mean"
-    else:
-        name = "v11"
-    if isinstance(learner, TokenLearnerModuleV11):
-        name = "grouped-linear" if learner.approximate is None else "grouped"
-    at, counts = _points_of(found)
-    told = {"num_tokens": counts, "at": at, "learner": name, "fuse": False}
-    if isinstance(first, FusedBlock):
-        told["fuse"] = True
-        if first.fuser.bottleneck_dim != 64:
-            told["fuser_bottleneck_dim"] = first.fuser.bottleneck_dim or 0
-    return told | ({"grid": list(first.fixed_grid)} if first.fixed_grid else {})
+    """Returns the arguments of `insert` that a model's learners were made with.
+
+    None without learners, and for blocks that were wrapped by hand or pickled by version 0.3; for
+    those, set `tokenlearner_insertion` of the host to an `InsertionConfig`.
+    """
+    configs = (vars(part).get("tokenlearner_insertion") for part in model.modules())
+    return next((config.to_kwargs() for config in configs if config is not None), None)
 
 
 def block_index(at: int | float, depth: int) -> int:
@@ -186,10 +217,10 @@ def block_index(at: int | float, depth: int) -> int:
 
 
 def check_has_grid(model: nn.Module, indices: list[int]) -> None:
-    """Refuses feature maps of blocks that leave learned tokens only.
+    """Checks that the blocks of these indices leave a grid, not learned tokens only.
 
     Raises:
-        ValueError: One of the blocks has none.
+        ValueError: One of them does not.
     """
     reduced = [i for i, b in wrapped_blocks(model).items() if not isinstance(b, FusedBlock)]
     at = min(reduced, default=math.inf)
@@ -202,71 +233,60 @@ def check_has_grid(model: nn.Module, indices: list[int]) -> None:
 
 
 def _points(num_tokens: Counts, at: Places, depth: int) -> dict[int, int]:
-    """The blocks in front of which tokens are learned, in order, and how many."""
-    several = [isinstance(x, Sequence) and not isinstance(x, str) for x in (num_tokens, at)]
+    """Returns the number of tokens to learn by the index of the block, in order."""
+    are_lists = [isinstance(x, Sequence) and not isinstance(x, str) for x in (num_tokens, at)]
     counts: list[Any] = [*num_tokens] if isinstance(num_tokens, Sequence) else [num_tokens]
-    places: list[Any] = [*at] if isinstance(at, Sequence) and several[1] else [at]
-    if several[0] != several[1] or len(counts) != len(places) or not counts:
+    places: list[Any] = [*at] if isinstance(at, Sequence) and are_lists[1] else [at]
+    if are_lists[0] != are_lists[1] or len(counts) != len(places) or not counts:
         raise ValueError(
-            f"num_tokens is {num_tokens!r} and at is {at!r}, expected a number of tokens for every "
-            "place: num_tokens=8, at=0.5, or num_tokens=(16, 8), at=(0.25, 0.5)"
+            f"num_tokens is {num_tokens!r} and at is {at!r}, expected as many numbers as places: "
+            "num_tokens=8, at=0.5, or num_tokens=(16, 8), at=(0.25, 0.5)"
         )
     indices = [block_index(place, depth) for place in places]
     counts = [check_count("num_tokens", count) for count in counts]
     if indices != sorted(set(indices)):
         raise ValueError(
-            f"at is {at!r}, which are blocks {indices} of {depth}; name each place once, in order"
+            f"at is {at!r}, which is blocks {indices} of {depth}; pass each block once, in order"
         )
     if counts != sorted(counts, reverse=True):
         raise ValueError(
-            f"num_tokens is {num_tokens!r}, but from place to place tokens can only become fewer; "
+            f"num_tokens is {num_tokens!r}, expected no more tokens than at the place before; "
             f"pass {tuple(sorted(counts, reverse=True))}"
         )
     return dict(zip(indices, counts, strict=True))
 
 
-def _points_of(found: dict[int, ReducedBlock]) -> tuple[Any, Any]:
-    """Where a model learns tokens and how many, as `insert` takes them."""
-    points: list[tuple[int, Any]] = []
-    for i, block in sorted(found.items()):
-        k = block.learner.num_tokens
-        if not points or not isinstance(block, FusedBlock) or points[-1][1] != k:
-            points.append((i, k))
-    at, counts = map(list, zip(*points, strict=True))
-    return (at, counts) if len(points) > 1 else points[0]
-
-
-def _known_grid(place: Place, points: dict[int, int], grid: Grid | None) -> Any:
-    """What knows the grid, once it is certain that there are positions enough."""
+def _check_positions(place: Place, points: dict[int, int], grid: Grid | None) -> Any:
+    """Returns the source of the grid, after checking that there are enough positions."""
     n, k = math.prod(place.grid.grid_size), max(points.values())
-    known = place.grid if grid is None else check_grid(grid, n)
+    source = place.grid if grid is None else check_grid(grid, n)
     if k > n:
         raise ValueError(f"num_tokens is {k}, but an image has {n}; ask for fewer")
-    return known
+    return source
 
 
 def _check_v1(place: Place, points: dict[int, int], fuse: bool, grid: Grid | None) -> None:
-    """Refuses V1 where its convolutions would not have all positions on a grid that is known."""
+    """Raises ValueError where V1's convolutions would not have all positions on a known grid."""
     drop = getattr(place.host, "patch_drop", None)
     if drop is not None and not isinstance(drop, nn.Identity):
         raise ValueError(
-            "V1's convolutions need all positions, but patch_drop_rate leaves some out in "
-            "training; insert learner='v11', or build the host without patch_drop_rate"
+            "V1's convolutions need all positions, but patch_drop_rate drops some in training; "
+            "insert learner='v11', or build the host without patch_drop_rate"
         )
     if len(points) > 1 and not fuse:
         raise ValueError(
-            "V1's convolutions need a grid, but from the second place on there are tokens without "
-            "one; insert learner='v11', or with fuse=True"
+            "V1's convolutions need a grid, which learned tokens at a second place do not have; "
+            "insert learner='v11', or pass fuse=True"
         )
-    if grid is None and place.any_size and not getattr(place.host, "passes_grid", False):
+    if grid is None and place.dynamic_img_size and not getattr(place.host, "passes_grid", False):
         raise ValueError(
-            "V1's convolutions need the grid, which a host that takes images of any size "
-            "(dynamic_img_size, interpolate_pos_encoding) does not tell; insert learner='v11', "
-            "which needs none, or pass grid=(height, width) if all images have one size"
+            "V1's convolutions need a grid, which is unknown in a host for images of any size "
+            "(dynamic_img_size, interpolate_pos_encoding); insert learner='v11', which needs none, "
+            "or pass grid=(height, width) if all images have one size"
         )
 
 
-def _in_its_mode(wrapped: Wrapped) -> Wrapped:
+def _like_block(wrapped: Wrapped) -> Wrapped:
     """Gives new parameters the block's device and dtype, and new modules its mode."""
     training = wrapped.block.training
     wrapped.training = training

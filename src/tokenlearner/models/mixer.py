@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..layers.token_learner import LEARNERS
 from ..utils.validation import check_choice, check_count
 from .hub import HubModel
-from .insertion import block_index, check_has_grid, wrap
+from .insertion import InsertionConfig, block_index, check_has_grid, wrap
 from .registry import register
 
 _OFFICIAL: dict[str, Any] = {
@@ -87,6 +87,10 @@ class TokenLearnerMixer(HubModel, MlpMixer):
             module = LEARNERS[learner](self.embed_dim, num_tokens)
             self.blocks[i] = wrap(
                 self.blocks[i], module, fuse, fuser_bottleneck_dim, grid=self.stem
+            )
+        if num_tokens:
+            self.tokenlearner_insertion = InsertionConfig(
+                num_tokens, index, learner, fuse, fuser_bottleneck_dim or 0
             )
 
     def forward_features(self, x: Tensor) -> Tensor:

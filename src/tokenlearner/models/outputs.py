@@ -11,20 +11,20 @@ _OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")  # o
 
 
 def first_tensor(out: Any) -> Tensor:
-    """A block's tokens; older transformers return them in a tuple."""
+    """Returns a block's tokens; older transformers have them in a tuple."""
     return out[0] if isinstance(out, tuple) else out
 
 
 def output_tensor(result: Any, num_prefix_tokens: int = 1) -> Tensor:
-    """What a model gives in the end: a tensor, or in transformers the logits or the features.
+    """Returns the final tensor of a model: its output, or transformers' logits or features.
 
     Args:
-        result: What a call of the model returned.
-        num_prefix_tokens: Where that is tokens, `b (p n) c`, the first one is taken, which is the
+        result: Return value of a call of the model.
+        num_prefix_tokens: If the output is tokens `b (p n) c`, the first one is taken, which is the
             class token; without prefix their mean, since positions and learned tokens differ.
 
     Raises:
-        ValueError: There is none of them.
+        ValueError: There is no such tensor.
     """
     for value in (result, *(getattr(result, name, None) for name in _OUTPUTS)):
         if isinstance(value, Tensor):
@@ -38,9 +38,9 @@ def output_tensor(result: Any, num_prefix_tokens: int = 1) -> Tensor:
 def summarize_tokens(
     tokens: Tensor, num_prefix_tokens: int, pools_positions: bool = False
 ) -> Tensor:
-    """What can be compared across token counts: `b (p n) c -> b p c`.
+    """Reduces tokens to what can be compared across token counts: `b (p n) c -> b p c`.
 
-    Without prefix tokens, or where a head reads it besides them, the mean of the positions too.
+    The mean of the positions is appended without prefix tokens, or with `pools_positions`.
     """
     prefix, positions = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
     if num_prefix_tokens and not pools_positions:
@@ -49,10 +49,10 @@ def summarize_tokens(
 
 
 def outputs_logits(model: nn.Module, width: int) -> bool:
-    """Whether the output, so wide, is logits: timm and torchvision have `num_classes` for it.
+    """Returns whether an output of this width is logits.
 
-    A head that was replaced by nothing leaves that number behind, but not its width. Transformers
-    tells by the class; of other models logits are expected.
+    timm and torchvision have `num_classes`, which also stays when the head is removed, so it has to
+    be the width. In transformers the name of the class decides; other models return logits.
     """
     classes = getattr(model, "num_classes", None)
     if classes is not None:

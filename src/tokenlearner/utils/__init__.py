@@ -1,4 +1,4 @@
-"""What all packages share: checks of arguments, files, random numbers, modes of modules."""
+"""Helpers for all packages: checks of arguments, files, random numbers, modes of modules."""
 
 from typing import TYPE_CHECKING
 

@@ -10,9 +10,9 @@ def require_package(name: str, extra: str, purpose: str = "this") -> Any:
     """Imports an optional package and returns it.
 
     Args:
-        name: The module, such as `"torchao.quantization"`.
-        extra: The extra of `tokenlearner` that brings it.
-        purpose: What needs it, for the message.
+        name: A module, such as `"torchao.quantization"`.
+        extra: The extra of `tokenlearner` that installs it.
+        purpose: The feature that needs it, for the message.
 
     Raises:
         ValueError: It is not installed.

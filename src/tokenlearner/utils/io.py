@@ -1,4 +1,4 @@
-"""A file is written whole or not at all."""
+"""Atomic writes, JSON files and unused paths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder that becomes `path` when the block ends well.
+    """Yields a temporary path in the same folder, which replaces `path` when the block ends.
 
-    The folder is made. An error leaves what was at `path` before, and no temporary file.
+    The folder is created. After an error the old file is left, and no temporary one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as readable JSON; refuses what JSON has no form for, such as NaN."""
+    """Writes `value` as indented JSON; raises ValueError for NaN and infinity."""
     with atomic_write(path) as temporary:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")

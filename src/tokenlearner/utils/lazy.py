@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use, so that importing the package is quick."""
+"""Lazy imports: the names of a package are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lazy_exports(
     Args:
         package: The package's `__name__`.
         modules: Modules of the package, and the names that each of them exports.
-        fallback: Gives other names a value, or raises AttributeError.
+        fallback: Returns the value of another name, or raises AttributeError.
     """
     owners = {name: module for module, names in modules.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Modes, devices and copies of modules."""
+"""Training mode, structural copies and devices of modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Puts a model in training or evaluation mode; each of its parts gets its own mode back."""
+    """Puts a model in training or evaluation mode, and restores the mode of each module after."""
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -24,7 +24,7 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def clone_structure(model: nn.Module, device: str | None = None) -> nn.Module:
-    """Copies a model's structure, to be changed and run without touching the model.
+    """Returns a copy of a model that can be changed and run without changing the model.
 
     Args:
         model: Any that can be deep-copied.
@@ -34,14 +34,14 @@ def clone_structure(model: nn.Module, device: str | None = None) -> nn.Module:
     if device is not None:
         for key, tensor in memo.items():
             memo[key] = nn.Parameter(torch.empty_like(tensor, device=device), requires_grad=False)
-    return copy.deepcopy(model, memo)  # what is in the memo is taken as it is
+    return copy.deepcopy(model, memo)  # tensors of the memo are not copied
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """Returns the named device, or with `"auto"` a GPU where there is one.
 
     Raises:
-        ValueError: torch does not know it or has no such device here.
+        ValueError: torch does not know the device, or this machine has none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

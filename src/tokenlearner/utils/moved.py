@@ -1,4 +1,4 @@
-"""Import paths and names of version 0.3: they work until 0.5 and warn with the new ones."""
+"""Import paths and names of version 0.3, which work until 0.5 and warn with the new ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULES = {  # that were files of version 0.3
     "bench_table": "commands.bench.table",
     "benchmark": "evaluation.latency",
     "calibrate": "training.calibration",
-    "card": "models.card",
+    "card": "models.hub",
     "catalog": "evaluation.catalog",
     "checks": "utils.validation",
     "cli": "commands.main",
@@ -207,6 +207,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "pictures_at_once": "evaluation.accuracy:eval_batch_size",
     "plain_batches": "data.loader:eval_batches",
     "plain_text": "evaluation.catalog:catalog_text",
+    "read_model": "models.hub:load_model",
     "random_states": "utils.random:random_states",
     "sampled_frames": "models.video_embed:sample_frames",
     "seconds_in_turn": "evaluation.latency:time_models",
@@ -224,24 +225,26 @@ NAMES = {  # that version 0.3 had in one of these files
     "training_change": "data.transforms:train_transform",
     "twin": "utils.modules:clone_structure",
     "unexplained": "training.distillation:unexplained_variance",
+    "upload_model": "models.hub:push_to_hub",
     "watch": "training.distillation:forward_with_features",
     "whole_state": "training.distributed:full_state",
     "widen": "layers.functional:upcast",
     "write_contest": "commands._comparison:write_comparison",
     "write_flax": "checkpoints.flax_msgpack:write_flax",
     "write_sheet": "evaluation.map_figures:write_figure",
+    "write_model": "models.hub:save_model",
     "written_whole": "utils.io:atomic_write",
 }
 
 
 def install() -> None:
-    """Lets Python find what `ALIASES` and `MODULES` name."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+    """Lets Python import what `ALIASES` and `MODULES` name."""
+    if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedFinder())
 
 
 def alias(name: str) -> Any:
-    """Returns a public module whose name stays; the fallback of `tokenlearner`."""
+    """Returns a public module that has kept its name; the fallback of `tokenlearner`."""
     if name not in ALIASES:
         raise AttributeError(f"module 'tokenlearner' has no attribute {name!r}")
     return import_module(ALIASES[name])
@@ -251,19 +254,20 @@ def moved_names(package: str) -> Callable[[str], Any]:
     """Returns the fallback of a package that was a file of version 0.3."""
 
     def get(name: str) -> Any:
-        value, place = _find(PACKAGES[package], name, f"tokenlearner.{package}")
-        _warn(f"tokenlearner.{package}.{name}", place)
+        old = f"tokenlearner.{package}"
+        value, new = _resolve(PACKAGES[package], name, old)
+        _warn(f"{old}.{name}", new)
         return value
 
     return get
 
 
-def _find(module: str, name: str, asked: str) -> tuple[Any, str]:
-    """A name of version 0.3, and where it is now."""
+def _resolve(module: str, name: str, old: str) -> tuple[Any, str]:
+    """Returns the value of a name that `old` had in version 0.3, and its new path."""
     home, _, new = NAMES.get(name, f"{module}:{name}").partition(":")
     owner = import_module(home if home.startswith("torch") else f"tokenlearner.{home}")
     if not hasattr(owner, new):
-        raise AttributeError(f"module {asked!r} has no attribute {name!r}")
+        raise AttributeError(f"module {old!r} has no attribute {name!r}")
     return getattr(owner, new), f"{owner.__name__}.{new}"
 
 
@@ -272,18 +276,15 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
-class _Finder:
-    """Finds `tokenlearner.NAME` for names of version 0.3, once Python has found no such file."""
+class _MovedFinder:
+    """Finds and loads `tokenlearner.NAME` for files of version 0.3 that do not exist any more."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, module = name.partition(".")
-        if package != "tokenlearner" or module not in (*ALIASES, *MODULES):
-            return None
-        loader: Any = _Loader()
-        return ModuleSpec(name, loader)
+        loader: Any = self
+        is_moved = package == "tokenlearner" and module in (*ALIASES, *MODULES)
+        return ModuleSpec(name, loader) if is_moved else None
 
-
-class _Loader:
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _MovedModule(spec.name)
 
@@ -297,16 +298,16 @@ class _Loader:
 
 
 class _MovedModule(ModuleType):
-    """A file of version 0.3: its names, from where they are now.
+    """Stands for a file of version 0.3 and has its names.
 
-    Seven files had the name of the public function in them. Python sets an imported file as an
-    attribute of its package, over the function, so this can be called in the function's place.
+    Seven of the files had the name of the public function in them. Python sets an imported file as
+    an attribute of its package, in place of the function, so this can be called like the function.
     """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _find(MODULES[self.__name__.partition(".")[2]], name, self.__name__)[0]
+        return _resolve(MODULES[self.__name__.partition(".")[2]], name, self.__name__)[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)

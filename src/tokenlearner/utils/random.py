@@ -1,4 +1,4 @@
-"""Seeds derived from numbers, and the state of every random generator that a run draws from."""
+"""Derived seeds, and the states of the random generators of Python, NumPy and torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed that several numbers from 0 on make up."""
+    """Returns a seed that depends on all of several non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager
 def fixed_seed(seed: int) -> Iterator[None]:
-    """Lets Python, NumPy and torch draw from one seed, and gives them back as they were."""
+    """Seeds Python, NumPy and torch, and restores their states after."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -32,7 +32,7 @@ def fixed_seed(seed: int) -> Iterator[None]:
 
 
 def random_states() -> dict[str, Any]:
-    """What Python, NumPy and torch will draw next, as plain values and tensors."""
+    """Returns the states of Python, NumPy and torch, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -43,7 +43,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Lets Python, NumPy and torch draw what they would have drawn then."""
+    """Restores the states that `random_states` returned."""
     version, inner, gauss = states["python"]
     random.setstate((version, tuple(inner), gauss))
     kind, keys, *rest = states["numpy"]

@@ -1,4 +1,4 @@
-"""What every module and command refuses: each check says what came, what fits, and the way out."""
+"""Checks of arguments; each raises ValueError with what was got, what was expected, and a fix."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POSITIONS = {3: "[b, n, c]", 4: "[b, h, w, c]", 5: "[b, t, h, w, c]"}
 
 
-def require(holds: bool, otherwise: str) -> None:
-    """Refuses what does not hold, with the sentence that says so."""
-    if not holds:
-        raise ValueError(otherwise)
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
@@ -36,7 +36,7 @@ def check_eps(value: float) -> float:
 
 
 def check_rate(value: float, name: str = "dropout_rate") -> float:
-    """Returns `value` if it is a share from 0 up to, but without, 1."""
+    """Returns `value` if it is a share from 0 to below 1."""
     if not _is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{name} is {value!r}, expected a share from 0 to below 1, such as 0.1")
     return value
@@ -50,13 +50,13 @@ def check_above_zero(name: str, value: float) -> float:
 
 
 def check_from_zero(options: object, *names: str) -> None:
-    """Refuses options that are negative or not finite; None is left alone."""
+    """Checks that options are finite and not negative; None is allowed."""
     for name in names:
         value = getattr(options, name) or 0
         require(0 <= value < math.inf, f"{name} is {value}, expected a number from 0 on")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Returns `value` if it is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
@@ -64,11 +64,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def check_literals(options: object) -> None:
-    """Refuses a dataclass's values where the type of the field is a `Literal` without them."""
+    """Checks the fields of a dataclass whose type is a `Literal`, or one or None."""
     for name, hint in get_type_hints(type(options)).items():
-        value: Any = getattr(options, name)
-        kinds = [hint, *get_args(hint)]  # a union with None too
-        choices = [v for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
+        value = getattr(options, name)
+        types = [hint, *get_args(hint)]  # a union with None too
+        choices = [v for t in types if get_origin(t) is Literal for v in get_args(t)]
         if choices and not (value is None and type(None) in get_args(hint)):
             check_choice(name, value, choices)
 
@@ -94,7 +94,7 @@ def check_grid(grid: Grid, n: int) -> Grid:
 def check_input(
     name: str, x: Tensor, axes: Mapping[int, str], channels: int, dtype: torch.dtype
 ) -> None:
-    """Refuses a tensor that a module with `channels` and parameters of `dtype` cannot take."""
+    """Checks that a module with `channels` and parameters of `dtype` can take a tensor."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}, expected a torch.Tensor")
     shape = list(x.shape)
@@ -114,7 +114,7 @@ def check_input(
     if x.dtype != dtype and not _autocast_mixes(x, dtype):
         raise ValueError(
             f"{name} is {x.dtype}, the module's parameters are {dtype}; call .to() on either one "
-            "(torch.autocast mixes float32 parameters with float32 and narrower input)"
+            "(torch.autocast allows float16, bfloat16 and float32 input with float32 parameters)"
         )
 
 
@@ -125,13 +125,13 @@ def _is_number(value: object) -> bool:
 
 
 def _autocast_mixes(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether autocast is on and takes them: float32 parameters and anything but float64."""
+    """Returns whether autocast is on and allows both: float32 parameters and no float64."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return False
     return dtype == torch.float32 and x.dtype != torch.float64
 
 
 def shortened(names: Collection[str], most: int = 5) -> str:
-    """Returns the first names for a message, and how many there are if that is not all."""
-    shown = ", ".join(list(names)[:most])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
+    """Returns the first names for a message, with their number if there are more."""
+    first = ", ".join(list(names)[:most])
+    return f"{first}, ... ({len(names)} in all)" if len(names) > most else first
