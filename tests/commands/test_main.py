@@ -43,7 +43,7 @@ def exit_code(*arguments: str) -> int | str | None:
 def configs_of(command: str, function: str, patch: pytest.MonkeyPatch) -> list[Any]:
     """The configs that a command's function is called with, from now on."""
     configs: list[Any] = []
-    patch.setattr(f"tokenlearner.commands.{command}.{function}", lambda c, *_: configs.append(c))
+    patch.setattr(f"tokenlearner.commands.{command}.{function}", lambda c, *_: configs.append(c) or ())
     return configs
 
 
@@ -93,7 +93,6 @@ def test_app_takes_any_number_of_checkpoints(
 
 
 def test_bench_takes_models_without_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenlearner.commands.main._print", print)
     configs = configs_of("bench.table", "bench_table", monkeypatch)
     main(["bench", "vit+insert(8,6)", "vit", "--rounds", "3"])
     assert [(config.models, config.rounds) for config in configs] == [

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from tokenlearner import TrainConfig, create_model, evaluate, load_data, load_model, save_model
-from tokenlearner.commands.main import run
+from tokenlearner.commands.main import main
 from tokenlearner.commands.report.confusion import Confusions, confusion_counts
 from tokenlearner.commands.report.figures import cell_ink, line_style
 from tokenlearner.commands.report.reader import read_source
@@ -452,7 +452,7 @@ def test_the_option_of_version_0_3_still_works(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for option in (["--pictures", "0"], ["--pictures=0"]):
-        run("report", [str(make_run(tmp_path / option[0])), *option])
+        main(["report", str(make_run(tmp_path / option[0])), *option])
         assert "images is 0" in Page(tmp_path / option[0] / "report.html").problems
 
 

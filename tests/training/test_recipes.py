@@ -153,7 +153,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         return data.sample(20) if data.in_memory else data
 
     monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", load)
-    monkeypatch.setattr(module, "load_data", load)
+    monkeypatch.setattr(import_module("tokenlearner.commands.eval"), "load_data", load)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     monkeypatch.setattr("tokenlearner.data.moving_photos.MOVING_SIZES", {"train": 90, "test": 90})
 

@@ -16,6 +16,8 @@ from ..deploy.exporting import BatchCheck, export
 from ..deploy.formats import check_target, load_exported
 from ..deploy.quantization import PrecisionRow, precision_rows, weights_mib
 from ..utils.validation import check_count, check_literals, require
+from ._arguments import read_config
+from ._console import console
 from ._models import load_sized
 from ._tables import filled_table
 
@@ -66,6 +68,11 @@ class ExportConfig:
         if self.format == "auto" or path.suffix == f".{self.format}":
             return path
         return path.with_name(f"{path.name}.{self.format}")
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Writes a model to a file and prints how it compares with the model."""
+    console().print(*export_table(read_config("export", ExportConfig, arguments)), sep="\n")
 
 
 def export_table(config: ExportConfig) -> tuple[Any, ...]:

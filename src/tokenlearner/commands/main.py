@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
 
 from ..utils.imports import require_package
 
@@ -35,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _parse_command(arguments[:1])
     try:
-        require_package("jsonargparse", "train", "the command")
+        extra = name if name in ("app", "convert") else "train"
+        require_package("jsonargparse", extra, "the command")
         _load(name)(arguments[1:])
     except ValueError as error:
         sys.exit(_complain(name, error, 2))
@@ -47,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _load(name: str) -> Callable[[Sequence[str]], None]:
-    """Returns the function of a command, which is in this file or in one of the command's name."""
-    own = globals().get(f"_{name}")
-    return own or getattr(import_module(f".{name}", __package__), f"{name}_command")
+    """Returns the function of a command, `NAME_command` in the file or package of its name."""
+    return getattr(import_module(f".{name}", __package__), f"{name}_command")
 
 
 def _complain(command: str, error: Exception, code: int) -> int:
@@ -87,54 +85,3 @@ class _Version(argparse.Action):
 
         print(f"tokenlearner {version('tokenlearner')}")
         parser.exit()
-
-
-def _print(parts: Sequence[Any]) -> None:
-    from ._console import console
-
-    console().print(*parts, sep="\n")
-
-
-def _plan(arguments: Sequence[str]) -> None:
-    from ._arguments import read_config
-    from .plan import PlanConfig, plan_table
-
-    _print(plan_table(read_config("plan", PlanConfig, arguments)))
-
-
-def _bench(arguments: Sequence[str]) -> None:
-    from ._arguments import read_config
-    from ._console import console
-    from .bench.config import BenchConfig
-    from .bench.table import bench_table
-
-    summary = "a model's name, or a checkpoint; +insert(8,6) learns 8 tokens before block 6"
-    models = {"type": str, "nargs": "+", "help": summary}
-    config = read_config("bench", BenchConfig, arguments, models=models)
-    _print(bench_table(config, console(stderr=True).print))
-
-
-def _report(arguments: Sequence[str]) -> None:
-    from ._arguments import read_config
-    from .report.render import ReportConfig, write_report
-
-    old = re.compile("^--pictures(?==|$)")  # of version 0.3
-    arguments = [old.sub("--images", argument) for argument in arguments]
-    config = read_config("report", ReportConfig, arguments)
-    print(f"The report is {write_report(**vars(config))}")
-
-
-def _app(arguments: Sequence[str]) -> None:
-    from ._arguments import read_config
-    from .app import server
-
-    summary = "checkpoints, folders of `tokenlearner demo`, or names; none takes the demos here"
-    checkpoints = {"type": str, "nargs": "*", "default": (), "help": summary}
-    server.app(read_config("app", server.AppConfig, arguments, checkpoints=checkpoints))
-
-
-def _export(arguments: Sequence[str]) -> None:
-    from ._arguments import read_config
-    from .export import ExportConfig, export_table
-
-    _print(export_table(read_config("export", ExportConfig, arguments)))

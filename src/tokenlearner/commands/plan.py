@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ import torch
 
 from ..evaluation.planning import Option, check_plan, plan
 from ..utils.validation import check_count, check_literals
+from ._arguments import read_config
+from ._console import console
 from ._models import load_sized
 from ._tables import REALIZED, filled_table, realized_text
 
@@ -59,6 +61,11 @@ class PlanConfig:
         except ValueError as error:
             message = f"tokens is {self.tokens!r}, expected numbers and commas, such as 4,8,16"
             raise ValueError(message) from error
+
+
+def plan_command(arguments: Sequence[str]) -> None:
+    """Prints the table of a model's insertions within a budget."""
+    console().print(*plan_table(read_config("plan", PlanConfig, arguments)), sep="\n")
 
 
 def plan_table(config: PlanConfig) -> tuple[Any, str]:

@@ -1,1 +1,16 @@
 """`tokenlearner bench`: models measured side by side."""
+
+from collections.abc import Sequence
+
+
+def bench_command(arguments: Sequence[str]) -> None:
+    """Measures models and prints the tables."""
+    from .._arguments import read_config
+    from .._console import console
+    from .config import BenchConfig
+    from .table import bench_table
+
+    summary = "a model's name, or a checkpoint; +insert(8,6) learns 8 tokens before block 6"
+    models = {"type": str, "nargs": "+", "help": summary}
+    config = read_config("bench", BenchConfig, arguments, models=models)
+    console().print(*bench_table(config, console(stderr=True).print), sep="\n")
