@@ -43,7 +43,9 @@ def exit_code(*arguments: str) -> int | str | None:
 def configs_of(command: str, function: str, patch: pytest.MonkeyPatch) -> list[Any]:
     """The configs that a command's function is called with, from now on."""
     configs: list[Any] = []
-    patch.setattr(f"tokenlearner.commands.{command}.{function}", lambda c, *_: configs.append(c) or ())
+    patch.setattr(
+        f"tokenlearner.commands.{command}.{function}", lambda c, *_: configs.append(c) or ()
+    )
     return configs
 
 

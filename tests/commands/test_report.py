@@ -506,7 +506,7 @@ def test_broken_files_beside_a_run_are_named(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"data": "hfds/some/set"}, "hfds/some/set may have to be fetched"),
-        ({"data": "folder", "root": "nowhere"}, "nowhere is not there"),
+        ({"data": "folder", "root": "nowhere"}, "nowhere is not a folder"),
         ({"img_size": 14}, "Input height (14)"),
     ],
 )
@@ -514,7 +514,7 @@ def test_why_a_model_cannot_be_evaluated_is_named(
     changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     page = Page(write_report(make_run(tmp_path / "run", **changes), images=FEW))
-    assert f"Missing for run: {reason}" in page.problems
+    assert f"Missing for run: {reason}" in str(page.problems)
     assert not page.texts("h3")
 
 
