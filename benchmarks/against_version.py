@@ -6,6 +6,7 @@ every round runs one piece of work in both, the order changing from round to rou
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import subprocess
@@ -136,7 +137,7 @@ def main() -> None:
     other, ours = Version(Path(options.other)), Version(HERE)
     print("| work | the other, ms | ours, ms | times as fast (quartiles) |")
     print("| --- | --: | --: | --: |")
-    for name in ours.work:
+    for name in fnmatch.filter(ours.work, options.work):
         rounds = (
             max(3, options.rounds // 3) if "epoch" in name or "same" in name else options.rounds
         )
@@ -160,6 +161,7 @@ def parse(add_device: Callable[[ArgumentParser], None] | None = None) -> Namespa
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("other", help="the folder src of another version")
     parser.add_argument("--models", nargs="*", default=["vit_base_patch16_tl8at6_224"])
+    parser.add_argument("--work", default="*", help="rows to measure, such as 'V1*'")
     parser.add_argument("--rounds", type=int, default=15)
     if add_device:
         add_device(parser)

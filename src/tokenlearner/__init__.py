@@ -3,10 +3,10 @@
 A public name is imported when it is first used, so that `import tokenlearner` takes no time.
 """
 
-from typing import TYPE_CHECKING
-
 from .utils.lazy import lazy_exports
 from .utils.moved import alias, install
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:  # for editors and type checkers; the table below is for Python
     from .checkpoints import init_from as adapt  # noqa: F401

@@ -1,9 +1,9 @@
 """Weights of other code: files read without executing them, scenic's parameters in and out."""
 
-from typing import TYPE_CHECKING
-
 from ..utils.lazy import lazy_exports
 from ..utils.moved import moved_names
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .convert import ConvertConfig as ConvertConfig

@@ -1,8 +1,8 @@
 """The command `tokenlearner`: one file or folder for each of its commands."""
 
-from typing import TYPE_CHECKING
-
 from ..utils.lazy import lazy_exports
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .demo import DemoConfig as DemoConfig

@@ -1,9 +1,9 @@
 """Labeled images and videos: data sets by name, their batches and their transforms."""
 
-from typing import TYPE_CHECKING
-
 from ..utils.lazy import lazy_exports
 from ..utils.moved import moved_names
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .config import AugmentConfig as AugmentConfig

@@ -1,8 +1,8 @@
 """Models as files that run without their code, and quantized models."""
 
-from typing import TYPE_CHECKING
-
 from ..utils.lazy import lazy_exports
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .exporting import export as export

@@ -1,8 +1,8 @@
 """Accuracy, multiply-adds and latency of a model, and where its learned tokens look."""
 
-from typing import TYPE_CHECKING
-
 from ..utils.lazy import lazy_exports
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .accuracy import Evaluation as Evaluation

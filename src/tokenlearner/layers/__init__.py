@@ -1,9 +1,9 @@
 """The paper's layers: learners, the fuser, and transformer blocks that run on learned tokens."""
 
-from typing import TYPE_CHECKING
-
 from ..utils.lazy import lazy_exports
 from ..utils.moved import moved_names
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .blocks import FusedBlock as FusedBlock

@@ -1,8 +1,8 @@
 """The paper's models by name, learned tokens in models of others, and both as files."""
 
-from typing import TYPE_CHECKING
-
 from ..utils.lazy import lazy_exports
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .factory import create_model as create_model

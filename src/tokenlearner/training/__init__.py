@@ -1,8 +1,8 @@
 """Training, distilling and calibrating: from a config to a checkpoint and its metrics."""
 
-from typing import TYPE_CHECKING
-
 from ..utils.lazy import lazy_exports
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .calibration import Calibration as Calibration

@@ -1,8 +1,8 @@
 """Helpers for all packages: checks of arguments, files, random numbers, modes of modules."""
 
-from typing import TYPE_CHECKING
-
 from .lazy import lazy_exports
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
     from .imports import require_package as require_package

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def require_package(name: str, extra: str, purpose: str = "this") -> Any:

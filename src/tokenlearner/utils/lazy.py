@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def lazy_exports(

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
+if TYPE_CHECKING:
+    from typing import Any
 
 ALIASES = {  # public modules whose names stay; no warning
     "adapt": "tokenlearner.checkpoints.init_from",
