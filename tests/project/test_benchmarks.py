@@ -236,7 +236,7 @@ def test_against_flax_compares_equal_models(script: ModuleType, learner: str) ->
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     names = [f"| {model}, {form}" for model in ("plain", "4 tokens") for form in script.FORMS]
     assert [row[0] for row in rows] == names
-    assert [row[3] for row in rows if "eager" in row[0]] == ["1.00 (1.00-1.00)"] * 2
+    assert [row[3] for row in rows if "eager" in row[0]] == ["1.00 (1.00–1.00)"] * 2
     assert all(float(row[2]) >= 0 for row in rows)
 
 
