@@ -21,6 +21,7 @@ from markdown_blocks import (
     blocks,
     commands_named,
     run_python_blocks,
+    shell_commands,
 )
 from PIL import Image
 
@@ -32,12 +33,13 @@ from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.models.hosts import HOSTS
 
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 WRITTEN = sorted(DOCS.rglob("*.md"))
 ROOT_PAGES = [ROOT / name for name in PAGES]
-CODE = [page for page in WRITTEN if any(b.language == "python" for b in blocks(page))]
+CODE = [page for page in [README, *WRITTEN] if any(b.language == "python" for b in blocks(page))]
 SLOW = {"export.md"}  # it exports in all precisions
-MAX_NOT_RUN = 3
-SHELLS = [*WRITTEN, *ROOT_PAGES]
+MAX_NOT_RUN = 6
+SHELLS = [README, *WRITTEN, *ROOT_PAGES]
 
 
 def id_of(path: Path) -> str:
@@ -103,9 +105,10 @@ def test_extras_that_a_page_names_exist(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_of_five_minutes_run_one_after_the_other(tmp_path: Path) -> None:
-    commands = commands_named("tokenlearner", [DOCS / "index.md"])
-    assert len(commands) == 4
+@pytest.mark.parametrize("page", [README, DOCS / "index.md"], ids=id_of)
+def test_the_commands_of_a_first_page_run_one_after_the_other(page: Path, tmp_path: Path) -> None:
+    commands = commands_named("tokenlearner", [page], to_run=True)
+    assert commands
     for words in commands:
         command = [sys.executable, "-m", "tokenlearner", *words]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -172,6 +175,24 @@ def test_the_commands_of_the_guides_run(workplace: Path, monkeypatch: pytest.Mon
             out = words[words.index("--out") + 1] if "--out" in words else f"runs/{words[1]}"
             shutil.rmtree(out, ignore_errors=True)
         run_short(words)
+
+
+def test_shell_commands_are_read_from_a_readme(tmp_path: Path) -> None:
+    text = (
+        "```console\n$ tokenlearner demo --seed 1 \\\n    --fast  # quick\nmake: output\n```\n"
+        "```bash\npip install . && make test\n```\n```text\nmake nothing\n```\n"
+    )
+    (tmp_path / "README.md").write_text(text)
+    commands = [shlex.join(words) for words in shell_commands(tmp_path / "README.md")]
+    assert commands == ["tokenlearner demo --seed 1 --fast", "pip install .", "make test"]
+
+
+def test_a_block_not_run_needs_a_reason(tmp_path: Path) -> None:
+    text = "Text.\n\n<!-- not run: needs a GPU -->\n```python\na\n```\n\n```python\nb\n```\n"
+    (tmp_path / "README.md").write_text(text)
+    first, second = blocks(tmp_path / "README.md")
+    assert first == ("python", "a\n", 5, "needs a GPU")
+    assert second == ("python", "b\n", 9, "")
 
 
 # --- what the pages say ------------------------------------------------------------------------

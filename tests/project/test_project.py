@@ -1,4 +1,4 @@
-"""The project as a whole: imports, public names, the README, doctests, the project's own rules."""
+"""The project as a whole: imports, public names, doctests, the project's own rules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import doctest
 import importlib
 import os
 import pkgutil
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,40 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from markdown_blocks import (
-    assert_options_exist,
-    assert_targets_exist,
-    blocks,
-    commands_named,
-    run_python_blocks,
-    shell_commands,
-)
 
 import check_project
 import tokenlearner
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "tokenlearner"
-READMES = sorted(ROOT.glob("README*.md"))
 
-PACKAGES = (
-    "checkpoints",
-    "commands",
-    "data",
-    "deploy",
-    "evaluation",
-    "layers",
-    "models",
-    "training",
-)
-PACKAGES += ("utils",)
+PACKAGES = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
 HEAVY = {"timm", "torchvision", "transformers", "matplotlib", "rich", "jsonargparse", "gradio"}
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(tokenlearner.__path__, "tokenlearner.")
     if not module.name.endswith("__main__")
 )
-MAX_BLOCKS_NOT_RUN = 3
 
 
 def run_python(code: str) -> str:
@@ -77,68 +56,43 @@ def test_imports_between_packages_go_one_way(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize(
-    ("file", "line"),
-    [
-        ("layers/token_fuser.py", "from ..models.insertion import insert"),
-        ("models/vit.py", "def f():\n    from ..training.run import train"),
-        ("data/loader.py", "from tokenlearner.layers import TokenFuser"),
-        ("models/hosts.py", "from ..data.factory import load_data"),
-        ("utils/io.py", "import tokenlearner.commands.main"),
-    ],
-)
-def test_an_import_up_breaks_the_contract(file: str, line: str, tmp_path: Path) -> None:
+UPWARD = {
+    "layers/token_fuser.py": "from ..models.insertion import insert",
+    "models/vit.py": "def f():\n    from ..training.run import train",
+    "data/loader.py": "from tokenlearner.layers import TokenFuser",
+    "models/hosts.py": "from ..data.factory import load_data",
+    "utils/io.py": "import tokenlearner.commands.main",
+}
+
+
+def test_every_import_up_breaks_the_contract(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "tokenlearner", ignore=shutil.ignore_patterns("assets"))
-    path = tmp_path / "tokenlearner" / file
-    path.write_text(f"{path.read_text()}\n\n{line}\n")
+    for file, line in UPWARD.items():
+        with (tmp_path / "tokenlearner" / file).open("a") as source:
+            source.write(f"\n\n{line}\n")
     result = lint_imports(tmp_path)
     assert result.returncode == 1, result.stdout
-    assert f"tokenlearner.{file[:-3].replace('/', '.')} -> " in result.stdout
+    for file in UPWARD:
+        assert f"tokenlearner.{file[:-3].replace('/', '.')} -> " in result.stdout
 
 
-def test_the_packages_are_those_of_the_contract() -> None:
-    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(PACKAGES)
-
-
-@pytest.mark.parametrize("package", ["", *(f".{name}" for name in PACKAGES)])
-def test_every_name_that_a_package_exports_can_be_imported(package: str) -> None:
-    module = importlib.import_module(f"tokenlearner{package}")
+@pytest.mark.parametrize("package", ["", *sorted(PACKAGES)])
+def test_exported_names_can_be_imported_and_no_module_hides_them(package: str) -> None:
+    module = importlib.import_module(f"tokenlearner.{package}".rstrip("."))
     for name in getattr(module, "__all__", []):
         assert getattr(module, name) is not None
         assert name in dir(module)
+        assert not (PACKAGE / package / f"{name}.py").exists()
 
 
-def test_public_names_are_never_hidden_by_a_module_of_the_same_name() -> None:
-    """`tokenlearner.insert` stays the function whatever has been imported."""
-    code = (
-        "import importlib, types, tokenlearner\n"
-        f"for name in {MODULES}:\n"
-        "    importlib.import_module(name)\n"
-        f"packages = [tokenlearner, *(getattr(tokenlearner, n) for n in {PACKAGES})]\n"
-        "print([n for p in packages for n in getattr(p, '__all__', []) "
-        "if isinstance(getattr(p, n), types.ModuleType)])"
-    )
-    assert run_python(code) == "[]"
-
-
-@pytest.mark.parametrize("name", tokenlearner.__all__)
-def test_public_name_resolves(name: str) -> None:
-    assert getattr(tokenlearner, name) is not None
-    assert name in dir(tokenlearner)
-
-
-def test_import_is_light() -> None:
-    code = f"import sys, tokenlearner as t; t.insert; print(sorted({HEAVY} & set(sys.modules)))"
-    assert run_python(code) == "[]"
-
-
-def test_a_public_name_is_imported_when_it_is_used() -> None:
+def test_imports_are_light() -> None:
     code = (
         "import sys, tokenlearner\n"
         "loaded = lambda: [name in sys.modules for name in ('torch', 'tokenlearner.models')]\n"
-        "print(loaded(), tokenlearner.TokenLearner and loaded())"
+        "print(loaded(), tokenlearner.TokenLearner and loaded())\n"
+        f"tokenlearner.insert; print(sorted({HEAVY} & set(sys.modules)))"
     )
-    assert run_python(code) == "[False, False] [True, False]"
+    assert run_python(code).splitlines() == ["[False, False] [True, False]", "[]"]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -152,60 +106,6 @@ def test_doctests_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     module = importlib.import_module(name)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.testmod(module, optionflags=flags).failed == 0
-
-
-# --- README ------------------------------------------------------------------------------------
-
-
-def test_there_is_a_readme() -> None:
-    assert ROOT / "README.md" in READMES
-
-
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
-def test_readme_python_blocks_run(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert len([block for block in blocks(path) if block.not_run]) <= MAX_BLOCKS_NOT_RUN
-    run_python_blocks(path)
-
-
-@pytest.mark.parametrize("words", commands_named("make", READMES), ids=shlex.join)
-def test_readme_make_targets_exist(words: list[str]) -> None:
-    assert_targets_exist(words)
-
-
-@pytest.mark.parametrize("words", commands_named("tokenlearner", READMES), ids=shlex.join)
-def test_readme_subcommands_and_options_exist(words: list[str]) -> None:
-    assert_options_exist(words)
-
-
-@pytest.mark.slow
-def test_readme_commands_run_one_after_the_other(tmp_path: Path) -> None:
-    commands = commands_named("tokenlearner", READMES, to_run=True)
-    assert commands
-    for words in commands:
-        command = [sys.executable, "-m", "tokenlearner", *words]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, f"{shlex.join(words)}\n{result.stderr}"
-
-
-def test_shell_commands_are_read_from_a_readme(tmp_path: Path) -> None:
-    text = (
-        "```console\n$ tokenlearner demo --seed 1 \\\n    --fast  # quick\nmake: output\n```\n"
-        "```bash\npip install . && make test\n```\n```text\nmake nothing\n```\n"
-    )
-    (tmp_path / "README.md").write_text(text)
-    commands = [shlex.join(words) for words in shell_commands(tmp_path / "README.md")]
-    assert commands == ["tokenlearner demo --seed 1 --fast", "pip install .", "make test"]
-
-
-def test_a_block_not_run_needs_a_reason(tmp_path: Path) -> None:
-    text = "Text.\n\n<!-- not run: needs a GPU -->\n```python\na\n```\n\n```python\nb\n```\n"
-    (tmp_path / "README.md").write_text(text)
-    first, second = blocks(tmp_path / "README.md")
-    assert first == ("python", "a\n", 5, "needs a GPU")
-    assert second == ("python", "b\n", 9, "")
 
 
 # --- the project's own rules -------------------------------------------------------------------
