@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
-from tokenlearner import attention_maps, insert
+from tokenlearner import insert
 from tokenlearner.evaluation.flops import count_macs
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -115,14 +114,6 @@ def test_the_maps_of_region_means_pool_to_its_tokens() -> None:
     torch.testing.assert_close(learner.attention(x) @ x, learner(x))
 
 
-def test_region_means_have_attention_maps() -> None:
-    model = baselines.average_pool(vit("wide"), 3, at=2)
-    maps = attention_maps(model, make_images(model))[2]
-    assert maps.shape == (3, 3, 3, 7)
-    assert (maps[:, 0, :, 3:] == 0).all()
-    assert torch.allclose(maps.sum((2, 3)), maps.new_ones(()))
-
-
 @each_host
 def test_average_pool_runs_the_later_blocks_on_prefix_and_means(host: str) -> None:
     model, k = vit(host), 6
@@ -178,16 +169,6 @@ def test_top_k_costs_one_row_of_attention() -> None:
     model = vit()
     images, host = make_images(model)[:1], count_macs(model, make_images(model)[:1])
     assert count_macs(baselines.top_k(model, 49, at=2), images) - host == C * 50
-
-
-def test_top_k_takes_a_share_of_the_depth() -> None:
-    blocks = baselines.top_k(vit(), 6, at=0.75).blocks
-    assert [isinstance(block, baselines.TopKBlock) for block in blocks] == [
-        False,
-        False,
-        True,
-        False,
-    ]
 
 
 # --- bipartite soft matching -------------------------------------------------------------------
@@ -247,13 +228,6 @@ def test_the_pairs_are_those_of_a_loop_over_all_edges(n: int, r: int) -> None:
         assert (2 * kept[b]).tolist() == sorted(set(range(0, n, 2)) - {i for i, _ in edges})
 
 
-def test_the_length_of_a_key_plays_no_part() -> None:
-    keys = torch.randn(2, 10, 8)
-    longer = keys * torch.rand(2, 10, 1).add(0.5)
-    for one, other in zip(baselines.match(keys, 3), baselines.match(longer, 3), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_pairs_are_merged_as_in_a_loop_over_them() -> None:
     x, sizes = torch.randn(1, 9, C), torch.randint(1, 5, (1, 9)).float()
     merged, into, kept = (
@@ -307,14 +281,6 @@ def test_merging_nothing_is_the_host_in_training_with_its_drop_paths() -> None:
     torch.testing.assert_close(baselines.merge(model, 0)(images), expected)
 
 
-def test_merging_tokens_that_are_alike_changes_nothing() -> None:
-    model = vit("registers")
-    nn.init.zeros_(model.pos_embed)
-    images = torch.ones(1, 1, 28, 28, dtype=torch.float64)
-    expected = model(images)
-    torch.testing.assert_close(baselines.merge(model, 9)(images), expected)
-
-
 def test_sizes_add_up_to_all_tokens_and_those_of_prefix_tokens_stay_1() -> None:
     model = vit("registers")
     x = embedded(model, make_images(model))
@@ -330,13 +296,6 @@ def test_no_block_merges_more_than_half_of_its_positions() -> None:
     assert baselines.merge(model, 99).blocks(x).shape[1] == 1 + 4  # 49, 25, 13, 7, 4
 
 
-def test_sizes_are_exact_in_bfloat16_and_tokens_have_the_models_dtype() -> None:
-    model = vit().bfloat16()
-    x = embedded(model, make_images(model).bfloat16())
-    y, sizes = baselines.merge(model, 9).blocks.with_sizes(x)
-    assert (y.dtype, sizes.dtype) == (torch.bfloat16, torch.float32)
-
-
 def test_a_schedule_is_the_nearest_of_all_and_tells_its_true_cost() -> None:
     model = vit(img_size=(8, 20))  # 10 positions
     images = make_images(model)
@@ -349,13 +308,6 @@ def test_a_schedule_is_the_nearest_of_all_and_tells_its_true_cost() -> None:
         assert found.r == min(range(6), key=lambda r: abs(costs[r] - share * host))
         assert (found.macs, found.host_macs) == (costs[found.r], host)
         assert found.share == costs[found.r] / host
-
-
-def test_finding_a_schedule_leaves_the_model_as_it_was() -> None:
-    model = vit(img_size=8)
-    blocks = model.blocks
-    baselines.schedule_for(model, make_images(model), 0.5)
-    assert model.blocks is blocks
 
 
 # --- all three ---------------------------------------------------------------------------------
@@ -384,18 +336,6 @@ def test_undo_gives_the_host_back(reduce: Callable[..., VisionTransformer]) -> N
 
 
 @each_reduction
-def test_assigning_the_old_blocks_gives_the_host_back(
-    reduce: Callable[..., VisionTransformer],
-) -> None:
-    model = vit()
-    images, blocks = make_images(model), nn.Sequential(*model.blocks)
-    expected = model(images)
-    reduce(model)(images)
-    model.blocks = blocks
-    assert torch.equal(model(images), expected)
-
-
-@each_reduction
 def test_nothing_is_held_from_one_call_to_the_next(
     reduce: Callable[..., VisionTransformer],
 ) -> None:
@@ -408,100 +348,26 @@ def test_nothing_is_held_from_one_call_to_the_next(
     assert {*vars(model.blocks)} == before
 
 
-@each_reduction
-def test_a_copy_is_independent_and_equal(reduce: Callable[..., VisionTransformer]) -> None:
-    model = reduce(vit())
-    images, twin = make_images(model), copy.deepcopy(model)
-    expected = model(images)
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-    assert torch.equal(twin(images), expected)
-
-
-@each_reduction
-def test_the_hosts_mode_is_kept(reduce: Callable[..., VisionTransformer]) -> None:
-    for training in (False, True):
-        model = reduce(vit().train(training))
-        assert {module.training for module in model.modules()} == {training}
-        undone = baselines.undo(model)
-        assert {module.training for module in undone.modules()} == {training}
-
-
-def test_merge_keeps_the_names_of_all_weights() -> None:
-    model = vit()
-    names = list(model.state_dict())
-    assert list(baselines.merge(model, 4).state_dict()) == names
-
-
-@pytest.mark.slow
-@each_reduction
-def test_compiled_models_give_the_same(reduce: Callable[..., VisionTransformer]) -> None:
-    model = reduce(vit())
-    images = make_images(model)
-    with torch.no_grad():
-        expected = model(images)
-        torch.testing.assert_close(torch.compile(model, backend="eager")(images), expected)
-
-
 # --- errors ------------------------------------------------------------------------------------
 
 
-def checkpointing() -> VisionTransformer:
-    model = vit()
-    model.set_grad_checkpointing()
-    return model
-
-
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "named"),
     [
-        (lambda: baselines.average_pool(vit(), 11, 2), "7 x 7 grid make 11; take 10"),
+        (lambda: baselines.average_pool(vit(), 11, 2), "11"),
         (lambda: baselines.average_pool(vit(), 0, 2), "num_tokens is 0"),
-        (lambda: baselines.average_pool(vit(), 4, 4), "at is 4, expected a block from 0 to 3"),
-        (lambda: baselines.average_pool(nn.Linear(1, 1), 4, 2), "Linear, expected timm's Vision"),
-        (lambda: baselines.RegionMeans(4, (4, 4))(torch.ones(1, 12, C)), "12 positions do not fit"),
-        (lambda: baselines.top_k(vit(), 6, 0), "at is 0: no block before block 0 .* take at=1"),
-        (lambda: baselines.top_k(vit(), 6, 0.1), "at is 0.1: no block before"),
-        (lambda: baselines.top_k(vit(), 50, 2), "num_tokens is 50, but an image has 49"),
-        (lambda: baselines.top_k(vit(), 0, 2), "num_tokens is 0"),
-        (
-            lambda: baselines.top_k(vit(class_token=False, global_pool="avg"), 6, 2),
-            "asks the class token what to keep, and this model has none",
-        ),
-        (
-            lambda: baselines.top_k(vit(block_fn=ParallelScalingBlock), 6, 2),
-            "expected a host of timm's Attention, got NoneType",
-        ),
-        (
-            lambda: baselines.merge(vit(block_fn=ParallelScalingBlock), 2),
-            "expected a host of timm's Block, got ParallelScalingBlock",
-        ),
-        (lambda: baselines.merge(vit(), -1), "r is -1, expected an integer of 0 or more"),
-        (lambda: baselines.merge(vit(), 0.5), "r is 0.5, expected an integer"),
-        (lambda: baselines.merge(vit(), [1, 2]), "r has 2 numbers, expected 4, one a block"),
-        (lambda: baselines.merge(checkpointing(), 2), r"set_grad_checkpointing\(False\)"),
-        (lambda: baselines.merge(insert(vit(), 4), 2), "reduced already; undo that first"),
-        (lambda: baselines.schedule_for(vit(), torch.ones(1), 0), "share is 0, expected one above"),
-        (lambda: baselines.schedule_for(vit(), torch.ones(1), 1.5), "share is 1.5, expected one"),
-        (lambda: baselines.undo(vit()), "not reduced; there is nothing to undo"),
+        (lambda: baselines.average_pool(vit(), 4, 4), "at is 4"),
+        (lambda: baselines.average_pool(nn.Linear(1, 1), 4, 2), "Linear"),
+        (lambda: baselines.top_k(vit(), 6, 0), "at is 0"),
+        (lambda: baselines.top_k(vit(), 50, 2), "num_tokens is 50"),
+        (lambda: baselines.top_k(vit(class_token=False, global_pool="avg"), 6, 2), "class token"),
+        (lambda: baselines.merge(vit(block_fn=ParallelScalingBlock), 2), "ParallelScalingBlock"),
+        (lambda: baselines.merge(vit(), [1, 2]), "r has 2"),
+        (lambda: baselines.merge(insert(vit(), 4), 2), "reduced"),
+        (lambda: baselines.schedule_for(vit(), torch.ones(1), 1.5), "share is 1.5"),
+        (lambda: baselines.undo(vit()), "not reduced"),
     ],
 )
-def test_errors_say_what_came_and_what_fits(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_errors_name_what_came(call: Callable[[], object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         call()
-
-
-@each_reduction
-@pytest.mark.parametrize("again", REDUCTIONS.values(), ids=REDUCTIONS)
-def test_a_model_is_reduced_once(
-    reduce: Callable[..., VisionTransformer], again: Callable[..., VisionTransformer]
-) -> None:
-    model = reduce(vit())
-    with pytest.raises(ValueError, match="reduced already"):
-        again(model)
-
-
-def test_code_that_takes_merged_blocks_one_by_one_fails() -> None:
-    model = baselines.merge(vit(), 4)
-    with pytest.raises(TypeError, match="MergedBlocks"):
-        model.forward_intermediates(make_images(model))

