@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..data.dataset import Batch, IterableDataset, LabeledDataset
 from ..data.loader import SampleKey, load_batches
-from ..utils.modules import training_mode
+from ..models.outputs import predict_logits
+from ..utils.modules import stream_device, training_mode
 from ..utils.validation import check_count, require
 
 _MAX_NUMBERS = 2**25  # that go into a model at a time, about
@@ -73,14 +74,14 @@ def sum_metrics(
     Every process runs the model equally often, as sharded models need; one without an image left
     runs it on a blank.
     """
-    device = next(model.parameters()).device
+    device = stream_device(model)
     sums = torch.zeros(5, dtype=torch.float64)
     with training_mode(model, training=False):
         for batch in _batches(data, batch_size, process, num_processes):
             images, labels = batch.images.to(device), batch.labels.to(device)
             sums[1] += len(batch.unreadable)
             if not len(images):
-                model(torch.zeros(1, *data.shape, device=device))
+                predict_logits(model, torch.zeros(1, *data.shape))
                 continue
             logits = _logits(model, images, data)
             _check_classes(logits.shape[1], data)
@@ -119,8 +120,8 @@ def _batches(
 def _logits(model: nn.Module, images: Tensor, data: LabeledDataset) -> Tensor:
     """Returns `b classes` for images and clips, the mean over views if there are several."""
     if images.ndim == len(data.shape) + 1:
-        return model(images).float()
-    return model(images.flatten(0, 1)).float().unflatten(0, images.shape[:2]).mean(1)
+        return predict_logits(model, images)
+    return predict_logits(model, images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
 
 
 def _check_classes(num_classes: int, data: LabeledDataset) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..models.outputs import output_tensor
 from ..utils.modules import training_mode
 from ..utils.validation import check_count
 from .flops import count_macs, live_peak_mib
@@ -171,7 +172,7 @@ def _pass(model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor)
 
 def _step(model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    torch.autograd.grad(forward(images).mean(), parameters, allow_unused=True)
+    torch.autograd.grad(output_tensor(forward(images)).mean(), parameters, allow_unused=True)
 
 
 def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..utils.imports import require_package
 from ..utils.io import atomic_write
-from ..utils.validation import require
+from ..utils.validation import plain_text, require
 
 _COLORS = "cividis"
+_PATCHES = (16, 14, 32, 8)  # the usual sizes
 _OPAQUE = 0.65  # share of the map's color; the rest is the image
 _CONTRAST = 0.6  # of the image beneath, so that it shifts a color by a tenth of white at most
 _GATES_TOP, _LEAST_TOP = 1.0, 2.0  # the latter keeps even maps, all near 1, from looking like peaks
@@ -83,7 +84,7 @@ def write_figure(path: str | Path, rows: Sequence[FigureRow], scale: MapScale, t
     figure, _ = _figure(rows, scale, title)
     with atomic_write(path) as temporary:
         figure.canvas.print_png(str(temporary))
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def write_animation(
@@ -112,7 +113,7 @@ def write_animation(
     for path in paths:
         with atomic_write(path) as temporary:
             writers[Path(path).suffix](temporary, frames, frames_per_second)
-    return [Path(path) for path in paths]
+    return [Path(path).expanduser() for path in paths]
 
 
 def check_matplotlib() -> None:
@@ -131,12 +132,21 @@ def overlay(image: Tensor, values: Tensor, scale: MapScale) -> np.ndarray:
     """
     gray = image.float().mean(0).cpu().numpy()
     pale = 0.5 + _CONTRAST * (gray - 0.5)
-    cell = [max(1, pixels // squares) for pixels, squares in zip(gray.shape, values.shape)]  # noqa: B905
+    cell = [patch_size(*sizes) for sizes in zip(gray.shape, values.shape, strict=True)]
     squares = np.kron(values.numpy(), np.ones(cell))[: gray.shape[0], : gray.shape[1]]
     pixels = np.repeat(pale[..., None], 3, axis=-1)
     covered = pixels[: squares.shape[0], : squares.shape[1]]
     covered[:] = _blended(squares / scale.top, covered)
     return pixels
+
+
+def patch_size(pixels: int, squares: int) -> int:
+    """Returns the side of a patch, of which an image of a side in pixels has that many.
+
+    Where they do not fill the image, several would fit; a usual one is taken.
+    """
+    smallest, largest = pixels // (squares + 1) + 1, max(1, pixels // squares)
+    return next((p for p in _PATCHES if smallest <= p <= largest), largest)
 
 
 def _blended(shares: np.ndarray, beneath: np.ndarray) -> np.ndarray:
@@ -168,7 +178,7 @@ def _figure(rows: Sequence[FigureRow], scale: MapScale, title: str) -> tuple[Any
     axes = figure.subplots(len(rows), most + 2, squeeze=False)
     images = []
     for number, (line, row) in enumerate(zip(axes, rows, strict=True)):
-        line[0].set_ylabel(row.label, fontsize=8)
+        line[0].set_ylabel(plain_text(row.label), fontsize=8, parse_math=False)
         k, panels = len(row.maps), _panels(row, scale)
         for axis in line:
             axis.set(xticks=[], yticks=[])
@@ -179,7 +189,7 @@ def _figure(rows: Sequence[FigureRow], scale: MapScale, title: str) -> tuple[Any
             for axis, name in zip(line, _titles(k), strict=False):
                 axis.set_title(name, fontsize=8)
     _add_bar(figure, axes, scale)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plain_text(title), fontsize=10, parse_math=False)
     figure.supxlabel("one square is one position of the grid, nothing is smoothed", fontsize=7)
     return figure, images
 
@@ -210,7 +220,7 @@ def _pixels(time_steps: Sequence[Sequence[FigureRow]], scale: MapScale, title: s
     frames = []
     for rows in time_steps:
         for line, row in zip(images, rows, strict=True):
-            line[0].axes.set_ylabel(row.label, fontsize=8)
+            line[0].axes.set_ylabel(plain_text(row.label), fontsize=8, parse_math=False)
             for image, panel in zip(line, _panels(row, scale), strict=True):
                 image.set_data(panel)
         figure.canvas.draw()

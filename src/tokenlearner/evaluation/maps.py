@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from ..layers.blocks import FusedBlock, ReducedBlock
 from ..layers.token_learner import TokenLearner
-from ..models.insertion import wrapped_blocks
-from ..utils.modules import training_mode
+from ..models.features import wrapped_blocks
+from ..utils.modules import eager, training_mode, uncompiled
 from ..utils.validation import Grid
 from .map_figures import FigureRow, map_scale, write_figure
 
@@ -21,7 +22,8 @@ from .map_figures import FigureRow, map_scale, write_figure
 def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     """Runs `model` on images or clips and returns the maps of its learned tokens.
 
-    The model runs in evaluation mode; nothing is kept on it.
+    The model runs in evaluation mode, not compiled; nothing is kept on it. Several threads may ask
+    one model that is in evaluation mode.
 
     Args:
         model: A model with learned tokens.
@@ -36,13 +38,16 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     Raises:
         ValueError: The model has no learned tokens, or its grid is unknown.
     """
-    blocks, maps = wrapped_blocks(model), {}
+    model = uncompiled(model)
+    blocks, maps, thread = wrapped_blocks(model), {}, threading.get_ident()
     reduced: list[Tensor] = []  # maps of blocks behind which there are tokens only, in order
     if not blocks:
         raise ValueError("this model has no learned tokens to look at; insert(model) adds them")
 
     def keep(index: int, block: ReducedBlock) -> Any:
         def hook(learner: Any, args: tuple[Any, ...]) -> None:
+            if threading.get_ident() != thread:  # another one that runs the same model
+                return
             flat = learner.attention(*args)
             if not isinstance(block, FusedBlock):
                 if reduced and reduced[-1].shape[1] == flat.shape[2]:
@@ -55,7 +60,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
     hooks = [b.learner.register_forward_pre_hook(keep(i, b)) for i, b in blocks.items()]
     try:
-        with training_mode(model, training=False):
+        with training_mode(model, training=False), eager():
             model(images)
     finally:
         for hook in hooks:

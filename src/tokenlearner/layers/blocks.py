@@ -44,6 +44,9 @@ class PositionArgs:
     exported: tuple[str, ...] = ()
 
 
+_OWN = {"block", "learner", "fuser", "position_args", "num_prefix_tokens", "frames"}
+
+
 @dataclass(frozen=True)
 class PatchGrid:
     """Computes the grid of a host from its image size and patch size; height first."""
@@ -69,6 +72,9 @@ class PositionFreeBlock(nn.Module):
     it stays in the state dict, moves along with `to`, and gets no gradient. `unwrap` puts the same
     object back.
 
+    The block's public attributes can be read and set through this module: `blocks[6].norm1` is the
+    block's, as it was before the block was wrapped.
+
     Args:
         block: Any module `b n c -> b n c` whose other weights do not depend on `n`.
         position_args: What the block takes of positions.
@@ -86,6 +92,30 @@ class PositionFreeBlock(nn.Module):
             owner, name = _owner(block, path)
             self.register_parameter(name, getattr(owner, name))
             setattr(owner, name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads what this module does not have from the block, such as `norm1` or `attn`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            block = self.__dict__.get("_modules", {}).get("block")
+            if block is None or name.startswith("_"):
+                raise
+            return getattr(block, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets on the block what the block has and this module does not."""
+        if self._is_of_block(name):
+            setattr(self.block, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_of_block(self, name: str) -> bool:
+        block = self.__dict__.get("_modules", {}).get("block")
+        if block is None or name.startswith("_") or name in _OWN or hasattr(type(self), name):
+            return False
+        places = (self.__dict__, self._parameters, self._buffers, self._modules)
+        return hasattr(block, name) and not any(name in place for place in places)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickles a block; version 0.3 had another name for `position_args`."""

@@ -18,6 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from ..utils.modules import uncompiled
 from .insertion import get_insertion
 from .serialization import (
     CARD,
@@ -204,7 +205,7 @@ def save_model(model: nn.Module, path: str | Path, measured: Measured | None = N
     Raises:
         ValueError: The model could not be built again, or `measured` is no table or has no card.
     """
-    path, model = Path(path), _without_compiler(model)
+    path, model = Path(path).expanduser(), uncompiled(model)
     if weights_file(path) != path:
         card = None if (path / CARD).exists() else model_card(model, measured)
         return write_files(model, path, card)
@@ -236,7 +237,7 @@ def load_model(
     Raises:
         ValueError: There is no such model here or on the Hub, or it is not one of `save_model`'s.
     """
-    local, repo = Path(path), _REPO.fullmatch(path) if isinstance(path, str) else None
+    local, repo = Path(path).expanduser(), _REPO.fullmatch(path) if isinstance(path, str) else None
     if repo and not local.exists() and local.suffix not in (".safetensors", *_PICKLES):
         if repo[2] and revision and repo[2] != revision:
             raise ValueError(f"{path} and revision={revision!r} differ; pass one revision")
@@ -281,7 +282,7 @@ def push_to_hub(
             created on the Hub then.
     """
     validate_repo_id(repo_id)
-    model = _without_compiler(model)
+    model = uncompiled(model)
     with TemporaryDirectory() as folder:
         write_files(model, Path(folder), model_card(model, measured, repo_id))
         api = HfApi(token=token, library_name=LIBRARY)
@@ -290,10 +291,6 @@ def push_to_hub(
             (Path(folder) / CARD).unlink()
         options = {"repo_id": repo_id, "folder_path": folder, "revision": branch}
         return api.upload_folder(**options, commit_message=commit_message, **upload)
-
-
-def _without_compiler(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)
 
 
 def _check_kind(path: Path) -> None:

@@ -8,16 +8,20 @@ again. `hosts.py` knows where a model keeps its blocks. The host keeps the argum
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..layers.blocks import FusedBlock, PositionFreeBlock, ReducedBlock
 from ..layers.token_fuser import TokenFuser
 from ..layers.token_learner import LEARNERS
-from ..utils.validation import Grid, check_choice, check_count, check_grid, check_pair
+from ..utils.modules import stream_device, stream_dtype
+from ..utils.validation import Grid, check_choice, check_count, check_grid, check_pair, is_integer
+from .features import guard_feature_maps, record_hidden_states, remove_guard, wrapped_blocks
 from .hosts import Place, check_positions_are_not_needed, find_host
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -123,12 +127,16 @@ def insert(
     for i in range(min(points), len(place.blocks)):
         k = points.get(i, k if fuse else 0)
         if k:
-            new = LEARNERS[learner](place.width, k)
-            place.blocks[i] = wrap(place.blocks[i], new, fuse, fuser_bottleneck_dim, **options)
+            with torch.device("cpu"), torch.inference_mode(False):
+                new = LEARNERS[learner](place.width, k)
+                block = wrap(place.blocks[i], new, fuse, fuser_bottleneck_dim, **options)
+            record_hidden_states(block)
+            place.blocks[i] = block
         elif place.position_args:
             place.blocks[i] = _like_block(PositionFreeBlock(place.blocks[i], place.position_args))
     indices, counts = list(points), list(points.values())
     host: Any = place.host
+    guard_feature_maps(host)
     host.tokenlearner_insertion = InsertionConfig(
         num_tokens=counts if len(counts) > 1 else counts[0],
         at=indices if len(indices) > 1 else indices[0],
@@ -174,21 +182,8 @@ def remove(model: Model) -> Model:
         if isinstance(block, PositionFreeBlock):
             place.blocks[i] = block.unwrap()
     vars(place.host).pop("tokenlearner_insertion", None)
+    remove_guard(place.host)
     return model
-
-
-def wrapped_blocks(model: nn.Module) -> dict[int, ReducedBlock]:
-    """Returns the blocks of any model that have a learner, by their index in their list.
-
-    Blocks that are in no list are counted in their order.
-    """
-    blocks: dict[int, ReducedBlock] = {}
-    for parent in nn.ModuleList([model]).modules():
-        is_list = isinstance(parent, nn.Sequential | nn.ModuleList)
-        for i, child in enumerate(parent.children()):
-            if isinstance(child, ReducedBlock):
-                blocks[i if is_list else len(blocks)] = child
-    return blocks
 
 
 def get_insertion(model: nn.Module) -> dict[str, Any] | None:
@@ -207,8 +202,8 @@ def block_index(at: int | float, depth: int) -> int:
     Raises:
         ValueError: There is no such block.
     """
-    is_share = isinstance(at, float) and 0 <= at < 1
-    is_index = isinstance(at, int) and not isinstance(at, bool) and 0 <= at < depth
+    is_index = is_integer(at) and 0 <= at < depth
+    is_share = not is_integer(at) and isinstance(at, numbers.Real) and 0 <= at < 1
     if not is_share and not is_index:
         raise ValueError(
             f"at is {at!r}, expected a block from 0 to {depth - 1}, or a share from 0.0 to below 1"
@@ -216,24 +211,9 @@ def block_index(at: int | float, depth: int) -> int:
     return int(at * depth) if is_share else int(at)
 
 
-def check_has_grid(model: nn.Module, indices: list[int]) -> None:
-    """Checks that the blocks of these indices leave a grid, not learned tokens only.
-
-    Raises:
-        ValueError: One of them does not.
-    """
-    reduced = [i for i, b in wrapped_blocks(model).items() if not isinstance(b, FusedBlock)]
-    at = min(reduced, default=math.inf)
-    if without := [str(i) for i in indices if i >= at]:
-        raise ValueError(
-            f"from block {at} on there are learned tokens and no grid, but a feature map of block "
-            f"{', '.join(without)} is asked for; take indices below {at}, output_fmt='NLC', or a "
-            "model with fuse=True"
-        )
-
-
-def _points(num_tokens: Counts, at: Places, depth: int) -> dict[int, int]:
+def _points(num_tokens: Any, at: Any, depth: int) -> dict[int, int]:
     """Returns the number of tokens to learn by the index of the block, in order."""
+    num_tokens, at = (getattr(x, "tolist", lambda x=x: x)() for x in (num_tokens, at))
     are_lists = [isinstance(x, Sequence) and not isinstance(x, str) for x in (num_tokens, at)]
     counts: list[Any] = [*num_tokens] if isinstance(num_tokens, Sequence) else [num_tokens]
     places: list[Any] = [*at] if isinstance(at, Sequence) and are_lists[1] else [at]
@@ -290,8 +270,8 @@ def _like_block(wrapped: Wrapped) -> Wrapped:
     """Gives new parameters the block's device and dtype, and new modules its mode."""
     training = wrapped.block.training
     wrapped.training = training
+    device, dtype = stream_device(wrapped.block), stream_dtype(wrapped.block)
     for name, module in wrapped.named_children():
         if name != "block":
-            like = next(wrapped.block.parameters())
-            module.to(like.device, like.dtype).train(training)
+            module.to(device, dtype).train(training)
     return wrapped

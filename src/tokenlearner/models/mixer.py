@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ..layers.token_learner import LEARNERS
 from ..utils.validation import check_choice, check_count
+from .features import check_has_grid
 from .hub import HubModel
-from .insertion import InsertionConfig, block_index, check_has_grid, wrap
+from .insertion import InsertionConfig, block_index, wrap
 from .registry import register
 
 _OFFICIAL: dict[str, Any] = {

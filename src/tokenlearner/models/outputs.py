@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.modules import stream_device, stream_dtype
+
 _OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")  # of transformers
 
 
@@ -33,6 +35,24 @@ def output_tensor(result: Any, num_prefix_tokens: int = 1) -> Tensor:
         f"the model returns {type(result).__name__}, expected a tensor or an output of "
         "transformers with logits or features; wrap it in a module that returns one tensor"
     )
+
+
+def predict_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Runs a classifier on images, in the dtype of its weights, and returns float32 logits.
+
+    Args:
+        model: Images to logits, or to an output of transformers that has them.
+        images: `b c h w`, or clips with 5 axes, on any device.
+
+    Raises:
+        ValueError: The model returns no logits, but features or tokens.
+    """
+    result = model(images.to(stream_device(model), stream_dtype(model)))
+    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"the model returns {got}, expected logits, [b, classes]; add a head")
+    return logits.float()
 
 
 def summarize_tokens(

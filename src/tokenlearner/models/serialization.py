@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..utils.io import atomic_write
 from ..utils.validation import shortened
-from .insertion import get_insertion, insert, remove, wrapped_blocks
+from .features import wrapped_blocks
+from .insertion import get_insertion, insert, remove
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # in a model's folder
 

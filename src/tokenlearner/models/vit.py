@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ..layers.blocks import ReducedBlock
 from ..utils.validation import check_choice, check_count
+from .features import check_has_grid
 from .hub import HubModel
-from .insertion import check_has_grid, insert
+from .insertion import insert
 from .registry import register, sized
 
 _OFFICIAL: dict[str, Any] = {

@@ -22,7 +22,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..utils.validation import check_choice
-from .insertion import check_has_grid
+from .features import check_has_grid
 from .registry import register, sized
 from .video_embed import ClipEmbed
 from .vit import FUSED, TokenLearnerViT

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.blocks import FusedBlock
+from ..models.features import wrapped_blocks
 from ..models.hosts import Place, find_host
-from ..models.insertion import remove, wrapped_blocks
+from ..models.insertion import remove
 from ..models.outputs import first_tensor, summarize_tokens
-from ..utils.modules import clone_structure, training_mode
+from ..utils.modules import clone_structure, eager_gradients, training_mode, uncompiled
 from ..utils.validation import check_above_zero, check_count
 from .distillation import (
     BlockOutputs,
@@ -31,6 +32,7 @@ from .distillation import (
     output_loss,
 )
 from .meter import CalibrationRow, Report
+from .optim import MasterWeights
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Calibration:
     seconds: float
 
 
+@eager_gradients()
 def calibrate(
     model: nn.Module,
     images: Tensor,
@@ -77,7 +80,8 @@ def calibrate(
             `lr` and a call without it before: the cheapest way to distil on a CPU.
         steps: Updates.
         batch_size: Images an update.
-        lr: Highest learning rate of Adam, which falls to 0 as a cosine.
+        lr: Highest learning rate of Adam, which falls to 0 as a cosine. Learners of half
+            precision are fitted by float32 copies.
         seed: Of the images' order.
         report: Called with a `CalibrationRow` after every step.
 
@@ -92,6 +96,7 @@ def calibrate(
     >>> done.error_after < done.error_before
     True
     """
+    model = uncompiled(model)
     wrapped = wrapped_blocks(model)
     if not wrapped:
         raise ValueError("this model has no learned tokens to calibrate; insert(model) adds them")
@@ -153,7 +158,8 @@ class TeacherCache:
         if not isinstance(images, Tensor) or len(images) < 2:
             got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images is {got}, expected a tensor of 2 images or more, b c h w")
-        self.images, self.first, self.whole = images, first, whole
+        self.images = images.clone() if images.is_inference() else images
+        self.first, self.whole = first, whole
         self.batch_size, self.parts = batch_size, torch.arange(len(images)).split(batch_size)
         self._find_student, self._place = HostFinder(), find_host(host)
         self._front: _CachedBlocks | None = None
@@ -198,7 +204,8 @@ class TeacherCache:
             ValueError: A number does not fit.
         """
         _check_numbers(steps, lr)
-        optimizer = torch.optim.Adam(parameters, lr)
+        master = MasterWeights(parameters)
+        optimizer = torch.optim.Adam(master.weights, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         order, start = torch.Generator().manual_seed(seed), time.perf_counter()
         with training_mode(student, training=False), _trainable(student, parameters):
@@ -206,9 +213,8 @@ class TeacherCache:
                 index = torch.randperm(len(self.images), generator=order)[: self.batch_size]
                 loss = torch.stack(self.losses(student, index)).sum()
                 _check_finite(value := loss.item(), step, steps)
-                optimizer.zero_grad()
                 loss.backward()
-                optimizer.step()
+                master.step(optimizer)
                 schedule.step()
                 speed = step * len(index) / (time.perf_counter() - start)
                 if report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,33 @@ def make_schedule(
     if config.sched == "linear":
         return PolyLRScheduler(optimizer, power=1.0, **kwargs)
     return CosineLRScheduler(optimizer, **kwargs)
+
+
+class MasterWeights:
+    """Holds float32 copies of parameters of half precision, for an optimizer to change.
+
+    Args:
+        parameters: What to fit; those of other precisions are their own weights.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = parameters
+        half = (torch.float16, torch.bfloat16)
+        self.weights = [
+            nn.Parameter(p.detach().float()) if p.dtype in half else p for p in parameters
+        ]
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets the optimizer of `weights` take the parameters' gradients, and clears them."""
+        pairs = [(w, p) for w, p in zip(self.weights, self.parameters, strict=True) if w is not p]
+        for weight, parameter in pairs:
+            weight.grad = None if parameter.grad is None else parameter.grad.float()
+        optimizer.step()
+        for weight, parameter in pairs:
+            parameter.copy_(weight)
+            parameter.grad = None
+        optimizer.zero_grad()
 
 
 def make_average(config: TrainConfig, model: nn.Module) -> ModelEmaV3 | None:

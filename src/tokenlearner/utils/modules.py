@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,16 +12,43 @@ import torch
 from torch import nn
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the model that `torch.compile` was called with, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Runs compiled models uncompiled: what is compiled already would run without new hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
+@contextmanager
+def eager_gradients() -> Iterator[None]:
+    """Runs compiled models uncompiled and with gradients, whatever is set around the call."""
+    with eager(), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 @contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Puts a model in training or evaluation mode, and restores the mode of each module after."""
+    """Puts a model in training or evaluation mode, and restores the mode of each module after.
+
+    Nothing is written to a model that is in this mode, so that threads may share it.
+    """
     before = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if any(was_training != training for _, was_training in before):
+        model.train(training)
     try:
         yield
     finally:
         for module, was_training in before:
-            module.training = was_training
+            if module.training != was_training:
+                module.training = was_training
 
 
 def clone_structure(model: nn.Module, device: str | None = None) -> nn.Module:
@@ -35,6 +63,29 @@ def clone_structure(model: nn.Module, device: str | None = None) -> nn.Module:
         for key, tensor in memo.items():
             memo[key] = nn.Parameter(torch.empty_like(tensor, device=device), requires_grad=False)
     return copy.deepcopy(model, memo)  # tensors of the memo are not copied
+
+
+def stream_dtype(block: nn.Module) -> torch.dtype:
+    """Returns the dtype of the tokens that run through a block.
+
+    It is that of most of its floating point parameters: norms may be kept in float32, and weights
+    be integers.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in block.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.get_default_dtype())
+
+
+def stream_device(block: nn.Module) -> torch.device:
+    """Returns the device that a block runs on; accelerate keeps offloaded weights elsewhere."""
+    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
+    if device is None:
+        return next((p.device for p in block.parameters()), torch.device("cpu"))
+    return torch.device(device)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,9 +24,14 @@ def require(condition: bool, message: str) -> None:
 
 def check_count(name: str, value: int, least: int = 1) -> int:
     """Returns `value` if it is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(f"{name} is {value!r}, expected an integer of {least} or more")
-    return value
+    return int(value)
+
+
+def is_integer(value: object) -> bool:
+    """Returns whether a value is an integer, of numpy too; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_eps(value: float) -> float:
@@ -119,9 +125,9 @@ def check_input(
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return math.isfinite(value)
+    return math.isfinite(float(value))
 
 
 def _autocast_mixes(x: Tensor, dtype: torch.dtype) -> bool:
@@ -129,6 +135,13 @@ def _autocast_mixes(x: Tensor, dtype: torch.dtype) -> bool:
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return False
     return dtype == torch.float32 and x.dtype != torch.float64
+
+
+def plain_text(name: object) -> str:
+    """Returns a name for a figure or a terminal: without control characters, such as escapes."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(name)
+    )
 
 
 def shortened(names: Collection[str], most: int = 5) -> str:
