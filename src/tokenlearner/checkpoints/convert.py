@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,7 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        object.__setattr__(self, "out", os.path.expanduser(self.out))
         check_count("num_frames", self.num_frames)
         check_literals(self)
         if self.learner is not None:

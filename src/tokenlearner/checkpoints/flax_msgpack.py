@@ -132,7 +132,7 @@ def as_tensor(value: Any, name: str = "the array") -> Tensor:
 
 def check_file(path: str | Path) -> Path:
     """Returns the path of a file that is there."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no file {path}; pass a file of weights, such as checkpoint_100")
     return path

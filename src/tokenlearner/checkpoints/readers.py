@@ -13,7 +13,10 @@ from torch import Tensor
 
 from .flax_msgpack import as_tensor, check_file, find_params, read_flax, without_params
 
-_NESTS = ("state_dict", "model")  # under which training scripts keep the weights
+# Under these training scripts keep the weights, and in front of these wrappers put their names.
+_NESTS = ("state_dict", "model", "model_state_dict", "module", "teacher", "student")
+_NESTS += ("state_dict_ema", "model_ema", "ema")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -24,19 +27,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             scenic's `checkpoint_1000`, is read as flax's msgpack, and of it only the parameters.
 
     Returns:
-        Tensors on the CPU by name, with the dtypes of the file. A `params/` in front of all names
-        is left out.
+        Tensors on the CPU by name, with the dtypes of the file. What stands in front of all names
+        is left out: `params/`, and `module.`, `_orig_mod.`, `model.` and `backbone.` of wrappers.
+        Names beside those of a `backbone.` are left out.
 
     Raises:
         ValueError: There is no such file, it is damaged or of another kind, it has no tensors, or
             reading it would execute code.
     """
     path = check_file(path)
-    read = _READERS.get(path.suffix.lower())
+    read = _READERS.get(path.suffix.lower()) or (_read_torch if _is_torch(path) else None)
     weights = read(path) if read else find_params(read_flax(path))
     if not weights:
         raise ValueError(f"{path} has no tensors by name; pass a file of weights")
-    return without_params(weights)
+    return _without_wrappers(without_params(weights))
+
+
+def _is_torch(path: Path) -> bool:
+    """Returns whether a file is a zip, as torch writes one, whatever its name ends in."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes away what wrappers of a model put in front of its names, one after the other."""
+    for prefix in _WRAPPERS:
+        inside = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        if inside and (len(inside) == len(weights) or prefix == "backbone."):
+            return _without_wrappers(inside)
+    return weights
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
