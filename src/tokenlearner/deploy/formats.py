@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .quantization import PRECISIONS
 
 SUFFIXES = (".onnx", ".pt2")
 
+_OF_THIS_MACHINE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
 _INPUT, _OUTPUT, _BATCH = "images", "logits", "batch"
 _ONNX_BYTES = 2**31  # that one file can hold
 Axes = tuple[int | str, ...]
@@ -62,7 +63,7 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Loade
         ValueError: The name ends otherwise, there is no such file, it cannot be read, or a package
             is missing.
     """
-    path, device = Path(path), torch.device(device)
+    path, device = Path(path).expanduser(), torch.device(device)
     check_suffix(path)
     require(path.is_file(), f"there is no file {path}; tokenlearner.export makes one")
     if path.suffix == ".onnx":
@@ -92,7 +93,7 @@ def check_target(path: str | Path, precision: str) -> Path:
     Raises:
         ValueError: They do not fit, or a package is missing.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     check_choice("precision", precision, PRECISIONS)
     check_suffix(path)
     require(path.parent.is_dir(), f"there is no folder {path.parent} for {path.name}; make it")
@@ -134,6 +135,8 @@ def write_program(model: nn.Module, blank: Tensor, path: Path) -> None:
         if path.suffix == ".pt2":
             program = torch.export.export(model, (blank,), dynamic_shapes=axes, strict=False)
             program.example_inputs = None  # they would be in the file
+            for node in _all_nodes(program.graph_module):
+                node.meta = {k: v for k, v in node.meta.items() if k not in _OF_THIS_MACHINE}
             torch.export.save(program, path)
             return
         written: Any = torch.onnx.export(
@@ -145,7 +148,16 @@ def write_program(model: nn.Module, blank: Tensor, path: Path) -> None:
             output_names=[_OUTPUT],
             verbose=False,
         )
+    for node in written.model.graph.all_nodes():
+        node.metadata_props.clear()  # files and lines of the program that exported
     written.save(path, external_data=False)
+
+
+def _all_nodes(module: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    """Yields the nodes of a graph and of those inside it."""
+    for part in module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            yield from part.graph.nodes
 
 
 def quantize_onnx(source: Path, target: Path) -> None:
