@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..data.config import DataConfig
 from ..data.factory import load_data
-from ..data.image_folder import decoded, imagenet_mean_std
+from ..data.image_folder import decoded, image_extensions, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..utils.validation import require
 from .eval import run_options
@@ -159,11 +159,9 @@ def list_inputs(source: str) -> dict[str, Path]:
     Raises:
         ValueError: There is no image and no video.
     """
-    from timm.data import get_img_extensions
-
     root = Path(source).expanduser()
     require(root.exists(), f"there is no file or folder {source!r}; pass an image, video or folder")
-    known = (*get_img_extensions(), *VIDEO_EXTENSIONS)
+    known = (*image_extensions(), *VIDEO_EXTENSIONS)
     if root.is_file():
         suffix = root.suffix.lower()
         require(suffix in known, f"{source} ends in {suffix!r}, expected one of {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,16 @@ class MapDataset(_Labeled):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def read(self, index: int) -> Any:
+        """Loads an image; the name that `load` had in version 0.3."""
+        warnings.warn("read is load now", DeprecationWarning, stacklevel=2)
+        return self.load(index)
+
+    def plain(self, raw: Any) -> Tensor:
+        """Makes the input of a model; the name that `eval_transform` had in version 0.3."""
+        warnings.warn("plain is eval_transform now", DeprecationWarning, stacklevel=2)
+        return self.eval_transform(raw)
 
     def get_batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns images as `eval_transform` makes them, and their labels.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import random
 import re
 import tarfile
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 TORCH_SETS = ("cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist",
               "imagenet", "inaturalist", "places365")  # fmt: skip
+_OF_TOOLS = re.compile(r"(^|/)(\._[^/]*|__[^/]*__/.*|__MACOSX/.*)$")  # of macOS and WebDataset
 HELD_OUT = ("validation", "val", "valid", "test")  # the first that a set has is the split "test"
 
 
@@ -348,32 +350,40 @@ class TarShards:
 
 
 def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFile]]:
-    """Yields the files of each image by the ends of their names; at last what cannot be read."""
+    """Yields the files of each image by the ends of their names; at last what cannot be read.
+
+    Files that follow one another belong together if their names without the last suffix are equal,
+    or one goes on with a dot behind the other: 7.jpg, 7.cls and 7.mask.png.
+    """
     key, group, unreadable = "", dict[str, bytes](), []
     try:
         with tarfile.open(path, "r|*") as opened:
             tar: Any = opened
             for entry in tar:
                 tar.members = []  # it would keep all of them
-                match = re.match(r"((?:.*/)?[^.]+)\.([^/]*)$", entry.name)
-                if not entry.isreg() or not match or re.match("__[^/]*__($|/)", entry.name):
+                stem, end = os.path.splitext(entry.name)
+                if not entry.isreg() or not end or _OF_TOOLS.search(entry.name):
                     continue
-                content = tar.extractfile(entry)
-                start, end = match[1], match[2].lower()
-                if start != key:
+                if f"{stem}.".startswith(f"{key}.") or f"{key}.".startswith(f"{stem}."):
+                    key = min(key, stem, key=len)
+                else:
                     if group:
-                        yield key, group
-                    key, group = start, {}
-                if end in group:
+                        yield key, _by_end(key, group)
+                    key, group = stem, {}
+                if entry.name in group:
                     unreadable.append(f"{path} holds {entry.name} twice")
                 else:
-                    group[end] = content.read()
+                    group[entry.name] = tar.extractfile(entry).read()
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         unreadable.append(f"{path} cannot be read to its end ({error})")
     if group:
-        yield key, group
+        yield key, _by_end(key, group)
     for reason in unreadable:
         yield "", UnreadableFile(reason)
+
+
+def _by_end(key: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name[len(key) + 1 :].lower(): content for name, content in files.items()}
 
 
 def _shuffled(records: Iterable[Any], rng: random.Random) -> Iterator[Any]:

@@ -6,6 +6,7 @@ The files of a folder are listed and never opened, so a million of them take sec
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +26,12 @@ from .loader import eval_batches
 if TYPE_CHECKING:
     from PIL import Image
 
+_LOGGER = logging.getLogger(__name__)
+MAX_ASPECT = 100  # longer strips would be resized to gigabytes
 MAX_OPENED = 10  # images that are opened when a set is loaded, until one can be read
 FOLDERS = {"train": ("train",), "test": ("val", "valid", "validation", "test")}
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
+_NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # by another program, or not at all
 _LAYOUT = "make train/ and val/ with a folder a class, or write train.csv and val.csv"
 
 
@@ -170,15 +175,23 @@ class ImageFileDataset(ImageFiles, MapDataset):
 def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Image.Image:
     """Decodes an image and returns it in RGB, or with `in_chans` 1 in gray.
 
-    Transparent images are laid on white, 16-bit grays keep their upper 8 bits. As in timm and
-    torchvision, a rotation that EXIF asks for is not made.
+    It is turned upright as its EXIF data say. Transparent images are laid on white, 16-bit grays
+    keep their upper 8 bits.
 
     Raises:
-        UnreadableFile: PIL raises something; the message has `where` and the reason.
+        UnreadableFile: PIL raises something, the image is a thin strip, or its values have no
+            known range; the message has `where` and the reason.
     """
+    from PIL import ImageOps
+
     try:
         with opened() as image:
-            return _in_mode(image, "L" if in_chans == 1 else "RGB")
+            short, long = sorted(image.size)
+            require(
+                long <= MAX_ASPECT * short,
+                f"{long} x {short} pixels, more than {MAX_ASPECT} times as long as wide",
+            )
+            return _in_mode(ImageOps.exif_transpose(image), "L" if in_chans == 1 else "RGB")
     except Exception as error:  # what PIL raises on damaged bytes is anything from OSError on
         reason = f"{type(error).__name__}: {error}"
         raise UnreadableFile(f"{where} cannot be read as an image ({reason})") from error
@@ -201,6 +214,15 @@ def first_read(candidates: Iterator[Callable[[], object]], what: str) -> None:
     raise ValueError(f"{what}: none of the first {len(unreadable)} images can be read: {reason}")
 
 
+def image_extensions() -> tuple[str, ...]:
+    """Returns the ends of names of image files that PIL reads, such as ".png", in lower case."""
+    from PIL import Image
+
+    Image.init()
+    kinds = Image.registered_extensions()
+    return tuple(end for end, kind in kinds.items() if kind in Image.OPEN and kind not in _NOT_READ)
+
+
 def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
     """Lists the images of a folder, `config.root`.
 
@@ -214,12 +236,9 @@ def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
         ValueError: Something is missing, classes differ between splits, or none of the first few
             images can be read.
     """
-    from timm.data import get_img_extensions
-
     if config.folder is None:
         raise ValueError(f"{name} needs the folder that holds the images; pass root")
-    extensions = tuple(get_img_extensions())
-    paths, labels, classes = list_labeled_files(config.folder, split, extensions)
+    paths, labels, classes = list_labeled_files(config.folder, split, image_extensions())
     return file_dataset(name, split, config, ImagePaths(paths), torch.tensor(labels), classes)
 
 
@@ -247,9 +266,11 @@ def file_dataset(
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     from PIL import Image
 
+    require(image.mode != "F", "its values are floats of an unknown range; save it with 8 bits")
     if image.mode.startswith("I"):  # gray of 16 bits, which PIL would clip at 255
+        [bits, *_] = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        image = Image.fromarray((values >> (bits - 8 if 8 < bits < 16 else 8)).astype(np.uint8))
     elif image.has_transparency_data:
         drawn = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), drawn)
@@ -316,15 +337,23 @@ def _check_same_classes(
 def _read_folder(folder: Path, extensions: Sequence[str]) -> list[tuple[str, str]]:
     classes = _folders(folder)
     require(bool(classes), f"{folder} holds no folder; make one for each class")
-    pairs, ends = [], tuple(extensions)
+    pairs, others, ends = [], list[str](), tuple(extensions)
     for name in classes:
-        files = [path for path in _walk(folder / name) if path.lower().endswith(ends)]
+        found = list(_walk(folder / name))
+        files = [path for path in found if path.lower().endswith(ends)]
+        others += [path for path in found if not path.lower().endswith(ends)]
         require(
             bool(files),
             f"{folder / name} holds no file that ends in {', '.join(ends)}; put some there, or "
             "remove the folder",
         )
         pairs += [(path, name) for path in files]
+    if others:
+        kinds = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in others})
+        _LOGGER.warning(
+            "%s: %d files of other kinds are left out (%s)",
+            *(folder, len(others), shortened(kinds)),
+        )
     return pairs
 
 

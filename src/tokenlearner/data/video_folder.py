@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v")
+_COVER = 0x400  # FFmpeg's mark of a picture that belongs to a file of sound
 _PIXELS = {3: "rgb24", 1: "gray"}
 # Files that keep the time of each frame. FFmpeg guesses it for others, and after a jump otherwise.
 _TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -186,7 +187,7 @@ class _Video:
     def __init__(self, files: ExitStack, path: str):
         self.files, self.path = files, path
         self.container = self._open()
-        displayed = (p for p in self.container.demux(video=0) if p.size and not p.is_discard)
+        displayed = (p for p in self._packets(self.container) if p.size and not p.is_discard)
         packets = [(p.pts, p.is_keyframe) for p in displayed]
         require(len(packets) > 0, "it has no frames")
         self.times = sorted(pts for pts, _ in packets if pts is not None)
@@ -232,7 +233,7 @@ class _Video:
 
         if key is not None:
             with suppress(FFmpegError):
-                self.container.seek(key, stream=self.container.streams.video[0])
+                self.container.seek(key, stream=self.container.streams[self.index])
                 frames = self._decoded(self.container)
                 first = next(frames, None)
                 if first is not None and first[0] <= key:  # it did not land behind it
@@ -244,19 +245,24 @@ class _Video:
         from av.error import InvalidDataError
 
         counted = count()
-        for packet in container.demux(video=0):
+        for packet in self._packets(container):
             with suppress(InvalidDataError):
                 for frame in packet.decode():
                     time = frame.pts if self.timed else next(counted)
                     if time is not None:
                         yield time, frame
 
+    def _packets(self, container: InputContainer) -> Iterator[Any]:
+        return container.demux(container.streams[self.index])
+
     def _open(self) -> InputContainer:
         import av
 
         container = self.files.enter_context(av.open(self.path, metadata_errors="ignore"))
-        require(len(container.streams.video) > 0, "it has no video stream")
-        stream = container.streams.video[0]
+        streams = [s for s in container.streams.video if not s.disposition & _COVER]
+        require(len(streams) > 0, "it has no video stream")
+        stream = streams[0]
+        self.index = stream.index
         require(stream.codec_context is not None, "there is no decoder for it")
         # With threads a clip took as long or longer; videos are read by several processes instead.
         stream.thread_type = "NONE"

@@ -1,5 +1,6 @@
 """`TrainConfig`: the options of `tokenlearner train`, in timm's words wherever timm has one."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -234,6 +235,7 @@ class TrainConfig(AugmentConfig, DistillConfig, OptimConfig, DataConfig, ModelCo
     """
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", os.path.expanduser(self.out))
         check_literals(self)
         self.check_run()
         self.check_model()

@@ -16,7 +16,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     The folder is created. After an error the old file is left, and no temporary one.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -37,7 +37,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def unique_path(path: str | Path) -> Path:
     """Returns `path`, or the first of `path-2`, `path-3`, ... that does not exist."""
-    path, number = Path(path), 1
+    path, number = Path(path).expanduser(), 1
     candidate = path
     while candidate.exists():
         number += 1
