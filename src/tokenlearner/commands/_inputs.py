@@ -20,6 +20,7 @@ from ..data.config import DataConfig
 from ..data.factory import load_data
 from ..data.image_folder import decoded, image_extensions, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
+from ..models.preprocessing import Preprocessing, get_preprocessing
 from ..utils.validation import require
 from .eval import run_options
 
@@ -57,6 +58,7 @@ class InputPipeline:
         mean: Subtracted from pixels in [0, 1], one number a channel.
         std: Divided by, one number a channel.
         crop_pct: Share of the resized image's side that is kept.
+        interpolation: How images are resized.
         frames: Frames of a video.
         stride: Frames of the video from one to the next; 0 spreads them over the whole video.
         time_first: Whether clips are `b t c h w` rather than `b c t h w`.
@@ -67,6 +69,7 @@ class InputPipeline:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float
+    interpolation: str
     frames: int
     stride: int
     time_first: bool
@@ -122,7 +125,11 @@ class InputPipeline:
         c, *_, h, w = self.size
         mean, std = (0.0,) * c, (1.0,) * c
         return create_transform(
-            (c, h, w), crop_pct=self.crop_pct, mean=mean, std=std, interpolation="bicubic"
+            (c, h, w),
+            crop_pct=self.crop_pct,
+            mean=mean,
+            std=std,
+            interpolation=self.interpolation,
         )
 
     def _video(self, path: Path) -> Tensor:
@@ -191,8 +198,8 @@ def input_pipeline(
 ) -> InputPipeline:
     """Returns the preprocessing of a model.
 
-    Mean, std and crop_pct are those of the data set that it was trained on, which is in train.json
-    beside the checkpoint; otherwise those of its timm configuration, or ImageNet's.
+    It is what the model's timm configuration says, where training writes what it used; otherwise
+    ImageNet's. A run of version 0.3 has it from its data set.
 
     Args:
         model: Any model.
@@ -210,7 +217,8 @@ def input_pipeline(
     if clips and frames not in (None, size[1]):
         raise ValueError(f"frames is {frames}, but the model takes clips of {size[1]}; omit it")
     run = run_options(checkpoint) if checkpoint and Path(checkpoint).expanduser().exists() else {}
-    mean, std, crop_pct, origin = _of_run(run, size[0]) if run else _of_config(model, size[0])
+    of_old_run = run and "mean" not in run
+    found, origin = (_of_run if of_old_run else _of_config)(run, model, size[0])
     if stride is None and run.get("data") == "video-folder":
         stride = int(run.get("stride", STRIDE))
     elif stride is None:
@@ -219,31 +227,29 @@ def input_pipeline(
     order = getattr(model, "input_format", getattr(embed, "input_format", "bcthw"))
     frames = size[1] if clips else frames or VIDEO_FRAMES
     return InputPipeline(
-        tuple(size), mean, std, crop_pct, frames, stride, time_first=order == "btchw", origin=origin
+        tuple(size),
+        **found.to_kwargs(),
+        frames=frames,
+        stride=stride,
+        time_first=order == "btchw",
+        origin=origin,
     )
 
 
-Numbers = tuple[tuple[float, ...], tuple[float, ...], float, str]
-
-
-def _of_run(run: dict[str, Any], c: int) -> Numbers:
-    """Returns mean, std and crop_pct of the data set of a run."""
+def _of_run(run: dict[str, Any], model: nn.Module, c: int) -> tuple[Preprocessing, str]:
+    """Returns the preprocessing of the data set of a run of version 0.3, and where it is from."""
     name, origin = run["data"], f"{run['data']}, on which it was trained"
     if name in ("folder", "video-folder") or "/" in name:  # read from files, so ImageNet's
-        return *imagenet_mean_std(c), run.get("crop_pct", 0.875), origin
+        return Preprocessing(*imagenet_mean_std(c), run.get("crop_pct") or 0.875), origin
     data = load_data(name, "test", root=run.get("root"), in_chans=c)
-    return data.mean, data.std, 1.0, origin  # in memory, and not cropped
+    return Preprocessing(data.mean, data.std, 1.0), origin  # in memory, and not cropped
 
 
-def _of_config(model: nn.Module, c: int) -> Numbers:
-    """Returns mean, std and crop_pct of timm's configuration, ImageNet's where there is none."""
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (
-        tuple(values) if len(values) == c else (sum(values) / len(values),) * c  # gray of color
-        for values in map(config.get, ("mean", "std"), imagenet_mean_std(3))
-    )
-    origin = "its timm configuration" if config else "ImageNet, as it has no configuration"
-    return mean, std, config.get("crop_pct", 0.875), origin
+def _of_config(run: dict[str, Any], model: nn.Module, c: int) -> tuple[Preprocessing, str]:
+    """Returns the preprocessing that a model says, or ImageNet's, and where it is from."""
+    if found := get_preprocessing(model, c):
+        return found, f"{run['data']}, on which it was trained" if run else "its timm configuration"
+    return Preprocessing(*imagenet_mean_std(c)), "ImageNet, as it has no configuration"
 
 
 def _open(path: Path) -> Any:

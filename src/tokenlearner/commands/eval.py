@@ -8,10 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from ..data.config import OLD_NAMES, DataConfig
+from ..data.dataset import LabeledDataset
 from ..data.factory import load_data
+from ..deploy.formats import SUFFIXES, load_exported
 from ..evaluation.accuracy import eval_batch_size, evaluate
 from ..models.factory import load_model
+from ..models.preprocessing import get_preprocessing
 from ..utils.modules import pick_device
 from ..utils.validation import check_count
 
@@ -57,9 +62,7 @@ def run_options(checkpoint: str) -> dict[str, Any]:
     Raises:
         ValueError: train.json cannot be read.
     """
-    path = Path(checkpoint).expanduser()
-    path = (path if path.is_dir() else path.parent) / "train.json"
-    if not path.is_file():
+    if (path := run_folder(checkpoint)) is None:
         return {}
     try:
         run: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -71,11 +74,34 @@ def run_options(checkpoint: str) -> dict[str, Any]:
         raise ValueError(message) from error
 
 
+def preprocessed(data: LabeledDataset, model: nn.Module, config: DataConfig) -> LabeledDataset:
+    """Returns the data as a model takes them, unless options say otherwise.
+
+    A run of version 0.3 did not write to its model how its data set is.
+    """
+    run = run_folder(getattr(config, "checkpoint", ""))
+    of_old_run = run and "mean" not in json.loads(run.read_text(encoding="utf-8"))
+    if of_old_run or not (found := get_preprocessing(model, data.shape[0])):
+        return data
+    return data.with_preprocessing(**found.to_kwargs() | config.preprocessing)
+
+
+def run_folder(checkpoint: str) -> Path | None:
+    """Returns the train.json beside a checkpoint, None if there is none."""
+    path = Path(checkpoint).expanduser()
+    path = (path if path.is_dir() else path.parent) / "train.json"
+    return path if checkpoint and path.is_file() else None
+
+
 def eval_command(arguments: Sequence[str]) -> None:
     """Evaluates a checkpoint and prints the metrics."""
     config = EvalConfig(**eval_options(arguments))
-    model = load_model(config.checkpoint).to(pick_device(config.device))
-    data = load_data(config, config.split)
+    device = pick_device(config.device)
+    if Path(config.checkpoint).suffix in SUFFIXES:
+        model: Any = load_exported(config.checkpoint, device)
+    else:
+        model = load_model(config.checkpoint).to(device)
+    data = preprocessed(load_data(config, config.split), model, config)
     try:
         metrics = asdict(evaluate(model, data, config.at_once(data.shape)))
     except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ

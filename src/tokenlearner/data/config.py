@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..utils.validation import check_count, check_from_zero, check_literals, check_rate, require
 
@@ -26,7 +26,12 @@ class DataConfig:
         images: Training images to use, drawn by the seed; 0 is all.
         img_size: Height and width in pixels; None is the data set's own, or 224.
         in_chans: 3 for color, 1 for gray; None is the data set's own, or 3.
-        crop_pct: Share of the resized image's side that is kept for evaluation.
+        crop_pct: Share of the resized image's side that is kept for evaluation. None is the
+            model's, and 0.875 for one that is trained from scratch; so are the three that follow.
+        mean: Subtracted from pixels in [0, 1], one number a channel; or the data set's own, and
+            ImageNet's for files.
+        std: Divided by, one number above 0 a channel; as mean.
+        interpolation: How images are resized; or bicubic.
         frames: Frames of a clip.
         stride: Frames of the video from one frame of a clip to the next; 0 spreads a clip over it.
         views: Clips of a video in evaluation, spread over its length; their logits are averaged.
@@ -46,7 +51,10 @@ class DataConfig:
     images: int = 0
     img_size: int | None = None
     in_chans: Literal[1, 3] | None = None
-    crop_pct: float = 0.875
+    crop_pct: float | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     frames: int = 8
     stride: int = 4
     views: int = 1
@@ -70,9 +78,22 @@ class DataConfig:
                 check_count(name, getattr(self, name), least=0)
         check_literals(self)
         require(
-            0 < self.crop_pct <= 1,
+            self.crop_pct is None or 0 < self.crop_pct <= 1,
             f"crop_pct is {self.crop_pct!r}, expected a share above 0, up to 1",
         )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            require(
+                values is None or (len(values) in (1, 3) and all(map(math.isfinite, values))),
+                f"{name} is {values!r}, expected a number for each channel, 1 or 3",
+            )
+        require(self.std is None or min(self.std) > 0, f"std is {self.std!r}, expected above 0")
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The options of preprocessing that are given, by name."""
+        names = ("mean", "std", "crop_pct", "interpolation")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def folder(self) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.validation import check_count, require
+from ..utils.validation import check_count, require, shortened
 
 
 class UnreadableFile(ValueError):
@@ -46,6 +47,8 @@ class _Labeled(ABC):
         classes: The name of each label.
         mean: Subtracted from images in [0, 1], one number a channel.
         std: Divided by, one number above 0 a channel.
+        crop_pct: Share of the resized image's side that is kept.
+        interpolation: How images are resized.
         shape: `(c, h, w)` of an image in a batch, `(c, t, h, w)` of a clip.
         workers: Processes that read files for evaluation.
         in_memory: Whether all of it is in memory, at its final size.
@@ -56,9 +59,18 @@ class _Labeled(ABC):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
     shape: tuple[int, ...]
     workers: int = 0
     in_memory: bool = False
+
+    def with_preprocessing(self, **values: Any) -> Any:
+        """Returns the same images with other values of mean, std, crop_pct and interpolation."""
+        changed = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(changed, name, tuple(value) if name in ("mean", "std") else value)
+        return changed
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -187,6 +199,33 @@ class IterableDataset(_Labeled):
 
 
 LabeledDataset = MapDataset | IterableDataset
+
+
+def match_classes(data: LabeledDataset, classes: Sequence[str]) -> Any:
+    """Returns a data set whose labels are numbered as these names are.
+
+    Args:
+        data: Has some of these classes, or all.
+        classes: Names, in the order of a model's logits.
+
+    Raises:
+        ValueError: It has a class of another name, or is a stream and would have to be renumbered.
+    """
+    if data.classes == tuple(classes):
+        return data
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in data.classes if name not in number]
+    require(
+        not unknown,
+        f"{data.name} has classes that the model does not know, {shortened(unknown)}; it knows "
+        f"{shortened(list(classes))}: rename the folders or labels as it was trained",
+    )
+    data = require_order(data, "be renumbered by the names of the model's classes")
+    order = torch.tensor([number[name] for name in data.classes])
+    changed: Any = copy.copy(data)
+    object.__setattr__(changed, "labels", order[data.labels])
+    object.__setattr__(changed, "classes", tuple(classes))
+    return changed
 
 
 def require_order(data: LabeledDataset, purpose: str) -> MapDataset:

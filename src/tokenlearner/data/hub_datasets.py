@@ -162,10 +162,10 @@ def _torch_labels(dataset: Any) -> Tensor:
 
 
 def _load_hub(name: str, split: str, config: DataConfig) -> ImageFileDataset:
-    dataset, image, label = _from_hub(name, split, config, streaming=False)
+    dataset, image, label, splits = _from_hub(name, split, config, streaming=False)
     values, names = list(dataset[label]), _names(dataset, label)
-    if values and isinstance(values[0], str):
-        names = sorted(set(values))
+    if values and isinstance(values[0], str):  # numbered alike in all splits
+        names = sorted({v for part in splits.values() for v in part.unique(label) if v is not None})
         number = {value: i for i, value in enumerate(names)}
         values = [number[value] for value in values]
     require(None not in values, f"{name} {split} has images without a label; take another set")
@@ -175,7 +175,7 @@ def _load_hub(name: str, split: str, config: DataConfig) -> ImageFileDataset:
 
 
 def _load_hub_stream(name: str, split: str, config: DataConfig) -> StreamDataset:
-    dataset, image, label = _from_hub(name, split, config, streaming=True)
+    dataset, image, label, _ = _from_hub(name, split, config, streaming=True)
     info = (dataset.info.splits or {}).get(str(dataset.split))
     num_samples = info.num_examples if info else None
     names = _names(dataset, label)
@@ -196,8 +196,14 @@ def _load_hub_stream(name: str, split: str, config: DataConfig) -> StreamDataset
     )
 
 
-def _from_hub(name: str, split: str, config: DataConfig, streaming: bool) -> tuple[Any, str, str]:
-    """Loads a split, its images not decoded; returns it with the columns of images and labels."""
+def _from_hub(
+    name: str, split: str, config: DataConfig, streaming: bool
+) -> tuple[Any, str, str, Any]:
+    """Loads a split, its images not decoded.
+
+    Returns:
+        The split, the columns of images and of labels, and all splits by name.
+    """
     datasets = require_package("datasets", "data", name)
     place = None if config.folder is None else str(config.folder)
     try:
@@ -217,7 +223,8 @@ def _from_hub(name: str, split: str, config: DataConfig, streaming: bool) -> tup
         f"{shortened([*splits])}",
     )
     image, label = _columns(name, part)
-    return part.cast_column(image, datasets.Image(decode=False)), image, label  # type: ignore[union-attr]
+    decoded_later = part.cast_column(image, datasets.Image(decode=False))  # type: ignore[union-attr]
+    return decoded_later, image, label, splits
 
 
 def _columns(name: str, dataset: Any) -> tuple[str, str]:

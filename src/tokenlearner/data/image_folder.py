@@ -5,6 +5,7 @@ The files of a folder are listed and never opened, so a million of them take sec
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import os
@@ -50,13 +51,31 @@ class FromFiles:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """ImageNet's; for gray the mean of these."""
-        return imagenet_mean_std(self.config.image_shape[0])[0]
+        """The config's, or ImageNet's; for gray the mean of these."""
+        return tuple(self.config.mean or imagenet_mean_std(self.shape[0])[0])
 
     @property
     def std(self) -> tuple[float, ...]:
-        """ImageNet's; for gray the mean of these."""
-        return imagenet_mean_std(self.config.image_shape[0])[1]
+        """The config's, or ImageNet's; for gray the mean of these."""
+        return tuple(self.config.std or imagenet_mean_std(self.shape[0])[1])
+
+    @property
+    def crop_pct(self) -> float:
+        """The config's, or 0.875."""
+        return self.config.crop_pct or 0.875
+
+    @property
+    def interpolation(self) -> str:
+        """The config's, or bicubic."""
+        return self.config.interpolation or "bicubic"
+
+    def with_preprocessing(self, **values: Any) -> Any:
+        """Returns the same images with other values of mean, std, crop_pct and interpolation."""
+        values |= {name: list(values[name]) for name in ("mean", "std") if name in values}
+        changed: Any = copy.copy(self)
+        vars(changed).pop("_transform", None)
+        object.__setattr__(changed, "config", replace(self.config, **values))
+        return changed
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,7 +108,7 @@ class ImageFiles(FromFiles):
         """Resizes and normalizes an image of `load`, and cuts its middle out: `c h w`.
 
         It is timm's transform for evaluation: the shorter side becomes the size divided by
-        `crop_pct`, with bicubic interpolation.
+        `crop_pct`.
         """
         return self._transform(raw)
 
@@ -99,10 +118,10 @@ class ImageFiles(FromFiles):
 
         return create_transform(
             self.config.image_shape,
-            crop_pct=self.config.crop_pct,
+            crop_pct=self.crop_pct,
             mean=self.mean,
             std=self.std,
-            interpolation="bicubic",
+            interpolation=self.interpolation,
         )
 
 

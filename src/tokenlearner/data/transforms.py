@@ -25,15 +25,12 @@ _CLIP_POLICY = re.compile(r"rand(?:-(?:m(?P<m>10|\d)|n(?P<n>\d+)|mstd[\d.]+|inc[
 _STRONGEST = 10  # magnitude of RandAugment, in timm's words
 
 
-def train_transform(
-    config: AugmentConfig, data: LabeledDataset, crop_pct: float = 0.875
-) -> Transform | None:
+def train_transform(config: AugmentConfig, data: LabeledDataset) -> Transform | None:
     """Builds the augmentation that makes of a loaded image or clip the input of a model.
 
     Args:
         config: The options. Of RandAugment's options clips take two, m and n.
         data: The images, `c h w`, or clips, `c t h w`, all frames of which are augmented alike.
-        crop_pct: Share of the resized side that is kept where nothing is cut out at random.
 
     Returns:
         None without augmentation: `data.eval_transform` will do.
@@ -46,7 +43,7 @@ def train_transform(
     from torchvision.transforms import ToTensor, v2
 
     is_clip = len(data.shape) == 4
-    steps = _crop(config, data, crop_pct, is_clip)
+    steps = _crop(config, data, is_clip)
     if config.hflip:
         steps.append(v2.RandomHorizontalFlip(config.hflip))
     if config.color_jitter and is_clip:
@@ -89,7 +86,7 @@ def mixup_transform(
     return mix
 
 
-def _crop(config: AugmentConfig, data: LabeledDataset, crop_pct: float, is_clip: bool) -> list[Any]:
+def _crop(config: AugmentConfig, data: LabeledDataset, is_clip: bool) -> list[Any]:
     from timm.data.transforms import RandomResizedCropAndInterpolation
     from torchvision.transforms import v2
 
@@ -99,13 +96,13 @@ def _crop(config: AugmentConfig, data: LabeledDataset, crop_pct: float, is_clip:
         return [v2.RandomResizedCrop((h, w), (scale[0], scale[1]), ratio)]
     if scale:
         args: Any = {"scale": scale, "ratio": ratio}
-        return [RandomResizedCropAndInterpolation((h, w), **args, interpolation="bicubic")]
+        return [RandomResizedCropAndInterpolation((h, w), **args, interpolation=data.interpolation)]
     if data.in_memory:  # at its size already; evaluation takes the whole of it
         return []
     if is_clip:
-        return [v2.Resize(round(h / crop_pct)), v2.CenterCrop((h, w))]
-    mode = v2.InterpolationMode.BICUBIC
-    return [v2.Resize(math.floor(h / crop_pct), mode), v2.CenterCrop((h, w))]
+        return [v2.Resize(round(h / data.crop_pct)), v2.CenterCrop((h, w))]
+    mode = v2.InterpolationMode(data.interpolation)
+    return [v2.Resize(math.floor(h / data.crop_pct), mode), v2.CenterCrop((h, w))]
 
 
 def _image_policy(aa: str, data: LabeledDataset) -> Any:

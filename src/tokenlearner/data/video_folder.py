@@ -118,7 +118,7 @@ class VideoFolderDataset(FromFiles, MapDataset):
         from torchvision.transforms.v2 import functional as TF
 
         size, views = self.shape[-1], raw[None] if raw.ndim == 4 else raw
-        short = size if self._crops == 3 else round(size / self.config.crop_pct)
+        short = size if self._crops == 3 else round(size / self.crop_pct)
         resized = TF.resize(views, [short], antialias=True)
         squares = _three(resized) if self._crops == 3 else TF.center_crop(resized, [size])[:, None]
         clips = squares.flatten(0, 1).transpose(1, 2)

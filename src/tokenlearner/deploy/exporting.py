@@ -24,9 +24,11 @@ from .formats import (
     LoadedFile,
     check_target,
     check_weights,
+    describe_input,
     first_line,
     load_exported,
     quantize_onnx,
+    write_metadata,
     write_program,
 )
 from .quantization import PlainModel, largest_difference, quantize
@@ -110,7 +112,7 @@ def export(
     check_count("rounds", rounds, least=2)
     check_above_zero("tolerance", tolerance)
     check_weights(model, path)
-    plain = _plain(model, images)
+    plain, described = _plain(model, images), describe_input(model)
     batches = [images, images[:1] if len(images) > 1 else torch.cat([images, images])]
     is_program = path.suffix == ".pt2" and precision != "float32"
     exact = quantize(model, precision) if is_program else plain
@@ -120,9 +122,10 @@ def export(
                 whole = Path(folder) / path.name
                 _write(exact, batches, tolerance, whole)
                 quantize_onnx(whole, temporary)
+            write_metadata(temporary, described)
             loaded = load_exported(temporary, images.device)
         else:
-            loaded = _write(exact, batches, tolerance, temporary)
+            loaded = _write(exact, batches, tolerance, temporary, described)
         checks = tuple(_compare(plain, loaded, batch, rounds) for batch in batches)
         size = temporary.stat().st_size / 2**20
     return Exported(path, precision, size, loaded.inputs, loaded.outputs, checks)
@@ -152,13 +155,21 @@ def _plain(model: nn.Module, images: Tensor) -> PlainModel:
     return plain
 
 
-def _write(exact: nn.Module, batches: Sequence[Tensor], tolerance: float, path: Path) -> LoadedFile:
+def _write(
+    exact: nn.Module,
+    batches: Sequence[Tensor],
+    tolerance: float,
+    path: Path,
+    described: str = "{}",
+) -> LoadedFile:
     """Writes a file, reads it, and checks that it gives the same as the model."""
     images = batches[0]
     sizes = {len(batch) for batch in batches}
     traced = next(n for n in (2, 3, 4) if n not in sizes)  # 1 would be taken for a constant
     with _export_errors(path.suffix):
-        write_program(exact, images.new_zeros(traced, *images.shape[1:]), path)
+        write_program(exact, images.new_zeros(traced, *images.shape[1:]), path, described)
+        if path.suffix == ".onnx":
+            write_metadata(path, described)
     loaded = load_exported(path, images.device)
     with torch.inference_mode():
         for batch in batches:

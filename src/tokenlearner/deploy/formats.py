@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from .quantization import PRECISIONS
 SUFFIXES = (".onnx", ".pt2")
 
 _OF_THIS_MACHINE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
+_METADATA = "tokenlearner_input.json"
+_DESCRIBED = ("input_size", "mean", "std", "crop_pct", "interpolation", "label_names")
 _INPUT, _OUTPUT, _BATCH = "images", "logits", "batch"
 _ONNX_BYTES = 2**31  # that one file can hold
 Axes = tuple[int | str, ...]
@@ -30,6 +33,8 @@ class LoadedFile(nn.Module):
         inputs: Names and shapes; an axis with a name takes any size.
         outputs: Names and shapes.
         device: Of the images.
+        pretrained_cfg: How images are made the model's input, and the names of its classes, as
+            timm has them; `get_preprocessing` and `evaluate` read it.
     """
 
     def __init__(
@@ -38,10 +43,12 @@ class LoadedFile(nn.Module):
         inputs: dict[str, Axes],
         outputs: dict[str, Axes],
         device: torch.device,
+        pretrained_cfg: dict[str, Any] | None = None,
     ):
         super().__init__()
         self._run = (run,)  # no part of this module: torch's programs refuse to be put in a mode
         self.inputs, self.outputs = inputs, outputs
+        self.pretrained_cfg = pretrained_cfg
         self.device_marker = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -128,7 +135,22 @@ def check_weights(model: nn.Module, path: Path) -> None:
     )
 
 
-def write_program(model: nn.Module, blank: Tensor, path: Path) -> None:
+def describe_input(model: nn.Module) -> str:
+    """Returns what a file says of its input and its classes, as JSON, in the words of timm."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    said = {key: config[key] for key in _DESCRIBED if config.get(key) is not None}
+    return json.dumps(said)
+
+
+def write_metadata(path: Path, described: str) -> None:
+    """Writes what `describe_input` returns into an ONNX file."""
+    onnx = require_package("onnx", "export", "export to .onnx")
+    graph = onnx.load(path)
+    onnx.helper.set_model_props(graph, {_METADATA: described})
+    onnx.save(graph, path)
+
+
+def write_program(model: nn.Module, blank: Tensor, path: Path, described: str = "{}") -> None:
     """Traces a model on a blank batch and writes ONNX or a program, by the path's ending."""
     axes = ({0: torch.export.Dim(_BATCH, min=1)},)
     with torch.no_grad():
@@ -137,7 +159,7 @@ def write_program(model: nn.Module, blank: Tensor, path: Path) -> None:
             program.example_inputs = None  # they would be in the file
             for node in _all_nodes(program.graph_module):
                 node.meta = {k: v for k, v in node.meta.items() if k not in _OF_THIS_MACHINE}
-            torch.export.save(program, path)
+            torch.export.save(program, path, extra_files={_METADATA: described})
             return
         written: Any = torch.onnx.export(
             model,
@@ -186,13 +208,15 @@ def quantize_onnx(source: Path, target: Path) -> None:
 
 
 def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
-    program = torch.export.load(path)
+    files = {_METADATA: ""}
+    program = torch.export.load(path, extra_files=files)
     nodes = {node.name: node for node in program.graph.nodes}
     signature = program.graph_signature
     [input_], [output] = signature.user_inputs, signature.user_outputs
     inputs = {str(input_): _axes(nodes[input_].meta["val"].shape)}
     outputs = {_OUTPUT: _axes(nodes[output].meta["val"].shape)}
-    return LoadedFile(program.module(), inputs, outputs, device)
+    described = json.loads(files[_METADATA] or "{}")
+    return LoadedFile(program.module(), inputs, outputs, device, described)
 
 
 def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
@@ -213,7 +237,8 @@ def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
         {value.name: _axes(value.shape) for value in values}
         for values in (session.get_inputs(), session.get_outputs())
     )
-    return LoadedFile(run, inputs, outputs, device)
+    described = json.loads(session.get_modelmeta().custom_metadata_map.get(_METADATA, "{}"))
+    return LoadedFile(run, inputs, outputs, device, described)
 
 
 def first_line(error: Exception) -> str:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.dataset import Batch, IterableDataset, LabeledDataset
+from ..data.dataset import Batch, IterableDataset, LabeledDataset, match_classes
 from ..data.loader import SampleKey, load_batches
 from ..models.outputs import predict_logits
+from ..models.preprocessing import get_classes
 from ..utils.modules import stream_device, training_mode
 from ..utils.validation import check_count, require
 
@@ -41,14 +42,38 @@ def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> E
 
     Args:
         model: Images `b c h w` to logits `b classes`, on any device.
-        data: Labeled images.
+        data: Labeled images. Labels go by name where the model has names of classes.
         batch_size: Images at a time; changes the speed only.
 
     Raises:
-        ValueError: The model has fewer classes than the data, or no image can be read.
+        ValueError: The data have classes that the model does not know, or as the model has no
+            names of classes, another number of them; or no image can be read.
     """
     check_count("batch_size", batch_size)
-    return mean_metrics(sum_metrics(model, data, batch_size), data)
+    return mean_metrics(sum_metrics(model, by_class_names(model, data), batch_size), data)
+
+
+def by_class_names(model: nn.Module, data: LabeledDataset) -> LabeledDataset:
+    """Returns the data with labels numbered as a model numbers its classes.
+
+    A model of ImageNet's 1,000 classes, or of another set of them that timm knows, has their
+    WordNet names. Where a model has no names, numbers count, and `evaluate` compares how many.
+
+    Raises:
+        ValueError: The data have a class that the model does not know.
+    """
+    classes = get_classes(model)
+    if classes is None and len(data.classes) != (count := getattr(model, "num_classes", None)):
+        classes = _imagenet_names(count)
+        if classes is None or not set(data.classes) <= set(classes):
+            return data
+    return match_classes(data, classes) if classes else data
+
+
+def _imagenet_names(count: int | None) -> tuple[str, ...] | None:
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names()) if count == 1000 else None
 
 
 def eval_batch_size(shape: Sequence[int], views: int = 1) -> int:
@@ -125,8 +150,9 @@ def _logits(model: nn.Module, images: Tensor, data: LabeledDataset) -> Tensor:
 
 
 def _check_classes(num_classes: int, data: LabeledDataset) -> None:
-    if num_classes < len(data.classes):
+    if num_classes != len(data.classes):
         raise ValueError(
-            f"the model has {num_classes} classes, {data.name} has {len(data.classes)}; build it "
-            f"with num_classes={len(data.classes)}"
+            f"the model has {num_classes} classes, {data.name} has {len(data.classes)}, and the "
+            "model has no names by which to tell which are which; write them to it with "
+            f"set_preprocessing(..., classes=...), or build it with num_classes={len(data.classes)}"
         )

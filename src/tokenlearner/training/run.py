@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.dataset import IterableDataset, LabeledDataset, require_order
+from ..data.dataset import IterableDataset, require_order
 from ..data.factory import SPLITS, load_data
 from ..evaluation.accuracy import Evaluation, eval_batch_size, mean_metrics, sum_metrics
 from ..models.factory import save_model
@@ -97,11 +97,11 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
     if config.batch_size > len(data):
         raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has {len(data)}")
     torch.manual_seed(config.seed)
-    setup = prepare(config, data, distributed.device)
+    setup = prepare(config, data, held_out, distributed.device)
     if report is None or not distributed.accelerator.is_main_process:
         report = lambda row: None  # noqa: E731
     with handle_signals() as stop:
-        return _Run(config, distributed, setup, data, held_out, report, stop).run(checkpoint)
+        return _Run(config, distributed, setup, report, stop).run(checkpoint)
 
 
 @dataclass
@@ -111,13 +111,12 @@ class _Run:
     config: TrainConfig
     distributed: Distributed
     setup: TrainingSetup
-    data: LabeledDataset
-    held_out: LabeledDataset
     report: Report
     stop: StopSignal
 
     def run(self, checkpoint: dict[str, Any] | None) -> TrainResult:
         config, setup = self.config, self.setup
+        self.data, self.held_out = setup.data, setup.held_out
         self.accelerator, self.out = self.distributed.accelerator, Path(config.out)
         self.history: list[dict[str, Any]] = []
         if self.accelerator.is_main_process:

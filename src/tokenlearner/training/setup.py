@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints.init_from import init_from
-from ..data.dataset import LabeledDataset, require_order
+from ..data.dataset import LabeledDataset, match_classes, require_order
 from ..data.transforms import train_transform
 from ..models.factory import create_model, load_model
 from ..models.insertion import insert
-from ..utils.validation import require
+from ..models.outputs import predict_logits
+from ..models.preprocessing import (
+    CLIPS,
+    Preprocessing,
+    get_classes,
+    get_preprocessing,
+    set_preprocessing,
+)
+from ..utils.validation import require, shortened
 from .calibration import Calibration, calibrate
 from .config import TrainConfig
 from .distillation import Distillation
@@ -26,15 +34,25 @@ from .optim import make_optimizer, make_schedule
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """The model to train; with insert the host before inserting; the teacher, if there is one."""
+    """The model to train; with insert the host before inserting; the teacher, if there is one.
+
+    The data are preprocessed as the model takes them.
+    """
 
     model: nn.Module
     host: nn.Module | None
     distillation: Distillation | None
+    data: Any
+    held_out: Any
 
 
-def prepare(config: TrainConfig, data: LabeledDataset, device: torch.device) -> TrainingSetup:
+def prepare(
+    config: TrainConfig, data: LabeledDataset, held_out: LabeledDataset, device: torch.device
+) -> TrainingSetup:
     """Builds or loads the model and its teacher, and runs both on images.
+
+    Images are preprocessed as a pretrained model says; one that is trained from scratch is told
+    how the data set is.
 
     Raises:
         ValueError: Model, teacher, data or recipe do not fit each other.
@@ -42,22 +60,81 @@ def prepare(config: TrainConfig, data: LabeledDataset, device: torch.device) -> 
     host = None
     if config.insert:
         model = _load_trained(config.model, data)
+        data, held_out = (_preprocessed(part, model, config) for part in (data, held_out))
         host = copy.deepcopy(model).to(device)
         insert(model, config.insert, config.at, learner=config.learner, fuse=config.fuse)
     else:
         model = _build_model(config, data)
+        if (config.model_kwargs or {}).get("pretrained"):
+            data, held_out = (_preprocessed(part, model, config) for part in (data, held_out))
+    _write_preprocessing(model, data)
     _check_model(config.model, model, data)
     _check_recipe(config, model, data)
     distillation = None
     if config.teacher:
-        teacher = host if config.teacher == "host" else _load_trained(config.teacher, data)
+        teacher = host if config.teacher == "host" else _load_teacher(config.teacher, data)
         assert teacher is not None  # `TrainConfig` takes "host" with insert only
         kind, temperature = config.kd_distill_type, config.kd_temperature
         distillation = Distillation(teacher.to(device), kind, temperature)
         images, _ = next(data.batches(min(2, config.batch_size)))
         with torch.no_grad():
             distillation(model.to(device), images.to(device))
-    return TrainingSetup(model.to(device), host, distillation)
+    return TrainingSetup(model.to(device), host, distillation, data, held_out)
+
+
+def _preprocessed(data: LabeledDataset, model: nn.Module, config: TrainConfig) -> LabeledDataset:
+    """Returns the data as a pretrained model takes them, unless the config says otherwise."""
+    if classes := get_classes(model):
+        data = match_classes(data, classes)
+    if found := get_preprocessing(model, data.shape[0]):
+        return data.with_preprocessing(**found.to_kwargs() | config.preprocessing)
+    return data
+
+
+def _write_preprocessing(model: nn.Module, data: LabeledDataset) -> None:
+    is_clip = len(data.shape) == 4
+    found = Preprocessing(
+        data.mean, data.std, data.crop_pct, CLIPS if is_clip else data.interpolation
+    )
+    set_preprocessing(model, found, data.classes)
+
+
+class Renormalized(nn.Module):
+    """A teacher that takes images as they are normalized for its student.
+
+    Args:
+        teacher: Takes images with its own mean and std.
+        student: Mean and std of the images that come.
+        own: Those of the teacher.
+    """
+
+    def __init__(self, teacher: nn.Module, student: Preprocessing, own: Preprocessing):
+        super().__init__()
+        self.teacher = teacher
+        values = torch.tensor([student.mean, student.std, own.mean, own.std])
+        self.register_buffer("values", values, persistent=False)
+
+    def forward(self, images: Tensor) -> Any:
+        """Runs the teacher: `b c h w`, or clips `b c t h w`."""
+        values: Any = self.values
+        mean, std, own_mean, own_std = values.reshape(4, -1, *[1] * (images.ndim - 2))
+        return self.teacher((images * std + mean - own_mean) / own_std)
+
+
+def _load_teacher(name: str, data: LabeledDataset) -> nn.Module:
+    """Loads a teacher, which takes images with a mean and std of its own."""
+    teacher = _load_trained(name, data)
+    classes = get_classes(teacher)
+    require(
+        classes is None or classes == data.classes,
+        f"the classes of the teacher {name} have other names or another order than those of "
+        f"{data.name}, {shortened(list(classes or ()))}; take a teacher of the same classes",
+    )
+    own = get_preprocessing(teacher, data.shape[0])
+    student = Preprocessing(data.mean, data.std)
+    if own is None or (own.mean, own.std) == (student.mean, student.std):
+        return teacher
+    return Renormalized(teacher, student, own)
 
 
 def _build_model(config: TrainConfig, data: LabeledDataset) -> nn.Module:
@@ -84,8 +161,8 @@ def _set_head_bias(model: Any, value: float) -> None:
 
 
 def _load_trained(name: str, data: LabeledDataset) -> nn.Module:
-    """Loads a trained model that fits the data."""
-    model = load_model(name)
+    """Loads a trained model that fits the data, with float32 weights, which training needs."""
+    model = load_model(name).float()
     _check_model(name, model, data)
     return model
 
@@ -93,7 +170,7 @@ def _load_trained(name: str, data: LabeledDataset) -> nn.Module:
 def _check_recipe(config: TrainConfig, model: nn.Module, data: LabeledDataset) -> None:
     """Builds transform, optimizer and schedule once, so that their errors come early."""
     per_epoch = len(data) // config.batch_size
-    train_transform(config, data, config.crop_pct)
+    train_transform(config, data)
     make_schedule(config, make_optimizer(config, model), config.epochs * per_epoch, per_epoch)
 
 
@@ -102,7 +179,7 @@ def _check_model(name: str, model: nn.Module, data: LabeledDataset) -> None:
     images, _ = next(data.batches(1))
     try:
         with torch.inference_mode():
-            logits = model.cpu().eval()(images)
+            logits = predict_logits(model.cpu().eval(), images)
     except (AssertionError, RuntimeError) as error:
         size = list(data.shape)
         message = f"{name} does not take images of {size}, as {data.name} has ({error})"

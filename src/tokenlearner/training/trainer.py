@@ -64,7 +64,7 @@ class Trainer:
         self.accelerator: Any = self.distributed.accelerator
         self.steps_per_epoch = len(data) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.transform = train_transform(config, data, config.crop_pct)
+        self.transform = train_transform(config, data)
         self.mixup = mixup_transform(config, len(data.classes), config.seed)
         self.step = self.skipped_steps = 0
         self.unreadable: set[str] = set()
