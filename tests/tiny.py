@@ -6,6 +6,7 @@ what torch.compile has to manage with all models: one graph, compiled once, for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,28 @@ def drawn(module: nn.Module, std: float) -> Any:
 def randomized(model: nn.Module) -> Any:
     """The model with every parameter drawn at random: head and fusers then do something."""
     return drawn(model, 0.2).eval()
+
+
+def inputs_of(module: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """What `module` is given when the model runs."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    call()
+    hook.remove()
+    (x,) = seen
+    return x
+
+
+def stem(model: Any) -> Any:
+    """Where a named model of ours, or one of timm's ViTs, embeds patches."""
+    return model.get_submodule(model.default_cfg["first_conv"].removesuffix(".proj"))
+
+
+def images_for(model: Any, batch: int = 2, device: str = "cpu") -> Tensor:
+    """Images or clips of the size of such a model."""
+    clip = [model.num_frames] if hasattr(model, "num_frames") else []
+    embed = stem(model)
+    return torch.randn(batch, embed.proj.in_channels, *clip, *embed.img_size, device=device)
 
 
 @torch.no_grad()
