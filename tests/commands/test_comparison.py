@@ -152,6 +152,7 @@ def trained(config: TrainConfig) -> TrainResult:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     module = import_module("tokenlearner.commands._comparison")
+    monkeypatch.setattr(module, "MAX_IMAGES", 1)
     monkeypatch.setattr(module, "load_data", lambda *args, **options: make_images())
     monkeypatch.setattr(module, "benchmark", lambda models, images: dict.fromkeys(models, cost(1)))
     return TrainConfig(out=str(tmp_path), model="host", insert=3, teacher="host", epochs=4)

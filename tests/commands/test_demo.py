@@ -36,26 +36,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(import_module("tokenlearner.training.run"), "load_data", few)
         patch.setattr(module, "write_report", partial(write_report, images=64))
         patch.setattr(module, "TrainConfig", partial(TrainConfig, model_kwargs=TINY))
-        demo(DemoConfig(out=str(out), epochs=2, tokens=4))
+        demo(DemoConfig(out=str(out), epochs=2, tokens=2))
     return out
 
 
 def few(name: str, split: str = "train", **kwargs: Any) -> data.ImageDataset:
     whole = data.load_data(name, split, **kwargs)
-    part = {"images": whole.images[:64], "labels": whole.labels[:64]}
+    part = {"images": whole.images[:256], "labels": whole.labels[:256]}
     return data.ImageDataset(**{**vars(whole), **part})
 
 
 def test_everything_is_in_the_folder(made: Path) -> None:
-    assert {path.name for path in made.iterdir()} == MADE | {"vit", "vit-tl4"}
+    assert {path.name for path in made.iterdir()} == MADE | {"vit", "vit-tl2"}
     assert all(min(imread(made / name).shape[:2]) >= 300 for name in IMAGES)
 
 
 def test_both_checkpoints_load_and_differ_in_the_learned_tokens(made: Path) -> None:
     images = torch.zeros(1, 1, 28, 28)
-    plain, learned = load_model(made / "vit"), load_model(made / "vit-tl4")
+    plain, learned = load_model(made / "vit"), load_model(made / "vit-tl2")
     assert plain(images).shape == learned(images).shape == (1, 10)
-    assert learned.blocks[1].learner.num_tokens == 4
+    assert learned.blocks[1].learner.num_tokens == 2
 
 
 def test_the_table_shows_what_the_metrics_hold(made: Path) -> None:
@@ -73,7 +73,7 @@ def test_the_report_has_both_models_maps_and_confusions(made: Path) -> None:
     report = (made / "report.html").read_text()
     assert "<h1>tokenlearner demo</h1>" in report
     assert report.count("<img ") == 2
-    assert [f"<h3>{name}</h3>" in report for name in ("ViT", "ViT, 4 learned tokens")] == [True] * 2
+    assert [f"<h3>{name}</h3>" in report for name in ("ViT", "ViT, 2 learned tokens")] == [True] * 2
     assert 'class="problems"' not in report
 
 

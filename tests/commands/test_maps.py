@@ -105,12 +105,14 @@ def test_the_numbers_are_those_of_the_maps(
     assert len(results[2]["stats"]["video"]["1"]["over_frames"]) == 3
 
 
-def test_the_first_files_are_taken_and_the_rest_is_counted(
+def test_the_first_files_are_taken_at_the_size_that_is_set(
     mini: Path, folder: Path, tmp_path: Path
 ) -> None:
-    printed, _ = run_on(mini, folder, tmp_path / "out", limit=1)
+    printed, numbers = run_on(mini, folder, tmp_path / "out", limit=1, img_size=16)
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
     assert "4 more files in" in printed
+    assert numbers["intake"]["size"] == [3, 16, 16]
+    assert numbers["stats"]["image"]["1"]["grid"] == [4, 4]
 
 
 def test_files_of_one_name_get_different_figures(tmp_path: Path) -> None:
@@ -214,52 +216,57 @@ def test_without_a_run_timms_configuration_counts() -> None:
     ("model", "options", "tokens"),
     [
         (MIXER, {}, {"3": 8}),
-        (MINI, {"num_tokens": 4, "at": 1, "fuse": True, "depth": 3}, {"1": 4, "2": 4}),
-        (MINI, {"num_tokens": 4, "img_size": (28, 40)}, {"3": 4}),
-        (MINI, {"num_tokens": 4, "learner": "v1"}, {"3": 4}),
+        (MINI, {"num_tokens": 2, "at": 1, "fuse": True, "depth": 3}, {"1": 2, "2": 2}),
+        (MINI, {"num_tokens": 2, "img_size": (28, 40)}, {"3": 2}),
+        (MINI, {"num_tokens": 2, "learner": "v1"}, {"3": 2}),
     ],
 )
 def test_models_of_images_have_maps_block_by_block(
     model: str, options: dict[str, Any], tokens: dict[str, int], tmp_path: Path
 ) -> None:
-    saved = save_model(create_model(model, **options), tmp_path / "m.safetensors")
+    saved: Any = model
+    if options:
+        saved = save_model(create_model(model, **options), tmp_path / "m.safetensors")
     printed, numbers = run_on(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
     stats = numbers["stats"]["image"]
     assert {i: len(block["pairs"]) for i, block in stats.items()} == tokens
     is_v1 = options.get("learner") == "v1"
     assert numbers["maps"] == ("gates" if is_v1 else "distributions")
     assert ("gates from 0 to 1" in printed) == is_v1
+    is_random = "is a name and no checkpoint: its weights are random"
+    assert (f"{model} {is_random}" in printed) == (saved == model)
+    assert any("weights are random" in remark for remark in numbers["remarks"]) == (saved == model)
     assert names(tmp_path / "out") == {"a.png", "maps.json"}
 
 
 def test_several_places_have_a_row_each(tmp_path: Path) -> None:
-    model = insert(create_model(MINI), (6, 2), at=(1, 3))
+    model = insert(create_model(MINI), (2, 1), at=(1, 3))
     saved = save_model(model, tmp_path / "m.safetensors")
     _, numbers = run_on(saved, make_image(tmp_path / "a.png"), tmp_path / "out")
     stats = numbers["stats"]["image"]
-    assert {i: len(block["pairs"]) for i, block in stats.items()} == {"1": 6, "3": 2}
+    assert {i: len(block["pairs"]) for i, block in stats.items()} == {"1": 2, "3": 1}
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "frames"),
-    [(VIVIT, {}, 4), (VIVIT, {"input_format": "btchw", "in_chans": 1}, 4), (FRAMEVIT, {}, 6)],
+    ("model", "options", "frames", "animation"),
+    [
+        ("vivit_mini_patch8x2_32", {"num_tokens": 1, "depth": 2}, 4, "gif"),
+        (VIVIT, {"input_format": "btchw", "in_chans": 1}, 4, "none"),
+        (FRAMEVIT, {}, 6, "none"),
+    ],
 )
 def test_models_of_clips_have_maps_frame_by_frame(
-    model: str, options: dict[str, Any], frames: int, tmp_path: Path
+    model: str, options: dict[str, Any], frames: int, animation: str, tmp_path: Path
 ) -> None:
-    saved = save_model(create_model(model, **options), tmp_path / "m.safetensors")
-    _, numbers = run_on(saved, make_video(tmp_path / "a.mkv"), tmp_path / "out", animation="none")
+    saved, out = save_model(create_model(model, **options), tmp_path / "m"), tmp_path / "out"
+    _, numbers = run_on(saved, make_video(tmp_path / "a.mkv"), out, animation=animation)
     (stats,) = numbers["stats"]["video"].values()
     assert stats["frames"] == frames
-    assert names(tmp_path / "out") == {"a.png", "maps.json"}
-
-
-def test_the_animation_of_a_clip_has_all_its_frames(tmp_path: Path) -> None:
-    run_on(VIVIT, make_video(tmp_path / "a.mkv"), tmp_path / "out", animation="gif")
-    with Image.open(tmp_path / "out" / "a.gif") as image:
-        shown: Any = image
-        assert shown.n_frames == 8
-    assert names(tmp_path / "out") == {"a.png", "a.gif", "maps.json"}
+    animated = {"a.gif"} if animation == "gif" else set()
+    assert names(out) == {"a.png", "maps.json"} | animated
+    for name in animated:
+        with Image.open(out / name) as image:
+            assert getattr(image, "n_frames") == 8  # noqa: B009
 
 
 def torchvisions() -> nn.Module:
@@ -291,15 +298,6 @@ def test_a_frame_of_a_tubelet_shows_the_tubelets_maps() -> None:
     assert all(torch.equal(row.image, seen.pixels[i]) for i, row in enumerate(rows))
     assert all(torch.equal(row.maps, maps[3][i // 2]) for i, row in enumerate(rows))
     assert [row.label for row in rows[:2]] == ["frame 1\nblock 3", "frame 2\nblock 3"]
-
-
-def test_random_weights_of_a_name_are_a_remark(
-    results: tuple[Path, str, Any], tmp_path: Path
-) -> None:
-    printed, numbers = run_on(MIXER, make_image(tmp_path / "a.png", mode="L"), tmp_path / "out")
-    assert f"{MIXER} is a name and no checkpoint: its weights are random" in printed
-    assert any("weights are random" in remark for remark in numbers["remarks"])
-    assert "weights are random" not in results[1]
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -385,9 +383,3 @@ def test_a_loaded_model_that_takes_no_such_images_is_refused(tmp_path: Path) -> 
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MapsConfig("a", "b", "c", **options)
-
-
-def test_the_size_of_images_can_be_set(mini: Path, tmp_path: Path) -> None:
-    _, numbers = run_on(mini, make_image(tmp_path / "a.png"), tmp_path / "out", img_size=16)
-    assert numbers["intake"]["size"] == [3, 16, 16]
-    assert numbers["stats"]["image"]["1"]["grid"] == [4, 4]

@@ -92,7 +92,7 @@ class Page(HTMLParser):
 
     @property
     def problems(self) -> str:
-        return " ".join(text for attrs, text in self.all("ul") if attrs.get("class") == "problems")
+        return " ".join(self.texts("ul", **{"class": "problems"}))
 
 
 def epochs(n: int = 2, start: float = 50.0) -> list[dict[str, Any]]:
@@ -142,6 +142,12 @@ def write_comparison(folder: Path, content: dict[str, Any]) -> Path:
     return folder
 
 
+@pytest.fixture
+def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty figures, for tests that look at everything else."""
+    monkeypatch.setattr("tokenlearner.commands.report.figures._svg", lambda *_: "<svg></svg>")
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the demo leaves it."""
@@ -167,7 +173,7 @@ def test_the_report_of_the_demo_has_every_section(page: Page) -> None:
         *("What ran", "Results", "Learning curves", "Accuracy against speed"),
         *("Where the learned tokens look", "Confusion matrix", "Environment", "All options"),
     ]
-    assert len([attrs for attrs, _ in page.all("p") if attrs.get("class") == "lead"]) == 8
+    assert len(page.all("p", **{"class": "lead"})) == 8
     assert page.problems == ""
 
 
@@ -181,7 +187,7 @@ def test_the_tables_have_the_numbers_of_the_files(page: Page) -> None:
     assert "A note." in page.texts("li")
     assert page.row("threads") == ["7"]
     assert page.row("timm") == [version("timm")]
-    marked = [text for attrs, text in page.all("tr") if attrs.get("class") == "marked"]
+    marked = page.texts("tr", **{"class": "marked"})
     assert [text for text in marked if not text.startswith("out")] == ["num_tokens02"]
 
 
@@ -306,6 +312,7 @@ def test_names_of_classes_models_and_options_are_text(
 # --- other sources ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("sketches")
 def test_a_run_with_tokens_gets_maps_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", tokens=2)
     assert write_report(folder / "metrics.jsonl", images=FEW) == folder / "report.html"
@@ -317,6 +324,7 @@ def test_a_run_with_tokens_gets_maps_drawn(tmp_path: Path) -> None:
     assert page.row("training images/s, median") == ["150.0"]
 
 
+@pytest.mark.usefixtures("sketches")
 def test_runs_in_one_folder_are_side_by_side(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", rows=epochs(start=55.0), lr=0.5)
@@ -347,26 +355,24 @@ def test_the_host_of_an_inserted_model_is_evaluated_too(tmp_path: Path) -> None:
     assert colors == {"2 learned tokens": {"--c0"}, "host": {"--c1"}}
 
 
+@pytest.mark.usefixtures("sketches")
 def test_runs_have_the_names_of_their_comparison(tmp_path: Path) -> None:
     """By the folder that is recorded; of version 0.3 by the metrics."""
+    one, two = tmp_path / "one", tmp_path / "two"
     content = comparison(host=epochs(1), tokens=epochs())
     for name in ("a", "b"):
-        make_run(tmp_path / name, rows=epochs(1, start=7.0))
-    make_run(tmp_path / "host", rows=epochs(start=1.0))
-    write_comparison(tmp_path, content)
-    assert [run.name for run in read_source(tmp_path).runs] == ["a", "b", "host/"]
+        make_run(one / name, rows=epochs(1, start=7.0))
+    make_run(one / "host", rows=epochs(start=1.0))
+    write_comparison(one, content)
+    assert [run.name for run in read_source(one).runs] == ["a", "b", "host/"]
     content["models"][1]["run"] = "b"
-    write_comparison(tmp_path, content)
-    assert [run.name for run in read_source(tmp_path).runs] == ["tokens", "a", "host/"]
-
-
-def test_comparisons_side_by_side_have_the_names_of_their_folders(tmp_path: Path) -> None:
-    for name, start in (("a", 10.0), ("b", 20.0)):
-        folder = make_run(tmp_path / name, rows=epochs(start=start))
+    write_comparison(one, content)
+    assert [run.name for run in read_source(one).runs] == ["tokens", "a", "host/"]
+    for name, start in (("a", 10.0), ("b", 20.0)):  # side by side
+        folder = make_run(two / name, rows=epochs(start=start))
         write_comparison(folder, comparison(host=[], tokens=epochs(start=start)))
-    assert [run.name for run in read_source(tmp_path).runs] == ["a: tokens", "b: tokens"]
-    page = Page(write_report(tmp_path, images=0))
-    assert "a/metrics.json" in page.texts("th")
+    assert [run.name for run in read_source(two).runs] == ["a: tokens", "b: tokens"]
+    assert "a/metrics.json" in Page(write_report(two, images=0)).texts("th")
 
 
 def bench(name: str, ratio: float, speed: float) -> dict[str, Any]:
@@ -406,20 +412,18 @@ def test_a_bench_has_tables_and_a_chart(tmp_path: Path) -> None:
     assert "(2.000, 1.600)." in text
 
 
-def test_rows_of_any_benchmark_are_a_table(tmp_path: Path) -> None:
+def test_rows_of_any_benchmark_are_a_table_but_budgets_have_a_script(tmp_path: Path) -> None:
     rows = [{"data": "x", "top1_percent": [1.0, 3.0, 2.0]}, {"data": "y", "odd": None}]
     (tmp_path / "one.json").write_text(json.dumps({"rows": rows, "command": "python one.py"}))
     page = Page(write_report(tmp_path / "one.json"))
     assert page.row("x") == ["2.000 (1.000–3.000)", "–"]
     assert page.row("y") == ["–", "–"]
-
-
-def test_a_comparison_of_budgets_names_the_script_for_it(tmp_path: Path) -> None:
     path = ROOT / "benchmarks" / "results" / "compare.json"
     with pytest.raises(ValueError, match=r"compare\.json.*benchmarks/compare_report\.py"):
         write_report(path, tmp_path / "compare.html")
 
 
+@pytest.mark.usefixtures("sketches")
 def test_a_run_and_the_option_of_version_0_3_are_read(tmp_path: Path) -> None:
     run, path = ROOT / "tests" / "version_0_3" / "run", tmp_path / "r.html"
     for option in (["--pictures", "0"], ["--pictures=0"]):
@@ -450,6 +454,7 @@ def test_damaged_rows_are_named_and_the_rest_is_reported(tmp_path: Path) -> None
     assert not [text for text in page.texts("figcaption") if "by time" in text]
 
 
+@pytest.mark.usefixtures("sketches")
 def test_a_comparison_of_an_older_version_has_gaps(tmp_path: Path) -> None:
     content: dict[str, Any] = comparison(a=epochs(), b=epochs(1)) | {"notes": "no list"}
     del content["environment"], content["models"][0]["top1_percent"]
@@ -457,9 +462,10 @@ def test_a_comparison_of_an_older_version_has_gaps(tmp_path: Path) -> None:
     page = Page(write_report(write_comparison(tmp_path, content)))
     assert page.row("top-1 on held-out images, %") == ["–", "61.0", ""]
     assert page.row("images/s, inference") == ["100.0 (90.0–110.0)", "–", ""]
-    assert not [attrs for attrs, _ in page.all("ul") if attrs.get("class") == "notes"]
+    assert not page.all("ul", **{"class": "notes"})
 
 
+@pytest.mark.usefixtures("sketches")
 def test_broken_files_beside_a_run_are_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
@@ -493,6 +499,7 @@ def test_why_a_model_cannot_be_evaluated_is_named(
     assert [problem[: len(reason)] for problem in result.problems] == [reason]
 
 
+@pytest.mark.usefixtures("sketches")
 def test_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "model.safetensors").unlink()
