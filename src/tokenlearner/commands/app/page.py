@@ -87,7 +87,7 @@ class AppPage:
     def _connect(self) -> None:
         options: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
         options["concurrency_limit"] = 1
-        running = options | {"concurrency_id": "models"}
+        running: dict[str, Any] = options | {"concurrency_id": "models"}
         views = [self.maps, self.numbers, self.notes]
         shown = [self.state, self.status, self.prediction, self.block, self.frame, *views]
         costs = [self.button, self.cost, self.cost_notes]
@@ -95,7 +95,7 @@ class AppPage:
         new = [self.blocks.load, self.model.input, self.file.upload, self.file.clear]
         gr.on(new, self.look, [self.model, self.file, self.example], outputs, **running)
         self.examples.select(self.look_at_example, [self.model], outputs, **running)
-        redrawing = running | {"trigger_mode": "always_last"}
+        redrawing: dict[str, Any] = running | {"trigger_mode": "always_last"}
         for control in (self.block, self.frame):
             inputs = [self.state, self.block, self.frame]
             control.input(self.redraw, inputs, [*views, self.status], **redrawing)
@@ -210,7 +210,7 @@ class AppPage:
 
 
 def _gallery(label: str, elem_id: str, **options: Any) -> Any:
-    shared = {"columns": 3, "height": "auto", "format": "png", "interactive": False}
+    shared: dict[str, Any] = {"columns": 3, "height": "auto", "format": "png", "interactive": False}
     return gr.Gallery(label=label, elem_id=elem_id, buttons=[], **shared, **options)
 
 
