@@ -6,6 +6,7 @@ what torch.compile has to manage with all models: one graph, compiled once, for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ HF: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
 }
+FRAMES: dict[str, Any] = {  # of a model for live video
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "depth": 4,
+    "at": 3,
+    "num_frames": 4,
+    "num_tokens": 5,
+    "num_classes": 7,
+}
 
 
 def drawn(module: nn.Module, std: float) -> Any:
@@ -42,6 +54,28 @@ def randomized(model: nn.Module) -> Any:
     return drawn(model, 0.2).eval()
 
 
+def inputs_of(module: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """What `module` is given when the model runs."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    call()
+    hook.remove()
+    (x,) = seen
+    return x
+
+
+def stem(model: Any) -> Any:
+    """Where a named model of ours, or one of timm's ViTs, embeds patches."""
+    return model.get_submodule(model.default_cfg["first_conv"].removesuffix(".proj"))
+
+
+def images_for(model: Any, batch: int = 2, device: str = "cpu") -> Tensor:
+    """Images or clips of the size of such a model."""
+    clip = [model.num_frames] if hasattr(model, "num_frames") else []
+    embed = stem(model)
+    return torch.randn(batch, embed.proj.in_channels, *clip, *embed.img_size, device=device)
+
+
 @torch.no_grad()
 def check_compiled(model: nn.Module, inputs: dict[str, Tensor], backend: str = "eager") -> None:
     """The model compiles to one graph, once for all sizes of a batch, and gives its own numbers."""
@@ -53,6 +87,23 @@ def check_compiled(model: nn.Module, inputs: dict[str, Tensor], backend: str = "
     _same(compiled(**inputs), model(**inputs))
     with torch.compiler.set_stance("fail_on_recompile"):
         _same(compiled(**larger), model(**larger))
+
+
+# A softmax over positions ignores the first, LayerNorms over channels the others.
+WITHOUT_EFFECT = ("learner.attention_maps.3.bias", "fuser.mix.bias", "mlp_tokens.fc2.bias")
+
+
+def check_trained(model: nn.Module, x: Tensor) -> None:
+    """A loss of the outputs moves every parameter that has an effect."""
+    out = model.double().train()(x.double())
+    (out * torch.randn_like(out)).sum().backward()
+    largest = {
+        n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None
+    }
+    assert largest.keys() == dict(model.named_parameters()).keys()
+    ignored = {n for n in largest if n.endswith(WITHOUT_EFFECT)}
+    assert max((largest[n] for n in ignored), default=0) < 1e-9
+    assert min(value for n, value in largest.items() if n not in ignored) > 1e-9
 
 
 def _same(found: Any, expected: Any) -> None:

@@ -42,7 +42,7 @@ def checkpoint(arrays: dict[str, np.ndarray], path: Path) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_a_converted_checkpoint_has_scenics_numbers(
+def test_a_converted_checkpoint_has_scenics_numbers_and_comes_back_bit_for_bit(
     name: str, golden: Golden, tmp_path: Path
 ) -> None:
     arrays = golden(name)
@@ -51,18 +51,8 @@ def test_a_converted_checkpoint_has_scenics_numbers(
     x = torch.from_numpy(arrays["input0"]).movedim(-1, 1)  # channels first
     result = load_model(out)(x).numpy()
     np.testing.assert_allclose(result, arrays["output"], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_way_back_gives_scenics_parameters_bit_for_bit(
-    name: str, golden: Golden, tmp_path: Path
-) -> None:
-    arrays = golden(name)
-    source, out = checkpoint(arrays, tmp_path / "checkpoint_7"), tmp_path / "model.safetensors"
-    convert_checkpoint(ConvertConfig(str(source), str(out), **CASES[name]))
-    back = convert_checkpoint(ConvertConfig(str(out), str(tmp_path / "checkpoint_8")))
+    weights = read_weights(convert_checkpoint(ConvertConfig(str(out), str(tmp_path / "back_8"))))
     params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-    weights = read_weights(back)
     assert weights.keys() == params.keys()
     assert all(np.array_equal(weights[key].numpy(), value) for key, value in params.items())
 
@@ -105,16 +95,19 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     assert not Path(plain["out"]).exists()
 
 
-def test_a_video_model_needs_its_frames(golden: Golden, tmp_path: Path) -> None:
-    source = checkpoint(golden("video_3dconv_v11"), tmp_path / "checkpoint_7")
-    with pytest.raises(ValueError, match="tubelets of 2; pass --num_frames"):
-        convert_checkpoint(ConvertConfig(str(source), str(tmp_path / "x.safetensors"), at=2))
-
-
-def test_another_block_than_that_of_the_fusers_is_refused(golden: Golden, tmp_path: Path) -> None:
-    source = checkpoint(golden("vit_v1_fuser_prelogits"), tmp_path / "checkpoint_7")
-    with pytest.raises(ValueError, match="at is 1, but the fusers start at block 2"):
-        convert_checkpoint(ConvertConfig(str(source), str(tmp_path / "x.safetensors"), at=1))
+@pytest.mark.parametrize(
+    ("name", "at", "message"),
+    [
+        ("video_3dconv_v11", 2, "tubelets of 2; pass --num_frames"),
+        ("vit_v1_fuser_prelogits", 1, "at is 1, but the fusers start at block 2"),
+    ],
+)
+def test_what_scenics_model_needs_is_said(
+    name: str, at: int, message: str, golden: Golden, tmp_path: Path
+) -> None:
+    source = checkpoint(golden(name), tmp_path / "checkpoint_7")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(ConvertConfig(str(source), str(tmp_path / "x.safetensors"), at=at))
 
 
 @pytest.mark.parametrize(

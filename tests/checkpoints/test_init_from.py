@@ -62,17 +62,13 @@ def test_another_resolution_changes_nothing_but_the_positions() -> None:
 
 
 def test_the_grid_of_positions_that_are_no_square_is_given() -> None:
-    source = randomized(vit(img_size=(48, 24)))
+    source, model = randomized(vit(img_size=(48, 24))), vit()
     with pytest.raises(ValueError, match=r"18 positions .* pass grid="):
-        init_from(vit(), source)
-    model = vit()
+        init_from(model, source)
+    with pytest.raises(ValueError, match=r"grid is \(3, 5\), but there are 18 positions"):
+        init_from(model, source, grid=(3, 5))
     init_from(model, source, grid=(6, 3))
     assert torch.equal(model.pos_embed, resample_positions(source.pos_embed, (6, 3), (4, 4)))
-
-
-def test_a_grid_that_is_not_that_of_the_weights_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"grid is \(3, 5\), but there are 16 positions"):
-        init_from(vit(img_size=48), vit(), grid=(3, 5))
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -93,7 +89,7 @@ def test_class_tokens_and_registers_of_timm_are_left_out_with_their_positions(
 # --- heads and learners ------------------------------------------------------------------------
 
 
-def test_the_head_stays_new_without_keep_head() -> None:
+def test_the_head_stays_new_without_keep_head_and_is_kept_for_the_same_classes_alone() -> None:
     source, model = randomized(vit()), vit()
     report = init_from(model, source)
     assert report.new == ("head.weight", "head.bias")
@@ -101,13 +97,9 @@ def test_the_head_stays_new_without_keep_head() -> None:
     assert not model.head.weight.any()
     init_from(model, source, keep_head=True)
     assert torch.equal(model.head.weight, source.head.weight)
-
-
-def test_a_head_for_other_classes_can_stay_new_and_cannot_be_kept() -> None:
-    source, model = randomized(vit()), vit(num_classes=3)
-    assert init_from(model, source).new == ("head.weight", "head.bias")
+    assert init_from(vit(num_classes=3), source).new == ("head.weight", "head.bias")
     with pytest.raises(ValueError, match=r"head.weight is \[10, 24\], expected \[3, 24\]"):
-        init_from(model, source, keep_head=True)
+        init_from(vit(num_classes=3), source, keep_head=True)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -123,17 +115,16 @@ def test_a_plain_vit_of_timm_starts_one_with_learned_tokens(fuse: bool) -> None:
     torch.testing.assert_close(remove(model)(images), source(images))
 
 
-def test_learners_of_the_weights_are_copied_where_the_model_has_them() -> None:
+def test_learners_of_the_weights_are_copied_where_the_model_has_them_and_refused_elsewhere() -> (
+    None
+):
     source, model = randomized(vit(num_tokens=4, at=1)), vit(img_size=48, num_tokens=4, at=1)
     report = init_from(model, source, keep_head=True)
     assert report.new == ()
     weight = model.blocks[1].learner.attention_maps[0].weight
     assert torch.equal(weight, source.blocks[1].learner.attention_maps[0].weight)
-
-
-def test_learners_that_the_model_has_no_place_for_are_refused() -> None:
     with pytest.raises(ValueError, match=r"left over: blocks.1.learner.attention_maps"):
-        init_from(vit(), vit(num_tokens=4, at=1))
+        init_from(vit(), source)
 
 
 # --- images to video ---------------------------------------------------------------------------
@@ -147,20 +138,14 @@ def test_an_image_model_starts_a_video_model_with_its_positions_in_every_frame()
     assert torch.equal(model.blocks[2].mlp.fc1.weight, source.blocks[2].mlp.fc1.weight)
 
 
+@pytest.mark.parametrize("tubelet_init", ["central", "average"])
 @torch.no_grad()
-def test_the_central_start_sees_the_middle_image_of_each_tubelet() -> None:
+def test_a_tubelet_starts_with_its_middle_image_or_its_mean(tubelet_init: Any) -> None:
     source, model, clip = randomized(vit()), vivit(), torch.randn(2, 3, 6, 32, 32)
-    init_from(model, source)
-    expected = torch.cat([source.patch_embed(clip[:, :, i]) for i in (1, 3, 5)], dim=1)
-    torch.testing.assert_close(model.patch_embed(clip), expected, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_the_average_start_sees_the_mean_image_of_each_tubelet() -> None:
-    source, model, clip = randomized(vit()), vivit(), torch.randn(2, 3, 6, 32, 32)
-    init_from(model, source, tubelet_init="average")
+    init_from(model, source, tubelet_init=tubelet_init)
     means = clip.unflatten(2, (3, 2)).mean(3)
-    expected = torch.cat([source.patch_embed(means[:, :, i]) for i in range(3)], dim=1)
+    seen = clip[:, :, 1::2] if tubelet_init == "central" else means
+    expected = torch.cat([source.patch_embed(image) for image in seen.unbind(2)], dim=1)
     torch.testing.assert_close(model.patch_embed(clip), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -188,14 +173,11 @@ def test_an_image_model_starts_a_model_for_live_video() -> None:
 @pytest.mark.parametrize("form", ["flat", "nested", "state", "file"])
 def test_all_forms_of_the_same_weights_start_the_same_model(form: str, tmp_path: Path) -> None:
     source, model, other = randomized(vit()), vivit(img_size=48), vivit(img_size=48)
+    flat, file = to_scenic(source), tmp_path / "vit.pth"
+    torch.save(source.state_dict(), file)
+    forms = {"flat": flat, "nested": nest(flat), "state": source.state_dict(), "file": file}
     init_from(model, source)
-    flat = to_scenic(source)
-    forms = {"flat": lambda: flat, "nested": lambda: nest(flat), "state": source.state_dict}
-    if form == "file":
-        torch.save(source.state_dict(), tmp_path / "vit.pth")
-        init_from(other, tmp_path / "vit.pth")
-    else:
-        init_from(other, forms[form]())
+    init_from(other, forms[form])
     state = model.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items() if "head" not in k)
 

@@ -42,9 +42,8 @@ def params_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value for name, value in arrays.items() if name.startswith("params/")}
 
 
-def rebuilt(described: dict[str, Any], **more: Any) -> nn.Module:
-    arguments = {k: v for k, v in described.items() if k not in NOT_ARGUMENTS}
-    return TokenLearnerViT(**(more | arguments))
+def rebuilt(described: dict[str, Any], build: Any = TokenLearnerViT, **more: Any) -> nn.Module:
+    return build(**more | {k: v for k, v in described.items() if k not in NOT_ARGUMENTS})
 
 
 @pytest.mark.parametrize("file", EXPECTED)
@@ -52,16 +51,19 @@ def test_scenics_models_are_described_as_they_were_built(file: str, golden: Gold
     assert describe(params_of(golden(file))) == EXPECTED[file]
 
 
-@pytest.mark.parametrize("file", ["vit_v11", "vit_v1_fuser_prelogits"])
-def test_the_described_model_takes_the_parameters(file: str, golden: Golden) -> None:
+@pytest.mark.parametrize(
+    ("file", "more"),
+    [
+        ("vit_v11", {"img_size": 32, "at": 2}),
+        ("vit_v1_fuser_prelogits", {"img_size": 32}),
+        ("video_3dconv_fuser", {"img_size": 24, "num_frames": 6, "build": ViViT}),
+    ],
+)
+def test_the_described_model_takes_the_parameters(
+    file: str, more: dict[str, Any], golden: Golden
+) -> None:
     params = params_of(golden(file))
-    load_scenic(rebuilt(describe(params), img_size=32, at=2), params)
-
-
-def test_the_described_video_model_takes_the_parameters(golden: Golden) -> None:
-    params = params_of(golden("video_3dconv_fuser"))
-    described = {k: v for k, v in describe(params).items() if k not in NOT_ARGUMENTS}
-    load_scenic(ViViT(img_size=24, num_frames=6, **described), params)
+    load_scenic(rebuilt(describe(params), **more), params)
 
 
 @pytest.mark.parametrize("learner", ["v1", "v11", "grouped", "grouped-linear"])
@@ -154,14 +156,10 @@ FORMS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
 def test_a_learner_is_described_so_that_its_class_takes_the_parameters(
     module: nn.Module, described: dict[str, Any]
 ) -> None:
-    width = module.in_channels
-    assert describe_learner(to_scenic(module)) == _NUMBERS | {"in_channels": width} | described
-    assert (
-        describe_learner(nest(to_scenic(module))) == _NUMBERS | {"in_channels": width} | described
-    )
-    form = describe_learner(to_scenic(module))
+    form, params = _NUMBERS | {"in_channels": module.in_channels} | described, to_scenic(module)
+    assert describe_learner(params) == describe_learner(nest(params)) == form
     del form["learner"]
-    state = load_scenic(type(module)(**form), to_scenic(module)).state_dict()
+    state = load_scenic(type(module)(**form), params).state_dict()
     assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
 
 
@@ -170,10 +168,9 @@ def test_a_learner_with_ambiguous_groups_needs_gelu(width: int, groups: int) -> 
     params = to_scenic(grouped(width, 4, groups))
     with pytest.raises(ValueError, match=rf"{groups} groups of {width} .* pass gelu=False for"):
         describe_learner(params)
-    assert describe_learner(params, gelu=True)["approximate"] == "tanh"
-    assert describe_learner(params, gelu=True)["learner"] == "grouped"
-    assert describe_learner(params, gelu=False)["approximate"] is None
-    assert describe_learner(params, gelu=False)["learner"] == "grouped-linear"
+    for gelu, expected in ((True, ("grouped", "tanh")), (False, ("grouped-linear", None))):
+        form = describe_learner(params, gelu=gelu)
+        assert (form["learner"], form["approximate"]) == expected
 
 
 @pytest.mark.parametrize(

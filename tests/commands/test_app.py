@@ -109,23 +109,21 @@ def test_without_anything_a_model_with_random_weights_is_offered_and_says_so(
     assert "This model has random weights" in again[page.status]
 
 
-def test_checkpoints_of_the_same_name_are_both_offered(demo: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(demo / "vit", tmp_path / "vit")
-    paths = [str(demo / "vit"), str(other)]
-    assert [*offered_sources(paths).values()] == paths
-
-
-def test_models_with_learned_tokens_come_first(offered: dict[str, OfferedModel]) -> None:
-    assert [(one.has_tokens, one.is_random) for one in offered.values()] == [
-        (True, False),
-        (False, False),
-    ]
-
-
-def test_classes_have_the_names_of_the_data_or_numbers(
-    with_tokens: OfferedModel, clips: OfferedModel
+def test_checkpoints_of_the_same_name_are_both_offered_and_a_missing_one_is_refused(
+    demo: Path, tmp_path: Path
 ) -> None:
-    assert [with_tokens.class_name(i) for i in (0, 1)] == ["T-shirt/top", "Trouser"]
+    paths = [str(demo / "vit"), str(shutil.copytree(demo / "vit", tmp_path / "vit"))]
+    assert [*offered_sources(paths).values()] == paths
+    with pytest.raises(ValueError, match="nowhere"):
+        load_offered(["nowhere"], "cpu")
+
+
+def test_models_with_learned_tokens_come_first_and_classes_have_names(
+    offered: dict[str, OfferedModel], clips: OfferedModel
+) -> None:
+    kinds = [(one.has_tokens, one.is_random) for one in offered.values()]
+    assert kinds == [(True, False), (False, False)]
+    assert [offered[TL4].class_name(i) for i in (0, 1)] == ["T-shirt/top", "Trouser"]
     assert clips.class_name(3) == "class 3"
 
 
@@ -177,11 +175,6 @@ def test_a_model_of_clips_is_tried_on_the_clips_it_is_evaluated_on(
     assert (example.pixels.shape, example.is_video) == ((4, 1, 16, 16), True)
 
 
-def test_a_missing_checkpoint_is_refused() -> None:
-    with pytest.raises(ValueError, match="nowhere"):
-        load_offered(["nowhere"], "cpu")
-
-
 # --- prediction and cost ------------------------------------------------------------------------
 
 
@@ -192,9 +185,8 @@ def test_the_prediction_and_the_maps_are_those_of_the_model(
     prediction = predict(with_tokens, image)
     shares = with_tokens.model(image.model_input)[0].softmax(-1).detach()
     torch.testing.assert_close(prediction.shares, shares)
-    torch.testing.assert_close(
-        prediction.maps, attention_maps(with_tokens.model, image.model_input)
-    )
+    maps = attention_maps(with_tokens.model, image.model_input)
+    torch.testing.assert_close(prediction.maps, maps)
     assert predict(offered[VIT], image).maps == {}
 
 
@@ -218,18 +210,6 @@ def test_a_model_that_returns_nan_is_refused(with_tokens: OfferedModel) -> None:
         predict(model, with_tokens.examples["Trouser"])
 
 
-def test_the_cost_without_tokens_is_that_of_the_host(with_tokens: OfferedModel) -> None:
-    image = with_tokens.examples["Trouser"].model_input
-    rows, notes = measure_cost(with_tokens, image)
-    host = remove(create_model(MINI, num_tokens=4, depth=2))
-    gmacs = [f"{count_macs(model, image) / 1e9:.4f}" for model in (host, with_tokens.model)]
-    names = ["without", "with"]
-    assert [row[:2] for row in rows[:2]] == [[*pair] for pair in zip(names, gmacs, strict=True)]
-    assert [row[2] for row in rows[:2]] == ["1", "1"]
-    assert "1 x 28 x 28" in notes
-    assert with_tokens.has_tokens
-
-
 def fake_timer(seconds: float, runs: list[tuple[int, int]]) -> Callable[..., dict[str, Seconds]]:
     def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, Seconds]:
         runs.append((len(images), rounds))
@@ -241,7 +221,7 @@ def fake_timer(seconds: float, runs: list[tuple[int, int]]) -> Callable[..., dic
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0.001, [(1, 2), (1, 30), (32, 20)]), (1.0, [(1, 2), (1, 3)])]
 )
-def test_a_slow_model_is_measured_a_few_times_and_not_in_a_batch(
+def test_the_cost_is_that_of_the_host_and_a_slow_model_s_not_of_a_batch(
     seconds: float,
     expected: list[tuple[int, int]],
     with_tokens: OfferedModel,
@@ -249,14 +229,21 @@ def test_a_slow_model_is_measured_a_few_times_and_not_in_a_batch(
 ) -> None:
     runs: list[tuple[int, int]] = []
     monkeypatch.setattr(inference, "time_models", fake_timer(seconds, runs))
-    rows, _ = measure_cost(with_tokens, with_tokens.examples["Trouser"].model_input)
+    image = with_tokens.examples["Trouser"].model_input
+    rows, notes = measure_cost(with_tokens, image)
     assert runs == expected
+    host = remove(create_model(MINI, num_tokens=4, depth=2))
+    gmacs = [f"{count_macs(model, image) / 1e9:.4f}" for model in (host, with_tokens.model)]
+    assert [row[:3] for row in rows[:2]] == [["without", gmacs[0], "1"], ["with", gmacs[1], "1"]]
     assert [row[-1] for row in rows[:2]] == ["1.00 (1.00–1.00)", "0.50 (0.50–0.50)"]
+    assert "1 x 28 x 28" in notes
+    assert with_tokens.has_tokens
 
 
 def test_a_model_that_does_not_run_without_tokens_is_measured_alone(
-    with_tokens: OfferedModel,
+    with_tokens: OfferedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(inference, "time_models", fake_timer(1.0, []))
     model = create_model("mixer_mini_patch4_tl8at3_28").eval()
     rows, _ = measure_cost(replace(with_tokens, model=model), torch.zeros(1, 1, 28, 28))
     assert {row[0] for row in rows} == {"with (does not run without)"}
@@ -317,18 +304,13 @@ def test_a_file_is_looked_at_and_the_example_is_let_go(page: AppPage, tmp_path: 
 
 
 @pytest.mark.parametrize(("given", "expected"), [("Trouser", "Trouser"), (None, "T-shirt/top")])
-def test_without_a_file_an_example_is_looked_at(
+def test_without_a_file_an_example_is_looked_at_with_or_without_maps(
     given: str | None, expected: str, page: AppPage
 ) -> None:
-    shown = page.look(TL4, None, given)
+    shown, plain = page.look(TL4, None, given), page.look(VIT, None, given)
     assert shown[page.status].startswith(f"held-out example, {expected}: {TL4} says ")
     assert shown[page.example] == expected
-
-
-def test_a_model_without_tokens_says_that_there_are_no_maps(page: AppPage) -> None:
-    shown = page.look(VIT, None, None)
-    assert shown[page.notes] == NO_MAPS
-    assert shown[page.maps]["visible"] is False
+    assert (plain[page.notes], plain[page.maps]["visible"]) == (NO_MAPS, False)
 
 
 def test_a_broken_file_gives_a_message_and_shows_nothing_else(
@@ -366,7 +348,10 @@ def test_another_block_and_frame_are_drawn_and_announced(
     assert page.maps not in page.redraw(None, None, 1)
 
 
-def test_the_cost_is_measured_when_asked_for(page: AppPage) -> None:
+def test_the_cost_is_measured_when_asked_for(
+    page: AppPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "_SECONDS", 0.1)
     shown = page.look(TL4, None, None)
     measured = page.measure(shown[page.state])
     assert [row[0] for row in measured[page.cost]["value"]][:2] == ["without", "with"]
@@ -375,7 +360,10 @@ def test_the_cost_is_measured_when_asked_for(page: AppPage) -> None:
 # --- serving ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "value"), [("port", 0), ("port", 70_000), ("max_frames", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("port", 0), ("port", 70_000), *((limit, 0) for limit in UploadLimits.__dataclass_fields__)],
+)
 def test_options_out_of_range_are_refused(name: str, value: int) -> None:
     kwargs: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}"):
@@ -387,16 +375,12 @@ def test_by_default_only_this_computer_can_open_the_page() -> None:
     assert (config.host, config.share, config.browser) == ("127.0.0.1", False, False)
 
 
-@pytest.mark.parametrize("package", ["gradio", "matplotlib"])
-def test_without_a_package_the_extra_is_named(
-    package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=r"tokenlearner\[app\]"), serving(AppConfig()):
-        pass
-
-
-def test_a_port_that_is_taken_is_refused() -> None:
+def test_a_missing_package_or_a_port_that_is_taken_is_refused() -> None:
+    for package in ("gradio", "matplotlib"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ValueError, match=r"tokenlearner\[app\]"), serving(AppConfig()):
+                pass
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"{port}"), serving(AppConfig(port=port)):

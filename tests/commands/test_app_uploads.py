@@ -91,12 +91,6 @@ def test_nothing_of_an_upload_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(room.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", UploadLimits.__dataclass_fields__)
-def test_a_limit_below_1_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0"):
-        UploadLimits(**{name: 0})
-
-
 # --- images -------------------------------------------------------------------------------------
 
 
@@ -115,19 +109,16 @@ def test_images_of_every_mode_come_out_as_the_model_takes_them(
     assert image.pixels[..., :2].mean() < 0.25 < 0.75 < image.pixels[..., -2:].mean()
 
 
-def test_gray_of_16_bits_keeps_its_range(tmp_path: Path) -> None:
+def test_an_image_is_normalized_and_gray_of_16_bits_keeps_its_range(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 51).save(tmp_path / "b.png")
+    image, _ = read_upload(tmp_path / "b.png", GRAY, LIMITS)
+    torch.testing.assert_close(image.pixels, torch.full((1, 1, 8, 8), 0.2))
+    torch.testing.assert_close(image.model_input, torch.full((1, 1, 8, 8), -0.6))
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)
     Image.fromarray(np.tile(ramp, (256, 1))).save(tmp_path / "a.png")
     image, _ = read_upload(tmp_path / "a.png", GRAY, LIMITS)
     ends = image.pixels[0, 0, 0, [0, 7]]
     torch.testing.assert_close(ends, torch.tensor([1, 15]) / 16, atol=0.03, rtol=0)
-
-
-def test_an_image_is_what_the_model_takes_normalized(tmp_path: Path) -> None:
-    Image.new("L", (8, 8), 51).save(tmp_path / "a.png")
-    image, _ = read_upload(tmp_path / "a.png", GRAY, LIMITS)
-    torch.testing.assert_close(image.pixels, torch.full((1, 1, 8, 8), 0.2))
-    torch.testing.assert_close(image.model_input, torch.full((1, 1, 8, 8), -0.6))
 
 
 def test_an_image_is_turned_as_its_camera_was(tmp_path: Path) -> None:
@@ -158,11 +149,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(side: int, tmp_path
 @pytest.mark.parametrize("size", [(3, 3), (8, 161), (161, 8)])
 def test_a_strip_that_would_become_huge_is_refused(size: tuple[int, int], tmp_path: Path) -> None:
     assert f"{size[0]} x {size[1]}" in refused(make_image(tmp_path / "a.png", size))
-
-
-def test_a_long_image_that_is_allowed_is_read(tmp_path: Path) -> None:
     image, _ = read_upload(make_image(tmp_path / "a.png", (160, 8)), GRAY, LIMITS)
-    assert image.model_input.shape == (1, 1, 8, 8)
+    assert image.model_input.shape == (1, 1, 8, 8)  # as long as is allowed
 
 
 @pytest.mark.parametrize("kept", [30, 300])
@@ -172,14 +160,13 @@ def test_an_image_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
     refused(tmp_path / "a.jpg")
 
 
-def test_a_model_of_clips_takes_no_image(tmp_path: Path) -> None:
-    assert "takes clips of 4 frames" in refused(make_image(tmp_path / "a.png"), CLIPS)
-
-
 # --- clips --------------------------------------------------------------------------------------
 
 
-def test_a_model_of_images_takes_the_frames_of_a_clip_as_a_batch(tmp_path: Path) -> None:
+def test_a_model_of_clips_takes_no_image_one_of_images_the_frames_as_a_batch(
+    tmp_path: Path,
+) -> None:
+    assert "takes clips of 4 frames" in refused(make_image(tmp_path / "a.png"), CLIPS)
     clip, _ = read_upload(make_video(tmp_path / "a.mp4"), GRAY, LIMITS)
     assert clip.model_input.shape == (4, 1, 8, 8)
 
@@ -214,12 +201,6 @@ def test_a_clip_without_images_is_refused(tmp_path: Path) -> None:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert "only sound" in refused(tmp_path / "a.mp4", CLIPS)
-
-
-def test_a_damaged_clip_is_refused(tmp_path: Path) -> None:
-    whole = make_video(tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "a.mp4").write_bytes(whole[:200])
-    refused(tmp_path / "a.mp4", CLIPS)
 
 
 def test_a_clip_whose_frames_grow_on_the_way_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from tokenlearner.evaluation.latency import Seconds, Timing, peak_memory_mib
 from tokenlearner.layers.onednn import OneDNNLinear
 
 MINI = "vit_mini_patch4_28"
-REDUCED = f"{MINI}+insert(8,3)"
+REDUCED, MIXER = f"{MINI}+insert(8,3)", "mixer_mini_patch4_tl8at3_28"
 CPU = torch.device("cpu")
 
 # --- models as they are named -------------------------------------------------------------------
@@ -50,19 +50,17 @@ CPU = torch.device("cpu")
         ("vit+insert(8, 0)", "vit", {"num_tokens": 8, "at": 0}),
         ("vit+insert(8,0.25)", "vit", {"num_tokens": 8, "at": 0.25}),
         ("vit+insert(8,fuse)", "vit", {"num_tokens": 8, "fuse": True}),
-        (
-            "a/b.safetensors+insert(4,v1-mean,.5,fuse)",
-            "a/b.safetensors",
-            {"num_tokens": 4, "learner": "v1-mean", "at": 0.5, "fuse": True},
-        ),
+        ("a/b+insert(4,v1-mean,.5)", "a/b", {"num_tokens": 4, "learner": "v1-mean", "at": 0.5}),
     ],
 )
 def test_a_model_is_a_name_and_what_is_inserted(
     text: str, base: str, tokens: dict[str, Any]
 ) -> None:
-    candidate = parse_bench_model(text)
-    assert (candidate.text, candidate.base, candidate.tokens) == (text, base, tokens)
-    assert [type(value) for value in candidate.tokens.values()] == [*map(type, tokens.values())]
+    for end in ("", "+onednn"):
+        model = parse_bench_model(text + end)
+        assert (model.text, model.base, model.tokens) == (text + end, base, tokens)
+        assert [*map(type, model.tokens.values())] == [*map(type, tokens.values())]
+        assert model.onednn == bool(end)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +75,6 @@ def test_a_model_is_a_name_and_what_is_inserted(
 def test_other_forms_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text))):
         parse_bench_model(text)
-
-
-def test_onednn_stands_behind_a_model_and_what_is_inserted() -> None:
-    plain, reduced = map(parse_bench_model, ("vit+onednn", "vit+insert(8,6)+onednn"))
-    assert (plain.base, plain.tokens, plain.onednn) == ("vit", {}, True)
-    assert (reduced.base, reduced.tokens) == ("vit", {"num_tokens": 8, "at": 6})
-    assert reduced.onednn
-    assert not parse_bench_model("vit+insert(8,6)").onednn
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -133,35 +123,17 @@ def loaded(*texts: str, img_size: int = 0, dtype: torch.dtype = torch.float32) -
     return load_bench_models([*map(parse_bench_model, texts)], img_size, CPU, dtype)
 
 
-def test_tokens_are_inserted_as_named() -> None:
-    models, axes = loaded(MINI, f"{MINI}+insert(4,2,fuse,v1)")
-    image = torch.zeros(1, *axes)
+def test_models_are_built_as_named() -> None:
+    names = (MINI, f"{MINI}+insert(4,2,fuse,v1)", f"{MINI}+onednn")
+    models, axes = loaded(*names, dtype=torch.float32)
     assert axes == [1, 28, 28]
-    expected = [create_model(MINI), insert(create_model(MINI), 4, 2, fuse=True, learner="v1")]
-    assert [count_macs(model, image) for model in models.values()] == [
-        count_macs(model, image) for model in expected
-    ]
-
-
-def test_onednn_computes_the_models_that_name_it() -> None:
-    models, _ = loaded(MINI, f"{REDUCED}+onednn")
+    host, reduced = create_model(MINI), insert(create_model(MINI), 4, 2, fuse=True, learner="v1")
+    macs = [count_macs(model, torch.zeros(1, *axes)) for model in (host, reduced, *models.values())]
+    assert macs[:2] == macs[2:4]
     used = [any(isinstance(m, OneDNNLinear) for m in model.modules()) for model in models.values()]
-    assert used == [False, True]
-
-
-def test_onednn_on_another_device_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"onednn.*meta"):
-        load_bench_models([parse_bench_model("vit+onednn")], 0, torch.device("meta"), torch.float32)
-
-
-def test_models_are_turned_into_the_dtype() -> None:
+    assert used == [False, False, True]
     models, _ = loaded(REDUCED, dtype=torch.bfloat16)
     assert {p.dtype for p in models[REDUCED].parameters()} == {torch.bfloat16}
-
-
-def test_tokens_that_do_not_fit_are_refused_with_the_model_s_name() -> None:
-    with pytest.raises(ValueError, match=rf"{MINI}\+insert\(50\): num_tokens is 50"):
-        loaded(f"{MINI}+insert(50)")
 
 
 def test_a_checkpoint_is_loaded_at_its_size(tmp_path: Path) -> None:
@@ -171,40 +143,40 @@ def test_a_checkpoint_is_loaded_at_its_size(tmp_path: Path) -> None:
     assert len(models[f"{saved}+insert(4)"].blocks) == 3
 
 
-@pytest.mark.parametrize("img_size", [0, 32])
-def test_models_of_different_sizes_are_refused(img_size: int) -> None:
-    with pytest.raises(ValueError, match="vivit_mini_patch8x2_32 3 x 8 x 32 x 32"):
-        loaded(MINI, "vivit_mini_patch8x2_32", img_size=img_size)
+@pytest.mark.parametrize(
+    ("names", "img_size", "message"),
+    [
+        ([f"{MINI}+insert(50)"], 0, rf"{MINI}\+insert\(50\): num_tokens is 50"),
+        ([MINI, "vivit_mini_patch8x2_32"], 0, "vivit_mini_patch8x2_32 3 x 8 x 32 x 32"),
+        ([MINI, "vivit_mini_patch8x2_32"], 32, "vivit_mini_patch8x2_32 3 x 8 x 32 x 32"),
+        ([MINI], 3, f"{MINI} .* 3"),
+        ([MIXER], 56, f"{MIXER} .* 56"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(names: list[str], img_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loaded(*names, img_size=img_size)
 
 
-@pytest.mark.parametrize("name", [MINI, "vivit_mini_patch8x2_32"])
-def test_a_model_is_resized(name: str) -> None:
-    models, axes = loaded(name, img_size=40)
-    assert axes[-2:] == [40, 40]
-    assert models[name](torch.zeros(2, *axes)).shape == (2, 10)
-
-
-def test_tokens_are_inserted_in_the_resized_model() -> None:
-    assert loaded(f"{MINI}+insert(60)", img_size=40)[1] == [1, 40, 40]  # 49 at its own size
-
-
-@pytest.mark.parametrize(("name", "img_size"), [(MINI, 3), ("mixer_mini_patch4_tl8at3_28", 56)])
-def test_a_size_that_a_model_cannot_have_is_refused(name: str, img_size: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} .* {img_size}"):
-        loaded(name, img_size=img_size)
+def test_onednn_on_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"onednn.*meta"):
+        load_bench_models([parse_bench_model("vit+onednn")], 0, torch.device("meta"), torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "img_size", "size"),
     [
-        ("mixer_mini_patch4_tl8at3_28", [1, 28, 28]),
-        ("framevit_mini_patch8_f6_tl4at3_32", [3, 6, 32, 32]),
-        ("vivit_mini_patch8x2_32", [3, 8, 32, 32]),
-        ("resnet10t", [3, 176, 176]),
+        (f"{MINI}+insert(60)", 40, [1, 40, 40]),  # 49 positions at its own size
+        ("vivit_mini_patch8x2_32", 40, [3, 8, 40, 40]),
+        (MIXER, 0, [1, 28, 28]),
+        ("framevit_mini_patch8_f6_tl4at3_32", 0, [3, 6, 32, 32]),
+        ("resnet10t", 0, [3, 176, 176]),
     ],
 )
-def test_a_model_takes_the_size_that_is_found(name: str, size: list[int]) -> None:
-    models, axes = loaded(name)
+def test_a_model_takes_the_size_that_is_given_or_found(
+    name: str, img_size: int, size: list[int]
+) -> None:
+    models, axes = loaded(name, img_size=img_size)
     assert axes == size
     assert models[name].eval()(torch.zeros(2, *axes)).ndim == 2
 
@@ -241,28 +213,31 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
     return stopwatch
 
 
-def test_latency_is_of_one_image_and_the_rest_of_the_batch(watch: Stopwatch) -> None:
-    result = bench(BenchConfig([MINI], batch_size=4, rounds=3, compile=True))
+def test_latency_is_of_one_image_and_the_rest_of_the_batch_against_the_first_model(
+    watch: Stopwatch,
+) -> None:
+    lines: list[str] = []
+    config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=3, compile=True)
+    result = bench(config, lines.append)
+    assert lines[:3] == [
+        "building",
+        "counting multiply-adds and memory",
+        "latency at batch 1, ms, in 5 rounds",
+    ]
+    kwargs = {"training": False, "compiled": True}
     assert watch.calls == [
-        ([1, 1, 28, 28], 3, {"training": False, "compiled": True}),
-        ([4, 1, 28, 28], 3, {"training": False, "compiled": True}),
-        ([4, 1, 28, 28], 3, {"training": True, "compiled": True}),
+        ([1, 1, 28, 28], 3, kwargs),
+        ([4, 1, 28, 28], 3, kwargs),
+        ([4, 1, 28, 28], 3, kwargs | {"training": True}),
     ]
     assert result.measurements == [
         Measurement("latency", 1, "ms"),
         Measurement("throughput", 4, "images/s"),
         Measurement("training", 4, "images/s"),
     ]
-
-
-def test_speeds_are_in_their_units_and_against_the_first(watch: Stopwatch) -> None:
-    result = bench(BenchConfig([MINI, REDUCED], batch_size=4, rounds=2))
     first, second = (row.speeds for row in result.rows)
-    assert {name: speed.value.median for name, speed in second.items()} == {
-        "latency": 500,
-        "throughput": 2,
-        "training": pytest.approx(2 / 3),
-    }
+    values = [500, 2, pytest.approx(2 / 3)]
+    assert [speed.value.median for speed in second.values()] == values
     assert {speed.speedup for speed in first.values()} == {Timing(1, 1, 1)}
     assert {speed.speedup for speed in second.values()} == {Timing(2, 2, 2)}
 
@@ -291,40 +266,17 @@ def test_images_that_a_model_cannot_take_are_refused_before_anything_is_timed(
     assert not watch.calls
 
 
-def test_training_is_left_out_on_demand(watch: Stopwatch) -> None:
-    [row] = bench(BenchConfig([MINI], rounds=2, training=False)).rows
-    assert [*row.speeds] == ["latency", "throughput"]
-    assert row.training_peak_memory_mib is None
-    assert len(watch.calls) == 2
-
-
-def test_threads_are_given_for_as_long_as_it_lasts(
+def test_training_is_left_out_on_demand_and_threads_are_given_for_as_long_as_it_lasts(
     watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
-    bench(BenchConfig([MINI], rounds=2, threads=5))
-    bench(BenchConfig([MINI], rounds=2))
+    for threads in (5, 0):
+        [row] = bench(BenchConfig([MINI], rounds=2, threads=threads, training=False)).rows
     assert given == [5, 2, 2, 2]
-
-
-def test_what_comes_next_is_reported(watch: Stopwatch) -> None:
-    lines: list[str] = []
-    bench(BenchConfig([MINI], rounds=2, training=False), lines.append)
-    assert lines == [
-        "building",
-        "counting multiply-adds and memory",
-        "latency at batch 1, ms, in 4 rounds",
-        "throughput at batch 8, images/s, in 4 rounds",
-    ]
-
-
-def test_a_model_that_is_measured_in_earnest_has_numbers_above_zero() -> None:
-    result = bench(BenchConfig([MINI, REDUCED], batch_size=2, rounds=2, training=False))
-    speeds = [speed.value for row in result.rows for speed in row.speeds.values()]
-    assert all(0 < s.low <= s.median <= s.high for s in speeds)
-    assert result.read_gigabytes_per_second > 0
+    assert [*row.speeds] == ["latency", "throughput"]
+    assert row.training_peak_memory_mib is None
 
 
 # --- tables and files ---------------------------------------------------------------------------
@@ -370,30 +322,23 @@ def cells(text: str, start: str) -> list[str]:
     return next(line for line in lines if line[0] == start)
 
 
-def test_the_table_of_sizes_has_what_is_counted() -> None:
-    text = text_of(filled_table(SIZE_COLUMNS, made(even(2)).rows), width=100)
+def test_the_tables_have_what_is_counted_and_mark_what_is_not_realized() -> None:
+    result = made(Timing(1.6, 1.5, 1.75))
+    text = text_of(filled_table(SIZE_COLUMNS, result.rows), width=100)
     assert cells(text, "vit") == ["vit", "0.00", "4.000", "8.000", "1.00", "5.0", "6.0"]
     assert cells(text, "model") == [
         *("model", "params M", "GMACs", "GFLOPs", "MACs ratio", "peak MiB", "train MiB")
     ]
-
-
-@pytest.mark.parametrize(
-    ("measurement", "expected"),
-    [
-        ("latency", ["62.5 (62.5–62.5)", "1.60 (1.50–1.75)", "* 0.80"]),
-        ("throughput", ["20.0 (20.0–20.0)", "2.00 (2.00–2.00)", "1.00"]),
-        ("training", ["19.0 (19.0–19.0)", "1.90 (1.90–1.90)", "0.95"]),
-    ],
-)
-def test_the_table_of_speeds_marks_what_is_not_realized(
-    measurement: str, expected: list[str]
-) -> None:
-    text = text_of(speed_table(made(Timing(1.6, 1.5, 1.75)), measurement, "here"))
-    assert cells(text, "here") == ["here"]
-    assert cells(text, "median (quartiles)")[1:] == ["speed-up", "realized"]
-    assert cells(text, "vit")[2:] == ["1.00 (1.00–1.00)", "1.00"]
-    assert cells(text, "vit+insert(8)")[1:] == expected
+    for measurement, *expected in (
+        ("latency", "62.5 (62.5–62.5)", "1.60 (1.50–1.75)", "* 0.80"),
+        ("throughput", "20.0 (20.0–20.0)", "2.00 (2.00–2.00)", "1.00"),
+        ("training", "19.0 (19.0–19.0)", "1.90 (1.90–1.90)", "0.95"),
+    ):
+        text = text_of(speed_table(result, measurement, "here"))
+        assert cells(text, "here") == ["here"]
+        assert cells(text, "median (quartiles)")[1:] == ["speed-up", "realized"]
+        assert cells(text, "vit")[2:] == ["1.00 (1.00–1.00)", "1.00"]
+        assert cells(text, "vit+insert(8)")[1:] == expected
 
 
 def test_json_has_the_command_the_machine_and_the_numbers() -> None:
@@ -413,12 +358,13 @@ def test_json_has_the_command_the_machine_and_the_numbers() -> None:
 
 
 def test_a_run_gives_tables_and_a_line_and_writes_the_files(
-    watch: Stopwatch, tmp_path: Path
+    watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {"json": str(tmp_path / "x.json"), "plot": str(tmp_path / "x.png")}
-    sizes, *speeds, line = bench_table(BenchConfig([MINI, REDUCED], rounds=2, **files))
-    assert all(REDUCED in text_of(table) for table in speeds)
-    assert len(speeds) == 3
+    monkeypatch.chdir(tmp_path)
+    sizes, *speeds, line = bench_table(
+        BenchConfig([MINI, REDUCED], rounds=2, json="x.json", plot="x.png")
+    )
+    assert [REDUCED in text_of(table) for table in speeds] == [True] * 3
     assert "+insert(8,3)" in text_of(sizes)
     assert line.startswith("1 x 28 x 28 on cpu (")
     values = json.loads((tmp_path / "x.json").read_text())
@@ -429,18 +375,15 @@ def test_a_run_gives_tables_and_a_line_and_writes_the_files(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.png"]
 
 
-def test_no_other_file_is_written(
+def test_without_files_nothing_is_written_and_brackets_in_a_name_are_no_markup(
     watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bench_table(BenchConfig([MINI], rounds=2))
-    assert not list(tmp_path.iterdir())
-
-
-def test_brackets_in_a_name_are_no_markup(watch: Stopwatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # which only a plot needs
     saved = str(save_model(create_model(MINI), tmp_path / "[red]" / "m.safetensors"))
     parts = bench_table(BenchConfig([saved], rounds=2))
     assert text_of(*parts, width=300).count("[red]") == 5  # in four tables, and in the line
+    assert [path.name for path in tmp_path.iterdir()] == ["[red]"]
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])
@@ -454,13 +397,6 @@ def test_a_missing_package_is_an_error_before_any_work(
     assert not watch.calls
 
 
-def test_matplotlib_is_not_needed_without_a_plot(
-    watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert len(bench_table(BenchConfig([MINI], rounds=2))) == 5
-
-
 def test_the_command_prints_what_it_measured_and_what_it_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -470,7 +406,11 @@ def test_the_command_prints_what_it_measured_and_what_it_does(
     out, err = capsys.readouterr()
     assert "throughput at batch 2, images/s" in out
     assert err.startswith("building\ncounting multiply-adds and memory\nlatency at batch 1")
-    assert len(json.loads(path.read_text())["models"]) == 2
+    result = json.loads(path.read_text())
+    speeds = [speed["value"] for row in result["models"] for speed in row["speeds"].values()]
+    assert len(speeds) == 4
+    assert all(0 < s["low"] <= s["median"] <= s["high"] for s in speeds)
+    assert result["read_gigabytes_per_second"] > 0
 
 
 @pytest.mark.parametrize(

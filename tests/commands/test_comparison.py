@@ -71,42 +71,21 @@ def test_the_notes_are_the_accuracy_with_its_error_and_the_remarks(
 # --- the table and the files --------------------------------------------------------------------
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> str:
-    write_comparison(tmp_path, comparison(), {"seed": 3})
-    return (tmp_path / "table.txt").read_text()
-
-
 def row(table: str, label: str) -> list[str]:
     line = next(line for line in table.splitlines() if label in line)
     return re.split(r"  +", line.partition(label)[2].strip())
 
 
-def test_the_table_has_both_and_their_ratio(table: str) -> None:
-    assert row(table, "GMACs an image") == ["2.0000", "1.0000", "0.50"]
-    assert row(table, "images/s, inference") == ["10.0", "20.0", "20.00 (18.00–22.00)"]
-
-
-def test_accuracies_have_no_ratio(table: str) -> None:
-    assert row(table, "top-1 on held-out images, %") == ["90.0", "88.0"]
-
-
-def test_what_was_not_trained_here_has_no_time_of_training(table: str) -> None:
-    assert row(table, "seconds of training") == ["-", "3.0000"]
-
-
-def test_an_accuracy_of_nothing_is_a_number(tmp_path: Path) -> None:
-    write_comparison(tmp_path, comparison(second=0.0), {})
-    table = (tmp_path / "table.txt").read_text()
-    assert row(table, "top-1 on held-out images, %") == ["90.0", "0.0000"]
-
-
-def test_the_table_is_printed_as_it_is_written(
+def test_the_table_has_both_and_their_ratio(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_comparison(tmp_path, comparison(), {})
-    printed = capsys.readouterr().out
-    assert printed.split() == (tmp_path / "table.txt").read_text().split()
+    write_comparison(tmp_path, comparison(second=0.0), {})
+    table = (tmp_path / "table.txt").read_text()
+    assert capsys.readouterr().out.split() == table.split()
+    assert row(table, "GMACs an image") == ["2.0000", "1.0000", "0.50"]
+    assert row(table, "images/s, inference") == ["10.0", "20.0", "20.00 (18.00–22.00)"]
+    assert row(table, "top-1 on held-out images, %") == ["90.0", "0.0000"]
+    assert row(table, "seconds of training") == ["-", "3.0000"]  # one was not trained here
 
 
 def test_the_metrics_hold_all_numbers(tmp_path: Path) -> None:
@@ -123,25 +102,20 @@ def test_the_metrics_hold_all_numbers(tmp_path: Path) -> None:
 # --- the images -------------------------------------------------------------------------------
 
 
-def test_one_image_of_each_class_is_drawn() -> None:
-    data = make_images(classes=4)
-    assert data.labels[one_of_each(data)].tolist() == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    ("classes", "missing", "expected"),
+    [(4, None, [0, 1, 2, 3]), (20, None, [0, 4, 8, 11, 15, 19]), (4, 2, [0, 1, 3])],
+)
+def test_an_image_of_each_of_at_most_six_classes_is_drawn(
+    classes: int, missing: int | None, expected: list[int]
+) -> None:
+    data = make_images(classes=classes)
+    kept = data.labels != (-1 if missing is None else missing)
+    data = replace(data, images=data.images[kept], labels=data.labels[kept])
+    assert data.labels[one_of_each(data)].tolist() == expected
 
 
-def test_no_more_than_six_are_drawn_spread_over_the_classes() -> None:
-    data = make_images(classes=20)
-    assert data.labels[one_of_each(data)].tolist() == [0, 4, 8, 11, 15, 19]
-
-
-def test_classes_without_an_image_are_passed_over() -> None:
-    data = make_images(classes=4)
-    kept = data.labels != 2
-    part = replace(data, images=data.images[kept], labels=data.labels[kept])
-    assert part.labels[one_of_each(part)].tolist() == [0, 1, 3]
-
-
-@pytest.mark.parametrize("c", [1, 3])
-@pytest.mark.parametrize("learner", ["v11", "v1"])
+@pytest.mark.parametrize(("c", "learner"), [(1, "v11"), (3, "v1")])
 def test_maps_are_drawn_of_gray_and_colored_images(
     c: int, learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,37 +152,28 @@ def trained(config: TrainConfig) -> TrainResult:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     module = import_module("tokenlearner.commands._comparison")
+    monkeypatch.setattr(module, "MAX_IMAGES", 1)
     monkeypatch.setattr(module, "load_data", lambda *args, **options: make_images())
     monkeypatch.setattr(module, "benchmark", lambda models, images: dict.fromkeys(models, cost(1)))
     return TrainConfig(out=str(tmp_path), model="host", insert=3, teacher="host", epochs=4)
 
 
-def test_a_host_and_its_reduction_are_named_and_evaluated(config: TrainConfig) -> None:
+def test_a_host_is_compared_with_what_was_made_of_it(config: TrainConfig) -> None:
     result = trained(config)
-    host, reduced = compare_with_host(config, result).pair
+    comparison = compare_with_host(config, result)
+    host, reduced = comparison.pair
     assert (host.name, reduced.name) == ("host", "3 learned tokens")
     assert host.top1_percent == evaluate(result.host, make_images()).top1_percent
-    assert reduced.top1_percent == 12.5
-    assert not host.history
-
-
-def test_table_metrics_and_maps_are_written(config: TrainConfig) -> None:
-    compare_with_host(config, trained(config))
-    assert {p.name for p in Path(config.out).iterdir()} == {"table.txt", "metrics.json", "maps.png"}
-    written = json.loads((Path(config.out) / "metrics.json").read_text())
-    assert written["config"]["insert"] == 3
-
-
-def test_the_notes_have_the_calibration_and_the_training(config: TrainConfig) -> None:
-    _, calibration, training = compare_with_host(config, trained(config)).notes
+    assert (reduced.top1_percent, host.history) == (12.5, [])
+    _, calibration, training = comparison.notes
     assert calibration.startswith("Calibration: 16 images without labels, 7 s; ")
     assert calibration.endswith("125% before, 50% after.")
     assert training == "Training: 4 epochs of 32 images, distilled from host, without labels."
-
-
-def test_the_notes_have_labels_that_were_used(config: TrainConfig) -> None:
+    assert {p.name for p in Path(config.out).iterdir()} == {"table.txt", "metrics.json", "maps.png"}
+    written = json.loads((Path(config.out) / "metrics.json").read_text())
+    assert written["config"]["insert"] == 3
     config = replace(config, teacher=None)
-    _, training = compare_with_host(config, replace(trained(config), calibration=None)).notes
+    _, training = compare_with_host(config, replace(result, calibration=None)).notes
     assert training == "Training: 4 epochs of 32 images, with labels."
 
 

@@ -18,9 +18,10 @@ SMALL_RUN = [
 ]
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two classes, and a run that was trained on it at 14 pixels, in gray."""
+    tmp_path = tmp_path_factory.mktemp("eval")
     for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
         folder = tmp_path / "data" / split / name
         folder.mkdir(parents=True)
@@ -32,23 +33,21 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_run_is_evaluated_as_it_was_in_training(
+def test_a_run_is_evaluated_as_it_was_in_training_and_broken_images_are_counted(
     images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     [row] = map(json.loads, (images / "run" / "metrics.jsonl").read_text().splitlines())
-    capsys.readouterr()
-    main(["eval", str(images / "run")])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["images: 6", f"loss: {row['test_loss']:.4f}"]
-    assert len(lines) == 4
-
-
-def test_eval_counts_broken_images(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (images / "data" / "val" / "b" / "1.png").write_bytes(b"no image")
-    capsys.readouterr()
-    main(["eval", str(images / "run")])
-    lines = capsys.readouterr().out.splitlines()
-    assert (lines[0], lines[-1]) == ("images: 5", "broken: 1")
+    broken = images / "data" / "val" / "b" / "1.png"
+    whole = broken.read_bytes()
+    outputs = []
+    for content in (whole, b"no image"):
+        broken.write_bytes(content)
+        capsys.readouterr()
+        main(["eval", str(images / "run")])
+        outputs.append(capsys.readouterr().out.splitlines())
+    broken.write_bytes(whole)
+    assert outputs[0][:2] == ["images: 6", f"loss: {row['test_loss']:.4f}"]
+    assert (len(outputs[0]), outputs[1][0], outputs[1][-1]) == (4, "images: 5", "broken: 1")
 
 
 @pytest.mark.parametrize(
@@ -71,13 +70,9 @@ def test_eval_s_options_go_before_those_of_the_run(
 # --- options of a run ---------------------------------------------------------------------------
 
 
-def test_a_checkpoint_without_a_run_has_no_options(tmp_path: Path) -> None:
-    assert run_options(str(tmp_path)) == {}
-    assert run_options(str(tmp_path / "model.safetensors")) == {}
-
-
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
 def test_options_of_a_run_are_those_of_its_data(name: str, tmp_path: Path) -> None:
+    assert run_options(str(tmp_path / name)) == {}
     run = {"data": "folder", "root": "there", "img_size": 9, "lr": 1.0, "images": 5}
     (tmp_path / "train.json").write_text(json.dumps(run))
     known = {"data": "folder", "root": "there", "img_size": 9}

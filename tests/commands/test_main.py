@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tokenlearner
 from tokenlearner import create_model, save_model
@@ -28,51 +26,37 @@ SMALL_RUN = [
 ]
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tokenlearner", *arguments]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=one_thread)
-
-
 def exit_code(*arguments: str) -> int | str | None:
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     return exit_info.value.code
 
 
-def configs_of(command: str, function: str, patch: pytest.MonkeyPatch) -> list[Any]:
-    """The configs that a command's function is called with, from now on."""
-    configs: list[Any] = []
-    patch.setattr(
-        f"tokenlearner.commands.{command}.{function}", lambda c, *_: configs.append(c) or ()
-    )
-    return configs
-
-
 # --- help and options ---------------------------------------------------------------------------
 
 
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command_and_version_is_the_package_s(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert exit_code("--help") == 0
     out = capsys.readouterr().out
     assert all(name in out and summary in out for name, summary in COMMANDS.items())
-
-
-@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--version", 0), ("trian", 2)])
-def test_help_and_mistakes_do_not_wait_for_torch(option: str, code: int) -> None:
-    program = (
-        "import sys, tokenlearner.commands.main as command\n"
-        f"sys.argv[1:] = [{option!r}]\n"
-        "try: command.main()\n"
-        "except SystemExit as end: print(end.code, 'torch' in sys.modules)\n"
-    )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    assert out.splitlines()[-1] == f"{code} False"
-
-
-def test_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--version") == 0
     assert capsys.readouterr().out == f"tokenlearner {tokenlearner.__version__}\n"
+
+
+def test_help_and_mistakes_of_a_process_do_not_wait_for_torch() -> None:
+    program = (
+        "import sys, tokenlearner.commands.main as command\n"
+        "for sys.argv[1:] in (['--help'], ['--version'], ['trian']):\n"
+        "    try: command.main()\n"
+        "    except SystemExit as end: print('ends', end.code, 'torch' in sys.modules)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    again = [sys.executable, "-m", "tokenlearner", "--version"]
+    assert subprocess.run(again, capture_output=True, text=True).stdout.startswith("tokenlearner ")
+    ends = [line for line in out.splitlines() if line.startswith("ends")]
+    assert ends == ["ends 0 False", "ends 0 False", "ends 2 False"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -85,21 +69,30 @@ def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[s
     assert not [option for option in options if len(option.split("(type")[0].split()) < 4]
 
 
-@pytest.mark.parametrize("paths", [(), ("a", "b")], ids=["none", "two"])
-def test_app_takes_any_number_of_checkpoints(
-    paths: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "function", "expected"),
+    [
+        (["app", "--port", "8000"], "app.server.app", {"checkpoints": (), "port": 8000}),
+        (["app", "a", "b"], "app.server.app", {"checkpoints": ["a", "b"], "port": None}),
+        (
+            ["bench", "vit+insert(8,6)", "vit"],
+            "bench.table.bench_table",
+            {"models": ["vit+insert(8,6)", "vit"]},
+        ),
+    ],
+)
+def test_app_and_bench_take_several_models_without_brackets(
+    arguments: list[str],
+    function: str,
+    expected: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    configs = configs_of("app.server", "app", monkeypatch)
-    main(["app", *paths, "--port", "8000"])
-    assert [(tuple(config.checkpoints), config.port) for config in configs] == [(paths, 8000)]
-
-
-def test_bench_takes_models_without_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = configs_of("bench.table", "bench_table", monkeypatch)
-    main(["bench", "vit+insert(8,6)", "vit", "--rounds", "3"])
-    assert [(config.models, config.rounds) for config in configs] == [
-        (["vit+insert(8,6)", "vit"], 3)
-    ]
+    configs: list[Any] = []
+    fake = lambda config, *_: configs.append(config) or ()  # noqa: E731
+    monkeypatch.setattr(f"tokenlearner.commands.{function}", fake)
+    main(arguments)
+    [config] = configs
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_models_takes_a_pattern_or_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,19 +205,18 @@ def test_other_processes_print_only_errors_of_their_own(
 
 
 def test_train_then_eval_gives_the_same_accuracy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ["--model", "vit_mini_patch4_28", "--num_tokens", "2", "--at", "1", "--epochs", "1"]
-    quick = ["--warmup_epochs", "0.1", "--images", "1280", "--lr", "4e-3"]
-    quick += ["--model_kwargs", '{"embed_dim": 32, "depth": 2}']
-    trained = run("train", "--out", "run", *small, *quick, cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    assert "The checkpoint is run/model.safetensors" in trained.stdout
-    main(["eval", str(tmp_path / "run")])
+    monkeypatch.chdir(tmp_path)
+    tokens = ["--num_tokens", "2", "--at", "1", "--lr", "4e-3", "--images", "1280"]
+    main(["train", "--out", "run", *SMALL_RUN, *tokens])
+    trained = capsys.readouterr().out
+    assert "The checkpoint is run/model.safetensors" in trained
+    main(["eval", "run"])
     printed = capsys.readouterr().out.splitlines()
     line = next(x for x in printed if x.startswith("top1_percent: "))
     top1 = float(line.split()[1])
-    assert f"held-out top-1 {top1:.1f} %" in trained.stdout
+    assert f"held-out top-1 {top1:.1f} %" in trained
     assert top1 > 12  # guessing gets 10
 
 
@@ -232,7 +224,7 @@ def test_train_with_insert_leaves_a_table_and_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
+    monkeypatch.setattr("tokenlearner.commands._comparison.MAX_IMAGES", 1)
     shape = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
     save_model(create_model("vit_mini_patch4_28", **shape), "host")
     insertion = ["--model", "host", "--insert", "3", "--teacher", "host", "--calibrate", "0"]
@@ -276,23 +268,17 @@ def test_options_of_the_command_line_go_before_a_recipe_s() -> None:
     assert options["model"] == "vit_mini_patch4_tl8at3_28"
 
 
-def test_what_print_config_prints_is_a_recipe(
+def test_what_print_config_prints_and_the_train_json_of_a_run_are_recipes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", "imagenet1k_deit", "--lr", "0.25", "--print_config") == 0
-    path = tmp_path / "again.yaml"
+    path, run = tmp_path / "again.yaml", tmp_path / "train.json"
     path.write_text(capsys.readouterr().out)
-    again = train_options([str(path)])
-    assert again == train_options(["imagenet1k_deit", "--lr", "0.25"])
-    assert train_options(["--config", str(path)]) == again
-    assert again["scale"] == [0.08, 1.0]
-
-
-def test_the_train_json_of_a_run_is_a_recipe(tmp_path: Path) -> None:
-    options = train_options(["imagenet1k_paper", "--root", "x"])
-    path = tmp_path / "train.json"
-    path.write_text(json.dumps(options))
-    assert train_options([str(path)]) == options
+    options = train_options(["imagenet1k_deit", "--lr", "0.25"])
+    run.write_text(json.dumps(options))
+    for arguments in ([str(path)], ["--config", str(path)], [str(run)]):
+        assert train_options(arguments) == options
+    assert options["scale"] == [0.08, 1.0]
 
 
 @pytest.mark.parametrize(

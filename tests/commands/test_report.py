@@ -24,7 +24,7 @@ from torch import nn
 
 from tokenlearner import TrainConfig, create_model, evaluate, load_data, load_model, save_model
 from tokenlearner.commands.main import main
-from tokenlearner.commands.report.confusion import Confusions, confusion_counts
+from tokenlearner.commands.report.confusion import Confusions, confusion_counts, reevaluate
 from tokenlearner.commands.report.figures import cell_ink, line_style
 from tokenlearner.commands.report.reader import read_source
 from tokenlearner.commands.report.render import ReportConfig, write_report
@@ -92,7 +92,7 @@ class Page(HTMLParser):
 
     @property
     def problems(self) -> str:
-        return " ".join(text for attrs, text in self.all("ul") if attrs.get("class") == "problems")
+        return " ".join(self.texts("ul", **{"class": "problems"}))
 
 
 def epochs(n: int = 2, start: float = 50.0) -> list[dict[str, Any]]:
@@ -142,6 +142,12 @@ def write_comparison(folder: Path, content: dict[str, Any]) -> Path:
     return folder
 
 
+@pytest.fixture
+def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty figures, for tests that look at everything else."""
+    monkeypatch.setattr("tokenlearner.commands.report.figures._svg", lambda *_: "<svg></svg>")
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the demo leaves it."""
@@ -164,16 +170,10 @@ def page(demo: Path) -> Page:
 
 def test_the_report_of_the_demo_has_every_section(page: Page) -> None:
     assert page.texts("h2") == [
-        "What ran",
-        "Results",
-        "Learning curves",
-        "Accuracy against speed",
-        "Where the learned tokens look",
-        "Confusion matrix",
-        "Environment",
-        "All options",
+        *("What ran", "Results", "Learning curves", "Accuracy against speed"),
+        *("Where the learned tokens look", "Confusion matrix", "Environment", "All options"),
     ]
-    assert len([attrs for attrs, _ in page.all("p") if attrs.get("class") == "lead"]) == 8
+    assert len(page.all("p", **{"class": "lead"})) == 8
     assert page.problems == ""
 
 
@@ -187,7 +187,7 @@ def test_the_tables_have_the_numbers_of_the_files(page: Page) -> None:
     assert "A note." in page.texts("li")
     assert page.row("threads") == ["7"]
     assert page.row("timm") == [version("timm")]
-    marked = [text for attrs, text in page.all("tr") if attrs.get("class") == "marked"]
+    marked = page.texts("tr", **{"class": "marked"})
     assert [text for text in marked if not text.startswith("out")] == ["num_tokens02"]
 
 
@@ -204,18 +204,17 @@ def test_figures_have_the_numbers_of_the_files_as_alternative_text(page: Page) -
     assert all("Ankle boot" in text for text in matrices)
 
 
-def test_maps_that_are_there_are_kept_and_no_others_drawn(page: Page, demo: Path) -> None:
+def test_maps_that_are_there_are_kept_and_the_matrix_is_that_of_the_model(
+    page: Page, demo: Path
+) -> None:
     [(attrs, _)] = page.all("img")
     head, _, data = str(attrs["src"]).partition(",")
     assert head == "data:image/png;base64"
     assert b64decode(data) == (demo / "maps-clothes.png").read_bytes()
-
-
-def test_the_confusion_matrix_is_that_of_the_saved_model(page: Page, demo: Path) -> None:
-    data = load_data("fashion-mnist-small", "test").sample(FEW, 0)
+    images = load_data("fashion-mnist-small", "test").sample(FEW, 0)
     remarks = [text for text in page.texts("p") if "are right" in text]
     for folder, remark in zip(("vit", "vit-tl2"), remarks, strict=True):
-        right = evaluate(load_model(demo / folder), data).top1_percent
+        right = evaluate(load_model(demo / folder), images).top1_percent
         assert f"{FEW} images of 2,000, drawn by a seed" in remark
         assert f"{right:.1f} % are right" in remark
 
@@ -257,23 +256,9 @@ def test_the_page_can_be_read_without_seeing_it(page: Page) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1200, 390])
-def test_chromium_renders_it_without_a_request_or_a_complaint(demo: Path, width: int) -> None:
+def test_chromium_renders_it_at_every_width_in_light_and_dark_without_a_request(demo: Path) -> None:
+    """Texts and lines of figures, whose colors are the page's, have contrast too."""
     address = (demo / "report.html").as_uri()
-    with chromium(width) as browser:
-        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        browser.get(address)
-        assert requested(browser) == [address]
-        assert complaints(browser) == []
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        widths = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
-        assert widths == [40]
-
-
-@pytest.mark.slow
-def test_chromium_has_contrast_in_light_and_dark(demo: Path) -> None:
-    """Also the texts and lines of figures, whose colors are the page's."""
     script = """
       const color = (query, name) => getComputedStyle(document.querySelector(query))[name];
       return [color("body", "backgroundColor"), color("body", "color"),
@@ -281,7 +266,15 @@ def test_chromium_has_contrast_in_light_and_dark(demo: Path) -> None:
               color(".chart svg use", "fill")];
     """
     with chromium() as browser:
-        browser.get((demo / "report.html").as_uri())
+        for width in (1200, 390):
+            metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            browser.get(address)
+            assert requested(browser) == [address]
+            assert complaints(browser) == []
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            widths = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
+            assert widths == [40]
         for scheme, is_light in (("light", True), ("dark", False)):
             feature = {"name": "prefers-color-scheme", "value": scheme}
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
@@ -319,6 +312,7 @@ def test_names_of_classes_models_and_options_are_text(
 # --- other sources ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("sketches")
 def test_a_run_with_tokens_gets_maps_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", tokens=2)
     assert write_report(folder / "metrics.jsonl", images=FEW) == folder / "report.html"
@@ -330,6 +324,7 @@ def test_a_run_with_tokens_gets_maps_drawn(tmp_path: Path) -> None:
     assert page.row("training images/s, median") == ["150.0"]
 
 
+@pytest.mark.usefixtures("sketches")
 def test_runs_in_one_folder_are_side_by_side(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", rows=epochs(start=55.0), lr=0.5)
@@ -360,64 +355,47 @@ def test_the_host_of_an_inserted_model_is_evaluated_too(tmp_path: Path) -> None:
     assert colors == {"2 learned tokens": {"--c0"}, "host": {"--c1"}}
 
 
+@pytest.mark.usefixtures("sketches")
 def test_runs_have_the_names_of_their_comparison(tmp_path: Path) -> None:
     """By the folder that is recorded; of version 0.3 by the metrics."""
+    one, two = tmp_path / "one", tmp_path / "two"
     content = comparison(host=epochs(1), tokens=epochs())
     for name in ("a", "b"):
-        make_run(tmp_path / name, rows=epochs(1, start=7.0))
-    make_run(tmp_path / "host", rows=epochs(start=1.0))
-    write_comparison(tmp_path, content)
-    assert [run.name for run in read_source(tmp_path).runs] == ["a", "b", "host/"]
+        make_run(one / name, rows=epochs(1, start=7.0))
+    make_run(one / "host", rows=epochs(start=1.0))
+    write_comparison(one, content)
+    assert [run.name for run in read_source(one).runs] == ["a", "b", "host/"]
     content["models"][1]["run"] = "b"
-    write_comparison(tmp_path, content)
-    assert [run.name for run in read_source(tmp_path).runs] == ["tokens", "a", "host/"]
-
-
-def test_comparisons_side_by_side_have_the_names_of_their_folders(tmp_path: Path) -> None:
-    for name, start in (("a", 10.0), ("b", 20.0)):
-        folder = make_run(tmp_path / name, rows=epochs(start=start))
+    write_comparison(one, content)
+    assert [run.name for run in read_source(one).runs] == ["tokens", "a", "host/"]
+    for name, start in (("a", 10.0), ("b", 20.0)):  # side by side
+        folder = make_run(two / name, rows=epochs(start=start))
         write_comparison(folder, comparison(host=[], tokens=epochs(start=start)))
-    assert [run.name for run in read_source(tmp_path).runs] == ["a: tokens", "b: tokens"]
-    page = Page(write_report(tmp_path, images=0))
-    assert "a/metrics.json" in page.texts("th")
+    assert [run.name for run in read_source(two).runs] == ["a: tokens", "b: tokens"]
+    assert "a/metrics.json" in Page(write_report(two, images=0)).texts("th")
 
 
-def test_a_run_of_version_0_3_is_read(tmp_path: Path) -> None:
-    page = Page(write_report(ROOT / "tests" / "version_0_3" / "run", tmp_path / "r.html", images=0))
-    assert page.row("epochs") == ["2"] or page.row("epochs") == ["1"]
-    assert page.row("model") != ["–"]
-
-
-BENCH: dict[str, Any] = {
-    "command": "tokenlearner bench 'a' 'b+insert(8)'",
-    "machine": {"cpu": "a fast one", "torch": "2.9.9", "accelerator": None},
-    "read_gigabytes_per_second": 12.5,
-    "config": {"models": ["a", "b+insert(8)"], "rounds": 3},
-    "measurements": [{"name": "latency", "batch_size": 1, "unit": "ms"}],
-    "models": [
-        {
-            "name": name,
-            "parameters": 5_000_000,
-            "gmacs": 4 / ratio,
-            "macs_ratio": ratio,
-            "peak_memory_mib": 3.5,
-            "training_peak_memory_mib": None,
-            "speeds": {
-                "latency": {
-                    "value": {"median": 8 / speed, "low": 7 / speed, "high": 9 / speed},
-                    "speedup": {"median": speed, "low": 0.9 * speed, "high": 1.1 * speed},
-                    "of_macs_ratio": speed / ratio,
-                }
-            },
-        }
-        for name, ratio, speed in (("a", 1.0, 1.0), ("b+insert(8)", 2.0, 1.6))
-    ],
-    "notes": ["b gains less."],
-}
+def bench(name: str, ratio: float, speed: float) -> dict[str, Any]:
+    """Returns a model of what `bench` writes."""
+    value = {"median": 8 / speed, "low": 7 / speed, "high": 9 / speed}
+    speedup = {"median": speed, "low": 0.9 * speed, "high": 1.1 * speed}
+    counted = {"parameters": 5_000_000, "gmacs": 4 / ratio, "macs_ratio": ratio}
+    counted |= {"peak_memory_mib": 3.5, "training_peak_memory_mib": None}
+    latency = {"value": value, "speedup": speedup, "of_macs_ratio": speed / ratio}
+    return {"name": name, **counted, "speeds": {"latency": latency}}
 
 
 def test_a_bench_has_tables_and_a_chart(tmp_path: Path) -> None:
-    (tmp_path / "speed.json").write_text(json.dumps(BENCH))
+    content = {
+        "command": "tokenlearner bench 'a' 'b+insert(8)'",
+        "machine": {"cpu": "a fast one", "torch": "2.9.9", "accelerator": None},
+        "read_gigabytes_per_second": 12.5,
+        "config": {"models": ["a", "b+insert(8)"], "rounds": 3},
+        "measurements": [{"name": "latency", "batch_size": 1, "unit": "ms"}],
+        "models": [bench("a", 1.0, 1.0), bench("b+insert(8)", 2.0, 1.6)],
+        "notes": ["b gains less."],
+    }
+    (tmp_path / "speed.json").write_text(json.dumps(content))
     assert write_report(tmp_path / "speed.json") == tmp_path / "speed.html"
     page = Page(tmp_path / "speed.html")
     assert page.texts("h2")[:3] == ["What ran", "Results", "Speed against multiply-adds"]
@@ -425,7 +403,7 @@ def test_a_bench_has_tables_and_a_chart(tmp_path: Path) -> None:
     cells = page.texts("td")
     timed = ["5.000 (4.375–5.625)", "1.60 (1.44–1.76)", "0.80"]
     assert cells[cells.index(timed[0]) :][:3] == timed
-    assert page.row("command") == [BENCH["command"]]
+    assert page.row("command") == [content["command"]]
     assert "b gains less." in page.texts("li")
     assert page.row("memory read, 1e9 bytes/s") == ["12.5"]
     assert page.row("accelerator") == []
@@ -434,26 +412,26 @@ def test_a_bench_has_tables_and_a_chart(tmp_path: Path) -> None:
     assert "(2.000, 1.600)." in text
 
 
-def test_rows_of_any_benchmark_are_a_table(tmp_path: Path) -> None:
+def test_rows_of_any_benchmark_are_a_table_but_budgets_have_a_script(tmp_path: Path) -> None:
     rows = [{"data": "x", "top1_percent": [1.0, 3.0, 2.0]}, {"data": "y", "odd": None}]
     (tmp_path / "one.json").write_text(json.dumps({"rows": rows, "command": "python one.py"}))
     page = Page(write_report(tmp_path / "one.json"))
     assert page.row("x") == ["2.000 (1.000–3.000)", "–"]
     assert page.row("y") == ["–", "–"]
-
-
-def test_a_comparison_of_budgets_names_the_script_for_it(tmp_path: Path) -> None:
     path = ROOT / "benchmarks" / "results" / "compare.json"
     with pytest.raises(ValueError, match=r"compare\.json.*benchmarks/compare_report\.py"):
         write_report(path, tmp_path / "compare.html")
 
 
-def test_the_option_of_version_0_3_still_works(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("sketches")
+def test_a_run_and_the_option_of_version_0_3_are_read(tmp_path: Path) -> None:
+    run, path = ROOT / "tests" / "version_0_3" / "run", tmp_path / "r.html"
     for option in (["--pictures", "0"], ["--pictures=0"]):
-        main(["report", str(make_run(tmp_path / option[0])), *option])
-        assert "images is 0" in Page(tmp_path / option[0] / "report.html").problems
+        main(["report", str(run), "--out", str(path), *option])
+        page = Page(path)
+        assert "images is 0" in page.problems
+        assert page.row("epochs")[0] in ("1", "2")
+        assert page.row("model") != ["–"]
 
 
 # --- what is damaged or missing ---------------------------------------------------------------
@@ -476,6 +454,7 @@ def test_damaged_rows_are_named_and_the_rest_is_reported(tmp_path: Path) -> None
     assert not [text for text in page.texts("figcaption") if "by time" in text]
 
 
+@pytest.mark.usefixtures("sketches")
 def test_a_comparison_of_an_older_version_has_gaps(tmp_path: Path) -> None:
     content: dict[str, Any] = comparison(a=epochs(), b=epochs(1)) | {"notes": "no list"}
     del content["environment"], content["models"][0]["top1_percent"]
@@ -483,9 +462,10 @@ def test_a_comparison_of_an_older_version_has_gaps(tmp_path: Path) -> None:
     page = Page(write_report(write_comparison(tmp_path, content)))
     assert page.row("top-1 on held-out images, %") == ["–", "61.0", ""]
     assert page.row("images/s, inference") == ["100.0 (90.0–110.0)", "–", ""]
-    assert not [attrs for attrs, _ in page.all("ul") if attrs.get("class") == "notes"]
+    assert not page.all("ul", **{"class": "notes"})
 
 
+@pytest.mark.usefixtures("sketches")
 def test_broken_files_beside_a_run_are_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
@@ -505,19 +485,21 @@ def test_broken_files_beside_a_run_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"data": "hfds/some/set"}, "hfds/some/set may have to be fetched"),
-        ({"data": "folder", "root": "nowhere"}, "nowhere is not a folder"),
-        ({"img_size": 14}, "Input height (14)"),
+        ({"data": "hfds/some/set"}, "run: hfds/some/set may have to be fetched"),
+        ({"data": "folder", "root": "nowhere"}, "run: nowhere is not a folder"),
+        ({"img_size": 14}, "run: Input height (14)"),
     ],
 )
 def test_why_a_model_cannot_be_evaluated_is_named(
     changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    page = Page(write_report(make_run(tmp_path / "run", **changes), images=FEW))
-    assert f"Missing for run: {reason}" in str(page.problems)
-    assert not page.texts("h3")
+    [run] = read_source(make_run(tmp_path / "run", **changes)).runs
+    result = reevaluate(run, FEW, "cpu", draw=False)
+    assert result.confusions is None
+    assert [problem[: len(reason)] for problem in result.problems] == [reason]
 
 
+@pytest.mark.usefixtures("sketches")
 def test_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "model.safetensors").unlink()
@@ -558,12 +540,6 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
 # --- figures and matrices ---------------------------------------------------------------------
 
 
-def test_a_dozen_lines_all_look_different() -> None:
-    looks = [line_style(number) for number in range(12)]
-    assert len({(look["color"], look["marker"]) for look in looks}) == 12
-    assert looks[0]["linestyle"] != looks[1]["linestyle"]
-
-
 def luminance(colors: np.ndarray) -> np.ndarray:
     linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     return linear @ [0.2126, 0.7152, 0.0722]
@@ -574,13 +550,16 @@ def contrast(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_the_numbers_of_a_matrix_can_be_read_on_every_color() -> None:
+def test_numbers_of_a_matrix_can_be_read_and_a_dozen_lines_look_different() -> None:
     shares = np.linspace(0, 1, 101)
     inks = np.array([[float(cell_ink(share) == "white")] * 3 for share in shares])
     assert contrast(colormaps["cividis"](shares)[:, :3], inks).min() >= 4.5
+    looks = [line_style(number) for number in range(12)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 12
+    assert looks[0]["linestyle"] != looks[1]["linestyle"]
 
 
-def test_a_matrix_has_shares_of_rows_and_lists_the_most_frequent_mistakes(tmp_path: Path) -> None:
+def test_a_matrix_has_shares_of_rows_of_the_classes_with_the_most_mistakes(tmp_path: Path) -> None:
     counts = torch.tensor([[6, 2, 0], [0, 4, 0], [5, 0, 0]])
     matrix = Confusions("m", counts, ("a", "b", "c"), "data, test", 17)
     (tmp_path / "a.html").write_text(matrix.svg("salt"))
@@ -592,13 +571,8 @@ def test_a_matrix_has_shares_of_rows_and_lists_the_most_frequent_mistakes(tmp_pa
     ]
     assert matrix.remark == "17 images (data, test); 58.8 % are right."
     assert matrix.description.endswith("a 75%, b 100%, c 0%.")
-
-
-def test_of_many_classes_those_with_the_most_mistakes_are_in_the_matrix() -> None:
-    counts = 10 * torch.eye(30, dtype=torch.int64)
-    counts[29, 7] = 3
-    names = tuple(f"class {i}" for i in range(30))
-    matrix = Confusions("m", counts, names, "data, test", 303)
+    matrix = Confusions("m", 10 * torch.eye(30).long(), (*map(str, range(30)),), "data, test", 303)
+    matrix.counts[29, 7] = 3
     assert matrix.shares.shape == (20, 20)
     assert {29, 7} <= {*matrix.selected}
     assert "20 of 30" in matrix.remark

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
-import pickle
 import re
 import struct
 import subprocess
@@ -19,7 +18,6 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import make_fashion_mnist_small
 import tokenlearner.data.fashion_mnist
@@ -28,6 +26,12 @@ from tokenlearner.data.fashion_mnist import IDX_FILES, SMALL
 
 ASSETS = Path(tokenlearner.__file__).parent / "assets" / "fashion_mnist_small"
 SIZES = {"train": 8000, "test": 2000}
+VALUES = {  # of the idx files of version 0.3, behind their headers
+    "train_images": "dc61419f9ef34e934a615912bc878eccd1ce708d987e36d0949480085ee58411",
+    "train_labels": "261f07f85a43e09458fef17af487c03eff62515ef325a86dcf3be091ce8af8f4",
+    "test_images": "a9a3fef60943d6c23d218c668ff2a8e2537003dbf7a653b962a95bcf38a209bb",
+    "test_labels": "19efeabbd5fed476d80e2ce2609cdc76c23b9694a1631c6371599ab362810a91",
+}
 CHECKSUM = re.compile(r"^ {4}([0-9a-f]{64})  (\S+)$", re.MULTILINE)
 
 
@@ -95,22 +99,14 @@ def test_the_known_names_are_listed() -> None:
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_the_bundled_set_has_the_sizes_it_promises(
+def test_the_bundled_set_has_the_sizes_it_promises_and_is_balanced_from_its_start(
     bundled: dict[str, ImageDataset], split: str
 ) -> None:
-    assert bundled[split].images.shape == (SIZES[split], 1, 28, 28)
-
-
-@pytest.mark.parametrize("split", SIZES)
-def test_the_bundled_set_is_balanced(bundled: dict[str, ImageDataset], split: str) -> None:
-    assert bundled[split].labels.bincount().tolist() == [SIZES[split] // 10] * 10
-
-
-@pytest.mark.parametrize("split", SIZES)
-def test_the_first_images_of_the_bundled_set_are_balanced_too(
-    bundled: dict[str, ImageDataset], split: str
-) -> None:
-    assert all(len(ten.unique()) == 10 for ten in bundled[split].labels.split(10))
+    data = bundled[split]
+    assert data.images.shape == (SIZES[split], 1, 28, 28)
+    assert all(len(ten.unique()) == 10 for ten in data.labels.split(10))
+    for name, values in (("images", data.images), ("labels", data.labels.byte())):
+        assert hashlib.sha256(values.numpy().tobytes()).hexdigest() == VALUES[f"{split}_{name}"]
 
 
 def test_the_class_names_are_those_of_torchvision(bundled: dict[str, ImageDataset]) -> None:
@@ -121,14 +117,6 @@ def test_no_bundled_test_image_is_a_training_image(bundled: dict[str, ImageDatas
     train, test = ({p.tobytes() for p in bundled[s].images.numpy()} for s in ("train", "test"))
     assert len(test) == SIZES["test"]
     assert not train & test
-
-
-def test_bundled_images_use_the_whole_range_from_0_to_255(
-    bundled: dict[str, ImageDataset],
-) -> None:
-    images = bundled["train"].images
-    assert images.dtype == torch.uint8
-    assert [int(v) for v in images.aminmax()] == [0, 255]
 
 
 def test_labels_belong_to_their_images(bundled: dict[str, ImageDataset]) -> None:
@@ -149,31 +137,6 @@ def test_the_bundled_mean_and_std_are_those_the_script_computed(
     assert (data.mean, data.std) == ((float(computed[1]),), (float(computed[2]),))
 
 
-def test_normalized_bundled_images_have_mean_0_and_std_1(
-    bundled: dict[str, ImageDataset],
-) -> None:
-    std, mean = torch.std_mean(next(bundled["train"].batches(8000))[0])
-    assert mean.item() == pytest.approx(0, abs=0.01)
-    assert std.item() == pytest.approx(1, abs=0.01)
-
-
-VALUES = {  # of the idx files of version 0.3, behind their headers
-    "train_images": "dc61419f9ef34e934a615912bc878eccd1ce708d987e36d0949480085ee58411",
-    "train_labels": "261f07f85a43e09458fef17af487c03eff62515ef325a86dcf3be091ce8af8f4",
-    "test_images": "a9a3fef60943d6c23d218c668ff2a8e2537003dbf7a653b962a95bcf38a209bb",
-    "test_labels": "19efeabbd5fed476d80e2ce2609cdc76c23b9694a1631c6371599ab362810a91",
-}
-
-
-@pytest.mark.parametrize("split", SIZES)
-def test_the_bundled_values_are_those_of_version_0_3(
-    bundled: dict[str, ImageDataset], split: str
-) -> None:
-    data = bundled[split]
-    for name, values in (("images", data.images), ("labels", data.labels.byte())):
-        assert hashlib.sha256(values.numpy().tobytes()).hexdigest() == VALUES[f"{split}_{name}"]
-
-
 def test_the_readme_names_the_sha256_of_the_bundled_file_and_its_arrays() -> None:
     readme = (ASSETS / "README.md").read_text(encoding="utf-8")
     digest = hashlib.sha256((ASSETS / SMALL).read_bytes()).hexdigest()
@@ -181,73 +144,53 @@ def test_the_readme_names_the_sha256_of_the_bundled_file_and_its_arrays() -> Non
     assert named == VALUES | {SMALL: digest}
 
 
-def test_the_bundled_set_comes_with_its_licence() -> None:
-    text = (ASSETS / "LICENSE").read_text(encoding="utf-8")
-    assert "MIT License" in text
-    assert "Copyright (c) 2017 Zalando SE" in text
-
-
 # One image, and batches
 
 
-def test_one_image_is_float32_from_0_to_1_with_an_int_label(
+def test_one_image_is_float32_from_0_to_1_with_an_int_label() -> None:
+    data = make_images()
+    found = list(data)
+    assert len(found) == len(data) == 10
+    for number, (image, label) in enumerate(found):
+        assert (image.dtype, type(label), label) == (torch.float32, int, number)
+        torch.testing.assert_close(image, torch.full((1, 2, 3), number / 255))
+    with pytest.raises(IndexError):
+        data[10]
+
+
+def test_the_split_is_that_for_training_unless_told_otherwise(
     bundled: dict[str, ImageDataset],
 ) -> None:
-    data = bundled["test"]
-    image, label = data[3]
-    torch.testing.assert_close(image * 255, data.images[3].float())
-    assert image.dtype == torch.float32
-    assert image.max() <= 1
-    assert type(label) is int
-    assert label == data.labels[3]
-
-
-def test_a_data_loader_with_workers_reads_the_data_set() -> None:
-    loader = DataLoader(make_images(), batch_size=4, num_workers=1)
-    assert labels_of(loader) == list(range(10))
-
-
-def test_a_pickled_data_set_comes_back_whole() -> None:
-    data = make_images()
-    assert torch.equal(pickle.loads(pickle.dumps(data)).images, data.images)
+    data = load_data("fashion-mnist-small")
+    assert data.split == "train"
+    assert torch.equal(data.labels, bundled["train"].labels)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 64])
 def test_batches_hold_every_image_once_and_in_order(batch_size: int) -> None:
-    assert labels_of(make_images().batches(batch_size)) == list(range(10))
+    data = make_images()
+    found = list(data.batches(batch_size))
+    assert labels_of(found) == list(range(10))
+    assert {len(images) for images, _ in found[:-1]} <= {batch_size}
+    if batch_size <= 10:
+        full = [images for images, _ in data.batches(batch_size, drop_last=True)]
+        assert [len(images) for images in full] == [batch_size] * (10 // batch_size)
 
 
-def test_only_the_last_batch_is_smaller() -> None:
-    assert [len(images) for images, _ in make_images().batches(4)] == [4, 4, 2]
-
-
-def test_drop_last_leaves_out_the_batch_that_is_not_full() -> None:
-    assert [len(images) for images, _ in make_images().batches(4, drop_last=True)] == [4, 4]
-
-
-def test_shuffled_batches_hold_every_image_once_and_in_another_order() -> None:
-    labels = labels_of(make_images(100).batches(7, shuffle=True))
-    assert sorted(labels) == list(range(100))
-    assert labels != list(range(100))
-
-
-def test_shuffled_labels_stay_with_their_images() -> None:
-    for images, labels in make_images().batches(3, shuffle=True):
+def test_shuffled_batches_hold_every_image_once_in_another_order_with_its_label() -> None:
+    found = list(make_images(100).batches(7, shuffle=True))
+    assert sorted(labels_of(found)) == list(range(100)) != labels_of(found)
+    for images, labels in found:
         assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
 
 
-def test_the_same_generator_seed_gives_the_same_order() -> None:
+def test_a_generator_says_the_order_and_leaves_the_global_random_state_alone() -> None:
     def order(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
         return labels_of(make_images(100).batches(7, shuffle=True, generator=generator))
 
-    assert order(0) == order(0)
-    assert order(0) != order(1)
-
-
-def test_a_given_generator_leaves_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
-    labels_of(make_images().batches(3, shuffle=True, generator=torch.Generator().manual_seed(0)))
+    assert order(0) == order(0) != order(1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -269,40 +212,34 @@ def test_changing_a_batch_does_not_change_the_data_set() -> None:
     assert data.images[9, 0, 0, 0] == 9
 
 
-def test_a_batch_size_below_1_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        make_images().batches(0)
-
-
-def test_drop_last_that_would_leave_no_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="10 images make no batch of 11; pass batch_size=10"):
-        make_images().batches(11, drop_last=True)
+@pytest.mark.parametrize(
+    ("refuse", "message"),
+    [
+        (lambda: make_images().batches(0), "batch_size is 0"),
+        (lambda: make_images().batches(11, drop_last=True), "batch of 11; pass batch_size=10"),
+        (lambda: make_images().sample(0), r"n is 0.* 10 images"),
+        (lambda: make_images().sample(11), r"n is 11.* 10 images"),
+        (lambda: load_data("fashion-mnist", "val"), "fashion-mnist .*'val'.*: train, test"),
+        (lambda: load_data("fashion-mnist-small", "val"), "small .*'val'.*: train, test"),
+        (lambda: load_data("mnist"), r"'mnist', expected .*: fashion-mnist-small, fashion-mn"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(refuse: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refuse()
 
 
 # A part of it
 
 
-def test_a_sample_has_as_many_images_each_once() -> None:
-    labels = labels_of(make_images(100).sample(30).batches(30))
-    assert len(set(labels)) == 30
-
-
-def test_sampled_labels_stay_with_their_images() -> None:
-    part = make_images(100).sample(30)
-    assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
-
-
-def test_a_sample_is_drawn_by_its_seed() -> None:
-    def drawn(seed: int) -> list[int]:
-        return make_images(100).sample(30, seed).labels.tolist()
-
-    assert drawn(0) == drawn(0)
-    assert drawn(0) != drawn(1)
-
-
-def test_a_smaller_sample_is_the_first_of_a_larger_one() -> None:
+def test_a_sample_is_drawn_by_its_seed_each_image_once_with_its_label() -> None:
     data = make_images(100)
-    assert torch.equal(data.sample(10).labels, data.sample(30).labels[:10])
+    part, again, other = data.sample(30), data.sample(30), data.sample(30, 1)
+    assert len(part.labels.unique()) == 30
+    assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
+    assert torch.equal(part.labels, again.labels)
+    assert not torch.equal(part.labels, other.labels)
+    assert torch.equal(data.sample(10).labels, part.labels[:10])
 
 
 def test_a_sample_leaves_the_data_set_and_the_global_random_state_alone() -> None:
@@ -311,12 +248,6 @@ def test_a_sample_leaves_the_data_set_and_the_global_random_state_alone() -> Non
     assert data.labels.tolist() == list(range(10))
     assert data.images[9, 0, 0, 0] == 9
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("n", [0, 11])
-def test_a_sample_of_no_or_too_many_images_is_refused(n: int) -> None:
-    with pytest.raises(ValueError, match=f"n is {n}.* 10 images"):
-        make_images().sample(n)
 
 
 # What a data set refuses
@@ -343,17 +274,6 @@ def test_a_data_set_that_does_not_fit_together_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"made-up train: .*{message}"):
         replace(make_images(), **change)
-
-
-@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-small"])
-def test_an_unknown_split_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} has no split 'val', expected .*: train, test"):
-        load_data(name, "val")
-
-
-def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'mnist', expected .*: fashion-mnist-small, fashion-mn"):
-        load_data("mnist")
 
 
 # The full set, from files
@@ -429,26 +349,18 @@ def test_the_small_set_missing_in_a_given_root_says_to_pass_none(tmp_path: Path)
 # Downloading, with a stand-in for the network
 
 
-def test_download_fetches_a_missing_set_into_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("given", [True, False])
+def test_download_fetches_a_missing_set_into_root_or_the_cache(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(root: str, download: bool) -> None:
         assert download
         write_idx(Path(root) / "FashionMNIST" / "raw")
 
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch)
-    assert len(load_data("fashion-mnist", "test", root=tmp_path, download=True)) == 30
-
-
-def test_download_fetches_into_the_cache_when_no_root_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fetch(root: str, download: bool) -> None:
-        write_idx(Path(root) / "FashionMNIST" / "raw")
-
-    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch)
-    load_data("fashion-mnist", download=True)
-    assert (tmp_path / "cache" / "FashionMNIST" / "raw").is_dir()
+    root = tmp_path / "given" if given else None
+    assert len(load_data("fashion-mnist", "test", root=root, download=True)) == 30
+    assert ((root or tmp_path / "cache") / "FashionMNIST" / "raw").is_dir()
 
 
 def test_download_fetches_nothing_when_the_set_is_there(
@@ -546,18 +458,15 @@ def test_the_script_gives_the_same_bytes_each_time_and_leaves_nothing_else(tmp_p
     assert set(contents(tmp_path / "two")) == {SMALL, "LICENSE", "README.md"}
 
 
-def test_the_script_takes_the_first_images_of_each_class_in_turn(tmp_path: Path) -> None:
+def test_the_script_takes_the_first_images_of_each_class_and_the_mean_of_all(
+    tmp_path: Path,
+) -> None:
     images, labels = write_idx(tmp_path / "full")["train"]
     run_script(tmp_path / "full", tmp_path / "small")
     data = load_data("fashion-mnist-small", root=tmp_path / "small")
     kept = [np.flatnonzero(labels == label)[turn] for turn in range(2) for label in range(10)]
     np.testing.assert_array_equal(data.images.numpy()[:, 0], images[kept])
     np.testing.assert_array_equal(data.labels.numpy(), labels[kept])
-
-
-def test_the_script_computes_mean_and_std_from_the_full_training_set(tmp_path: Path) -> None:
-    images, _ = write_idx(tmp_path / "full")["train"]
-    run_script(tmp_path / "full", tmp_path / "small")
     readme = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     mean, std = (images / 255).mean(), (images / 255).std()
     assert f"mean {mean:.6f} and standard deviation\n  {std:.6f}." in readme

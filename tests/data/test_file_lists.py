@@ -50,33 +50,23 @@ def test_files_and_classes_are_those_of_torchvision_in_its_order(tmp_path: Path)
     assert list(classes) == theirs.classes
 
 
-def test_only_the_extensions_asked_for_count_in_either_case(tmp_path: Path) -> None:
-    touch(*(tmp_path / "train" / "a" / name for name in ("0.PNG", "1.txt", "2.png.bak", "png")))
-    assert [Path(path).name for path in list_labeled_files(tmp_path, "train", ENDS)[0]] == ["0.PNG"]
-
-
-def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
-    names = ("a/0.png", "a/._0.png", "a/.cache/0.png", ".ipynb_checkpoints/0.png")
+def test_other_extensions_and_what_is_hidden_or_beside_the_classes_are_left_out(
+    tmp_path: Path,
+) -> None:
+    names = ["a/0.PNG", "a/1.txt", "a/2.png.bak", "a/png", "a/._0.png", "a/.cache/0.png"]
+    names += [".ipynb_checkpoints/0.png", "0.png"]
     touch(*(tmp_path / "train" / name for name in names))
     paths, _, classes = list_labeled_files(tmp_path, "train", ENDS)
-    assert (len(paths), classes) == (1, ("a",))
+    assert ([Path(path).name for path in paths], classes) == (["0.PNG"], ("a",))
 
 
-def test_files_beside_the_class_folders_are_left_out(tmp_path: Path) -> None:
-    touch(tmp_path / "train" / "0.png", tmp_path / "train" / "a" / "0.png")
-    assert len(list_labeled_files(tmp_path, "train", ENDS)[0]) == 1
-
-
-def test_a_link_that_leads_back_does_not_hang_or_repeat(tmp_path: Path) -> None:
-    touch(tmp_path / "train" / "a" / "0.png")
-    os.symlink(tmp_path / "train" / "a", tmp_path / "train" / "a" / "again")
-    assert len(list_labeled_files(tmp_path, "train", ENDS)[0]) == 1
-
-
-def test_a_class_folder_may_be_a_link(tmp_path: Path) -> None:
+def test_a_class_folder_may_be_a_link_and_a_link_that_leads_back_does_not_hang_or_repeat(
+    tmp_path: Path,
+) -> None:
     touch(tmp_path / "elsewhere" / "0.png")
     (tmp_path / "train").mkdir()
     os.symlink(tmp_path / "elsewhere", tmp_path / "train" / "a")
+    os.symlink(tmp_path / "train" / "a", tmp_path / "elsewhere" / "again")
     assert len(list_labeled_files(tmp_path, "train", ENDS)[0]) == 1
 
 
@@ -184,15 +174,8 @@ def test_splits_with_different_classes_are_refused_from_either_side(
 ) -> None:
     make_folders(tmp_path)
     touch(tmp_path / "train" / "bird" / "0.png", tmp_path / "val" / "emu" / "0.png")
-    refused(tmp_path, "different classes: ", split)
-    refused(tmp_path, "/val lacks bird[;]", split)
-    refused(tmp_path, "/train lacks emu[;]", split)
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_lists_with_different_classes_are_refused_from_either_side(
-    tmp_path: Path, split: str
-) -> None:
+    refused(tmp_path, r"different classes: .*/val lacks bird[;]", split)
+    refused(tmp_path, r"different classes: .*/train lacks emu[;]", split)
     make_lists(tmp_path, "path,label\na.png,cat\nb.png,dog\n")
     make_lists(tmp_path, "path,label\na.png,cat\n", "val.csv")
     refused(tmp_path, r"different classes: \S+/val\.csv lacks dog; both", split)

@@ -79,25 +79,26 @@ def test_shapes_are_known_on_the_meta_device(make: Make) -> None:
 # --- dtypes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_module
-def test_the_output_has_the_dtype_of_the_input(make: Make, dtype: torch.dtype) -> None:
-    module = make(9, 4).to(dtype)
-    assert module(*inputs_for(module, torch.randn(2, 5, 7, 9, dtype=dtype))).dtype == dtype
-
-
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str
+    ("dtype", "tolerance"),
+    [
+        (torch.float16, 4e-3),
+        (torch.bfloat16, 3e-2),
+        (torch.float32, 1e-6),
+        (torch.float64, 1e-6),
+    ],
+    ids=str,
 )
 @each_module
 @torch.no_grad()
-def test_half_precision_is_close_to_float32(
+def test_other_dtypes_are_kept_and_close_to_float32(
     make: Make, dtype: torch.dtype, tolerance: float
 ) -> None:
     module = make(24, 4) if make in LEARNERS.values() else randomized(make(24, 4))
     inputs = inputs_for(module, torch.randn(2, 14, 14, 24))
     exact = module(*inputs)
     result = module.to(dtype)(*(value.to(dtype) for value in inputs))
+    assert result.dtype == dtype
     assert relative_error(result, exact) < tolerance
 
 
@@ -119,27 +120,21 @@ def test_autocast_gives_the_dtype_of_the_input(make: Make, dtype: torch.dtype) -
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-    ids=["deepcopy", "pickle"],
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), None],
+    ids=["deepcopy", "pickle", "state_dict"],
 )
 @each_module
 @torch.no_grad()
-def test_a_used_module_can_be_copied(make: Make, duplicate: Callable) -> None:
-    module = randomized(make(9, 4))
+def test_a_used_module_can_be_copied(make: Make, duplicate: Callable | None) -> None:
+    module, other = randomized(make(9, 4)), randomized(make(9, 4))
     inputs = inputs_for(module, torch.randn(2, 5, 7, 9))
     expected = module(*inputs)
-    other = duplicate(module)
+    if duplicate is None:
+        other.load_state_dict(module.state_dict(), strict=True)
+    else:
+        other = duplicate(module)
     module.apply(lambda m: [nn.init.zeros_(p) for p in m.parameters()])
     assert torch.equal(other(*inputs), expected)  # the same operations on the same machine
-
-
-@each_module
-@torch.no_grad()
-def test_a_state_dict_makes_a_second_module_equal(make: Make) -> None:
-    first, second = randomized(make(9, 4)), randomized(make(9, 4))
-    second.load_state_dict(first.state_dict(), strict=True)
-    inputs = inputs_for(first, torch.randn(2, 5, 7, 9))
-    assert torch.equal(second(*inputs), first(*inputs))  # the same operations, the same machine
 
 
 @each_module
@@ -154,15 +149,15 @@ def test_the_output_on_the_chosen_device_is_that_on_the_cpu(
     torch.testing.assert_close(result.cpu(), expected)
 
 
+COMPILED = [("v1_mean", "eager"), ("linear", "eager")]
+SLOWLY = [(name, "aot_eager") for name in MODULES if name not in ("gain_at_0", "exact_gelu")]
+
+
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *((name, "aot_eager") for name in ("v1_mean", "default", "linear", "without_norm")),
-        pytest.param("v11", "inductor", marks=pytest.mark.slow),
-        *(
-            pytest.param(name, "aot_eager", marks=pytest.mark.slow)
-            for name in ("v1_sum", "v11_grouped", "v11_grouped_gelu")
-        ),
+        *COMPILED,
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in [*SLOWLY, ("v11", "inductor")]),
     ],
 )
 def test_compiled_as_one_graph_for_several_grids(name: str, backend: str) -> None:

@@ -17,6 +17,7 @@ from tiny import drawn
 from torch import Tensor, nn
 
 from tokenlearner import TokenFuser, TokenLearner, TokenLearnerV11
+from tokenlearner.checkpoints.scenic import load_scenic, to_scenic
 from tokenlearner.layers.blocks import (
     FusedBlock,
     PatchGrid,
@@ -24,6 +25,8 @@ from tokenlearner.layers.blocks import (
     PositionFreeBlock,
     ReducedBlock,
 )
+from tokenlearner.models.vit import TokenLearnerViT
+from tokenlearner.models.vivit import ViViT
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -60,134 +63,26 @@ class Recorder(nn.Module):
 
 # --- equal to scenic's encoders ----------------------------------------------------------------
 
-NAMES = [
-    f"encoder_{kind}{learner}"
-    for kind in ("", "fuser_", "video_", "fuser_video_")
-    for learner in LEARNERS
-]
-each_encoder = pytest.mark.parametrize("name", NAMES)
 
-_ATTENTION = "MultiHeadDotProductAttention_0"
-BLOCK = {
-    "LayerNorm_0": "norm1",
-    "LayerNorm_1": "norm2",
-    f"{_ATTENTION}/query": "attn.qkv",  # three flax layers in this order are one of timm's
-    f"{_ATTENTION}/key": "attn.qkv",
-    f"{_ATTENTION}/value": "attn.qkv",
-    f"{_ATTENTION}/out": "attn.proj",
-    "MlpBlock_0/Dense_0": "mlp.fc1",
-    "MlpBlock_0/Dense_1": "mlp.fc2",
-}
-V1 = {"LayerNorm_0": "norm"} | {f"Conv_{i}": f"attention_maps.{2 * i}" for i in range(4)}
-V11 = {
-    "LayerNorm_0": "norm",
-    "token_masking/Dense_0": "attention_maps.0",
-    "token_masking/Dense_1": "attention_maps.3",
-}
-FUSER = {
-    "LayerNorm_0": "norm",
-    "fuser_mix_norm1": "mix_norm1",
-    "fuser_mix_norm2": "mix_norm2",
-    "Dense_0": "mix",
-    "token_masking/Dense_0": "gates.0",
-    "token_masking/Dense_1": "gates.3",
-}
-
-
-class Encoder(nn.Module):
-    """scenic's encoder of 4 layers: timm's blocks, wrapped at block 2, or from there on."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        frames = 3 if "video" in name else 1
-        place = {"frames": frames, "grid": (4, 4), "learner": name.rpartition("_")[2]}
-        self.wrapped = (2, 3) if "fuser" in name else (2,)
-        self.pos_embed = nn.Parameter(torch.empty(1, frames * N, C))
-        blocks: list[nn.Module] = [timm_block() for _ in range(4)]
-        for i in self.wrapped:
-            blocks[i] = wrap(blocks[i], fuse="fuser" in name, **place)
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(C, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.blocks(x + self.pos_embed))
-
-
-def layers(name: str, wrapped: tuple[int, ...]) -> dict[str, str]:
-    """Which flax layer is which of ours."""
-    learner, parts = ("V11", V11) if name.endswith("v11") else ("", V1)
-    table = {"encoder_norm": "norm"}
-    for i in range(4):
-        ours = f"blocks.{i}.block" if i in wrapped else f"blocks.{i}"
-        table |= {f"encoderblock_{i}/{key}": f"{ours}.{value}" for key, value in BLOCK.items()}
-    for count, i in enumerate(wrapped):
-        flax = f"TokenLearnerModule{learner}_{count}"
-        table |= {f"{flax}/{key}": f"blocks.{i}.learner.{value}" for key, value in parts.items()}
-        if "fuser" in name:
-            flax = f"TokenFuser_{count}"
-            table |= {f"{flax}/{key}": f"blocks.{i}.fuser.{value}" for key, value in FUSER.items()}
-    return table
-
-
-def to_torch(layer: str, kernel: np.ndarray) -> Tensor:
-    """A flax kernel, `in out` with heads apart or `h w in out`, as torch keeps it."""
-    if "Conv" in layer:
-        return torch.from_numpy(kernel.transpose(3, 2, 0, 1))
-    width = kernel.shape[-1] if layer.endswith("/out") else kernel[0].size
-    return torch.from_numpy(kernel.reshape(-1, width).T)
-
-
-def convert(
-    name: str, wrapped: tuple[int, ...], params: dict[str, np.ndarray]
-) -> dict[str, Tensor]:
-    """The state dict; takes what it uses out of `params`."""
-    parts = {"pos_embed": [torch.from_numpy(params.pop("posembed_input/pos_embedding"))]}
-    for flax, ours in layers(name, wrapped).items():
-        for kind, key in (("kernel", "weight"), ("scale", "weight"), ("bias", "bias")):
-            if (value := params.pop(f"{flax}/{kind}", None)) is not None:
-                value = (
-                    to_torch(flax, value) if kind == "kernel" else torch.from_numpy(value.ravel())
-                )
-                parts.setdefault(f"{ours}.{key}", []).append(value)
-    return {key: torch.cat(values) for key, values in parts.items()}
-
-
-def split_params(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-
-
-def run(name: str, arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """The output for the golden input, and the gradient of that input."""
-    encoder = Encoder(name)
-    encoder.load_state_dict(convert(name, encoder.wrapped, split_params(arrays)))
-    x = torch.from_numpy(arrays["input0"]).requires_grad_()
-    out = encoder(x)
-    (out * torch.from_numpy(arrays["cotangent"])).sum().backward()
-    return out.detach(), x.grad
-
-
-@each_encoder
-def test_every_scenic_parameter_has_one_place_and_no_place_stays_empty(
-    name: str, golden: Golden
+@pytest.mark.parametrize("kind", ["", "fuser_", "video_", "fuser_video_"])
+@each_learner
+def test_outputs_and_input_gradients_are_those_of_scenics_encoder(
+    kind: str, learner: str, golden: Golden
 ) -> None:
-    params, encoder = split_params(golden(name)), Encoder(name)
-    state = convert(name, encoder.wrapped, params)
-    assert not params
-    assert {k: v.shape for k, v in state.items()} == {
-        k: v.shape for k, v in encoder.state_dict().items()
-    }
-
-
-@each_encoder
-def test_outputs_are_those_of_scenics_encoder(name: str, golden: Golden) -> None:
-    arrays = golden(name)
-    np.testing.assert_allclose(run(name, arrays)[0], arrays["output"], rtol=1e-5, atol=1e-5)
-
-
-@each_encoder
-def test_input_gradients_are_those_of_scenics_encoder(name: str, golden: Golden) -> None:
-    arrays = golden(name)
-    np.testing.assert_allclose(run(name, arrays)[1], arrays["grad_input"], rtol=1e-5, atol=1e-5)
+    arrays, fuse = golden(f"encoder_{kind}{learner}"), "fuser" in kind
+    kwargs: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": C, "num_heads": 3}
+    kwargs |= {"depth": 4, "mlp_ratio": 2, "num_tokens": K, "at": 2, "learner": learner}
+    clip = {"num_frames": 3, "sampling": "uniform"}
+    model: Any = ViViT(**kwargs, **clip, fuse=fuse) if "video" in kind else None
+    model = model or TokenLearnerViT(**kwargs, fuse=fuse)
+    ends = {k: v for k, v in to_scenic(model).items() if not k.startswith("Transformer/")}
+    params = {k.replace("params/", "Transformer/"): v for k, v in arrays.items() if "params/" in k}
+    load_scenic(model, ends | params)  # strict: no parameter is left over on either side
+    x = torch.from_numpy(arrays["input0"]).requires_grad_()
+    out = model.norm(model.blocks(x + model.pos_embed))
+    (out * torch.from_numpy(arrays["cotangent"])).sum().backward()
+    np.testing.assert_allclose(out.detach(), arrays["output"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(x.grad, arrays["grad_input"], rtol=1e-5, atol=1e-5)
 
 
 # --- prefix tokens -----------------------------------------------------------------------------
@@ -218,11 +113,10 @@ def test_the_learner_does_not_see_prefix_tokens(fuse: bool) -> None:
 
 @torch.no_grad()
 def test_a_fused_block_takes_prefix_tokens_from_the_block() -> None:
-    block = timm_block().eval()
-    wrapped = wrap(block, fuse=True, num_prefix_tokens=2)
+    wrapped = wrap(timm_block().eval(), fuse=True, num_prefix_tokens=2)
     x = torch.randn(2, 2 + N, C)
     seen = torch.cat([x[:, :2], wrapped.learner(x[:, 2:])], dim=1)
-    assert torch.equal(wrapped(x)[:, :2], block(seen)[:, :2])
+    assert torch.equal(wrapped(x)[:, :2], wrapped.block(seen)[:, :2])
 
 
 # --- the fuser ---------------------------------------------------------------------------------
@@ -298,15 +192,6 @@ def test_further_arguments_reach_the_block(fuse: bool) -> None:
     )
 
 
-@each_wrapper
-@pytest.mark.parametrize(
-    "mask", [{"attn_mask": torch.ones(N, N)}, {"is_causal": True}], ids=["mask", "causal"]
-)
-def test_an_attention_mask_is_refused(mask: dict[str, Any], fuse: bool) -> None:
-    with pytest.raises(ValueError, match="attention mask"):
-        wrap(timm_block(), fuse=fuse)(torch.randn(1, N, C), **mask)
-
-
 class Positioned(nn.Module):
     """A block that takes positions and masks, and returns its tokens in a tuple."""
 
@@ -333,22 +218,23 @@ every_wrapper = pytest.mark.parametrize("kind", WRAPPERS)
 
 
 @every_wrapper
-@pytest.mark.parametrize("by_name", [False, True])
-def test_what_belongs_to_positions_is_left_out_and_the_rest_passes(
-    by_name: bool, kind: str
-) -> None:
+def test_what_belongs_to_positions_is_left_out_and_the_rest_passes(kind: str) -> None:
     wrapped, rope, heads = WRAPPERS[kind](Positioned()), torch.ones(1), torch.ones(2)
-    x = torch.randn(1, N, C)
-    wrapped(x, rope=rope, mask=None, head_mask=heads) if by_name else wrapped(x, rope, None, heads)
-    assert wrapped.block.seen == {"rope": None, "mask": None, "head_mask": heads, "table": None}
+    seen = {"rope": None, "mask": None, "head_mask": heads, "table": None}
+    for args, named in (((), {"rope": rope, "head_mask": heads}), ((rope, None, heads), {})):
+        wrapped(torch.randn(1, N, C), *args, **named)
+        assert wrapped.block.seen == seen
 
 
 @every_wrapper
-@pytest.mark.parametrize("by_name", [False, True])
-def test_a_mask_is_refused_by_its_name_and_in_its_place(by_name: bool, kind: str) -> None:
+def test_a_mask_is_refused_by_its_name_and_in_its_place(kind: str) -> None:
     wrapped, x, mask = WRAPPERS[kind](Positioned()), torch.randn(1, N, C), torch.ones(N, N)
-    with pytest.raises(ValueError, match=r"attention mask .* without mask"):
-        wrapped(x, mask=mask) if by_name else wrapped(x, None, mask)
+    for args, named in (((), {"mask": mask}), ((None, mask), {})):
+        with pytest.raises(ValueError, match=r"attention mask .* without mask"):
+            wrapped(x, *args, **named)
+    for named in ({"attn_mask": mask}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="attention mask"):
+            wrap(timm_block(), fuse=kind == "fused")(x, **named)
 
 
 @every_wrapper
@@ -380,26 +266,26 @@ def test_the_rest_of_what_a_block_returns_is_passed_on() -> None:
     assert weights == "weights"
 
 
+class Masked(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x if mask is None else mask @ x
+
+
+class MaskingHost(nn.Module):
+    """Makes a mask where it is exported, as transformers' hosts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = wrap(Masked(), position_args=PositionArgs(exported=("mask",)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1]) if torch.compiler.is_exporting() else None
+        return self.block(x, mask)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_while_it_is_exported_a_mask_that_the_host_made_is_left_out(strict: bool) -> None:
-    class Host(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            position_args = PositionArgs(exported=("mask",))
-            self.block = wrap(timm_like(), position_args=position_args)
-
-        def forward(self, x: Tensor) -> Tensor:
-            mask = torch.ones(x.shape[1], x.shape[1]) if torch.compiler.is_exporting() else None
-            return self.block(x, mask)
-
-    def timm_like() -> nn.Module:
-        class Masked(nn.Module):
-            def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-                return x if mask is None else mask @ x
-
-        return Masked()
-
-    host, x = Host(), torch.randn(2, N, C)
+    host, x = MaskingHost(), torch.randn(2, N, C)
     program = torch.export.export(host, (x,), strict=strict).module()
     torch.testing.assert_close(program(x), host(x))
     with pytest.raises(ValueError, match="without mask"):
@@ -412,17 +298,12 @@ def test_learners_come_before_the_block_when_parameters_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        ({"num_prefix_tokens": -1}, "num_prefix_tokens is -1"),
-        ({"num_prefix_tokens": True}, "num_prefix_tokens is True"),
-        ({"frames": 0}, "frames is 0"),
-        ({"frames": 1.0}, "frames is 1.0"),
-    ],
+    ("argument", "value"),
+    [("num_prefix_tokens", -1), ("num_prefix_tokens", True), ("frames", 0), ("frames", 1.0)],
 )
-def test_counts_out_of_range_are_refused(place: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        wrap(Recorder(), **place)
+def test_counts_out_of_range_are_refused(argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{argument} is {value}"):
+        wrap(Recorder(), **{argument: value})
 
 
 # --- the grid ----------------------------------------------------------------------------------
@@ -465,21 +346,13 @@ def test_a_patch_grid_knows_the_grid_of_every_image() -> None:
     assert (wrapped.grid, wrapped.grid_of((16, 64))) == ((4, 3), (2, 4))
 
 
-def test_the_module_that_knows_the_grid_is_registered_once() -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda host: pickle.loads(pickle.dumps(host))])
+def test_the_module_that_knows_the_grid_is_registered_once_and_copied_with_its_host(
+    copied: Callable[[Host], Host],
+) -> None:
     host = Host()
     assert [key for key in host.state_dict() if "patches" in key] == ["patches.weight"]
     assert [module for module in host.block.modules() if isinstance(module, Patches)] == []
-
-
-COPIES: dict[str, Callable[[Host], Host]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda host: pickle.loads(pickle.dumps(host)),
-}
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_copy_asks_the_copied_module_for_the_grid(copied: Callable[[Host], Host]) -> None:
-    host = Host()
     other = copied(host)
     other.patches.grid_size = (4, 4)
     assert (host.block.grid, other.block.grid) == ((2, 8), (4, 4))

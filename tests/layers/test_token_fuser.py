@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import reference
 import torch
-from learners import FUSERS, Golden, Make, check_golden, half_dtypes, randomized, tokens_for, uneven
+from learners import FUSERS, Make, half_dtypes, randomized, tokens_for, uneven
 from torch import nn
 
 from tokenlearner import TokenFuser
@@ -20,52 +19,7 @@ SHAPES = {"flat": (2, 35, 9), "grid": (2, 5, 7, 9), "clip": (2, 3, 5, 7, 9)}
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-# --- equal to scenic ---------------------------------------------------------------------------
-
-SCENIC_PLAIN = {
-    "params/LayerNorm_0/scale": "norm.weight",
-    "params/LayerNorm_0/bias": "norm.bias",
-    "params/token_masking/Dense_0/kernel": "gates.0.weight",
-    "params/token_masking/Dense_0/bias": "gates.0.bias",
-    "params/token_masking/Dense_1/kernel": "gates.3.weight",
-    "params/token_masking/Dense_1/bias": "gates.3.bias",
-    "params/Dense_0/kernel": "mix.weight",
-    "params/Dense_0/bias": "mix.bias",
-}
-SCENIC_NORMS = {
-    "params/fuser_mix_norm1/scale": "mix_norm1.weight",
-    "params/fuser_mix_norm1/bias": "mix_norm1.bias",
-    "params/fuser_mix_norm2/scale": "mix_norm2.weight",
-    "params/fuser_mix_norm2/bias": "mix_norm2.bias",
-}
-SCENIC = {
-    "token_fuser": (partial(TokenFuser, 24, 8), SCENIC_PLAIN | SCENIC_NORMS),
-    "token_fuser_nonorm": (
-        partial(TokenFuser, 24, 4, 32, use_normalization=False),
-        SCENIC_PLAIN,
-    ),
-}
-
-
-@pytest.mark.parametrize("file", SCENIC)
-def test_every_scenic_parameter_has_one_place_and_no_place_stays_empty(
-    file: str, golden: Golden
-) -> None:
-    make, table = SCENIC[file]
-    assert set(table) == {name for name in golden(file) if name.startswith("params/")}
-    assert sorted(table.values()) == sorted(make().state_dict())
-
-
-@pytest.mark.parametrize("file", SCENIC)
-def test_outputs_and_gradients_are_those_of_scenic(file: str, golden: Golden) -> None:
-    (make, table), arrays = SCENIC[file], golden(file)
-    fuser = make()
-    # Flax keeps a kernel as `in out`, torch as `out in`.
-    fuser.load_state_dict({key: torch.from_numpy(arrays[name].T) for name, key in table.items()})
-    check_golden(fuser, arrays)
-
-
-# --- equal to the equations --------------------------------------------------------------------
+# --- equal to the equations (to scenic: tests/checkpoints/test_scenic.py) ----------------------
 
 _MLP = {"bottleneck": True, "use_normalization": True, "norm_eps": 1e-6, "approximate": "tanh"}
 EQUATIONS = {
@@ -93,9 +47,13 @@ def test_the_result_follows_the_equations(name: str, shape: tuple[int, ...]) -> 
 
 @each_shape
 @each_fuser
-def test_a_new_fuser_returns_exactly_0(make: Make, shape: tuple[int, ...]) -> None:
+def test_a_new_fuser_returns_exactly_0_in_the_shape_of_the_original(
+    make: Make, shape: tuple[int, ...]
+) -> None:
     original = 100 * torch.randn(shape)
-    assert (make(9, 4)(100 * tokens_for(original), original) == 0).all()
+    out = make(9, 4)(100 * tokens_for(original), original)
+    assert out.shape == shape
+    assert (out == 0).all()
 
 
 def first_gradients(**arguments: object) -> dict[str, float]:
@@ -106,19 +64,11 @@ def first_gradients(**arguments: object) -> dict[str, float]:
     return {name: p.grad.norm().item() for name, p in fuser.named_parameters()}
 
 
-def test_first_gradients_are_ordinary_if_the_norms_gain_starts_at_0() -> None:
-    without_norm = first_gradients(use_normalization=False)["mix.weight"]
-    assert max(first_gradients(zero_init="norm").values()) < 10 * without_norm
-
-
-def test_first_gradients_are_above_100_times_larger_if_the_mix_starts_at_0() -> None:
-    ordinary = max(first_gradients(zero_init="norm").values())
-    assert first_gradients()["mix.weight"] > 100 * ordinary
-
-
-def test_the_gain_of_the_norm_learns_from_the_first_step() -> None:
+def test_first_gradients_are_ordinary_if_the_norms_gain_starts_at_0_and_huge_otherwise() -> None:
     gradients = first_gradients(zero_init="norm")
-    assert gradients["mix_norm2.weight"] > 1
+    assert max(gradients.values()) < 10 * first_gradients(use_normalization=False)["mix.weight"]
+    assert first_gradients()["mix.weight"] > 100 * max(gradients.values())
+    assert gradients["mix_norm2.weight"] > 1  # it learns from the first step
     assert gradients["mix_norm2.bias"] > 1
 
 
@@ -139,24 +89,15 @@ def test_two_steps_of_training_reach_every_parameter(arguments: dict[str, object
     assert min(change.values()) > 1e-6, change
 
 
-def test_both_starts_have_the_same_parameters() -> None:
-    norm, mix = TokenFuser(9, 4, zero_init="norm"), TokenFuser(9, 4)
-    norm.load_state_dict(mix.state_dict(), strict=True)
-    assert [p.shape for p in norm.parameters()] == [p.shape for p in mix.parameters()]
-
-
-@pytest.mark.parametrize("arguments", [{}, {"zero_init": "norm", "use_normalization": False}])
-def test_the_mix_starts_at_0_by_default_and_without_a_norm(arguments: dict[str, object]) -> None:
-    fuser = TokenFuser(9, 4, **arguments)
-    assert (fuser.mix.weight == 0).all()
-    assert (fuser.mix.bias == 0).all()
-
-
-def test_the_mix_starts_xavier_uniform_where_the_gain_starts_at_0() -> None:
-    fuser = TokenFuser(9, 64, zero_init="norm")
+def test_the_mix_starts_at_0_or_xavier_uniform_where_the_gain_starts_at_0() -> None:
+    fuser, mix = TokenFuser(9, 64, zero_init="norm"), TokenFuser(9, 64)
     bound = math.sqrt(6 / 128)
     assert 0.95 * bound < fuser.mix.weight.abs().max() <= bound
     assert (fuser.mix_norm2.weight == 0).all()
+    for other in (mix, TokenFuser(9, 4, zero_init="norm", use_normalization=False)):
+        assert (other.mix.weight == 0).all()
+        assert (other.mix.bias == 0).all()
+    fuser.load_state_dict(mix.state_dict(), strict=True)
 
 
 def test_kernels_of_the_gates_start_xavier_uniform() -> None:
@@ -181,27 +122,14 @@ def test_parameters_are_as_many_as_in_the_official_modules(
 # --- shapes ------------------------------------------------------------------------------------
 
 
-@each_shape
-@each_fuser
-def test_the_result_has_the_shape_of_the_original(make: Make, shape: tuple[int, ...]) -> None:
-    original = torch.randn(shape)
-    assert make(9, 4)(tokens_for(original), original).shape == shape
-
-
-@each_fuser
-@torch.no_grad()
-def test_a_grid_gives_what_its_flat_positions_give(make: Make) -> None:
-    fuser, original = randomized(make(9, 4).double()), uneven(2, 5, 7, 9)
-    tokens = tokens_for(original)
-    assert torch.equal(fuser(tokens, original).flatten(1, 2), fuser(tokens, original.flatten(1, 2)))
-
-
 @each_fuser
 @torch.no_grad()
 def test_a_position_gets_what_its_own_original_asks_for(make: Make) -> None:
-    fuser, original = randomized(make(9, 4).double()), uneven(2, 35, 9)
-    tokens, order = tokens_for(original), torch.randperm(35)
-    torch.testing.assert_close(fuser(tokens, original[:, order]), fuser(tokens, original)[:, order])
+    fuser, original = randomized(make(9, 4).double()), uneven(2, 5, 7, 9)
+    tokens, order, flat = tokens_for(original), torch.randperm(35), original.flatten(1, 2)
+    out = fuser(tokens, original).flatten(1, 2)
+    assert torch.equal(fuser(tokens, flat), out)
+    torch.testing.assert_close(fuser(tokens, flat[:, order]), out[:, order])
 
 
 @each_fuser
@@ -238,30 +166,17 @@ def test_thousands_of_tokens_are_added_up_exactly(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_dropout_acts_on_the_result() -> None:
-    fuser = randomized(TokenFuser(9, 4, None, dropout_rate=0.25)).train()
+def test_dropout_acts_on_the_result_and_in_the_gates_but_not_in_eval_mode() -> None:
+    linear, plain = randomized(TokenFuser(9, 4, None, dropout_rate=0.25)), TokenFuser(9, 4, None)
+    plain.load_state_dict(linear.state_dict())
     original = torch.randn(2, 20, 20, 9)
     tokens = tokens_for(original)
-    result, kept = fuser(tokens, original), fuser.eval()(tokens, original)
+    result, kept = linear.train()(tokens, original), linear.eval()(tokens, original)
     dropped = result == 0
     assert 0.2 < dropped.float().mean() < 0.3
     torch.testing.assert_close(result[~dropped], kept[~dropped] / 0.75)
-
-
-@torch.no_grad()
-def test_dropout_acts_in_the_gates_too() -> None:
-    fuser = randomized(TokenFuser(9, 4, 10, dropout_rate=0.5)).eval()
-    original = torch.randn(2, 20, 20, 9)
-    tokens = tokens_for(original)
-    kept = fuser(tokens, original)
-    fuser.gates.train()
-    assert not torch.allclose(fuser(tokens, original), kept)
-
-
-@torch.no_grad()
-def test_there_is_no_dropout_in_eval_mode() -> None:
-    dropping, plain = randomized(TokenFuser(9, 4, dropout_rate=0.5)).eval(), TokenFuser(9, 4)
-    plain.load_state_dict(dropping.state_dict())
-    original = torch.randn(2, 5, 7, 9)
-    tokens = tokens_for(original)
-    assert torch.equal(dropping(tokens, original), plain(tokens, original))
+    assert torch.equal(plain(tokens, original), kept)
+    mlp = randomized(TokenFuser(9, 4, 10, dropout_rate=0.5)).eval()
+    kept = mlp(tokens, original)
+    mlp.gates.train()
+    assert not torch.allclose(mlp(tokens, original), kept)

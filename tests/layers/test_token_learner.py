@@ -30,32 +30,8 @@ def last_layer(learner: nn.Module) -> Tensor:
     return [p for p in learner.attention_maps.parameters() if p.ndim > 1][-1]
 
 
-# --- equal to scenic ---------------------------------------------------------------------------
+# --- equal to the small port (to scenic: tests/checkpoints/test_scenic.py) ---------------------
 
-SCENIC_V1 = {
-    "params/LayerNorm_0/scale": "norm.weight",
-    "params/LayerNorm_0/bias": "norm.bias",
-    "params/Conv_0/kernel": "attention_maps.0.weight",
-    "params/Conv_1/kernel": "attention_maps.2.weight",
-    "params/Conv_2/kernel": "attention_maps.4.weight",
-    "params/Conv_3/kernel": "attention_maps.6.weight",
-}
-SCENIC_V11 = {
-    "params/LayerNorm_0/scale": "norm.weight",
-    "params/LayerNorm_0/bias": "norm.bias",
-    "params/token_masking/Dense_0/kernel": "attention_maps.0.weight",
-    "params/token_masking/Dense_0/bias": "attention_maps.0.bias",
-    "params/token_masking/Dense_1/kernel": "attention_maps.3.weight",
-    "params/token_masking/Dense_1/bias": "attention_maps.3.bias",
-}
-OFFICIAL = {"norm_eps": 1e-6, "approximate": "tanh"}
-SCENIC = {
-    "token_learner_v1_sum": (partial(TokenLearner, 24, 8, True, **OFFICIAL), SCENIC_V1),
-    "token_learner_v1_mean": (partial(TokenLearner, 24, 5, False, **OFFICIAL), SCENIC_V1),
-    "token_learner_v1_rect": (partial(TokenLearner, 16, 4, True, **OFFICIAL), SCENIC_V1),
-    "token_learner_v11": (partial(TokenLearnerV11, 24, 8), SCENIC_V11),
-    "token_learner_v11_seq": (partial(TokenLearnerV11, 24, 3, 16), SCENIC_V11),
-}
 SEED = {
     "seed_token_learner_mean": partial(TokenLearner, 24, 8),
     "seed_token_learner_sum": partial(TokenLearner, 24, 5, use_sum_pooling=True),
@@ -63,46 +39,11 @@ SEED = {
 }
 
 
-def to_torch(kernel: np.ndarray) -> Tensor:
-    """Flax's `h w in out` or `in out` to torch's `out in h w` or `out in`."""
-    order = (3, 2, 0, 1) if kernel.ndim == 4 else tuple(range(kernel.ndim))[::-1]
-    return torch.from_numpy(kernel).permute(order)
-
-
-def scenic(file: str, arrays: dict[str, np.ndarray]) -> nn.Module:
-    make, table = SCENIC[file]
-    learner = make()
-    learner.load_state_dict({key: to_torch(arrays[name]) for name, key in table.items()})
-    return learner
-
-
-def seed(file: str, arrays: dict[str, np.ndarray]) -> nn.Module:
-    prefix = "state_dict/"
-    learner = SEED[file]()
-    state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    learner.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
-    return learner
-
-
-@pytest.mark.parametrize("file", SCENIC)
-def test_every_scenic_parameter_has_one_place_and_no_place_stays_empty(
-    file: str, golden: Golden
-) -> None:
-    make, table = SCENIC[file]
-    assert set(table) == {name for name in golden(file) if name.startswith("params/")}
-    assert sorted(table.values()) == sorted(make().state_dict())
-
-
-@pytest.mark.parametrize("file", SCENIC)
-def test_outputs_and_gradients_are_those_of_scenic(file: str, golden: Golden) -> None:
-    arrays = golden(file)
-    check_golden(scenic(file, arrays), arrays)
-
-
 @pytest.mark.parametrize("file", SEED)
 def test_numbers_of_the_small_port_that_many_started_from_stay(file: str, golden: Golden) -> None:
-    arrays = golden(file)
-    learner = seed(file, arrays)
+    arrays, prefix, learner = golden(file), "state_dict/", SEED[file]()
+    state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    learner.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
     check_golden(learner, arrays, rtol=1e-6)
     for name, parameter in learner.named_parameters():
         np.testing.assert_allclose(parameter.grad, arrays[f"grad/{name}"], rtol=1e-5, atol=1e-5)
@@ -116,40 +57,21 @@ EQUATIONS = {
     "v11_grouped": partial(reference.v11_grouped, norm_eps=1e-5, approximate=None),
     "v11_grouped_gelu": partial(reference.v11_grouped, norm_eps=1e-5, approximate="tanh"),
     "v11": partial(reference.v11, norm_eps=1e-6, approximate="tanh"),
+    "v11_exact": partial(reference.v11, norm_eps=1e-3, approximate="none"),
 }
-
-
-def equations(name: str, learner: nn.Module, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    params = {key: value.numpy() for key, value in learner.state_dict().items()}
-    return EQUATIONS[name](x.numpy(), params)
+V11_EXACT = partial(TokenLearnerV11, bottleneck_dim=10, approximate="none", norm_eps=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 7, 9), (1, 1, 1, 3), (3, 5, 2, 15)])
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", EQUATIONS)
 @torch.no_grad()
-def test_tokens_follow_the_equations(name: str, shape: tuple[int, ...]) -> None:
-    learner = randomized(LEARNERS[name](shape[-1], 5).double())
+def test_tokens_and_maps_follow_the_equations(name: str, shape: tuple[int, ...]) -> None:
+    learner = randomized((LEARNERS | {"v11_exact": V11_EXACT})[name](shape[-1], 5).double())
     x = uneven(*shape)
-    tokens, _ = equations(name, learner, x)
-    np.testing.assert_allclose(learner(x), tokens, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", LEARNERS)
-@torch.no_grad()
-def test_maps_follow_the_equations(name: str) -> None:
-    learner = randomized(LEARNERS[name](9, 5).double())
-    x = uneven(2, 4, 7, 9)
-    _, maps = equations(name, learner, x)
-    np.testing.assert_allclose(learner.attention(x).flatten(2), maps, rtol=1e-10, atol=1e-12)
-
-
-@torch.no_grad()
-def test_exact_gelu_of_v11_follows_the_equations() -> None:
-    learner = randomized(TokenLearnerV11(9, 5, 10, approximate="none", norm_eps=1e-3).double())
-    x = uneven(2, 4, 7, 9)
     params = {key: value.numpy() for key, value in learner.state_dict().items()}
-    tokens, _ = reference.v11(x.numpy(), params, norm_eps=1e-3, approximate="none")
+    tokens, maps = EQUATIONS[name](x.numpy(), params)
     np.testing.assert_allclose(learner(x), tokens, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(learner.attention(x).flatten(2), maps, rtol=1e-10, atol=1e-12)
 
 
 # --- what the maps promise ---------------------------------------------------------------------
@@ -165,10 +87,11 @@ def test_v11_ignores_the_order_of_positions(make: Make) -> None:
 
 @each_sigmoid_learner
 @torch.no_grad()
-def test_v1_does_not_ignore_the_order_of_positions(make: Make) -> None:
+def test_v1_does_not_ignore_the_order_of_positions_and_tells_height_from_width(make: Make) -> None:
     learner = randomized(make(9, 4).double())
     x = uneven(2, 36, 9)
     assert not torch.allclose(learner(x.flip(1)), learner(x), rtol=1e-3)
+    assert not torch.allclose(learner(x, grid=(4, 9)), learner(x, grid=(9, 4)), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -236,27 +159,23 @@ def test_tokens_are_sums_of_the_values_weighted_by_the_maps(make: Make) -> None:
 
 @each_learner
 @torch.no_grad()
-def test_maps_of_a_clip_are_those_of_its_frames(make: Make) -> None:
+def test_maps_have_the_arrangement_of_the_input(make: Make) -> None:
     learner = randomized(make(9, 4).double())
-    x = uneven(2, 3, 5, 7, 9)
-    frames = [learner.attention(x[:, t]) for t in range(3)]
-    torch.testing.assert_close(learner.attention(x), torch.stack(frames, 1))
+    x = uneven(2, 3, 6, 6, 9)
+    maps = torch.stack([learner.attention(x[:, t]) for t in range(3)], 1)
+    assert maps.shape == (2, 3, 4, 6, 6)
+    torch.testing.assert_close(learner.attention(x), maps)
+    flat = learner.attention(x[:, 0].flatten(1, 2))
+    torch.testing.assert_close(flat, maps[:, 0].flatten(2))
 
 
 @each_learner
 @torch.no_grad()
 def test_flat_positions_with_their_grid_give_the_tokens_of_the_grid(make: Make) -> None:
     learner = randomized(make(9, 4).double())
-    x = uneven(2, 5, 7, 9)
+    x, square = uneven(2, 5, 7, 9), uneven(2, 6, 6, 9)
     assert torch.equal(learner(x.flatten(1, 2), grid=(5, 7)), learner(x))
-
-
-@each_sigmoid_learner
-@torch.no_grad()
-def test_v1_takes_flat_positions_of_a_square_without_a_grid(make: Make) -> None:
-    learner = randomized(make(9, 4).double())
-    x = uneven(2, 6, 6, 9)
-    assert torch.equal(learner(x.flatten(1, 2)), learner(x))
+    assert torch.equal(learner(square.flatten(1, 2)), learner(square))
 
 
 @pytest.mark.parametrize(("channels", "with_gradients"), [(256, False), (1024, True)])
@@ -301,14 +220,6 @@ def test_v1_of_wide_inputs_takes_no_frames(with_gradients: bool) -> None:
         assert TokenLearner(1024, 3)(torch.ones(0, 4, 4, 1024)).shape == (0, 3, 1024)
 
 
-@each_sigmoid_learner
-@torch.no_grad()
-def test_v1_tells_height_from_width(make: Make) -> None:
-    learner = randomized(make(9, 4).double())
-    x = uneven(2, 36, 9)
-    assert not torch.allclose(learner(x, grid=(4, 9)), learner(x, grid=(9, 4)), rtol=1e-3)
-
-
 @each_learner
 @torch.no_grad()
 def test_a_view_with_other_strides_gives_the_same_tokens(make: Make) -> None:
@@ -318,49 +229,28 @@ def test_a_view_with_other_strides_gives_the_same_tokens(make: Make) -> None:
     torch.testing.assert_close(learner(x), learner(x.contiguous()))
 
 
-@pytest.mark.parametrize(
-    ("shape", "maps"),
-    [
-        ((2, 25, 9), (2, 4, 25)),
-        ((2, 5, 7, 9), (2, 4, 5, 7)),
-        ((2, 3, 5, 7, 9), (2, 3, 4, 5, 7)),
-    ],
-    ids=["flat", "grid", "clip"],
-)
-@each_learner
-def test_maps_have_the_arrangement_of_the_input(
-    make: Make, shape: tuple[int, ...], maps: tuple[int, ...]
-) -> None:
-    assert make(9, 4).attention(torch.randn(shape)).shape == maps
-
-
 # --- dtypes ------------------------------------------------------------------------------------
 
 
 @half_dtypes
+@pytest.mark.parametrize(
+    ("learner", "value"),
+    [
+        # every gate is 1/2, and a sum in bfloat16 stops at 128, in float16 at 1024
+        (partial(TokenLearner, use_sum_pooling=True), 4096),
+        (TokenLearner, 0.5),
+        (TokenLearnerV11, 1),
+    ],
+    ids=["sum", "mean", "softmax"],
+)
 @torch.no_grad()
-def test_sum_pooling_counts_thousands_of_positions_exactly(dtype: torch.dtype) -> None:
-    learner = TokenLearner(9, 4, use_sum_pooling=True).to(dtype)
-    last_layer(learner).zero_()  # every gate is 1/2
-    tokens = learner(torch.ones(2, 64, 128, 9, dtype=dtype))
-    assert (tokens == 4096).all()  # a sum in bfloat16 stops at 128, in float16 at 1024
-
-
-@half_dtypes
-@torch.no_grad()
-def test_mean_pooling_of_thousands_of_positions_is_exact(dtype: torch.dtype) -> None:
-    learner = TokenLearner(9, 4).to(dtype)
-    last_layer(learner).zero_()
-    assert (learner(torch.ones(2, 64, 128, 9, dtype=dtype)) == 0.5).all()
-
-
-@half_dtypes
-@torch.no_grad()
-def test_softmax_over_thousands_of_positions_is_exact(dtype: torch.dtype) -> None:
-    learner = TokenLearnerV11(9, 4).to(dtype)
-    for parameter in learner.attention_maps.parameters():
+def test_thousands_of_positions_are_pooled_exactly(
+    learner: Make, value: float, dtype: torch.dtype
+) -> None:
+    module = learner(9, 4).to(dtype)
+    for parameter in module.attention_maps.parameters():
         parameter.zero_()
-    assert (learner(torch.ones(2, 64, 128, 9, dtype=dtype)) == 1).all()
+    assert (module(torch.ones(2, 64, 128, 9, dtype=dtype)) == value).all()
 
 
 # --- dropout -----------------------------------------------------------------------------------
@@ -398,27 +288,21 @@ def test_dropout_of_v11_acts_on_the_hidden_layer_too() -> None:
 
 
 @torch.no_grad()
-def test_dropout_of_the_grouped_learner_acts_on_the_tokens() -> None:
+def test_dropout_of_the_grouped_learner_acts_on_the_tokens_and_leaves_the_maps_alone() -> None:
     learner = randomized(TokenLearnerModuleV11(24, 50, 3, dropout_rate=0.25))
     x = torch.randn(2, 5, 7, 24)
-    kept, tokens = learner.eval()(x), learner.train()(x)
+    kept, maps = learner.eval()(x), learner.attention(x)
+    tokens = learner.train()(x)
     dropped = tokens == 0
     assert 0.2 < dropped.float().mean() < 0.3
     torch.testing.assert_close(tokens[~dropped], kept[~dropped] / 0.75)
+    assert torch.equal(learner.attention(x), maps)
 
 
-@torch.no_grad()
-def test_dropout_of_the_grouped_learner_leaves_the_maps_alone() -> None:
-    learner = randomized(TokenLearnerModuleV11(9, 4, 3, dropout_rate=0.5))
-    x = torch.randn(2, 5, 7, 9)
-    assert torch.equal(learner.train().attention(x), learner.eval().attention(x))
-
-
-@pytest.mark.parametrize("name", ["v11_grouped", "v11_grouped_gelu", "v11"])
+@pytest.mark.parametrize("name", SOFTMAX)
 @torch.no_grad()
 def test_there_is_no_dropout_in_eval_mode(name: str) -> None:
-    dropping = LEARNERS[name](9, 4, dropout_rate=0.5).eval()
-    plain = LEARNERS[name](9, 4)
+    dropping, plain = LEARNERS[name](9, 4, dropout_rate=0.5).eval(), LEARNERS[name](9, 4)
     plain.load_state_dict(dropping.state_dict())
     x = torch.randn(2, 5, 7, 9)
     assert torch.equal(dropping(x), plain(x))
@@ -431,42 +315,30 @@ def conv(i: int, o: int, size: int, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(i, o, size, groups=groups, bias=False)
 
 
-def test_v1_starts_from_torchs_own_convolutions() -> None:
+def test_v1_and_the_grouped_learner_start_from_torchs_own_convolutions() -> None:
+    norm = {"norm.weight": torch.ones(9), "norm.bias": torch.zeros(9)}
     torch.manual_seed(0)
-    learner = TokenLearner(9, 4)
+    learners = TokenLearner(9, 4), TokenLearnerModuleV11(9, 4, 3)
     torch.manual_seed(0)
     convs = {layer: conv(9 if layer == 0 else 4, 4, 3) for layer in (0, 2, 4, 6)}
-    expected = {"norm.weight": torch.ones(9), "norm.bias": torch.zeros(9)}
-    expected |= {f"attention_maps.{i}.weight": layer.weight for i, layer in convs.items()}
-    torch.testing.assert_close(dict(learner.state_dict()), expected, rtol=0, atol=0)
-
-
-def test_the_grouped_learner_starts_from_torchs_own_convolutions() -> None:
-    torch.manual_seed(0)
-    learner = TokenLearnerModuleV11(9, 4, 3)
-    torch.manual_seed(0)
-    expected = {
-        "norm.weight": torch.ones(9),
-        "norm.bias": torch.zeros(9),
+    v1 = {f"attention_maps.{i}.weight": layer.weight for i, layer in convs.items()}
+    grouped = {
         "attention_maps.0.weight": conv(9, 9, 1, groups=3).weight,
         "attention_maps.1.weight": conv(9, 4, 1).weight,
         "feat_conv.weight": conv(9, 9, 1, groups=3).weight,
     }
-    torch.testing.assert_close(dict(learner.state_dict()), expected, rtol=0, atol=0)
+    for learner, expected in zip(learners, (v1, grouped), strict=True):
+        state = dict(learner.state_dict())
+        torch.testing.assert_close(state, norm | expected, rtol=0, atol=0)
 
 
-def test_kernels_of_v11_start_xavier_uniform() -> None:
-    learner = TokenLearnerV11(96, 8, 32)
+def test_v11_starts_xavier_uniform_with_biases_that_are_tiny_but_not_0() -> None:
+    learner = TokenLearnerV11(96, 64, 64)
     for layer in (0, 3):
         weight = learner.attention_maps[layer].weight.detach()
         bound = math.sqrt(6 / sum(weight.shape))
         assert 0.95 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-
-
-def test_biases_of_v11_start_tiny_but_not_0() -> None:
-    learner = TokenLearnerV11(96, 64, 64)
-    for layer in (0, 3):
         bias = learner.attention_maps[layer].bias.detach()
         assert bias.std().item() == pytest.approx(1e-6, rel=0.5)
 

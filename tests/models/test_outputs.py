@@ -27,18 +27,10 @@ def torchvision_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(16, 4, 3, 2, 16, 32, num_classes=5)
 
 
-def test_the_summary_is_the_prefix_where_there_is_one() -> None:
+def test_the_summary_is_the_prefix_or_else_the_mean_or_both_for_heads_that_pool() -> None:
     tokens = torch.randn(2, 7, 3)
     assert torch.equal(summarize_tokens(tokens, 2), tokens[:, :2])
-
-
-def test_the_summary_is_the_mean_of_the_positions_without_prefix() -> None:
-    tokens = torch.randn(2, 7, 3)
     torch.testing.assert_close(summarize_tokens(tokens, 0), tokens.sum(1, keepdim=True) / 7)
-
-
-def test_a_summary_for_heads_that_pool_positions_has_prefix_and_mean() -> None:
-    tokens = torch.randn(2, 5, 3)
     expected = torch.stack([tokens[:, 0], tokens[:, 1], tokens[:, 2:].mean(1)], dim=1)
     torch.testing.assert_close(summarize_tokens(tokens, 2, pools_positions=True), expected)
 
@@ -50,8 +42,14 @@ def test_a_host_knows_whether_its_head_pools_positions(pooling: str, pools: bool
     assert find_host(vit(global_pool=pooling)).pools_positions is pools
 
 
-def test_a_tensor_is_the_output() -> None:
+def test_the_output_is_the_tensor_the_class_token_or_the_mean_of_the_tokens() -> None:
+    tokens = torch.randn(2, 7, 5)
     assert output_tensor(x := torch.randn(2, 5)) is x
+    output = SimpleNamespace(last_hidden_state=tokens)
+    assert torch.equal(output_tensor(output, 2), tokens[:, 0])
+    torch.testing.assert_close(output_tensor(output, 0), tokens.mean(1))
+    with pytest.raises(ValueError, match="list"):
+        output_tensor([tokens])
 
 
 @pytest.mark.parametrize(
@@ -70,23 +68,6 @@ def test_of_an_output_of_transformers_the_last_that_was_made_is_taken(
     tensors = torch.randn(2, 3, 5)
     result = SimpleNamespace(**{k: None if v is None else tensors[v] for k, v in given.items()})
     assert torch.equal(output_tensor(result), tensors[0])
-
-
-def test_of_tokens_the_class_token_is_the_output() -> None:
-    tokens = torch.randn(2, 7, 5)
-    assert torch.equal(output_tensor(SimpleNamespace(last_hidden_state=tokens), 2), tokens[:, 0])
-
-
-def test_of_tokens_without_prefix_their_mean_is_the_output() -> None:
-    tokens = torch.randn(2, 7, 5)
-    torch.testing.assert_close(
-        output_tensor(SimpleNamespace(last_hidden_state=tokens), 0), tokens.mean(1)
-    )
-
-
-def test_another_output_is_refused() -> None:
-    with pytest.raises(ValueError, match="list"):
-        output_tensor([torch.zeros(2, 5)])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FRAMES, randomized
 from torch import Tensor, nn
 
 from tokenlearner.evaluation.flops import count_macs
@@ -13,25 +14,17 @@ from tokenlearner.models.framevit import FrameViT
 from tokenlearner.models.streaming import TokenStream
 from tokenlearner.models.vivit import ViViT
 
-SHAPE: dict[str, Any] = {
-    "img_size": 16, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 4, "at": 3,
-    "num_frames": 4, "num_tokens": 5, "num_classes": 7,
-}  # fmt: skip
 
-
-def randomized(**kwargs: Any) -> FrameViT:
-    model = FrameViT(**(SHAPE | kwargs))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+def live(**kwargs: Any) -> FrameViT:
+    return randomized(FrameViT(**FRAMES | kwargs))
 
 
 @pytest.mark.parametrize("learner", ["v1", "v11", "grouped"])
 @torch.no_grad()
 def test_streaming_equals_the_whole_clip_at_every_frame(learner: str) -> None:
-    model, video = randomized(learner=learner), torch.randn(2, 3, 11, 16, 16)
+    model, video = live(learner=learner), torch.randn(2, 3, 6, 16, 16)
     stream = TokenStream(model)
-    for i in range(11):
+    for i in range(6):
         out = stream.push(video[:, :, i])
         clip = video[:, :, max(0, i - 3) : i + 1]
         torch.testing.assert_close(stream.tokens, model.encode(clip), rtol=1e-5, atol=1e-5)
@@ -41,7 +34,7 @@ def test_streaming_equals_the_whole_clip_at_every_frame(learner: str) -> None:
 @pytest.mark.parametrize("input_format", ["bcthw", "btchw"])
 @torch.no_grad()
 def test_tubelets_are_pushed_whole(input_format: str) -> None:
-    model = randomized(tubelet_size=2, input_format=input_format)
+    model = live(tubelet_size=2, input_format=input_format)
     axis = input_format.index("t")
     video = torch.randn(2, 3, 12, 16, 16) if axis == 2 else torch.randn(2, 12, 3, 16, 16)
     stream = TokenStream(model)
@@ -51,7 +44,7 @@ def test_tubelets_are_pushed_whole(input_format: str) -> None:
 
 
 def test_a_frame_is_encoded_once() -> None:
-    model, batches = randomized(), []
+    model, batches = live(), []
     model.encoder.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     stream = TokenStream(model)
     for _ in range(6):
@@ -72,7 +65,7 @@ class _OneStep(nn.Module):
 
 
 def test_a_new_frame_costs_one_encoding_in_place_of_four() -> None:
-    model = randomized()
+    model = live()
     frame, clip = torch.randn(1, 3, 1, 16, 16), torch.randn(1, 3, 4, 16, 16)
     encoding = count_macs(model.encoder, frame)
     whole, step = count_macs(model, clip), count_macs(_OneStep(model), frame)
@@ -82,7 +75,7 @@ def test_a_new_frame_costs_one_encoding_in_place_of_four() -> None:
 
 @torch.no_grad()
 def test_another_video_starts_after_a_reset() -> None:
-    model = randomized()
+    model = live()
     stream, video = TokenStream(model), torch.randn(2, 3, 16, 16)
     stream.push(torch.randn(1, 3, 16, 16))
     with pytest.raises(ValueError, match="batch of 2 videos, expected 1"):
@@ -92,15 +85,12 @@ def test_another_video_starts_after_a_reset() -> None:
 
 
 def test_nothing_is_differentiated_or_kept_on_the_model() -> None:
-    model = randomized()
-    before = set(model.__dict__)
-    assert not TokenStream(model).push(torch.randn(1, 3, 16, 16)).requires_grad
-    assert set(model.__dict__) == before
-
-
-def test_there_are_no_tokens_before_the_first_frame() -> None:
+    model = live()
+    before, stream = set(model.__dict__), TokenStream(model)
     with pytest.raises(ValueError, match="no tokens"):
-        _ = TokenStream(randomized()).tokens
+        _ = stream.tokens  # before the first frame
+    assert not stream.push(torch.randn(1, 3, 16, 16)).requires_grad
+    assert set(model.__dict__) == before
 
 
 @pytest.mark.parametrize(
@@ -113,7 +103,7 @@ def test_there_are_no_tokens_before_the_first_frame() -> None:
 )
 def test_frames_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenStream(randomized()).push(torch.randn(shape))
+        TokenStream(live()).push(torch.randn(shape))
 
 
 def test_a_model_whose_frames_attend_to_each_other_early_is_refused() -> None:

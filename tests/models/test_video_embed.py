@@ -71,34 +71,28 @@ def embed_like(module: ClipEmbed, **kwargs: Any) -> ClipEmbed:
 
 
 @torch.no_grad()
-def test_pixels_that_fill_no_patch_are_left_out() -> None:
+def test_pixels_that_fill_no_patch_are_left_out_and_positions_go_frame_by_frame() -> None:
     module, x = embed(), clips()
-    other = x.clone()
-    other[:, :, :, 6:] = 9.0
+    rim, later = x.clone(), x.clone()
+    rim[:, :, :, 6:] = 9.0
+    later[:, :, 2:] += 1.0
     assert module.grid_size == GRID
-    assert torch.equal(module(x), module(other))
-
-
-@torch.no_grad()
-def test_positions_of_a_frame_follow_one_another() -> None:
-    module, x = embed(), clips()
-    other = x.clone()
-    other[:, :, 2:] += 1.0
-    changed = (module(x) != module(other)).any(-1)
+    assert torch.equal(module(x), module(rim))
+    changed = (module(x) != module(later)).any(-1)
     assert changed.tolist() == [[False] * 9 + [True] * 9] * 2
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_bias_can_be_left_out(bias: bool) -> None:
-    for sampling in ("tubelet", "uniform"):
+@pytest.mark.parametrize("sampling", ["tubelet", "uniform"])
+@torch.no_grad()
+def test_bias_device_dtype_and_format_go_with_both_samplings(sampling: str) -> None:
+    for bias in (False, True):
         assert (embed(bias=bias, sampling=sampling).proj.bias is not None) == bias
-
-
-def test_parameters_take_device_and_dtype() -> None:
-    for sampling in ("tubelet", "uniform"):
-        module = ClipEmbed(**SHAPE, sampling=sampling, device="meta", dtype=torch.float64)
-        options = {(p.device.type, p.dtype) for p in module.parameters()}
-        assert options == {("meta", torch.float64)}
+    meta = ClipEmbed(**SHAPE, sampling=sampling, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.float64)}
+    module, x = embed(sampling=sampling), clips()
+    other = embed_like(module, sampling=sampling, input_format="btchw")
+    assert torch.equal(other(x.transpose(1, 2)), module(x))
+    assert module(x[:0]).shape[::2] == (0, C)
 
 
 # --- the start of the kernel -------------------------------------------------------------------
@@ -123,16 +117,12 @@ def test_a_central_start_sees_the_middle_frame_only(tubelet: int) -> None:
 
 
 @torch.no_grad()
-def test_an_average_start_sees_all_frames_alike() -> None:
+def test_an_average_start_sees_all_frames_alike_and_a_random_one_each_in_its_own_way() -> None:
     module, x = ClipEmbed(**SHAPE, num_frames=3, tubelet_size=3, tubelet_init="average"), clips(3)
     torch.testing.assert_close(module(x), module(x[:, :, [2, 0, 1]]))
     weight = module.proj.weight[:, :, 0]
     summed = nn.functional.conv2d(x.sum(2), weight, module.proj.bias, stride=(2, 3))
     torch.testing.assert_close(module(x), summed.flatten(2).transpose(1, 2))
-
-
-@torch.no_grad()
-def test_a_random_start_sees_each_frame_in_its_own_way() -> None:
     weight = ClipEmbed(**SHAPE, num_frames=3, tubelet_size=3, tubelet_init="random").proj.weight
     assert weight.abs().amin(dim=(0, 1, 3, 4)).min() > 0
     assert not torch.equal(weight[:, :, 0], weight[:, :, 1])
@@ -180,22 +170,18 @@ def test_frames_are_those_of_the_official_rule_where_floats_decide_no_tie(
 
 
 @given(available=counts, num_frames=counts)
-def test_ties_go_to_the_even_frame(available: int, num_frames: int) -> None:
-    if num_frames >= available:
-        return
-    for i, frame in enumerate(sample_frames(available, num_frames), 1):
-        twice = 2 * available * i - 2 * frame * (num_frames + 1)  # the distance, times 2 (n + 1)
-        assert abs(twice) <= num_frames + 1
-        if abs(twice) == num_frames + 1:
-            assert frame % 2 == 0
-
-
-@given(available=counts, num_frames=counts)
-def test_chosen_frames_are_different_ones_in_order(available: int, num_frames: int) -> None:
+def test_chosen_frames_are_different_ones_in_order_and_ties_go_to_the_even_one(
+    available: int, num_frames: int
+) -> None:
     chosen = sample_frames(available, num_frames)
     assert len(chosen) == min(available, num_frames)
     assert chosen == sorted(set(chosen))
     assert 0 <= chosen[0] <= chosen[-1] < available
+    for i, frame in enumerate(chosen if num_frames < available else (), 1):
+        twice = 2 * available * i - 2 * frame * (num_frames + 1)  # the distance, times 2 (n + 1)
+        assert abs(twice) <= num_frames + 1
+        if abs(twice) == num_frames + 1:
+            assert frame % 2 == 0
 
 
 @pytest.mark.parametrize(
@@ -218,15 +204,6 @@ def test_frames_of_some_clips(available: int, num_frames: int, frames: list[int]
 # --- formats and sizes -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", ["tubelet", "uniform"])
-@torch.no_grad()
-def test_a_format_with_frames_first_is_the_same_clip_permuted(sampling: str) -> None:
-    module = embed(sampling=sampling)
-    other = embed_like(module, sampling=sampling, input_format="btchw")
-    x = clips()
-    assert torch.equal(other(x.transpose(1, 2)), module(x))
-
-
 @pytest.mark.parametrize("input_format", ["bcthw", "btchw"])
 @torch.no_grad()
 def test_a_format_is_never_guessed(input_format: str) -> None:
@@ -237,28 +214,19 @@ def test_a_format_is_never_guessed(input_format: str) -> None:
 
 
 @torch.no_grad()
-def test_an_empty_batch_comes_back_empty() -> None:
-    for sampling in ("tubelet", "uniform"):
-        assert embed(sampling=sampling)(clips()[:0]).shape[::2] == (0, C)
-
-
-@torch.no_grad()
-def test_the_size_of_a_frame_can_be_set() -> None:
+def test_the_size_of_a_frame_can_be_set_but_not_that_of_a_patch() -> None:
     module = embed()
+    assert (module.feat_ratio(), module.feat_ratio(as_scalar=False)) == (3, (2, 3))
+    assert module.dynamic_feat_size((11, 11)) == (5, 3)
     module.set_input_size((4, 12))
     assert (module.img_size, module.grid_size, module.num_patches) == ((4, 12), (2, 4), 16)
     module.set_input_size(9, (2, 3))
     assert (module.img_size, module.grid_size) == ((9, 9), (4, 3))
+    with pytest.raises(ValueError, match=r"patch_size is 4, expected \(2, 3\)"):
+        module.set_input_size((8, 8), 4)
     module.set_input_size()
     assert (module.img_size, module.grid_size) == ((9, 9), (4, 3))
     assert module(clips(4, 9, 9)).shape == (2, 24, C)
-
-
-def test_steps_and_grids_have_timms_methods() -> None:
-    module = embed()
-    assert module.feat_ratio() == 3
-    assert module.feat_ratio(as_scalar=False) == (2, 3)
-    assert module.dynamic_feat_size((11, 11)) == (5, 3)
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -293,13 +261,6 @@ def test_arguments_that_do_not_fit_are_refused(kwargs: dict[str, Any], message: 
 
 def test_timms_arguments_in_their_neutral_state_are_taken() -> None:
     ClipEmbed(**SHAPE, dynamic_img_pad=False, strict_img_size=True, output_fmt=None)
-
-
-def test_another_patch_size_is_refused_and_the_size_stays() -> None:
-    module = embed()
-    with pytest.raises(ValueError, match=r"patch_size is 4, expected \(2, 3\)"):
-        module.set_input_size((8, 8), 4)
-    assert (module.img_size, module.grid_size) == ((7, 9), GRID)
 
 
 @pytest.mark.parametrize(

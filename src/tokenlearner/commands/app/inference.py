@@ -31,7 +31,7 @@ _MAX_BATCH_SECONDS = 4.0  # of a round
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model makes of one image or clip.
+    """A model's prediction and maps of one image or clip.
 
     Args:
         image: The image or clip, as the model got it.
@@ -111,24 +111,22 @@ def measure_cost(offered: OfferedModel, model_input: Tensor) -> tuple[list[list[
 def _cost_rows(
     models: dict[str, nn.Module], one: Tensor, n: int, seconds: float
 ) -> list[list[str]]:
-    rounds = _rounds(n * seconds)
+    rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(_SECONDS / max(n * seconds, 1e-6))))
     times = time_models(models, one.expand(n, *one.shape[1:]), rounds)
     first = next(iter(times.values()))
-    rows = []
-    for name, each in times.items():
-        gmacs = f"{count_macs(models[name], one) / 1e9:.4f}"
-        speedup = each.speedup_over(first)
-        rows.append([name, gmacs, str(n), str(rounds), f"{each.latency_ms:.2f}", f"{speedup:.2f}"])
-    return rows
-
-
-def _rounds(seconds: float) -> int:
-    """How many rounds of so many seconds are measured."""
-    return max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(_SECONDS / max(seconds, 1e-6))))
+    return [
+        [
+            name,
+            f"{count_macs(models[name], one) / 1e9:.4f}",
+            *(str(n), str(rounds), f"{each.latency_ms:.2f}"),
+            f"{each.speedup_over(first):.2f}",
+        ]
+        for name, each in times.items()
+    ]
 
 
 def _with_and_without(offered: OfferedModel, one: Tensor) -> dict[str, nn.Module]:
-    """The model, and before it what it is without learned tokens, where it runs without."""
+    """Returns the model, after itself without learned tokens where it runs without."""
     if not offered.has_tokens:
         return {"none": offered.model}
     plain = clone_structure(offered.model)

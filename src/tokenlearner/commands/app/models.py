@@ -51,7 +51,7 @@ class OfferedModel:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether it has learned tokens to look at."""
+        """True if it has learned tokens to look at."""
         return bool(wrapped_blocks(self.model))
 
     def class_name(self, number: int) -> str:

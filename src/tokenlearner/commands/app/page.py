@@ -68,44 +68,26 @@ class AppPage:
             f"PNG, JPEG, WebP, GIF, BMP, TIFF, or MP4, MOV, WebM, MKV, AVI; up to {most}. "
             "It stays on the computer that runs this page, and is deleted at the end."
         )
-        self.examples: Any = gr.Gallery(
-            label="Or a held-out example",
-            columns=3,
-            height="auto",
-            format="png",
-            allow_preview=False,
-            buttons=[],
-            interactive=False,
-            elem_id="examples",
-        )
+        self.examples = _gallery("Or a held-out example", "examples", allow_preview=False)
 
     def _add_outputs(self) -> None:
         self.status = gr.HTML(elem_id="status")
         self.prediction = gr.Label(num_top_classes=5, label="Prediction", show_heading=False)
         self.block: Any = gr.Dropdown(label="Learned at block", visible=False, filterable=False)
         self.frame: Any = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False)
-        self.maps = gr.Gallery(
-            label="Maps (choose one to enlarge it)",
-            columns=3,
-            height="auto",
-            format="png",
-            buttons=[],
-            interactive=False,
-            elem_id="maps",
-        )
+        self.maps = _gallery("Maps (choose one to enlarge it)", "maps")
         self.numbers = gr.Dataframe(
             headers=[*NUMBER_HEADERS], label="In numbers", interactive=False
         )
         self.notes = gr.Markdown()
         self.button: Any = gr.Button("Measure cost", visible=False)
-        self.cost = gr.Dataframe(
-            headers=[*COST_HEADERS], label="Cost", interactive=False, visible=False
-        )
+        self.cost = gr.Dataframe(headers=[*COST_HEADERS], interactive=False, visible=False)
         self.cost_notes = gr.Markdown()
 
     def _connect(self) -> None:
         options: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
-        running = options | {"concurrency_limit": 1, "concurrency_id": "models"}
+        options["concurrency_limit"] = 1
+        running: dict[str, Any] = options | {"concurrency_id": "models"}
         views = [self.maps, self.numbers, self.notes]
         shown = [self.state, self.status, self.prediction, self.block, self.frame, *views]
         costs = [self.button, self.cost, self.cost_notes]
@@ -113,13 +95,11 @@ class AppPage:
         new = [self.blocks.load, self.model.input, self.file.upload, self.file.clear]
         gr.on(new, self.look, [self.model, self.file, self.example], outputs, **running)
         self.examples.select(self.look_at_example, [self.model], outputs, **running)
+        redrawing: dict[str, Any] = running | {"trigger_mode": "always_last"}
         for control in (self.block, self.frame):
             inputs = [self.state, self.block, self.frame]
-            control.input(
-                self.redraw, inputs, [*views, self.status], trigger_mode="always_last", **running
-            )
-        measuring = options | {"concurrency_limit": 1, "concurrency_id": "cost"}
-        self.button.click(self.measure, [self.state], costs, **measuring)
+            control.input(self.redraw, inputs, [*views, self.status], **redrawing)
+        self.button.click(self.measure, [self.state], costs, concurrency_id="cost", **options)
 
     def look_at_example(self, model: str, event: gr.SelectData) -> Updates:
         """Looks at the example that was chosen, and lets the file go."""
@@ -187,7 +167,7 @@ class AppPage:
         return {self.examples: update, self.example: None}
 
     def _cleared(self) -> Updates:
-        """An empty page."""
+        """Empties the page."""
         hidden = gr.update(value=None, visible=False)
         empty = dict.fromkeys((self.prediction, self.maps, self.numbers, self.cost), hidden)
         texts = dict.fromkeys((self.notes, self.cost_notes), "")
@@ -219,7 +199,7 @@ class AppPage:
         return updates | views | {self.block: choices, self.frame: slider}
 
     def _views(self, prediction: Prediction, block: int, frame: int) -> Updates:
-        """The maps of a block in a frame, as images and as numbers."""
+        """Shows the maps of a block in a frame, as images and as numbers."""
         images = map_images(prediction, block, frame)
         numbers = map_numbers(prediction, block, frame)
         return {
@@ -229,13 +209,18 @@ class AppPage:
         }
 
 
+def _gallery(label: str, elem_id: str, **options: Any) -> Any:
+    shared: dict[str, Any] = {"columns": 3, "height": "auto", "format": "png", "interactive": False}
+    return gr.Gallery(label=label, elem_id=elem_id, buttons=[], **shared, **options)
+
+
 def _status(sentences: list[str], offered: OfferedModel) -> str:
-    """The sentences as HTML; whatever is shown of random weights, they are named."""
+    """Writes sentences as HTML; whatever is shown of random weights, they are named."""
     return "<br>".join(map(escape, [*sentences, *([RANDOM] if offered.is_random else [])]))
 
 
 def _error(error: Exception) -> str:
-    """A message for the visitor; what nobody expected is printed in full in the terminal."""
+    """Makes a message for the visitor; what nobody expected is printed in full in the terminal."""
     message = str(error)
     if not isinstance(error, ValueError):
         _log(error)

@@ -1,4 +1,4 @@
-"""What the page shows of a prediction: images with captions in words, numbers, remarks."""
+"""Content of the page about a prediction: images with captions in words, numbers, remarks."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is timed.
+    """A timing of all models.
 
     Args:
         name: `latency`, `throughput` or `training`.
@@ -84,9 +84,9 @@ class BenchResult:
     config: BenchConfig
     machine: dict[str, str | int | None]
     read_gigabytes_per_second: float
-    """How fast the device reads memory; what reads weights cannot be faster."""
+    """Speed at which the device reads memory; what reads weights cannot be faster."""
     input_axes: list[int]
-    """Of one image, `c h w`, or clip, `c t h w`."""
+    """Axes of one image, `c h w`, or clip, `c t h w`."""
     measurements: list[Measurement]
     rows: list[BenchRow]
 
@@ -180,6 +180,7 @@ def _count(
     """Counts all but the speeds."""
     gmacs = count_macs(model, images[:1]) / 1e9
     parameters = list(model.parameters())
+    trained = peak_memory_mib(model, images, training=True) if training else None
     return BenchRow(
         name=name,
         parameters=sum(p.numel() for p in parameters),
@@ -188,9 +189,7 @@ def _count(
         gflops=2 * gmacs,
         macs_ratio=first[0].gmacs / gmacs if first else 1.0,
         peak_memory_mib=peak_memory_mib(model, images),
-        training_peak_memory_mib=peak_memory_mib(model, images, training=True)
-        if training
-        else None,
+        training_peak_memory_mib=trained,
         speeds={},
     )
 

@@ -29,7 +29,7 @@ _MOST_FREQUENT = 5  # confusions that are listed
 
 @dataclass(frozen=True)
 class Confusions:
-    """How often images of each class were taken for each class.
+    """Counts of the images of each class that were taken for each class.
 
     Args:
         name: Of the model.

@@ -189,13 +189,15 @@ def cell_ink(share: float) -> str:
 def curve_charts(histories: Mapping[str, Sequence[Row]]) -> list[Chart]:
     """Makes charts of loss and top-1 against epochs, then against seconds, of each name's rows."""
     charts = []
-    axes = (("epochs", "epoch", _by_epoch), ("time", "seconds of training", _by_time))
-    for axis, x_label, get_points in axes:
+    for axis, x_label, get_x in (
+        ("epochs", "epoch", _epochs),
+        ("time", "seconds of training", _elapsed_seconds),
+    ):
         for key, y_label, title in _CURVES:
             lines = [
                 Line(name, points)
                 for name, rows in histories.items()
-                if (points := get_points(rows, key))
+                if (points := _points(get_x(rows), [row.get(key) for row in rows]))
             ]
             title = f"{title}, by {axis}"
             charts.append(Chart(title, x_label, y_label, lines, whole=axis == "epochs"))
@@ -209,60 +211,66 @@ def comparison_charts(file: ResultFile) -> list[Chart]:
         ("images_per_second", "images/s, inference", "inference speed"),
         ("training_images_per_second", "images/s, forward and backward", "training speed"),
     ):
-        lines = [
-            Line(model["name"], [point], joined=False)
+        models = [
+            (model["name"], get_nested(model, "cost", key), model.get("top1_percent"))
             for model in file.models
-            if (point := _point(get_nested(model, "cost", key), model.get("top1_percent")))
         ]
-        charts.append(Chart(f"Top-1 against {title}", x_label, "held-out top-1, %", lines))
+        labels = (f"Top-1 against {title}", x_label, "held-out top-1, %")
+        charts.append(Chart(*labels, _single_points(models)))
     return [chart for chart in charts if len(chart.lines) > 1]
 
 
 def runs_charts(runs: Sequence[Run]) -> list[Chart]:
     """Makes a chart of top-1 against the speed of training, of runs side by side."""
-    lines = []
+    trained = []
     for run in runs:
-        speeds = numbers(run.history, "images_per_second")
-        top1s = numbers(run.history, "test_top1_percent")
+        speeds, top1s = (
+            numbers(run.history, key) for key in ("images_per_second", "test_top1_percent")
+        )
         if speeds and top1s:
-            lines.append(Line(run.name, [Point(median(speeds), top1s[-1])], joined=False))
-    title, x_label = "Top-1 against training speed", "training images/s, median of epochs"
-    return [Chart(title, x_label, "held-out top-1, %", lines)] if len(lines) > 1 else []
+            trained.append((run.name, median(speeds), top1s[-1]))
+    labels = ("Top-1 against training speed", "training images/s, median of epochs")
+    chart = Chart(*labels, "held-out top-1, %", _single_points(trained))
+    return [chart] if len(chart.lines) > 1 else []
 
 
 def bench_charts(bench: ResultFile) -> list[Chart]:
     """Makes charts of the speed-up against the ratio of multiply-adds, for each measurement."""
     charts = []
     for name, label, _ in measurements(bench):
-        speeds = [(row, get_nested(row, "speeds", name, "speedup")) for row in bench.models]
-        lines = [
-            Line(row["name"], [point], joined=False)
-            for row, speedup in speeds
-            if (point := _point(row.get("macs_ratio"), speedup))
+        models = [
+            (row["name"], row.get("macs_ratio"), get_nested(row, "speeds", name, "speedup"))
+            for row in bench.models
         ]
         labels = (f"Speed-up in {label}", "times fewer multiply-adds", "times as fast")
-        charts.append(Chart(*labels, lines, diagonal=True))
+        charts.append(Chart(*labels, _single_points(models), diagonal=True))
     return [chart for chart in charts if chart.lines]
 
 
-def _by_epoch(rows: Sequence[Row], key: str) -> list[Point]:
-    pairs = ((finite(row.get("epoch")), finite(row.get(key))) for row in rows)
-    return [Point(x, y) for x, y in pairs if x is not None and y is not None]
+def _epochs(rows: Sequence[Row]) -> list[Any]:
+    return [row.get("epoch") for row in rows]
 
 
-def _by_time(rows: Sequence[Row], key: str) -> list[Point]:
-    """Returns nothing where a row has no seconds."""
+def _elapsed_seconds(rows: Sequence[Row]) -> list[float]:
+    """Adds up the seconds of the epochs; returns nothing where a row has none."""
     seconds = numbers(rows, "train_seconds")
-    if len(seconds) != len(rows):
-        return []
-    pairs = zip(accumulate(seconds), (finite(row.get(key)) for row in rows), strict=True)
-    return [Point(x, y) for x, y in pairs if y is not None]
+    return [*accumulate(seconds)] if len(seconds) == len(rows) else []
 
 
-def _point(x: Any, y: Any) -> Point | None:
-    """Makes a point of two numbers, either of which may be a median with quartiles."""
-    (x, x_range), (y, y_range) = map(_with_range, (x, y))
-    return None if x is None or y is None else Point(x, y, x_range, y_range)
+def _points(xs: Sequence[Any], ys: Sequence[Any]) -> list[Point]:
+    """Makes points of pairs of numbers, each of which may be a median with quartiles."""
+    pairs = ((_with_range(x), _with_range(y)) for x, y in zip(xs, ys, strict=False))
+    return [
+        Point(x, y, x_range, y_range)
+        for (x, x_range), (y, y_range) in pairs
+        if x is not None and y is not None
+    ]
+
+
+def _single_points(models: Sequence[tuple[str, Any, Any]]) -> list[Line]:
+    """Makes a line of one point for each name that has both numbers."""
+    lines = (Line(name, _points([x], [y]), joined=False) for name, x, y in models)
+    return [line for line in lines if line.points]
 
 
 def _with_range(value: Any) -> tuple[float | None, tuple[float, float] | None]:

@@ -81,7 +81,7 @@ class Section:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing in it."""
+        """True if nothing is in it."""
         parts = (self.notes, self.tables, self.charts, self.images, self.matrices, self.problems)
         return not any(parts)
 
