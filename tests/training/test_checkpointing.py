@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_an_inserted_model_is_not_calibrated_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = import_module("tokenlearner.training.setup")
-    monkeypatch.setattr(setup, "calibrate", lambda *a, **k: calibrate(*a, **k, steps=2))
+    monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
     host = running.save_host(tmp_path / "host")
     insertion = {"model": host, "model_kwargs": None, "num_tokens": 0, "insert": 2, "at": 1}
     config = recipe(tmp_path / "run", **insertion, teacher="host", calibrate=8)

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
-from tokenlearner import create_model, save_model, train
+from tokenlearner import calibrate, create_model, save_model, train
 from tokenlearner.commands.eval import EvalConfig, eval_options
 from tokenlearner.commands.main import main
 from tokenlearner.commands.train import train_options
@@ -144,7 +145,7 @@ def write_cifar(root: Path) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of data sets in memory only a few images are used."""
+    """Of data sets in memory only a few images are used, and calibrating takes two steps."""
     module = import_module("tokenlearner.data.factory")
     whole: Callable[..., Any] = module.load_data
 
@@ -154,6 +155,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", load)
     monkeypatch.setattr(import_module("tokenlearner.commands.eval"), "load_data", load)
+    setup = import_module("tokenlearner.training.setup")
+    monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     monkeypatch.setattr("tokenlearner.data.moving_photos.MOVING_SIZES", {"train": 90, "test": 90})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from running import TINY, quarter_images
 from tokenlearner import TrainConfig, calibrate, create_model, load_model, save_model, train
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.models.insertion import wrapped_blocks
-from tokenlearner.training.calibration import Calibration
 from tokenlearner.training.run import TrainResult
 from tokenlearner.training.setup import prepare
 
@@ -31,7 +31,7 @@ def small_data() -> Iterator[None]:
 def small(out: Path, **changes: Any) -> TrainConfig:
     """Learned tokens for a model that is built new, on labels."""
     options = {"model_kwargs": TINY, "num_tokens": 2, "epochs": 2, "lr": 1e-2, "batch_size": 16}
-    options |= {"log_interval": 1}
+    options |= {"log_interval": 1, "warmup_epochs": 0.0}
     return TrainConfig(**{"out": str(out), **options, **changes})
 
 
@@ -70,7 +70,9 @@ def test_a_run_from_weights_keeps_their_classifier_with_keep_head(
 
 
 def test_training_learns_what_the_images_show(config: TrainConfig) -> None:
-    history = train(changed(config, epochs=8, lr=1e-2)).history
+    history = train(
+        changed(config, model_kwargs=None, epochs=3, lr=3e-3, warmup_epochs=1.0)
+    ).history
     assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
     assert history[-1]["test_top1_percent"] > 80
 
@@ -178,10 +180,8 @@ def vector(model: torch.nn.Module) -> torch.Tensor:
 def test_an_insertion_is_calibrated_trained_and_read_back(
     fuse: bool, hosts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def few_steps(*args: Any, **kwargs: Any) -> Calibration:
-        return calibrate(*args, **kwargs, steps=2)
-
-    monkeypatch.setattr(import_module("tokenlearner.training.setup"), "calibrate", few_steps)
+    setup = import_module("tokenlearner.training.setup")
+    monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
     rows: list[dict[str, Any]] = []
     result = train(inserting(tmp_path / "run", hosts, fuse=fuse, calibrate=20), rows.append)
     images, _ = next(quarter_images("x", "test").batches(8))
@@ -260,7 +260,7 @@ def test_a_model_built_new_can_have_a_teacher_and_has_no_host(
         ({"insert": 17}, "num_tokens is 17"),
         ({"at": 3}, "at is 3"),
         ({"learner": "v2"}, "learner is 'v2'"),
-        ({"images": 1, "batch_size": 1, "kd_distill_type": "logit"}, "images is"),
+        ({"images": 1, "batch_size": 1, "kd_distill_type": "logit", "calibrate": 8}, "images is"),
     ],
     ids=str,
 )
