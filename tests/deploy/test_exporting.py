@@ -151,9 +151,8 @@ ONES = torch.ones(5, 1, 4, 4)
 @pytest.fixture(scope="module")
 def vit() -> Any:
     torch.manual_seed(0)
-    model = small_vit(num_tokens=2).train()
-    model.blocks[0].eval()
-    model.blocks[1].requires_grad_(False)
+    model = small_vit(depth=1, num_tokens=2).train()
+    model.blocks[0].eval().requires_grad_(False)
     return model
 
 
@@ -199,6 +198,12 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
 def test_the_model_is_left_as_it_was(vit: Any, precision: str, tmp_path: Path) -> None:
     before = snapshot(vit)
     export(vit, tmp_path / "vit.pt2", torch.zeros(2, 1, 28, 28), precision=precision, rounds=2)
+    assert snapshot(vit) == before
+
+
+def test_saving_a_model_leaves_it_as_it_was(vit: Any, tmp_path: Path) -> None:
+    before = snapshot(vit)
+    save_model(vit, tmp_path / "model.safetensors")
     assert snapshot(vit) == before
 
 
@@ -504,5 +509,5 @@ def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
     oblong = str(save_model(model, tmp_path / "model.safetensors"))
     out, data = str(tmp_path / "a.pt2"), "fashion-mnist-small"
     for name, shape in (("vivit_mini_patch8x2_32", "3 x 8 x 32 x 32"), (oblong, "1 x 28 x 35")):
-        with pytest.raises(ValueError, match=rf"fashion-mnist-small .*takes {shape}"):
+        with pytest.raises(ValueError, match=f"takes {shape}"):
             export_table(ExportConfig(name, out, data=data))
