@@ -178,6 +178,7 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {  # model_kwargs, other op
     "moving_photographs_full": (TINY | {"tubelet_size": 4}, []),
 }
 WRITE = {"folder": write_images, "video-folder": write_videos, "torch/cifar10": write_cifar}
+SLOW = {"moving_photographs_full", "imagenet1k_deit"}  # as their neighbors, but for a few options
 QUICK = ["--images", "8", "--batch_size", "4", "--epochs", "1", "--warmup_steps", "0"]
 
 
@@ -197,7 +198,9 @@ def run_small(name: str) -> TrainResult:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in RECIPES]
+)
 def test_a_recipe_trains_and_is_evaluated_again_as_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,10 +287,3 @@ def test_the_page_lists_every_recipe_and_every_data_set() -> None:
     text = DOCS.read_text()
     names = [*list_recipes(), *(name.rstrip("/") for name in list_data())]
     assert not [name for name in names if f"`{name}" not in text]
-
-
-def test_the_page_names_options_that_exist() -> None:
-    ours = re.sub(r"python benchmarks/[^`\n]*", "", DOCS.read_text())  # those have their own
-    named = set(re.findall(r"`?--([a-z_]+)\b", ours))
-    known = {*TrainConfig.__dataclass_fields__, *EvalConfig.__dataclass_fields__}
-    assert named - known == {"help", "key", "print_config", "nproc"}
