@@ -59,8 +59,19 @@ def test_int8_leaves_the_attention_of_torchvision_and_runs() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_a_copy_takes_and_gives_float32_near_the_model(vit: Any, precision: str) -> None:
-    copy = quantize(vit, precision)
+def test_a_copy_takes_and_gives_float32_near_the_model_which_stays(
+    vit: Any, precision: str
+) -> None:
+    def weights() -> dict[str, Any]:
+        return {name: (id(p), type(p), p.dtype, p.tolist()) for name, p in vit.named_parameters()}
+
+    before, copy = weights(), quantize(vit, precision)
+    assert weights() == before
+    assert vit.training
+    assert not any(module.training for module in copy.modules())
+    assert not {id(p) for p in vit.parameters()} & {id(p) for p in copy.parameters()}
+    if precision == "bfloat16":
+        assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
     output, expected = copy(IMAGES), vit.eval()(IMAGES)
     vit.train()
     assert output.dtype == torch.float32
@@ -69,30 +80,9 @@ def test_a_copy_takes_and_gives_float32_near_the_model(vit: Any, precision: str)
     assert difference < 0.05
 
 
-def test_bfloat16_is_what_the_weights_are(vit: Any) -> None:
-    assert {p.dtype for p in quantize(vit, "bfloat16").parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_model_keeps_its_weights_and_mode(vit: Any, precision: str) -> None:
-    before = {name: (id(p), type(p), p.dtype, p.tolist()) for name, p in vit.named_parameters()}
-    copy = quantize(vit, precision)
-    after = {name: (id(p), type(p), p.dtype, p.tolist()) for name, p in vit.named_parameters()}
-    assert after == before
-    assert vit.training
-    assert not any(module.training for module in copy.modules())
-    assert not {id(p) for p in vit.parameters()} & {id(p) for p in copy.parameters()}
-
-
-def test_a_difference_is_the_largest_and_absolute() -> None:
+def test_a_difference_is_the_largest_and_absolute_or_nan_and_of_outputs_of_one_shape() -> None:
     assert largest_difference(torch.tensor([1.0, 5.0]), torch.tensor([1.5, 2.0])) == 3
-
-
-def test_a_difference_with_a_nan_is_one() -> None:
     assert math.isnan(largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")])))
-
-
-def test_outputs_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[2, 1\] and \[2, 2\]"):
         largest_difference(torch.ones(2, 1), torch.ones(2, 2))
 
@@ -100,30 +90,15 @@ def test_outputs_of_other_shapes_are_refused() -> None:
 # --- the comparison -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rows(vit: Any) -> list[Any]:
+def test_precisions_are_compared_with_the_first_in_size_output_and_accuracy(vit: Any) -> None:
     data = load_data("fashion-mnist-small", "test").sample(64)
-    return compare_precisions(vit, data, IMAGES, rounds=2)
-
-
-def test_there_is_a_row_for_each_precision(rows: list[Any]) -> None:
-    assert [row.precision for row in rows] == ["float32", "bfloat16", "int8"]
-
-
-def test_the_first_row_is_what_others_are_compared_with(rows: list[Any]) -> None:
-    assert (rows[0].largest_difference, rows[0].speedup.median) == (0, 1)  # the same run
-    assert min(row.largest_difference for row in rows[1:]) > 0
-
-
-def test_weights_take_fewer_bytes_with_fewer_bits(rows: list[Any]) -> None:
-    assert rows[0].size_mib > 1.5 * rows[1].size_mib
-    assert rows[0].size_mib > 1.5 * rows[2].size_mib
-
-
-def test_accuracy_is_that_of_evaluate(vit: Any, rows: list[Any]) -> None:
-    data = load_data("fashion-mnist-small", "test").sample(64)
-    assert rows[0].top1_percent == evaluate(vit, data).top1_percent
-    assert rows[1].top1_percent == evaluate(quantize(vit, "bfloat16"), data).top1_percent
+    first, half, int8 = compare_precisions(vit, data, IMAGES, rounds=2)
+    assert [row.precision for row in (first, half, int8)] == ["float32", "bfloat16", "int8"]
+    assert (first.largest_difference, first.speedup.median) == (0, 1)  # the same run
+    assert min(half.largest_difference, int8.largest_difference) > 0
+    assert first.size_mib > 1.5 * max(half.size_mib, int8.size_mib)
+    assert first.top1_percent == evaluate(vit, data).top1_percent
+    assert half.top1_percent == evaluate(quantize(vit, "bfloat16"), data).top1_percent
 
 
 def test_without_data_there_is_no_accuracy() -> None:

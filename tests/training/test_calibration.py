@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -116,6 +117,10 @@ CASES: dict[str, Case] = {
     ),
 }
 each_case = pytest.mark.parametrize("name", CASES)
+QUICK = ("class token", "two places", "fuse", "tokens", "beit", "hf tuples", "clips")
+each_calibrated = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+)
 
 
 def make_images(size: tuple[int, ...] = (3, 16, 16), n: int = N) -> Tensor:
@@ -167,98 +172,68 @@ def run(name: str) -> Run:
 # --- what it does -------------------------------------------------------------------------------
 
 
-@each_case
-def test_the_error_falls(name: str) -> None:
-    done = run(name).done
+@each_calibrated
+def test_the_error_falls_and_the_output_comes_closer_to_the_hosts(name: str) -> None:
+    model, before, images, done = run(name)
     assert done.error_after < 0.95 * done.error_before
-
-
-@each_case
-def test_the_output_comes_closer_to_the_hosts(name: str) -> None:
-    model, before, images, _ = run(name)
     prefix = 0 if name in ("tokens", "hf clips") else 1
     host = out(build(name), images, prefix)
-    before, after = (output_loss(out(m, images, prefix), host, m) for m in (before, model))
-    assert after < before
+    far, near = (output_loss(out(m, images, prefix), host, m) for m in (before, model))
+    assert near < far
 
 
-@each_case
-def test_the_hosts_parameters_stay_bit_for_bit(name: str) -> None:
-    model = remove(copy.deepcopy(run(name).model))
-    torch.testing.assert_close(parameters(model), parameters(build(name)), rtol=0, atol=0)
-
-
-@each_case
-def test_every_learner_and_fuser_changes(name: str) -> None:
+@each_calibrated
+def test_learners_and_fusers_change_and_nothing_else_on_the_model(name: str) -> None:
     model, before, _, _ = run(name)
+    host = remove(copy.deepcopy(model))
+    torch.testing.assert_close(parameters(host), parameters(build(name)), rtol=0, atol=0)
     for block, old in zip(*(wrapped_blocks(m).values() for m in (model, before)), strict=True):
         for part in ("learner", "fuser") if hasattr(block, "fuser") else ("learner",):
             pairs = zip(getattr(block, part).parameters(), getattr(old, part).parameters())  # noqa: B905
             assert any(not torch.equal(new, was) for new, was in pairs)
-
-
-@each_case
-def test_nothing_is_left_on_the_model(name: str) -> None:
-    model, before, _, _ = run(name)
     assert [*model.state_dict()] == [*before.state_dict()]
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_images_steps_and_time_are_returned() -> None:
-    done = run("class token").done
-    assert (done.images, done.steps) == (N, STEPS)
+def test_the_error_is_that_of_all_images_together() -> None:
+    """Also where the last batch has a single image, which has no variance."""
+    _, model, images, _ = run("class token")
+    images, host = images[:17], build("class token")
+    done = calibrate(copy.deepcopy(model), images, steps=1, batch_size=16)
+    ours, theirs = (forward_with_features(m, images, 1).features for m in (model, host))
+    assert done.error_before == pytest.approx(feature_loss(ours, theirs, 1).item(), rel=1e-5)
+    assert (done.images, done.steps) == (17, 1)
     assert done.seconds > 0
 
 
-def test_the_error_is_that_of_all_images_together() -> None:
-    """Also where the last batch has a single image, which has no variance."""
-    model, before, images, _ = run("class token")
-    images = images[:17]
-    done = calibrate(copy.deepcopy(before), images, steps=1, batch_size=16)
-    host = remove(copy.deepcopy(model))
-    expected = feature_loss(
-        forward_with_features(before, images, 1).features,
-        forward_with_features(host, images, 1).features,
-        1,
-    )
-    assert done.error_before == pytest.approx(expected.item(), rel=1e-5)
-
-
 def test_with_fusers_all_tokens_of_the_last_block_are_compared_besides() -> None:
-    before, images, done = run("fuse").before, run("fuse").images, run("fuse").done
-    host = remove(copy.deepcopy(before))
-    student, teacher = (list(forward_with_features(m, images, 1).features) for m in (before, host))
-    summaries = ([x[:, :1] for x in features] for features in (student, teacher))
-    pair = (s + x[-1:] for s, x in zip(summaries, (student, teacher), strict=True))
-    assert done.error_before == pytest.approx(feature_loss(*pair).item(), rel=1e-4)
+    _, before, images, done = run("fuse")
+    models = before, build("fuse")
+    features = [forward_with_features(m, images, 1).features for m in models]
+    ours, theirs = ([*(x[:, :1] for x in tokens), tokens[-1]] for tokens in features)
+    assert done.error_before == pytest.approx(feature_loss(ours, theirs).item(), rel=1e-4)
+
+
+def fitted(model: nn.Module, **options: Any) -> Tensor:
+    """Returns the weights of the learners after calibrating."""
+    calibrate(model, make_images(), **{"steps": 2, "batch_size": 8} | options)
+    return nn.utils.parameters_to_vector(new_parameters(model)).detach()
 
 
 def test_dropout_plays_no_part() -> None:
-    def weights(training: bool) -> Tensor:
-        torch.manual_seed(0)
-        model = insert(vit(proj_drop_rate=0.5), 2, 1).train(training)
-        calibrate(model, make_images(), steps=2)
-        return nn.utils.parameters_to_vector(new_parameters(model)).detach()
-
-    assert torch.equal(weights(training=True), weights(training=False))
+    model = insert(vit(proj_drop_rate=0.5), 2, 1)
+    assert torch.equal(fitted(copy.deepcopy(model).train()), fitted(model.eval()))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
-    def weights(seed: int) -> Tensor:
-        model = inserted("class token")
-        calibrate(model, make_images(), steps=3, batch_size=8, seed=seed)
-        return nn.utils.parameters_to_vector(new_parameters(model)).detach()
-
-    assert torch.equal(weights(0), weights(0))
-    assert not torch.equal(weights(0), weights(1))
-
-
-def test_the_global_random_state_is_left_alone() -> None:
-    model = inserted("class token")
     state = torch.get_rng_state()
-    calibrate(model, make_images(), steps=1)
-    assert torch.equal(torch.get_rng_state(), state)
+    model = inserted("class token")
+    torch.set_rng_state(state)
+    first, again, other = (fitted(copy.deepcopy(model), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)  # the global one is left alone
 
 
 def test_every_step_is_reported() -> None:
@@ -268,25 +243,13 @@ def test_every_step_is_reported() -> None:
     assert all(row["loss"] > 0 and row["images_per_second"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["class token", "fuse"])
-def test_the_modules_are_searched_for_the_host_once(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[nn.Module] = []
-    for module in ("calibration", "distillation"):
-        path = f"tokenlearner.training.{module}.find_host"
-        monkeypatch.setattr(path, lambda model: found.append(model) or find_host(model))
-    calibrate(inserted(name), make_images(), steps=3, batch_size=8)
-    assert len(found) == 2  # teacher and student
-
-
 # --- the short cut ------------------------------------------------------------------------------
 
 
 @each_case
 def test_losses_are_those_of_the_whole_models(name: str) -> None:
-    model, images = run(name).before, run(name).images
-    host, first = remove(copy.deepcopy(model)).eval(), min(wrapped_blocks(model))
+    model, host, images = inserted(name), build(name), make_images(CASES[name].clips)
+    first = min(wrapped_blocks(model))
     cache = TeacherCache(host, images, first, batch_size=16)
     index = torch.tensor([3, 0, 20])
     ours, theirs = (forward_with_features(m, images[index], first) for m in (model, host))
@@ -333,9 +296,7 @@ def test_blocks_in_front_run_once(at: int) -> None:
 def test_a_host_that_runs_blocks_again_for_the_gradient_gets_the_same() -> None:
     plain, again = inserted("class token"), inserted("class token")
     again.set_grad_checkpointing()
-    for model in (plain, again):
-        calibrate(model, make_images(), steps=3, lr=LR)
-    torch.testing.assert_close(parameters(again), parameters(plain), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fitted(again, lr=LR), fitted(plain, lr=LR), rtol=1e-5, atol=1e-6)
 
 
 # --- what it leaves alone -----------------------------------------------------------------------
@@ -371,11 +332,8 @@ def state(model: nn.Module) -> list[Any]:
 def test_the_models_state_is_given_back(stopped: bool) -> None:
     model = mixed()
     before = state(model)
-    if stopped:
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(model, make_images(), steps=2, report=stop)
-    else:
-        calibrate(model, make_images(), steps=2)
+    with pytest.raises(KeyboardInterrupt) if stopped else nullcontext():
+        calibrate(model, make_images(), steps=2, report=stop if stopped else None)
     assert state(model) == before
 
 
@@ -423,15 +381,12 @@ def test_fitting_the_tail_leaves_the_front_bit_for_bit() -> None:
 # --- what it refuses ----------------------------------------------------------------------------
 
 
-def test_a_model_without_learners_is_refused() -> None:
+def test_models_without_learners_or_of_single_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="no learned tokens"):
         calibrate(vit(), make_images())
-
-
-def test_our_models_of_single_frames_are_refused_with_the_reason() -> None:
-    model = FrameViT(**TIMM | {"num_frames": 2, "num_tokens": 2, "at": 1})
+    frames = FrameViT(**TIMM | {"num_frames": 2, "num_tokens": 2, "at": 1})
     with pytest.raises(ValueError, match="FrameViT"):
-        calibrate(model, torch.randn(2, 3, 2, 16, 16))
+        calibrate(frames, torch.randn(2, 3, 2, 16, 16))
 
 
 @pytest.mark.parametrize(

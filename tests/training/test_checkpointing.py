@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import running
 import torch
 from safetensors.torch import load_file
 
-from tokenlearner import TrainConfig, train
+from tokenlearner import TrainConfig, calibrate, train
 from tokenlearner.training.checkpointing import (
     CHECKPOINT,
     TrainingInterrupted,
@@ -28,7 +29,7 @@ from tokenlearner.training.checkpointing import (
 )
 
 AT_RANDOM: dict[str, Any] = {"drop_path": 0.3, "ema_decay": 0.9, "hflip": 0.5, "mixup": 0.4}
-STEPS, AN_EPOCH = 8, 4
+STEPS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +57,14 @@ def without_times(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.endswith(measured)} for row in rows]
 
 
-def cut_off(config: TrainConfig, step: int, how: type[BaseException] = KeyError) -> None:
+def cut_off(config: TrainConfig, step: int) -> None:
     """Ends a run after a step as a crash would."""
 
     def crash(row: dict[str, Any]) -> None:
         if row.get("step") == step and "lr" in row and "epoch" not in row:
-            raise how("crash")
+            raise KeyError("crash")
 
-    with pytest.raises(how, match="crash"):
+    with pytest.raises(KeyError, match="crash"):
         train(config, crash)
 
 
@@ -86,11 +87,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_crashed_ends_as_one_that_did_not(
     step: int, whole: Path, tmp_path: Path
 ) -> None:
-    config = recipe(tmp_path / "run", save_every=2, **AT_RANDOM)
+    config, rows = recipe(tmp_path / "run", save_every=2, **AT_RANDOM), list[dict[str, Any]]()
     cut_off(config, step)
-    train(config)
+    train(config, rows.append)
     assert same(weights(tmp_path / "run"), weights(whole))
     assert without_times(tmp_path / "run") == without_times(whole)
+    left = range((step - 1) // 2 * 2 + 1, STEPS + 1)  # since the last checkpoint
+    assert [row["step"] for row in rows if "epoch" not in row] == [*left]
 
 
 def test_a_run_that_was_over_is_returned_as_it_was(whole: Path) -> None:
@@ -118,18 +121,16 @@ def test_what_was_killed_between_checkpoint_and_metrics_is_written_again(
     assert without_times(tmp_path / "run") == without_times(whole)
 
 
-def test_a_run_that_goes_on_reports_the_steps_that_were_left(tmp_path: Path) -> None:
-    config, rows = recipe(tmp_path / "run", save_every=2), list[dict[str, Any]]()
-    cut_off(config, 7)
-    train(config, rows.append)
-    assert [row["step"] for row in rows if "epoch" not in row] == [7, 8]
-
-
-def test_an_inserted_model_is_not_calibrated_again(tmp_path: Path) -> None:
+def test_an_inserted_model_is_not_calibrated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = import_module("tokenlearner.training.setup")
+    monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
     host = running.save_host(tmp_path / "host")
     insertion = {"model": host, "model_kwargs": None, "num_tokens": 0, "insert": 2, "at": 1}
     config = recipe(tmp_path / "run", **insertion, teacher="host", calibrate=8)
     cut_off(config, 5)
+    monkeypatch.delattr(setup, "calibrate")
     result = train(config)
     calibrated = json.loads((tmp_path / "run" / "calibration.json").read_text())
     assert result.calibration is not None
@@ -141,8 +142,7 @@ def test_an_inserted_model_is_not_calibrated_again(tmp_path: Path) -> None:
 # --- signals ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 4)])
 def test_a_signal_leaves_a_checkpoint_of_that_step(
     number: signal.Signals, step: int, whole: Path, tmp_path: Path
 ) -> None:
@@ -159,34 +159,27 @@ def test_a_signal_leaves_a_checkpoint_of_that_step(
     assert same(weights(tmp_path / "run"), weights(whole))
 
 
-def test_a_second_interrupt_interrupts() -> None:
+def test_a_second_interrupt_interrupts_and_afterwards_signals_mean_what_they_meant() -> None:
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
     with handle_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_after_a_run_signals_mean_what_they_meant(tmp_path: Path) -> None:
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    train(recipe(tmp_path / "run", epochs=1))
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def test_a_run_with_other_options_is_refused_with_their_names(whole: Path) -> None:
+def test_other_options_are_refused_by_name_but_where_and_how_often_may_change(whole: Path) -> None:
     config = recipe(whole, **{**AT_RANDOM, "hflip": 0.25}, lr=2e-3)
-    with pytest.raises(ValueError, match=r"lr was 0.001, is 0.002"):
-        read_checkpoint(config)
-    with pytest.raises(ValueError, match=r"hflip was 0.5, is 0.25"):
-        read_checkpoint(config)
-
-
-@pytest.mark.parametrize("free", [{"save_every": 3}, {"log_interval": 7}, {"nan": "skip"}], ids=str)
-def test_where_and_how_often_may_change(free: dict[str, Any], whole: Path) -> None:
-    state = read_checkpoint(recipe(whole, **AT_RANDOM, **free))
+    for named in ("lr was 0.001, is 0.002", "hflip was 0.5, is 0.25"):
+        with pytest.raises(ValueError, match=named):
+            read_checkpoint(config)
+    free = recipe(whole, **AT_RANDOM, save_every=3, log_interval=7, nan="skip")
+    state = read_checkpoint(free)
     assert state is not None
     assert state["step"] == STEPS
 
@@ -229,11 +222,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(
 
 
 def test_a_run_whose_checkpoint_is_gone_is_not_started_over(tmp_path: Path) -> None:
-    config = recipe(tmp_path / "run", epochs=1)
-    train(config)
-    (tmp_path / "run" / CHECKPOINT).unlink()
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match=r"run without checkpoint.pt"):
-        train(config)
+        train(recipe(tmp_path))
 
 
 # --- what is left -------------------------------------------------------------------------------
@@ -261,29 +252,19 @@ class FullDisk:
         self.file.close()
 
 
-def test_on_a_full_disk_the_checkpoint_before_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("left", ["is intact", "there is none yet"])
+def test_on_a_full_disk_the_checkpoint_before_stays_if_there_is_one(
+    left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = recipe(tmp_path)
-    write_checkpoint(config, {"step": 4, "model": torch.zeros(9)})
-    plain = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *mode: FullDisk(plain(self, *mode), 2000))
-    with pytest.raises(RuntimeError, match=r"step 8 .*no space is left.* is intact"):
-        write_checkpoint(config, {"step": 8, "model": torch.zeros(9999)})
-    monkeypatch.undo()
-    state = read_checkpoint(config)
-    assert state is not None
-    assert state["step"] == 4
-    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
-
-
-def test_on_a_full_disk_without_a_checkpoint_nothing_is_promised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *mode: FullDisk(plain(self, *mode), 0))
-    with pytest.raises(RuntimeError, match=r"no space is left.*there is none yet"):
-        write_checkpoint(recipe(tmp_path), {"step": 8})
+    config, plain = recipe(tmp_path), Path.open
+    if left == "is intact":
+        write_checkpoint(config, {"step": 4, "model": torch.zeros(9)})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *mode: FullDisk(plain(self, *mode), 2000))
+        with pytest.raises(RuntimeError, match=rf"step 8 .*no space is left.* {left}"):
+            write_checkpoint(config, {"step": 8, "model": torch.zeros(9999)})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_temporary_files_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from tokenlearner import insert
 from tokenlearner.models.hosts import find_host
-from tokenlearner.models.insertion import wrapped_blocks
 from tokenlearner.models.outputs import output_tensor, summarize_tokens
 from tokenlearner.training.distillation import (
     DISTILL_TYPES,
@@ -60,49 +59,25 @@ def hooks_of(model: nn.Module) -> int:
 # --- what is compared ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", [0, 1])
-def test_equal_features_have_no_loss(prefix: int) -> None:
-    features = [torch.randn(4, 5, 6) for _ in range(2)]
-    assert feature_loss(features, features, prefix) == 0
-
-
 def test_the_batchs_mean_scores_1() -> None:
     teacher = torch.randn(64, 3, 8)
     loss = feature_loss([teacher.mean(0, keepdim=True).expand_as(teacher)], [teacher])
     assert loss.item() == pytest.approx(1, abs=2e-3)  # less by what guards against a variance of 0
 
 
-def test_channels_count_alike_whatever_their_size() -> None:
-    student, teacher = torch.randn(2, 32, 3, 8)
-    sizes = torch.linspace(0.5, 2, 8)
-    scaled = feature_loss([student * sizes], [teacher * sizes])
-    torch.testing.assert_close(scaled, feature_loss([student], [teacher]), rtol=0.01, atol=0)
-
-
-def test_blocks_count_alike_whatever_their_size() -> None:
-    student, teacher = torch.randn(2, 8, 3, 8)
-    both = feature_loss([student, 1000 * student], [teacher, 1000 * teacher])
-    torch.testing.assert_close(both, feature_loss([student], [teacher]))
-
-
-def test_a_channel_that_never_varies_does_not_drown_the_others() -> None:
-    student, teacher = torch.randn(2, 32, 1, 8)
-    teacher[..., 0] = 0
-    student[..., 0] = 0.01
-    assert feature_loss([student], [teacher]) < 5
-
-
-def test_the_loss_over_tokens_is_that_of_numpy() -> None:
-    student, teacher = torch.randn(2, 6, 3, 4).double()
-    s, t = student.numpy(), teacher.numpy()
-    variance = t.var(0, keepdims=True)
-    expected = ((s - t) ** 2 / (variance + 1e-3 * variance.mean())).mean()
-    assert feature_loss([student], [teacher]).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_as_many_tokens_are_compared_one_by_one() -> None:
-    student, teacher = torch.randn(2, 4, 5, 6)
-    assert feature_loss([student], [teacher], 1) == unexplained_variance(student, teacher)
+@pytest.mark.parametrize("sizes", [(1, 1), (0.01, 1000)])
+def test_the_loss_over_tokens_is_that_of_numpy(sizes: tuple[float, float]) -> None:
+    """Blocks count alike whatever their size, and a channel that never varies is no exception."""
+    expected, blocks = 0.0, []
+    for size in sizes:
+        student, teacher = size * torch.randn(2, 6, 3, 4).double()
+        teacher[..., 0], student[..., 0] = 0, 0.01 * size
+        s, t = student.numpy(), teacher.numpy()
+        variance = t.var(0, keepdims=True)
+        expected += ((s - t) ** 2 / (variance + 1e-3 * variance.mean())).mean() / 2
+        blocks.append((student, teacher))
+    loss = feature_loss(*zip(*blocks, strict=True))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
@@ -205,20 +180,15 @@ def test_of_a_model_on_learned_tokens_the_wrappers_tokens_are_returned() -> None
 # --- outputs ------------------------------------------------------------------------------------
 
 
-def test_a_host_that_returns_its_tokens_is_compared_by_their_mean() -> None:
+def test_outputs_are_compared_as_tokens_classes_or_features() -> None:
+    """Tokens by their mean, classes by their logits, features by their variance."""
     model, x = vit(class_token=False, global_pool="", num_classes=0), images()
     torch.testing.assert_close(forward_with_features(model, x).output, model(x).mean(1))
-
-
-def test_outputs_of_a_classifier_are_compared_as_classes() -> None:
     student, teacher = torch.randn(2, 4, 5)
     assert output_loss(student, teacher, vit()) == logit_loss(student, teacher)
-
-
-def test_outputs_that_are_features_are_compared_by_their_variance() -> None:
     student, teacher = torch.randn(2, 4, 16)
-    model = vit(num_classes=0)
-    assert output_loss(student, teacher, model) == unexplained_variance(student, teacher)
+    features = vit(num_classes=0)
+    assert output_loss(student, teacher, features) == unexplained_variance(student, teacher)
 
 
 # --- a teacher ----------------------------------------------------------------------------------
@@ -244,22 +214,14 @@ def test_the_loss_is_that_of_its_kind(kind: str, pair: tuple[nn.Module, nn.Modul
     torch.testing.assert_close(loss, expected)
 
 
-def test_features_are_compared_from_the_first_block_with_learners(
-    pair: tuple[nn.Module, nn.Module],
-) -> None:
-    (host, student), x = pair, images()
-    assert min(wrapped_blocks(student)) == 1
-    _, loss = Distillation(host, "feature")(student, x)
-    assert loss == Distillation(host, "feature", first=1)(student, x)[1]
-    assert loss != Distillation(host, "feature", first=2)(student, x)[1]
-
-
-def test_features_are_compared_from_the_first_block_on_without_learners() -> None:
-    host, student, x = vit(), vit(), images()
-    expected = feature_loss(
-        forward_with_features(student, x).features, forward_with_features(host, x).features, 1
-    )
-    assert Distillation(host, "feature")(student, x)[1] == expected
+def test_features_are_compared_from_the_first_block_with_learners_or_all() -> None:
+    host, x = vit(), images()
+    for first, student in ((0, vit()), (1, insert(vit(), 2, 1))):
+        _, loss = Distillation(host, "feature")(student, x)
+        ours, theirs = (forward_with_features(m, x, first).features for m in (student, host))
+        assert loss == feature_loss(ours, theirs, 1)
+        assert loss == Distillation(host, "feature", first=first)(student, x)[1]
+        assert loss != Distillation(host, "feature", first=2)(student, x)[1]
 
 
 def test_the_teacher_gets_no_gradient(pair: tuple[nn.Module, nn.Module]) -> None:
@@ -269,16 +231,11 @@ def test_the_teacher_gets_no_gradient(pair: tuple[nn.Module, nn.Module]) -> None
     assert any(p.grad is not None for p in student.parameters())
 
 
-def test_a_teacher_of_another_architecture_has_logits_to_compare() -> None:
-    teacher = timm.create_model("resnet10t", num_classes=5).eval()
-    _, loss = Distillation(teacher, "logit")(vit(), torch.randn(2, 3, 16, 16))
-    assert loss > 0
-
-
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_features_of_a_model_without_blocks_are_refused(role: str) -> None:
+def test_a_model_without_blocks_has_logits_to_compare_and_no_features(role: str) -> None:
     other = timm.create_model("resnet10t", num_classes=5).eval()
     student, teacher = (other, vit()) if role == "student" else (vit(), other)
+    assert Distillation(teacher, "logit")(student, images())[1] > 0
     with pytest.raises(ValueError, match=f"{role} is a ResNet, .*kd_distill_type"):
         Distillation(teacher)(student, images())
 

@@ -30,17 +30,12 @@ def test_alone_it_is_the_only_process_and_decides_for_itself() -> None:
     assert [process.any_rank(True), process.any_rank(False)] == [True, False]
 
 
-def test_a_run_after_one_of_another_precision_has_its_own() -> None:
-    assert alone(mixed_precision="bf16").accelerator.mixed_precision == "bf16"
-    assert alone().accelerator.mixed_precision == "no"
-
-
-def test_a_run_after_one_on_a_cpu_looks_for_a_device_again() -> None:
+def test_a_run_has_its_own_precision_and_device_whatever_ran_before() -> None:
     from accelerate.state import PartialState
 
-    alone(device="cpu")
+    assert alone(mixed_precision="bf16").accelerator.mixed_precision == "bf16"
     assert PartialState()._cpu
-    alone(device="auto")
+    assert alone(device="auto").accelerator.mixed_precision == "no"
     assert not PartialState()._cpu
 
 
@@ -63,17 +58,14 @@ def test_options_that_do_not_fit_the_machine_are_refused(
     monkeypatch.setattr("tokenlearner.training.distributed.pick_device", torch.device)
     with pytest.raises(ValueError, match=named):
         alone(**options)
+    assert alone(batch_size=5)  # only mixing needs pairs
+    assert alone(batch_size=6, mixup=0.2, grad_accum_steps=2)
 
 
 def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ValueError, match=r"tokenlearner\[train\]"):
         alone()
-
-
-def test_only_mixing_needs_pairs() -> None:
-    assert alone(batch_size=5)
-    assert alone(batch_size=6, mixup=0.2, grad_accum_steps=2)
 
 
 def test_other_processes_draw_numbers_of_their_own() -> None:

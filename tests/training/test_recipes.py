@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
-from tokenlearner import create_model, save_model, train
+from tokenlearner import calibrate, create_model, save_model, train
 from tokenlearner.commands.eval import EvalConfig, eval_options
 from tokenlearner.commands.main import main
 from tokenlearner.commands.train import train_options
@@ -144,7 +145,7 @@ def write_cifar(root: Path) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of data sets in memory only a few images are used."""
+    """Of data sets in memory only a few images are used, and calibrating takes two steps."""
     module = import_module("tokenlearner.data.factory")
     whole: Callable[..., Any] = module.load_data
 
@@ -154,6 +155,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", load)
     monkeypatch.setattr(import_module("tokenlearner.commands.eval"), "load_data", load)
+    setup = import_module("tokenlearner.training.setup")
+    monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     monkeypatch.setattr("tokenlearner.data.moving_photos.MOVING_SIZES", {"train": 90, "test": 90})
 
@@ -175,6 +178,7 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {  # model_kwargs, other op
     "moving_photographs_full": (TINY | {"tubelet_size": 4}, []),
 }
 WRITE = {"folder": write_images, "video-folder": write_videos, "torch/cifar10": write_cifar}
+SLOW = {"moving_photographs_full", "imagenet1k_deit"}  # as their neighbors, but for a few options
 QUICK = ["--images", "8", "--batch_size", "4", "--epochs", "1", "--warmup_steps", "0"]
 
 
@@ -194,7 +198,9 @@ def run_small(name: str) -> TrainResult:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in RECIPES]
+)
 def test_a_recipe_trains_and_is_evaluated_again_as_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,10 +287,3 @@ def test_the_page_lists_every_recipe_and_every_data_set() -> None:
     text = DOCS.read_text()
     names = [*list_recipes(), *(name.rstrip("/") for name in list_data())]
     assert not [name for name in names if f"`{name}" not in text]
-
-
-def test_the_page_names_options_that_exist() -> None:
-    ours = re.sub(r"python benchmarks/[^`\n]*", "", DOCS.read_text())  # those have their own
-    named = set(re.findall(r"`?--([a-z_]+)\b", ours))
-    known = {*TrainConfig.__dataclass_fields__, *EvalConfig.__dataclass_fields__}
-    assert named - known == {"help", "key", "print_config", "nproc"}

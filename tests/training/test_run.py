@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,27 +17,35 @@ from running import TINY, quarter_images
 from tokenlearner import TrainConfig, calibrate, create_model, load_model, save_model, train
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.models.insertion import wrapped_blocks
-from tokenlearner.training.calibration import Calibration
+from tokenlearner.training.run import TrainResult
 from tokenlearner.training.setup import prepare
-from tokenlearner.utils.modules import pick_device
 
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", quarter_images)
+@pytest.fixture(scope="module", autouse=True)
+def small_data() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("tokenlearner.training.run"), "load_data", quarter_images)
+        yield
+
+
+def small(out: Path, **changes: Any) -> TrainConfig:
+    """Learned tokens for a model that is built new, on labels."""
+    options = {"model_kwargs": TINY, "num_tokens": 2, "epochs": 2, "lr": 1e-2, "batch_size": 16}
+    options |= {"log_interval": 1, "warmup_epochs": 0.0}
+    return TrainConfig(**{"out": str(out), **options, **changes})
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        out=str(tmp_path / "run"),
-        model_kwargs=TINY,
-        num_tokens=2,
-        epochs=3,
-        batch_size=16,
-        lr=1e-2,
-        log_interval=1,
-    )
+    return small(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, TrainResult]:
+    """A run that is over."""
+    config = small(tmp_path_factory.mktemp("trained") / "run")
+    torch.manual_seed(0)
+    return config, train(config)
 
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -60,34 +70,36 @@ def test_a_run_from_weights_keeps_their_classifier_with_keep_head(
 
 
 def test_training_learns_what_the_images_show(config: TrainConfig) -> None:
-    history = train(changed(config, model_kwargs=None, lr=3e-3)).history
+    history = train(
+        changed(config, model_kwargs=None, epochs=3, lr=3e-3, warmup_epochs=1.0)
+    ).history
     assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
     assert history[-1]["test_top1_percent"] > 80
 
 
-def test_the_checkpoint_is_the_trained_model(config: TrainConfig) -> None:
-    result = train(config)
+def test_model_metrics_and_config_are_written_as_returned_and_not_overwritten(
+    trained: tuple[TrainConfig, TrainResult],
+) -> None:
+    config, result = trained
     images, _ = next(quarter_images("x", "test").batches(8))
     torch.testing.assert_close(load_model(config.out)(images), result.model(images), rtol=0, atol=0)
     assert not result.model.training
-
-
-def test_metrics_and_config_are_written_as_returned(config: TrainConfig) -> None:
-    result = train(config)
     assert metrics(config.out) == result.history
-    assert [row["epoch"] for row in result.history] == [1, 2, 3]
+    assert [row["epoch"] for row in result.history] == [1, 2]
     assert json.loads((Path(config.out) / "train.json").read_text()) == vars(config)
+    before = (Path(config.out) / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="resume='auto'"):
+        train(changed(config, seed=7))
+    assert (Path(config.out) / "model.safetensors").read_bytes() == before
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(config: TrainConfig) -> None:
-    def weights(**changes: Any) -> torch.Tensor:
-        model = train(changed(config, epochs=2, **changes)).model
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    out = Path(config.out)
-    first = weights()
-    torch.testing.assert_close(weights(out=str(out / "again")), first, rtol=0, atol=0)
-    assert not torch.equal(weights(out=str(out / "other"), seed=1), first)
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(
+    trained: tuple[TrainConfig, TrainResult], tmp_path: Path
+) -> None:
+    first = vector(trained[1].model)
+    again, other = (train(small(tmp_path / str(seed), seed=seed)).model for seed in (0, 1))
+    assert torch.equal(vector(again), first)
+    assert not torch.equal(vector(other), first)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
@@ -100,17 +112,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
                 lambda *a, **k: torch.tensor(torch.nan, requires_grad=True),
             )
 
-    with pytest.raises(RuntimeError, match=r"loss is nan at step 5 of 12"):
+    with pytest.raises(RuntimeError, match=r"loss is nan at step 5 of 8"):
         train(config, poison)
     assert load_model(config.out) is not None
-
-
-def test_a_finished_run_is_not_overwritten(config: TrainConfig) -> None:
-    train(config)
-    before = (Path(config.out) / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="resume='auto'"):
-        train(changed(config, seed=7))
-    assert (Path(config.out) / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -135,10 +139,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not Path(config.out).exists()
 
 
-def test_auto_picks_a_gpu_where_there_is_one() -> None:
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # --- inserting in a trained model ----------------------------------------------------------------
 
 
@@ -161,110 +161,78 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def inserting(out: Path, hosts: Path, **changes: Any) -> TrainConfig:
+    """Four learned tokens for the trained host, which is the teacher, without labels."""
+    options = {"model": str(hosts / "host"), "insert": 4, "at": 1, "teacher": "host", "lr": 1e-3}
+    return small(out, **{"model_kwargs": None, "num_tokens": 0, **options, **changes})
+
+
 @pytest.fixture
 def insertion(tmp_path: Path, hosts: Path) -> TrainConfig:
-    """Four learned tokens for the trained host, which is the teacher, without labels."""
-    return TrainConfig(
-        out=str(tmp_path / "run"),
-        model=str(hosts / "host"),
-        insert=4,
-        at=1,
-        teacher="host",
-        epochs=2,
-        batch_size=16,
-        lr=1e-3,
-        log_interval=1,
-    )
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrating takes two steps."""
-    monkeypatch.setattr(import_module("tokenlearner.training.setup"), "calibrate", few_steps)
-
-
-def few_steps(*args: Any, **kwargs: Any) -> Calibration:
-    return calibrate(*args, **kwargs, steps=2)
+    return inserting(tmp_path / "run", hosts, epochs=1, calibrate=0)
 
 
 def vector(model: torch.nn.Module) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("fuse", [False, True])
-def test_a_model_with_inserted_tokens_is_read_back(insertion: TrainConfig, fuse: bool) -> None:
-    result = train(changed(insertion, fuse=fuse))
+def test_an_insertion_is_calibrated_trained_and_read_back(
+    fuse: bool, hosts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = import_module("tokenlearner.training.setup")
+    monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
+    rows: list[dict[str, Any]] = []
+    result = train(inserting(tmp_path / "run", hosts, fuse=fuse, calibrate=20), rows.append)
     images, _ = next(quarter_images("x", "test").batches(8))
-    loaded = load_model(insertion.out)
+    loaded = load_model(tmp_path / "run")
     assert wrapped_blocks(loaded)[1].learner.num_tokens == 4
     torch.testing.assert_close(loaded(images), result.model(images), rtol=0, atol=0)
-
-
-@pytest.mark.usefixtures("short")
-def test_the_host_is_returned_as_it_was_and_can_be_trained_further(
-    insertion: TrainConfig, hosts: Path
-) -> None:
-    host = train(insertion).host
-    assert host is not None
-    assert not host.training
-    assert all(p.requires_grad for p in host.parameters())
-    assert torch.equal(vector(host), vector(load_model(hosts / "host")))
-
-
-@pytest.mark.usefixtures("short")
-def test_the_calibration_is_written_as_returned(insertion: TrainConfig) -> None:
-    result = train(changed(insertion, calibrate=20))
-    assert result.calibration is not None
-    assert result.calibration.images == 20
-    written = json.loads((Path(insertion.out) / "calibration.json").read_text())
-    assert written == vars(result.calibration)
-
-
-def test_calibrating_can_be_left_out(insertion: TrainConfig) -> None:
-    assert train(changed(insertion, calibrate=0)).calibration is None
-    assert not (Path(insertion.out) / "calibration.json").exists()
-
-
-@pytest.mark.usefixtures("short")
-def test_calibrating_comes_first_and_is_reported(insertion: TrainConfig) -> None:
-    rows: list[dict[str, Any]] = []
-    train(insertion, rows.append)
+    # the calibration comes first, is reported, and written as returned
     steps = [(row["step"], row["steps"]) for row in rows if "epoch" not in row]
     assert steps == [(1, 2), (2, 2)] + [(i, 8) for i in range(1, 9)]
     assert all("images_per_second" in row for row in rows)
+    assert result.calibration is not None
+    assert result.calibration.images == 20
+    written = json.loads((tmp_path / "run" / "calibration.json").read_text())
+    assert written == vars(result.calibration)
+    # the host is as it was, and can be trained further
+    assert result.host is not None
+    assert not result.host.training
+    assert all(p.requires_grad for p in result.host.parameters())
+    assert torch.equal(vector(result.host), vector(load_model(hosts / "host")))
 
 
-@pytest.mark.usefixtures("short")
+def test_calibrating_can_be_left_out_and_the_number_of_images_be_given(
+    insertion: TrainConfig,
+) -> None:
+    result = train(changed(insertion, images=32))
+    assert result.calibration is None
+    assert not (Path(insertion.out) / "calibration.json").exists()
+    assert result.images == 32
+    assert result.history[-1]["step"] == 2  # of 16 images each
+
+
 def test_labels_play_no_part_when_they_count_for_nothing(
     insertion: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def weights(name: str, **changes: Any) -> torch.Tensor:
+        return vector(train(changed(insertion, out=f"{insertion.out}-{name}", **changes)).model)
+
     def shuffled(config: TrainConfig, split: str) -> ImageDataset:
         data = quarter_images(config, split)
         return replace(data, labels=data.labels.flip(0)) if split == "train" else data
 
-    out = Path(insertion.out)
-    first = vector(train(insertion).model)
-    with_labels = vector(train(changed(insertion, out=str(out / "b"), task_loss_weight=1.0)).model)
+    first, with_labels = weights("a"), weights("b", task_loss_weight=1.0)
     monkeypatch.setattr(import_module("tokenlearner.training.run"), "load_data", shuffled)
-    assert torch.equal(vector(train(changed(insertion, out=str(out / "c"))).model), first)
-    other = vector(train(changed(insertion, out=str(out / "d"), task_loss_weight=1.0)).model)
-    assert not torch.equal(other, with_labels)
+    assert torch.equal(weights("c"), first)
+    assert not torch.equal(weights("d", task_loss_weight=1.0), with_labels)
 
 
-@pytest.mark.usefixtures("short")
-def test_the_number_of_images_can_be_given(insertion: TrainConfig) -> None:
-    result = train(changed(insertion, images=32))
-    assert result.images == 32
-    assert result.history[-1]["step"] == 4  # two epochs of two batches of 16
-
-
-@pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("kind", ["logit", "feature"])
+@pytest.mark.parametrize(("kind", "teacher"), [("logit", "wide"), ("feature", "host")])
 def test_another_trained_model_can_be_the_teacher(
-    insertion: TrainConfig, hosts: Path, kind: str
+    insertion: TrainConfig, hosts: Path, kind: str, teacher: str
 ) -> None:
-    teacher = {"logit": "wide", "feature": "host"}[kind]
     config = changed(insertion, teacher=str(hosts / teacher), kd_distill_type=kind)
     assert train(config).history[-1]["train_loss"] > 0
 
@@ -272,7 +240,7 @@ def test_another_trained_model_can_be_the_teacher(
 def test_a_model_built_new_can_have_a_teacher_and_has_no_host(
     config: TrainConfig, hosts: Path
 ) -> None:
-    result = train(changed(config, epochs=2, at=1, teacher=str(hosts / "host")))
+    result = train(changed(config, epochs=1, at=1, teacher=str(hosts / "host")))
     assert wrapped_blocks(result.model)
     assert result.host is None
 
@@ -292,7 +260,7 @@ def test_a_model_built_new_can_have_a_teacher_and_has_no_host(
         ({"insert": 17}, "num_tokens is 17"),
         ({"at": 3}, "at is 3"),
         ({"learner": "v2"}, "learner is 'v2'"),
-        ({"images": 1, "batch_size": 1, "kd_distill_type": "logit"}, "images is"),
+        ({"images": 1, "batch_size": 1, "kd_distill_type": "logit", "calibrate": 8}, "images is"),
     ],
     ids=str,
 )
