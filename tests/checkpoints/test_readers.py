@@ -104,7 +104,7 @@ BOMBS = [
     (".npz", _bomb_in_pickle, "cannot be read as arrays alone"),
     (".safetensors", _bomb_in_pickle, "no readable safetensors file"),
     ("", _bomb_in_pickle, "cannot be read as a flax checkpoint"),
-    (".msgpack", _bomb_in_torch, "cannot be read as a flax checkpoint"),
+    (".msgpack", _bomb_in_torch, "more than tensors"),
 ]
 
 

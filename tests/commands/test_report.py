@@ -29,6 +29,7 @@ from tokenlearner.commands.report.figures import cell_ink, line_style
 from tokenlearner.commands.report.reader import read_source
 from tokenlearner.commands.report.render import ReportConfig, write_report
 from tokenlearner.commands.report.tables import value_text
+from tokenlearner.models.preprocessing import get_preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
@@ -214,7 +215,10 @@ def test_maps_that_are_there_are_kept_and_the_matrix_is_that_of_the_model(
     images = load_data("fashion-mnist-small", "test").sample(FEW, 0)
     remarks = [text for text in page.texts("p") if "are right" in text]
     for folder, remark in zip(("vit", "vit-tl2"), remarks, strict=True):
-        right = evaluate(load_model(demo / folder), images).top1_percent
+        model: Any = load_model(demo / folder)
+        found: Any = get_preprocessing(model, 1)
+        taken = images.with_preprocessing(**found.to_kwargs())
+        right = evaluate(model, taken).top1_percent
         assert f"{FEW} images of 2,000, drawn by a seed" in remark
         assert f"{right:.1f} % are right" in remark
 

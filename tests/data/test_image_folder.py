@@ -175,10 +175,10 @@ def test_black_and_white_becomes_gray() -> None:
     assert pixel(Image.new("1", (2, 2), 1), in_chans=1) == 255
 
 
-def test_a_rotation_in_exif_is_not_made() -> None:
+def test_images_are_turned_upright_by_exif() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    assert decoded(as_file(gray(0, h=4, w=8), "JPEG", exif=exif), "it", 3).size == (8, 4)
+    assert decoded(as_file(gray(0, h=4, w=8), "JPEG", exif=exif), "it", 3).size == (4, 8)
 
 
 # Broken files

@@ -26,7 +26,7 @@ def make_images(c: int = 3, h: int = 16, w: int = 16, frames: int = 0) -> ImageD
 
 
 def change_of(data: Any, **options: Any) -> Transform:
-    change = train_transform(TrainConfig(**options), data, options.get("crop_pct", 0.875))
+    change = train_transform(TrainConfig(**options), data)
     assert change is not None
     return change
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,7 @@ def test_a_difference_is_the_largest_and_absolute_or_nan_and_of_outputs_of_one_s
 
 def test_precisions_are_compared_with_the_first_in_size_output_and_accuracy(vit: Any) -> None:
     data = load_data("fashion-mnist-small", "test").sample(64)
+    data = replace(data, classes=tuple(map(str, range(32))))
     first, half, int8 = compare_precisions(vit, data, IMAGES, rounds=2)
     assert [row.precision for row in (first, half, int8)] == ["float32", "bfloat16", "int8"]
     assert (first.largest_difference, first.speedup.median) == (0, 1)  # the same run

@@ -170,7 +170,7 @@ def test_a_blank_is_not_counted() -> None:
 class Stream(IterableDataset):
     """Images without an order, which no process has a part of."""
 
-    name, classes, shape = "stream", ("a", "b"), (1, 2, 2)
+    name, classes, shape = "stream", ("a", "b", "c"), (1, 2, 2)
 
     def __len__(self) -> int:
         return 3
@@ -186,4 +186,4 @@ class Stream(IterableDataset):
 def test_all_processes_see_the_whole_of_a_stream() -> None:
     data = Stream()
     for process in range(2):
-        assert mean_metrics(sum_metrics(Brightness(), data, 2, process, 2), data).images == 3
+        assert mean_metrics(sum_metrics(Brightness(3), data, 2, process, 2), data).images == 3

@@ -64,7 +64,7 @@ def test_a_run_from_weights_keeps_their_classifier_with_keep_head(
     save_model(saved, tmp_path / "saved")
     start = {"init_from": str(tmp_path / "saved" / "model.safetensors"), "keep_head": keep}
     data, cpu = quarter_images("quarters"), torch.device("cpu")
-    model = prepare(changed(config, **start), data, cpu).model
+    model = prepare(changed(config, **start), data, data, cpu).model
     assert torch.equal(model.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
     assert torch.equal(model.head.weight, saved.head.weight) is keep
 

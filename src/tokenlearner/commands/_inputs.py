@@ -58,22 +58,22 @@ class InputPipeline:
         mean: Subtracted from pixels in [0, 1], one number a channel.
         std: Divided by, one number a channel.
         crop_pct: Share of the resized image's side that is kept.
-        interpolation: How images are resized.
         frames: Frames of a video.
         stride: Frames of the video from one to the next; 0 spreads them over the whole video.
         time_first: Whether clips are `b t c h w` rather than `b c t h w`.
         origin: Where mean, std and crop_pct are from.
+        interpolation: How images are resized.
     """
 
     size: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float
-    interpolation: str
     frames: int
     stride: int
     time_first: bool
     origin: str
+    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         c = self.size[0]

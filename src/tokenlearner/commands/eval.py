@@ -11,10 +11,9 @@ from typing import Any, Literal
 from torch import nn
 
 from ..data.config import OLD_NAMES, DataConfig
-from ..data.dataset import LabeledDataset
 from ..data.factory import load_data
 from ..deploy.formats import SUFFIXES, load_exported
-from ..evaluation.accuracy import eval_batch_size, evaluate
+from ..evaluation.accuracy import by_class_names, eval_batch_size, evaluate
 from ..models.factory import load_model
 from ..models.preprocessing import get_preprocessing
 from ..utils.modules import pick_device
@@ -74,16 +73,24 @@ def run_options(checkpoint: str) -> dict[str, Any]:
         raise ValueError(message) from error
 
 
-def preprocessed(data: LabeledDataset, model: nn.Module, config: DataConfig) -> LabeledDataset:
+def preprocessed(data: Any, model: nn.Module, config: DataConfig, checkpoint: str = "") -> Any:
     """Returns the data as a model takes them, unless options say otherwise.
 
     A run of version 0.3 did not write to its model how its data set is.
+
+    Args:
+        data: From the config.
+        model: What is run on them.
+        config: Its mean, std, crop_pct and interpolation are taken before the model's.
+        checkpoint: File or folder that the model was loaded from, if any.
     """
-    run = run_folder(getattr(config, "checkpoint", ""))
+    run = run_folder(checkpoint)
     of_old_run = run and "mean" not in json.loads(run.read_text(encoding="utf-8"))
     if of_old_run or not (found := get_preprocessing(model, data.shape[0])):
         return data
-    return data.with_preprocessing(**found.to_kwargs() | config.preprocessing)
+    return by_class_names(
+        model, data.with_preprocessing(**found.to_kwargs() | config.preprocessing)
+    )
 
 
 def run_folder(checkpoint: str) -> Path | None:
@@ -101,7 +108,7 @@ def eval_command(arguments: Sequence[str]) -> None:
         model: Any = load_exported(config.checkpoint, device)
     else:
         model = load_model(config.checkpoint).to(device)
-    data = preprocessed(load_data(config, config.split), model, config)
+    data = preprocessed(load_data(config, config.split), model, config, config.checkpoint)
     try:
         metrics = asdict(evaluate(model, data, config.at_once(data.shape)))
     except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ

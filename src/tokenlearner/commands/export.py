@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..data.config import DataConfig
 from ..data.dataset import LabeledDataset
 from ..data.factory import load_data
 from ..deploy.exporting import BatchCheck, export
@@ -20,6 +21,7 @@ from ._arguments import read_config
 from ._console import console
 from ._models import load_sized
 from ._tables import filled_table
+from .eval import preprocessed
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def export_table(config: ExportConfig) -> tuple[Any, ...]:
     """
     model, size = load_sized(config.model, config.img_size, config.device)
     device = next(model.parameters()).device
-    data, images, source = _images(config, size)
+    data, images, source = _images(config, model, size)
     images = images.to(device)
     exported = export(model, config.path, images, precision=config.precision, rounds=config.rounds)
     setting = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -108,7 +110,9 @@ def export_table(config: ExportConfig) -> tuple[Any, ...]:
     return tuple(printed)
 
 
-def _images(config: ExportConfig, size: Sequence[int]) -> tuple[LabeledDataset | None, Tensor, str]:
+def _images(
+    config: ExportConfig, model: nn.Module, size: Sequence[int]
+) -> tuple[LabeledDataset | None, Tensor, str]:
     """Returns the data to evaluate on, if any; one batch; and a description of the batch."""
     channels, *frames, height, width = size
     fits = height == width and channels in (1, 3)
@@ -118,10 +122,10 @@ def _images(config: ExportConfig, size: Sequence[int]) -> tuple[LabeledDataset |
             fits,
             f"{config.model} takes {_times(size)}, expected squares of 1 or 3 colors; pass no data",
         )
-        kwargs = {"frames": frames[0]} if frames else {}
-        data = evaluated = load_data(
-            config.data, "test", root=config.root, img_size=height, in_chans=channels, **kwargs
-        )
+        kwargs: dict[str, Any] = {"img_size": height, "in_chans": channels, "workers": 0}
+        kwargs |= {"frames": frames[0]} if frames else {}
+        options = DataConfig(config.data, config.root, **kwargs)
+        data = evaluated = preprocessed(load_data(options, "test"), model, options, config.model)
         require(
             list(data.shape) == list(size),
             f"{config.data} gives {_times(data.shape)} and {config.model} takes {_times(size)}; "
@@ -129,7 +133,7 @@ def _images(config: ExportConfig, size: Sequence[int]) -> tuple[LabeledDataset |
         )
     elif fits and not frames:
         bundled = load_data("fashion-mnist-small", "test").sample(config.batch_size)
-        data = bundled.resized(height, channels)
+        data = preprocessed(bundled.resized(height, channels), model, DataConfig())
     if data is None:
         return None, torch.randn(config.batch_size, *size), f"noise, {_times(size)}"
     images, _ = next(iter(data.batches(config.batch_size)))

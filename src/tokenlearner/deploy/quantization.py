@@ -19,6 +19,7 @@ from ..layers.token_learner import TokenLearner, TokenLearnerModuleV11, TokenLea
 from ..models.hosts import find_host
 from ..models.outputs import output_tensor
 from ..utils.imports import require_package
+from ..utils.modules import stream_dtype
 from ..utils.validation import check_choice, check_count, require
 
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -41,12 +42,14 @@ class PlainModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)
+        self.num_classes = getattr(model, "num_classes", None)
+        self._dtype = stream_dtype(model)
         self._num_prefix_tokens = _num_prefix_tokens(model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Runs the model: `b c h w -> b classes`, of clips `b c t h w -> b classes`."""
-        out = self.model(images if self._dtype is None else images.to(self._dtype))
+        out = self.model(images.to(self._dtype))
         return (
             out if isinstance(out, Tensor) else output_tensor(out, self._num_prefix_tokens)
         ).float()

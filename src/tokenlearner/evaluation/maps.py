@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.blocks import FusedBlock, ReducedBlock
-from ..layers.token_learner import TokenLearner
 from ..models.features import wrapped_blocks
 from ..utils.modules import eager, training_mode, uncompiled
 from ..utils.validation import Grid
@@ -70,7 +69,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
 def has_gates(model: nn.Module) -> bool:
     """Returns whether a model's maps are V1's gates in (0, 1), not distributions over positions."""
-    return any(isinstance(b.learner, TokenLearner) for b in wrapped_blocks(model).values())
+    return any(block.needs_grid for block in wrapped_blocks(model).values())
 
 
 def draw_maps(

@@ -223,7 +223,9 @@ class ReducedBlock(PositionFreeBlock):
     @property
     def needs_grid(self) -> bool:
         """Returns whether the learner depends on the grid: V1's convolutions do, V1.1 does not."""
-        return isinstance(self.learner, TokenLearner)
+        return isinstance(self.learner, TokenLearner) or any(  # inside a wrapper of PEFT's
+            isinstance(module, TokenLearner) for module in self.learner.modules()
+        )
 
     @property
     def learner_grid(self) -> Grid | None:

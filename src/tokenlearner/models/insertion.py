@@ -127,10 +127,12 @@ def insert(
     for i in range(min(points), len(place.blocks)):
         k = points.get(i, k if fuse else 0)
         if k:
-            with torch.device("cpu"), torch.inference_mode(False):
+            is_meta = stream_device(place.blocks[i]).type == "meta"
+            with torch.device("meta" if is_meta else "cpu"), torch.inference_mode(False):
                 new = LEARNERS[learner](place.width, k)
                 block = wrap(place.blocks[i], new, fuse, fuser_bottleneck_dim, **options)
-            record_hidden_states(block)
+            if type(place.host).__module__.startswith("transformers."):
+                record_hidden_states(block)
             place.blocks[i] = block
         elif place.position_args:
             place.blocks[i] = _like_block(PositionFreeBlock(place.blocks[i], place.position_args))

@@ -219,7 +219,8 @@ def _find_blocks(role: str, model: nn.Module, find: HostFinder) -> Place:
     try:
         return find(model)
     except ValueError as error:
+        kind = type(getattr(model, "teacher", model)).__name__
         raise ValueError(
-            f"the {role} is a {type(model).__name__}, which has no blocks to compare features "
-            "behind; take kd_distill_type='logit'"
+            f"the {role} is a {kind}, which has no blocks to compare features behind; take "
+            "kd_distill_type='logit'"
         ) from error

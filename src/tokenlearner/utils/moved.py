@@ -162,7 +162,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "_MLP": "torch.nn:Sequential",
     "against_host": "commands._comparison:compare_with_host",
     "as_seen": "commands._comparison:denormalized",
-    "check_grid_remains": "models.insertion:check_has_grid",
+    "check_grid_remains": "models.features:check_has_grid",
     "check_place": "training.checkpointing:check_run_folder",
     "checked": "data.iterable:check_stream",
     "clear_remains": "training.checkpointing:remove_temporary_files",

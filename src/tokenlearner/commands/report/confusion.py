@@ -17,7 +17,7 @@ from ...models.serialization import weights_file
 from ...utils.modules import pick_device, training_mode
 from ...utils.validation import require
 from .._comparison import held_out_images, one_of_each
-from ..eval import EvalConfig, run_options
+from ..eval import EvalConfig, preprocessed, run_options
 from .figures import matrix_svg
 from .reader import RECIPE, Run
 from .tables import ReportTable
@@ -164,8 +164,9 @@ def _load(run: Run, checkpoint: Path, device: str) -> tuple[nn.Module, MapDatase
         not config.data.startswith(_FETCHED),
         f"{config.data} may have to be fetched, which a report does not do",
     )
-    data = require_order(load_data(config, config.split), "evaluate some of its images")
-    return load_model(weights).to(pick_device(device)).eval(), data
+    model = load_model(weights).to(pick_device(device)).eval()
+    data = preprocessed(load_data(config, config.split), model, config, config.checkpoint)
+    return model, require_order(data, "evaluate some of its images")
 
 
 @torch.inference_mode()

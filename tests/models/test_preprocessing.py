@@ -1,0 +1,146 @@
+"""Preprocessing and the names of classes are the model's, wherever it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tokenlearner import (
+    TrainConfig,
+    create_model,
+    evaluate,
+    export,
+    load_data,
+    load_model,
+    save_model,
+    train,
+)
+from tokenlearner.commands.eval import eval_command
+from tokenlearner.deploy import load_exported
+from tokenlearner.models.preprocessing import (
+    Preprocessing,
+    get_classes,
+    get_preprocessing,
+    set_preprocessing,
+)
+from tokenlearner.training.setup import Renormalized
+
+HALF = (0.5, 0.5, 0.5)
+SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def make_folder(root: Path, classes: str, splits: tuple[str, ...] = ("train", "val")) -> Path:
+    """Writes images of one color a class, with noise."""
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            color = np.array([200 * (name == c) for c in "abc"])
+            for i in range(8):
+                noise = np.random.default_rng([ord(name), i]).integers(0, 50, (40, 40, 3))
+                image = Image.fromarray((color + noise).astype(np.uint8))
+                image.save(root / split / name / f"{i}.png")
+    return root
+
+
+def fit(root: Path, out: Path, **options: Any) -> Any:
+    kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    shape = {} if "insert" in options else {"model_kwargs": kwargs}
+    given: dict[str, Any] = {"model": "vit_tiny_patch16_224", "warmup_epochs": 0, "lr": 3e-3}
+    given |= {"epochs": 12, "batch_size": 8, "workers": 0, "img_size": 32, **shape, **options}
+    return train(TrainConfig(data="folder", root=str(root), out=str(out), **given)).model
+
+
+def test_a_model_says_what_timm_says_and_gray_takes_the_mean_of_color() -> None:
+    vit: Any = create_model("vit_tiny_patch16_224", **SMALL)
+    said = timm.data.resolve_model_data_config(vit)
+    found = get_preprocessing(vit)
+    assert found == Preprocessing(HALF, HALF, said["crop_pct"], said["interpolation"])
+    set_preprocessing(vit, Preprocessing((0.1, 0.2, 0.3), HALF, 0.9, "bilinear"), ["a", "b"])
+    assert timm.data.resolve_model_data_config(vit)["mean"] == (0.1, 0.2, 0.3)
+    gray = get_preprocessing(vit, 1)
+    assert gray is not None
+    assert gray.mean == pytest.approx((0.2,))
+    assert get_preprocessing(torch.nn.Identity()) is None
+
+
+def test_names_of_a_head_that_was_replaced_are_not_the_models() -> None:
+    vit = create_model("vit_mini_patch4_28", num_classes=3)
+    set_preprocessing(vit, Preprocessing((0.5,), (0.5,)), ["a", "b"])
+    assert get_classes(vit) is None
+
+
+def test_training_from_scratch_writes_what_it_used_and_everything_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, timm's own transform and the exported file agree on every image."""
+    root = make_folder(tmp_path / "abc", "abc")
+    options: dict[str, Any] = {"mean": [*HALF], "std": [0.25] * 3, "crop_pct": 0.9}
+    fit(root, tmp_path / "run", **options, interpolation="bilinear")
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    said = timm.data.resolve_model_data_config(model)
+    assert (said["mean"], said["std"]) == (HALF, (0.25,) * 3)
+    assert (said["crop_pct"], said["interpolation"]) == (0.9, "bilinear")
+    ours = load_model(tmp_path / "run")
+    assert get_classes(ours) == ("a", "b", "c")
+    transform: Any = timm.data.create_transform(**said)
+    files = sorted((root / "val").rglob("*.png"))
+    right = [
+        "abc"[model(transform(Image.open(file).convert("RGB"))[None]).argmax()] == file.parent.name
+        for file in files
+    ]
+    accuracy = 100 * sum(right) / len(right)
+    assert accuracy > 80
+    eval_command([str(tmp_path / "run"), "--workers", "0"])
+    assert f"top1_percent: {accuracy:.4f}" in capsys.readouterr().out
+    for name in ("m.onnx", "m.pt2"):
+        export(ours, tmp_path / name, torch.rand(2, 3, 32, 32), rounds=2)
+        assert get_preprocessing(load_exported(tmp_path / name)) == get_preprocessing(ours)
+        words = ["--data", "folder", "--root", str(root), "--img_size", "32", "--workers", "0"]
+        eval_command([str(tmp_path / name), *words])
+        assert f"top1_percent: {accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_labels_go_by_name_where_a_folder_lacks_a_class_or_has_another(tmp_path: Path) -> None:
+    model = fit(make_folder(tmp_path / "abc", "abc"), tmp_path / "run")
+    few = load_data(
+        "folder", "test", root=make_folder(tmp_path / "bc", "bc", ("val",)), img_size=32
+    )
+    assert evaluate(model, few).top1_percent > 80
+    other = load_data(
+        "folder", "test", root=make_folder(tmp_path / "x", "ax", ("val",)), img_size=32
+    )
+    with pytest.raises(ValueError, match="x"):
+        evaluate(model, other)
+    nameless = create_model("vit_tiny_patch16_224", **SMALL, num_classes=1000)
+    with pytest.raises(ValueError, match="1000"):
+        evaluate(nameless, few)
+
+
+def test_a_pretrained_host_is_shown_images_as_it_was_trained(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "ab", "ab")
+    host = create_model("vit_tiny_patch16_224", **SMALL, num_classes=2)
+    save_model(host, tmp_path / "host")
+    seen: list[torch.Tensor] = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: seen.append(args[0]) if type(module) is type(host) else None
+    )
+    options: dict[str, Any] = {"model": str(tmp_path / "host"), "insert": 2, "epochs": 1}
+    fit(root, tmp_path / "run", **options, calibrate=4, teacher="host", batch_size=4)
+    hook.remove()
+    data = load_data("folder", "test", root=root, img_size=32, mean=[*HALF], std=[*HALF])
+    pixels, _ = data.with_preprocessing(crop_pct=0.9).get_batch(range(len(data)))
+    assert max(x.max().item() for x in seen) <= pixels.max().item() + 0.1
+    assert min(x.min().item() for x in seen) >= -1.0001  # black; -2.1 by ImageNet's constants
+
+
+def test_a_teacher_with_another_mean_sees_images_as_it_was_trained() -> None:
+    student, own = Preprocessing((0.4,) * 3, (0.2,) * 3), Preprocessing(HALF, (0.25,) * 3)
+    pixels = torch.rand(2, 3, 4, 4)
+    teacher = Renormalized(torch.nn.Identity(), student, own)
+    torch.testing.assert_close(teacher((pixels - 0.4) / 0.2), (pixels - 0.5) / 0.25)
