@@ -33,6 +33,11 @@ VALUES = {  # of the idx files of version 0.3, behind their headers
     "test_labels": "19efeabbd5fed476d80e2ce2609cdc76c23b9694a1631c6371599ab362810a91",
 }
 CHECKSUM = re.compile(r"^ {4}([0-9a-f]{64})  (\S+)$", re.MULTILINE)
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +69,7 @@ def idx(values: np.ndarray) -> bytes:
 
 
 def write_idx(
-    folder: Path,
-    *,
-    suffix: str = "",
-    pack: Callable[[bytes], bytes] = bytes,
-    seeds: tuple[int, int] = (1, 2),
-    per_class: int = 3,
+    folder: Path, suffix: str = "", seeds: tuple[int, int] = (1, 2), per_class: int = 3
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Four idx files of noise, 4 high and 5 wide; returns what is in them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def write_idx(
         labels = rng.permutation(np.repeat(np.arange(10, dtype=np.uint8), per_class))
         images = rng.integers(0, 256, (len(labels), 4, 5), dtype=np.uint8)
         for name, values in zip(names, (images, labels), strict=True):
-            (folder / (name + suffix)).write_bytes(pack(idx(values)))
+            (folder / (name + suffix)).write_bytes(PACK[suffix](idx(values)))
         written[split] = (images, labels)
     return written
 
@@ -99,7 +99,7 @@ def test_the_known_names_are_listed() -> None:
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_the_bundled_set_has_the_sizes_it_promises_and_is_balanced_from_its_start(
+def test_the_bundled_set_has_the_images_it_promises_and_is_balanced_from_its_start(
     bundled: dict[str, ImageDataset], split: str
 ) -> None:
     data = bundled[split]
@@ -107,27 +107,10 @@ def test_the_bundled_set_has_the_sizes_it_promises_and_is_balanced_from_its_star
     assert all(len(ten.unique()) == 10 for ten in data.labels.split(10))
     for name, values in (("images", data.images), ("labels", data.labels.byte())):
         assert hashlib.sha256(values.numpy().tobytes()).hexdigest() == VALUES[f"{split}_{name}"]
+    assert list(data.classes) == torchvision.datasets.FashionMNIST.classes
 
 
-def test_the_class_names_are_those_of_torchvision(bundled: dict[str, ImageDataset]) -> None:
-    assert list(bundled["train"].classes) == torchvision.datasets.FashionMNIST.classes
-
-
-def test_no_bundled_test_image_is_a_training_image(bundled: dict[str, ImageDataset]) -> None:
-    train, test = ({p.tobytes() for p in bundled[s].images.numpy()} for s in ("train", "test"))
-    assert len(test) == SIZES["test"]
-    assert not train & test
-
-
-def test_labels_belong_to_their_images(bundled: dict[str, ImageDataset]) -> None:
-    """The nearest class mean names far more than one test image in ten."""
-    train, test = bundled["train"], bundled["test"]
-    means = torch.stack([train.images[train.labels == k].float().mean(0) for k in range(10)])
-    nearest = torch.cdist(test.images.float().flatten(1), means.flatten(1)).argmin(1)
-    assert (nearest == test.labels).float().mean() > 0.6
-
-
-def test_the_bundled_mean_and_std_are_those_the_script_computed(
+def test_the_readme_names_mean_std_and_sha256_of_the_bundled_file_and_its_arrays(
     bundled: dict[str, ImageDataset],
 ) -> None:
     readme = (ASSETS / "README.md").read_text(encoding="utf-8")
@@ -135,10 +118,6 @@ def test_the_bundled_mean_and_std_are_those_the_script_computed(
     assert computed is not None
     data = bundled["train"]
     assert (data.mean, data.std) == ((float(computed[1]),), (float(computed[2]),))
-
-
-def test_the_readme_names_the_sha256_of_the_bundled_file_and_its_arrays() -> None:
-    readme = (ASSETS / "README.md").read_text(encoding="utf-8")
     digest = hashlib.sha256((ASSETS / SMALL).read_bytes()).hexdigest()
     named = {name: digest for digest, name in CHECKSUM.findall(readme)}
     assert named == VALUES | {SMALL: digest}
@@ -156,14 +135,6 @@ def test_one_image_is_float32_from_0_to_1_with_an_int_label() -> None:
         torch.testing.assert_close(image, torch.full((1, 2, 3), number / 255))
     with pytest.raises(IndexError):
         data[10]
-
-
-def test_the_split_is_that_for_training_unless_told_otherwise(
-    bundled: dict[str, ImageDataset],
-) -> None:
-    data = load_data("fashion-mnist-small")
-    assert data.split == "train"
-    assert torch.equal(data.labels, bundled["train"].labels)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 64])
@@ -280,37 +251,27 @@ def test_a_data_set_that_does_not_fit_together_is_refused(
 
 
 @pytest.mark.parametrize("below", ["", "fashion-mnist", "FashionMNIST/raw"])
-@pytest.mark.parametrize(
-    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
-)
+@pytest.mark.parametrize("suffix", PACK)
 def test_the_full_set_is_read_from_plain_and_packed_files(
-    tmp_path: Path, below: str, suffix: str, pack: Callable[[bytes], bytes]
+    tmp_path: Path, below: str, suffix: str
 ) -> None:
-    written = write_idx(tmp_path / below, suffix=suffix, pack=pack)
+    written = write_idx(tmp_path / below, suffix)
     for split, (images, labels) in written.items():
         data = load_data("fashion-mnist", split, root=str(tmp_path))
         np.testing.assert_array_equal(data.images.numpy()[:, 0], images)
         np.testing.assert_array_equal(data.labels.numpy(), labels)
 
 
-def test_the_full_set_is_found_through_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = write_idx(tmp_path)
-    monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path))
-    np.testing.assert_array_equal(load_data("fashion-mnist").labels.numpy(), written["train"][1])
-
-
-@pytest.mark.parametrize("place", ["debian/fashion-mnist", "cache/FashionMNIST/raw"])
-def test_the_full_set_is_found_where_debian_and_torchvision_put_it(
+@pytest.mark.parametrize("place", ["environment", "debian/fashion-mnist", "cache/FashionMNIST/raw"])
+def test_the_full_set_is_found_through_the_environment_or_where_others_put_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     written = write_idx(tmp_path / place)
-    monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path / "has no such set"))
+    monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path / "environment"))
     np.testing.assert_array_equal(load_data("fashion-mnist").labels.numpy(), written["train"][1])
 
 
-def test_an_explicit_root_goes_before_the_environment(
+def test_an_explicit_root_goes_before_the_environment_and_does_not_fall_back_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = write_idx(tmp_path / "root")
@@ -318,15 +279,8 @@ def test_an_explicit_root_goes_before_the_environment(
     monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path / "environment"))
     data = load_data("fashion-mnist", root=tmp_path / "root")
     np.testing.assert_array_equal(data.labels.numpy(), written["train"][1])
-
-
-def test_a_root_without_the_set_does_not_fall_back_to_another_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_idx(tmp_path / "environment")
-    monkeypatch.setenv("TOKENLEARNER_DATA", str(tmp_path / "environment"))
     with pytest.raises(ValueError, match="fashion-mnist is missing"):
-        load_data("fashion-mnist", root=tmp_path / "root")
+        load_data("fashion-mnist", root=tmp_path / "empty")
 
 
 def test_a_missing_set_names_every_place_and_the_ways_out(
@@ -363,15 +317,7 @@ def test_download_fetches_a_missing_set_into_root_or_the_cache(
     assert ((root or tmp_path / "cache") / "FashionMNIST" / "raw").is_dir()
 
 
-def test_download_fetches_nothing_when_the_set_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_idx(tmp_path)
-    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", None)
-    assert len(load_data("fashion-mnist", root=tmp_path, download=True)) == 30
-
-
-def test_a_failed_download_says_why_and_names_the_ways_out(
+def test_a_failed_download_says_why_and_none_is_tried_when_the_set_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(root: str, download: bool) -> None:
@@ -380,6 +326,8 @@ def test_a_failed_download_says_why_and_names_the_ways_out(
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch)
     with pytest.raises(ValueError, match=r"could not be fetched .*no route to host.*apt-get"):
         load_data("fashion-mnist", root=tmp_path, download=True)
+    write_idx(tmp_path)
+    assert len(load_data("fashion-mnist", root=tmp_path, download=True)) == 30
 
 
 def test_importing_the_module_loads_neither_torchvision_nor_timm() -> None:
@@ -390,46 +338,36 @@ def test_importing_the_module_loads_neither_torchvision_nor_timm() -> None:
 # Damaged files
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda raw: raw[:-1],
-        lambda raw: raw + b"x",
-        lambda raw: raw[:7],
-        lambda raw: b"",
-        lambda raw: b"\0\0\x08\x01" + raw[4:],
-        lambda raw: b"<htm" + raw[4:],
-    ],
-    ids=["cut", "too long", "no header", "empty", "labels for images", "a web page"],
-)
-def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    write_idx(tmp_path)
-    path = tmp_path / IDX_FILES["train"][0]
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=re.escape(str(path))):
-        load_data("fashion-mnist", root=tmp_path)
+PLAIN_DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda raw: raw[:-1],
+    "too long": lambda raw: raw + b"x",
+    "no header": lambda raw: raw[:7],
+    "empty": lambda raw: b"",
+    "labels for images": lambda raw: b"\0\0\x08\x01" + raw[4:],
+    "a web page": lambda raw: b"<htm" + raw[4:],
+}
+PACKED_DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda packed: packed[: len(packed) // 2],
+    "no archive": lambda packed: b"no archive",
+    "changed early": lambda packed: packed[:10] + b"\xff" * 4 + packed[14:],
+    "changed inside": lambda packed: (
+        packed[:60] + bytes(b ^ 255 for b in packed[60:80]) + packed[80:]
+    ),
+}
 
 
 @pytest.mark.parametrize(
-    ("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)], ids=["gz", "xz"]
-)
-@pytest.mark.parametrize(
-    "damage",
+    ("suffix", "damage"),
     [
-        lambda packed: packed[: len(packed) // 2],
-        lambda packed: b"no archive",
-        lambda packed: packed[:10] + b"\xff" * 4 + packed[14:],
-        lambda packed: packed[:60] + bytes(b ^ 255 for b in packed[60:80]) + packed[80:],
+        pytest.param(suffix, damage, id=f"{name} {suffix}")
+        for suffix in PACK
+        for name, damage in (PACKED_DAMAGES if suffix else PLAIN_DAMAGES).items()
     ],
-    ids=["cut", "no archive", "changed early", "changed inside"],
 )
-def test_a_damaged_archive_is_named(
-    tmp_path: Path,
-    suffix: str,
-    pack: Callable[[bytes], bytes],
-    damage: Callable[[bytes], bytes],
+def test_a_damaged_file_is_named(
+    tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]
 ) -> None:
-    write_idx(tmp_path, suffix=suffix, pack=pack)
+    write_idx(tmp_path, suffix)
     path = tmp_path / (IDX_FILES["train"][0] + suffix)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -450,10 +388,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_script_gives_the_same_bytes_each_time_and_leaves_nothing_else(tmp_path: Path) -> None:
-    write_idx(tmp_path / "full", suffix=".gz", pack=gzip.compress)
-    run_script(tmp_path / "full", tmp_path / "one")
-    run_script(tmp_path / "full", tmp_path / "two")
-    run_script(tmp_path / "full", tmp_path / "two")
+    write_idx(tmp_path / "full", ".gz")
+    for name in ("one", "two", "two"):
+        run_script(tmp_path / "full", tmp_path / name)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert set(contents(tmp_path / "two")) == {SMALL, "LICENSE", "README.md"}
 
@@ -481,22 +418,21 @@ def test_the_bundled_readme_and_licence_are_those_the_script_writes(tmp_path: Pa
     assert written["LICENSE"] == shipped["LICENSE"]
 
 
-@pytest.mark.parametrize(("train", "test"), [(4, 1), (2, 4), (0, 1)])
-def test_the_script_writes_nothing_when_a_class_has_too_few_images(
-    tmp_path: Path, train: int, test: int
+@pytest.mark.parametrize(
+    ("seeds", "train", "test", "message"),
+    [
+        ((1, 2), 4, 1, "images a class were asked for, expected 1 to 3"),
+        ((1, 2), 2, 4, "images a class were asked for, expected 1 to 3"),
+        ((1, 2), 0, 1, "images a class were asked for, expected 1 to 3"),
+        ((1, 1), 2, 1, "10 test images are also training images"),
+        (None, 2, 1, r"missing: .* in \S+full"),
+    ],
+)
+def test_the_script_writes_nothing_when_something_is_wrong_with_its_source(
+    tmp_path: Path, seeds: tuple[int, int] | None, train: int, test: int, message: str
 ) -> None:
-    write_idx(tmp_path / "full")
-    with pytest.raises(SystemExit, match="images a class were asked for, expected 1 to 3"):
+    if seeds:
+        write_idx(tmp_path / "full", seeds=seeds)
+    with pytest.raises(SystemExit, match=message):
         run_script(tmp_path / "full", tmp_path / "small", train, test)
     assert not (tmp_path / "small").exists()
-
-
-def test_the_script_refuses_test_images_that_are_training_images(tmp_path: Path) -> None:
-    write_idx(tmp_path / "full", seeds=(1, 1))
-    with pytest.raises(SystemExit, match="10 test images are also training images"):
-        run_script(tmp_path / "full", tmp_path / "small")
-
-
-def test_the_script_names_a_source_that_lacks_the_files(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f"missing: .* in {re.escape(str(tmp_path))}"):
-        run_script(tmp_path, tmp_path / "small")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +18,15 @@ import timm.data
 import torch
 import torchvision
 from PIL import Image
-from torch import Tensor
+from streams import gray, png, seen
 
 from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.hub_datasets import TORCH_SETS
 from tokenlearner.data.image_folder import ImageFileDataset
 from tokenlearner.data.iterable import StreamDataset
+
+NUMBER, WORD = datasets.Value("int64"), datasets.Value("string")
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +40,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-
-
-def gray(value: int) -> Image.Image:
-    return Image.new("RGB", (8, 8), (value,) * 3)
 
 
 def load(name: str, split: str = "train", **wanted: object) -> ImageFileDataset:
@@ -74,20 +71,14 @@ def fashion(tmp_path: Path) -> Path:
 
 
 def test_a_torchvision_set_has_its_images_labels_and_classes(fashion: Path) -> None:
-    data = load("torch/fashion_mnist", root=fashion)
-    assert (values(data), data.labels.tolist()) == ([0, 1, 2, 3], [3, 0, 9, 3])
+    data = load("torch/fashion_mnist", root=fashion, in_chans=1)
+    ((images, labels),) = data.batches(9)
+    assert images.shape == (4, 1, 8, 8)
+    assert labels.tolist() == data.labels.tolist() == [3, 0, 9, 3]
+    assert [data.load(i).getpixel((0, 0)) for i in range(4)] == [0, 1, 2, 3]
     assert list(data.classes) == torchvision.datasets.FashionMNIST.classes
     assert (data.name, data.split, len(data)) == ("torch/fashion_mnist", "train", 4)
-
-
-def test_the_held_out_split_of_torchvision_is_its_test_part(fashion: Path) -> None:
     assert load("torch/fashion_mnist", "test", root=fashion).labels.tolist() == [7, 0]
-
-
-def test_a_torchvision_set_gives_batches_in_the_wanted_shape(fashion: Path) -> None:
-    ((images, labels),) = load("torch/fashion_mnist", root=fashion, in_chans=1).batches(9)
-    assert images.shape == (4, 1, 8, 8)
-    assert labels.tolist() == [3, 0, 9, 3]
 
 
 def test_cifar_is_read_in_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +100,6 @@ def made_up(monkeypatch: pytest.MonkeyPatch, n: int = 3, **attributes: object) -
     """timm gives a set of images i with the labels 2 - i."""
 
     class MadeUp(SimpleNamespace):
-        reads = 0
-
         def __len__(self) -> int:
             return n
 
@@ -128,26 +117,20 @@ def made_up(monkeypatch: pytest.MonkeyPatch, n: int = 3, **attributes: object) -
         ({"index": [(1, "a.jpg"), (0, "b.jpg"), (2, "c.jpg")]}, [1, 0, 2], "012"),
         ({}, [2, 1, 0], "012"),
         ({"targets": [1, 0, 1], "classes": ["x", "y", "z"]}, [1, 0, 1], "xyz"),
+        ({"targets": [1, 0, 1], "classes": [("a", "A a"), ("b",)]}, [1, 0, 1], ["a, A a", "b"]),
     ],
-    ids=["targets", "qmnist", "inaturalist", "read once", "classes"],
+    ids=["targets", "qmnist", "inaturalist", "read once", "classes", "several names"],
 )
 def test_labels_and_classes_are_found_where_torchvision_keeps_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     attributes: dict[str, object],
     labels: list[int],
-    classes: str,
+    classes: Sequence[str],
 ) -> None:
     made_up(monkeypatch, **attributes)
     data = load("torch/mnist", root=tmp_path)
-    assert (data.labels.tolist(), "".join(data.classes)) == (labels, classes)
-
-
-def test_classes_of_several_names_are_joined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made_up(monkeypatch, targets=[0, 1, 0], classes=[("tench", "Tinca tinca"), ("goldfish",)])
-    assert load("torch/imagenet", root=tmp_path).classes == ("tench, Tinca tinca", "goldfish")
+    assert (data.labels.tolist(), data.classes) == (labels, tuple(classes))
 
 
 def test_numbered_classes_are_as_many_as_wanted(
@@ -187,15 +170,23 @@ def test_a_broken_torchvision_image_is_named(
         data.load(1)
 
 
-def test_a_torchvision_set_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read cifar10 in \S+ \(.*\); pass download=True"):
-        load("torch/cifar10", root=tmp_path)
-
-
-@pytest.mark.parametrize("name", ["nothing", "image_folder"])
-def test_an_unknown_torchvision_set_lists_the_known_ones(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"torchvision set '{name}', expected .*cifar10, cifar"):
-        load(f"torch/{name}", root=tmp_path)
+@pytest.mark.parametrize(
+    ("name", "has_root", "message"),
+    [
+        ("torch/cifar10", True, r"cannot read cifar10 in \S+ \(.*\); pass download=True"),
+        ("torch/cifar10", False, "needs torchvision's folder of data; pass root"),
+        ("torch/nothing", True, "torchvision set 'nothing', expected .*cifar10, cifar"),
+        ("torch/image_folder", True, "torchvision set 'image_folder', expected .*cifar10"),
+        ("torch/", False, "'torch/' names no data set; write one behind"),
+        ("hfds/", False, "'hfds/' names no data set; write one behind"),
+        ("hfids", False, "'hfids' names no data set; write one behind"),
+    ],
+)
+def test_names_and_places_that_do_not_fit_are_refused(
+    tmp_path: Path, name: str, has_root: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(name, root=tmp_path if has_root else None)
 
 
 @pytest.mark.parametrize("name", TORCH_SETS)
@@ -206,24 +197,7 @@ def test_timm_knows_every_name_that_is_listed(tmp_path: Path, name: str) -> None
     assert "Unknown" not in str(caught.value)
 
 
-def test_torchvision_needs_a_root() -> None:
-    with pytest.raises(ValueError, match="needs torchvision's folder of data; pass root"):
-        load("torch/cifar10")
-
-
-@pytest.mark.parametrize("name", ["torch/", "hfds/", "hfids"])
-def test_a_library_without_a_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name!r} names no data set; write one behind"):
-        load(name)
-
-
 # Hugging Face datasets
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    gray(value).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -239,17 +213,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def write_parquet(root: Path, features: datasets.Features | None = None, files: int = 4) -> Path:
-    """Files of 5 rows each: image i is gray of the value i, and its label is i."""
+def write_parquet(root: Path, kind: object = None, files: int = 4) -> Path:
+    """Files of 5 rows each: image i is gray of the value i, and its label is i, of that kind."""
     root.mkdir()
-    if features is None:
-        names = [str(i) for i in range(5 * files)]
-        features = datasets.Features(img=datasets.Image(), kind=datasets.ClassLabel(names=names))
+    names = [str(i) for i in range(5 * files)]
+    features = datasets.Features(img=datasets.Image(), kind=datasets.ClassLabel(names=names))
+    if kind:
+        features = datasets.Features(image=datasets.Image(), label=kind)
     image, label = features
     for file in range(files):
         numbers = range(5 * file, 5 * file + 5)
         rows = {image: [{"bytes": png(i), "path": None} for i in numbers]}
-        rows[label] = [*(map(str, numbers) if "string" in str(features[label]) else numbers)]
+        rows[label] = [*(map(str, numbers) if kind is WORD else numbers)]
         table = datasets.Dataset.from_dict(rows, features=features)
         table.to_parquet(str(root / f"train-{file:05}-of-{files:05}.parquet"))
     return root
@@ -261,14 +236,13 @@ def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_parquet(tmp_path / "numbers")
 
 
-def test_a_local_folder_is_read_by_datasets(folder: Path) -> None:
-    data = load(f"hfds/{folder}")
+def test_a_local_folder_is_read_by_datasets(folder: Path, tmp_path: Path) -> None:
+    """Its held-out split is validation before test; root is where datasets keeps what it makes."""
+    data = load(f"hfds/{folder}", root=tmp_path / "kept")
     assert sorted(values(data)) == [0, 10, 20, 30, 40, 50]
     assert data.labels.tolist() == [value // 30 for value in values(data)]
     assert (data.classes, data.name) == (("cat", "dog"), f"hfds/{folder}")
-
-
-def test_the_held_out_split_of_datasets_is_validation_before_test(folder: Path) -> None:
+    assert list((tmp_path / "kept").rglob("*.arrow"))
     assert len(load(f"hfds/{folder}", "test")) == 4
 
 
@@ -278,22 +252,14 @@ def test_columns_are_found_by_their_kind(parquet: Path) -> None:
     assert data.classes == tuple(map(str, range(20)))
 
 
-def test_words_as_labels_become_sorted_classes(tmp_path: Path, parquet: Path) -> None:
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
-    data = load(f"hfds/{write_parquet(tmp_path / 'words', features, files=3)}")
+def test_words_as_labels_become_sorted_classes_and_numbers_numbered_ones(
+    tmp_path: Path, parquet: Path
+) -> None:
+    data = load(f"hfds/{write_parquet(tmp_path / 'words', WORD, files=3)}")
     assert data.classes == tuple(sorted(map(str, range(15))))
     assert [data.classes[label] for label in data.labels] == list(map(str, values(data)))
-
-
-def test_numbers_as_labels_become_numbered_classes(tmp_path: Path, parquet: Path) -> None:
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-    data = load(f"hfds/{write_parquet(tmp_path / 'numbered', features, files=1)}")
-    assert data.classes == tuple("01234")
-
-
-def test_root_is_where_datasets_keeps_what_it_makes(folder: Path, tmp_path: Path) -> None:
-    load(f"hfds/{folder}", root=tmp_path / "kept")
-    assert list((tmp_path / "kept").rglob("*.arrow"))
+    numbered = load(f"hfds/{write_parquet(tmp_path / 'numbered', NUMBER, files=1)}")
+    assert numbered.classes == tuple("01234")
 
 
 def test_a_broken_image_of_datasets_is_named(folder: Path) -> None:
@@ -309,21 +275,19 @@ def test_a_set_without_the_split_names_those_it_has(parquet: Path) -> None:
         load(f"hfds/{parquet}", "test")
 
 
-def test_labels_below_0_are_refused(tmp_path: Path, parquet: Path) -> None:
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-    root = tmp_path / "hidden"
-    root.mkdir()
-    rows = {"image": [{"bytes": png(1), "path": None}], "label": [-1]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(root / "train.parquet"))
-    with pytest.raises(ValueError, match="a label is -1, expected 0 or more"):
-        load(f"hfds/{root}")
-
-
-def test_a_set_without_images_names_its_columns(tmp_path: Path, parquet: Path) -> None:
-    root = tmp_path / "text"
-    root.mkdir()
-    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(str(root / "t.parquet"))
-    with pytest.raises(ValueError, match="has the columns text, label, expected one of images"):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"label": [-1], "image": [gray(1)]}, "a label is -1, expected 0 or more"),
+        ({"text": ["a"], "label": [0]}, "has the columns text, label, expected one of images"),
+    ],
+)
+def test_labels_below_0_and_sets_without_images_are_refused(
+    tmp_path: Path, parquet: Path, rows: dict[str, list[object]], message: str
+) -> None:
+    (root := tmp_path / "other").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(str(root / "train.parquet"))
+    with pytest.raises(ValueError, match=message):
         load(f"hfds/{root}")
 
 
@@ -340,20 +304,6 @@ def test_without_datasets_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 # Streams of Hugging Face datasets
-
-
-def value(image: Image.Image) -> Tensor:
-    return torch.full((3, 8, 8), float(image.getpixel((0, 0))[0]))  # type: ignore[index]
-
-
-def seen(data: StreamDataset, size: int = 4, **options: object) -> list[int]:
-    """The labels of an epoch, which are those of their images."""
-    found = []
-    usual = {"epoch": 0, "seed": 0, "workers": 0}
-    for batch in data.train_batches(value, size, **{**usual, **options}):  # type: ignore[arg-type]
-        assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels)
-        found += batch.labels.tolist()
-    return found
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -398,21 +348,18 @@ def test_a_broken_image_of_a_stream_is_reported(folder: Path) -> None:
     assert re.match(r"image \d of hfids/\S+ train cannot be read", batch.unreadable[0])
 
 
-def test_the_length_of_a_stream_is_asked_for(parquet: Path) -> None:
+def test_the_length_and_the_classes_of_a_stream_are_asked_for(
+    tmp_path: Path, parquet: Path
+) -> None:
     with pytest.raises(ValueError, match="num_samples"):
         len(stream(f"hfids/{parquet}"))
-
-
-def test_the_classes_of_a_stream_are_asked_for(tmp_path: Path, parquet: Path) -> None:
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-    root = write_parquet(tmp_path / "numbered", features, files=1)
+    root = write_parquet(tmp_path / "numbered", NUMBER, files=1)
     with pytest.raises(ValueError, match="num_classes"):
         stream(f"hfids/{root}")
     assert stream(f"hfids/{root}", num_classes=5).classes == tuple("01234")
 
 
 def test_words_as_labels_of_a_stream_are_refused(tmp_path: Path, parquet: Path) -> None:
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
-    root = write_parquet(tmp_path / "words", features, files=1)
+    root = write_parquet(tmp_path / "words", WORD, files=1)
     with pytest.raises(ValueError, match="has label '0', expected a number"):
         stream(f"hfids/{root}", num_classes=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,3 +79,12 @@ def test_color_is_not_made_gray() -> None:
 
 def test_clips_keep_their_size() -> None:
     assert make_images(1, 4).resized(4).shape == (1, 4, 6, 8)
+
+
+def test_a_pickled_set_comes_back_whole() -> None:
+    data = make_images(3)
+    back = pickle.loads(pickle.dumps(data.with_preprocessing(mean=(0.5, 0.5, 0.5))))
+    assert torch.equal(back.images, data.images)
+    assert torch.equal(back.labels, data.labels)
+    assert (back.name, back.split, back.classes) == (data.name, data.split, data.classes)
+    assert (back.mean, back.std, back.in_memory) == ((0.5, 0.5, 0.5), data.std, True)
