@@ -120,6 +120,8 @@ def test_models_takes_a_pattern_or_none(capsys: pytest.CaptureFixture[str]) -> N
         (["train", "fashion_mnist", "--epochs", "0"], ["epochs is 0"]),
         (["eval", "x", "--img_size", "0.5"], ['"img_size"']),
         (["bench"], ["models"]),
+        (["bench", "vit+insert(x)"], ["tokenlearner bench: 'vit+insert(x)' has 'x'"]),
+        (["bench", "nothing_like_it"], ["tokenlearner bench:", "'nothing_like_it'"]),
     ],
 )
 def test_a_mistake_gets_a_message_and_exit_code_2(
