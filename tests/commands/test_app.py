@@ -6,7 +6,6 @@ import asyncio
 import shutil
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tiny import randomized
 from tokenlearner import attention_maps, create_model, load_data, remove
 from tokenlearner.commands._inputs import InputPipeline
 from tokenlearner.commands.app import inference
-from tokenlearner.commands.app.inference import measure_cost, predict
+from tokenlearner.commands.app.inference import Prediction, measure_cost, predict
 from tokenlearner.commands.app.models import (
     WITHOUT_CHECKPOINT,
     OfferedModel,
@@ -70,6 +69,11 @@ def with_tokens(offered: dict[str, OfferedModel]) -> OfferedModel:
 
 
 @pytest.fixture(scope="module")
+def prediction(with_tokens: OfferedModel) -> Prediction:
+    return predict(with_tokens, with_tokens.examples["Trouser"])
+
+
+@pytest.fixture(scope="module")
 def page(offered: dict[str, OfferedModel]) -> AppPage:
     return make_page(*offered.values())
 
@@ -77,10 +81,9 @@ def page(offered: dict[str, OfferedModel]) -> AppPage:
 @pytest.fixture(scope="module")
 def clips() -> OfferedModel:
     """A model of clips, with two blocks that fuse, and without examples."""
-    model = create_model(
-        "vivit_mini_patch8x2_32", num_tokens=3, depth=2, at=0, fuse=True, in_chans=1
-    )
-    pipeline = InputPipeline((1, 8, 32, 32), (0.5,), (0.5,), 1.0, 8, 1, False, "made up")
+    options: dict[str, Any] = {"num_tokens": 3, "depth": 2, "at": 0, "fuse": True, "in_chans": 1}
+    model = create_model("vivit_mini_patch8x2_32", **options)
+    pipeline = InputPipeline((1, 8, 32, 32), (0.5,), (0.5,), 1.0, "bicubic", 8, 1, False, "made up")
     return OfferedModel("clips", randomized(model), pipeline, None, False, {})
 
 
@@ -90,8 +93,8 @@ def clips() -> OfferedModel:
 def test_a_folder_of_the_demo_stands_for_the_models_in_it(
     demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = {VIT: demo / "vit", TL4: demo / "vit-tl4"}
-    assert offered_sources([str(demo)]) == {name: str(path) for name, path in expected.items()}
+    expected = {VIT: str(demo / "vit"), TL4: str(demo / "vit-tl4")}
+    assert offered_sources([str(demo)]) == expected
     monkeypatch.chdir(demo.parent)
     assert [*offered_sources([])] == [*expected]
 
@@ -104,9 +107,8 @@ def test_without_anything_a_model_with_random_weights_is_offered_and_says_so(
     assert model.name == f"{WITHOUT_CHECKPOINT} (random weights)"
     page = make_page(model)
     shown = page.look(model.name, None, None)
-    assert "This model has random weights" in shown[page.status]
-    again = page.redraw(shown[page.state], None, 1)
-    assert "This model has random weights" in again[page.status]
+    for state in (shown, page.redraw(shown[page.state], None, 1)):
+        assert "This model has random weights" in state[page.status]
 
 
 def test_checkpoints_of_the_same_name_are_both_offered_and_a_missing_one_is_refused(
@@ -118,20 +120,17 @@ def test_checkpoints_of_the_same_name_are_both_offered_and_a_missing_one_is_refu
         load_offered(["nowhere"], "cpu")
 
 
-def test_models_with_learned_tokens_come_first_and_classes_have_names(
+def test_models_with_learned_tokens_come_first_with_names_of_classes_and_evaluated_examples(
     offered: dict[str, OfferedModel], clips: OfferedModel
 ) -> None:
     kinds = [(one.has_tokens, one.is_random) for one in offered.values()]
     assert kinds == [(True, False), (False, False)]
     assert [offered[TL4].class_name(i) for i in (0, 1)] == ["T-shirt/top", "Trouser"]
     assert clips.class_name(3) == "class 3"
-
-
-def test_examples_are_those_the_model_is_evaluated_on(with_tokens: OfferedModel) -> None:
-    data = load_data("fashion-mnist-small", "test")
+    data, examples = load_data("fashion-mnist-small", "test"), offered[TL4].examples
     expected = data.eval_transform(data.load(int((data.labels == 1).nonzero()[0])))
-    torch.testing.assert_close(with_tokens.examples["Trouser"].model_input[0], expected)
-    assert len(with_tokens.examples) == 10
+    torch.testing.assert_close(examples["Trouser"].model_input[0], expected)
+    assert len(examples) == 10
 
 
 def test_a_model_of_a_folder_has_its_examples_and_classes(tmp_path: Path) -> None:
@@ -150,7 +149,7 @@ def test_a_model_of_a_folder_has_its_examples_and_classes(tmp_path: Path) -> Non
 def test_a_model_whose_data_are_not_here_has_no_examples(
     run: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = InputPipeline((1, 28, 28), (0.5,), (0.5,), 1.0, 16, 1, False, "made up")
+    pipeline = InputPipeline((1, 28, 28), (0.5,), (0.5,), 1.0, "bicubic", 16, 1, False, "made up")
     monkeypatch.setattr("tokenlearner.commands.app.models.input_pipeline", lambda *_: pipeline)
     [model] = load_offered([str(make_checkpoint(tmp_path / "a", 2, **run))], "cpu").values()
     assert (model.classes, model.examples) == (None, {})
@@ -164,7 +163,9 @@ def test_a_model_of_clips_is_tried_on_the_clips_it_is_evaluated_on(
 ) -> None:
     pytest.importorskip("skimage")
     data = load_data("moving-photographs", "test", frames=4, img_size=16)
-    pipeline = InputPipeline((1, 4, 16, 16), data.mean, data.std, 1.0, 4, 1, order == "btchw", "")
+    pipeline = InputPipeline(
+        (1, 4, 16, 16), data.mean, data.std, 1.0, "bicubic", 4, 1, order == "btchw", ""
+    )
     monkeypatch.setattr("tokenlearner.commands.app.models.input_pipeline", lambda *_: pipeline)
     folder = make_checkpoint(tmp_path / "a", 2, data="moving-photographs")
     [model] = load_offered([str(folder)], "cpu").values()
@@ -179,20 +180,16 @@ def test_a_model_of_clips_is_tried_on_the_clips_it_is_evaluated_on(
 
 
 def test_the_prediction_and_the_maps_are_those_of_the_model(
-    with_tokens: OfferedModel, offered: dict[str, OfferedModel]
+    with_tokens: OfferedModel, offered: dict[str, OfferedModel], prediction: Prediction
 ) -> None:
-    image = with_tokens.examples["Trouser"]
-    prediction = predict(with_tokens, image)
-    shares = with_tokens.model(image.model_input)[0].softmax(-1).detach()
+    model, image = with_tokens.model, with_tokens.examples["Trouser"]
+    shares = model(image.model_input)[0].softmax(-1).detach()
     torch.testing.assert_close(prediction.shares, shares)
-    maps = attention_maps(with_tokens.model, image.model_input)
-    torch.testing.assert_close(prediction.maps, maps)
+    torch.testing.assert_close(prediction.maps, attention_maps(model, image.model_input))
     assert predict(offered[VIT], image).maps == {}
 
 
-def test_of_a_clip_a_model_of_images_predicts_the_mean(
-    with_tokens: OfferedModel, tmp_path: Path
-) -> None:
+def test_of_a_clip_a_model_of_images_predicts_the_mean(with_tokens: Any, tmp_path: Path) -> None:
     clip = with_tokens.pipeline.read(make_video(tmp_path / "a.mp4", frames=30), "a")
     prediction = predict(with_tokens, clip)
     expected = with_tokens.model(clip.model_input).softmax(-1).mean(0).detach()
@@ -202,33 +199,25 @@ def test_of_a_clip_a_model_of_images_predicts_the_mean(
 
 def test_a_model_that_returns_nan_is_refused(with_tokens: OfferedModel) -> None:
     broken: Any = create_model(MINI, num_tokens=2, depth=1).eval()
-    with torch.no_grad():
-        for parameter in broken.get_classifier().parameters():
-            parameter.fill_(float("nan"))
+    torch.nn.init.constant_(broken.get_classifier().bias, float("nan"))
     model = replace(with_tokens, name="broken", model=broken)
     with pytest.raises(ValueError, match="broken"):
         predict(model, with_tokens.examples["Trouser"])
 
 
-def fake_timer(seconds: float, runs: list[tuple[int, int]]) -> Callable[..., dict[str, Seconds]]:
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.001, [(1, 2), (1, 30), (32, 20)]), (1.0, [(1, 2), (1, 3)])]
+)
+def test_the_cost_is_that_of_the_host_if_any_and_a_slow_model_s_not_of_a_batch(
+    seconds: float, expected: Any, with_tokens: OfferedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[int, int]] = []
+
     def timed(models: dict[str, Any], images: torch.Tensor, rounds: int) -> dict[str, Seconds]:
         runs.append((len(images), rounds))
         return {name: Seconds([seconds * (i + 1)] * rounds) for i, name in enumerate(models)}
 
-    return timed
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [(0.001, [(1, 2), (1, 30), (32, 20)]), (1.0, [(1, 2), (1, 3)])]
-)
-def test_the_cost_is_that_of_the_host_and_a_slow_model_s_not_of_a_batch(
-    seconds: float,
-    expected: list[tuple[int, int]],
-    with_tokens: OfferedModel,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    runs: list[tuple[int, int]] = []
-    monkeypatch.setattr(inference, "time_models", fake_timer(seconds, runs))
+    monkeypatch.setattr(inference, "time_models", timed)
     image = with_tokens.examples["Trouser"].model_input
     rows, notes = measure_cost(with_tokens, image)
     assert runs == expected
@@ -238,13 +227,7 @@ def test_the_cost_is_that_of_the_host_and_a_slow_model_s_not_of_a_batch(
     assert [row[-1] for row in rows[:2]] == ["1.00 (1.00–1.00)", "0.50 (0.50–0.50)"]
     assert "1 x 28 x 28" in notes
     assert with_tokens.has_tokens
-
-
-def test_a_model_that_does_not_run_without_tokens_is_measured_alone(
-    with_tokens: OfferedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inference, "time_models", fake_timer(1.0, []))
-    model = create_model("mixer_mini_patch4_tl8at3_28").eval()
+    model = create_model("mixer_mini_patch4_tl8at3_28").eval()  # does not run without
     rows, _ = measure_cost(replace(with_tokens, model=model), torch.zeros(1, 1, 28, 28))
     assert {row[0] for row in rows} == {"with (does not run without)"}
 
@@ -252,8 +235,7 @@ def test_a_model_that_does_not_run_without_tokens_is_measured_alone(
 # --- what is shown ------------------------------------------------------------------------------
 
 
-def test_each_map_is_shown_over_the_image_and_described_in_words(with_tokens: OfferedModel) -> None:
-    prediction = predict(with_tokens, with_tokens.examples["Trouser"])
+def test_each_map_is_shown_over_the_image_and_described_in_words(prediction: Prediction) -> None:
     [(block, maps)] = prediction.maps.items()
     images = map_images(prediction, block, 1)
     names = [caption.partition(":")[0] for _, caption in images[1:]]
@@ -267,10 +249,7 @@ def test_each_map_is_shown_over_the_image_and_described_in_words(with_tokens: Of
     assert map_numbers(prediction, block, 1)[1][1] == words
 
 
-def test_the_numbers_are_those_of_the_maps_and_collapsed_tokens_are_warned_of(
-    with_tokens: OfferedModel,
-) -> None:
-    prediction = predict(with_tokens, with_tokens.examples["Trouser"])
+def test_numbers_are_those_of_the_maps_with_a_warning_of_collapse(prediction: Prediction) -> None:
     [(block, stats)] = prediction.stats.items()
     rows = map_numbers(prediction, block, 1)
     assert [row[2] for row in rows] == [f"{share:.0%}" for share in stats.effective_share]
@@ -303,19 +282,16 @@ def test_a_file_is_looked_at_and_the_example_is_let_go(page: AppPage, tmp_path: 
     assert [shown[component]["visible"] for component in hidden] == [False] * 3
 
 
-@pytest.mark.parametrize(("given", "expected"), [("Trouser", "Trouser"), (None, "T-shirt/top")])
-def test_without_a_file_an_example_is_looked_at_with_or_without_maps(
-    given: str | None, expected: str, page: AppPage
-) -> None:
-    shown, plain = page.look(TL4, None, given), page.look(VIT, None, given)
-    assert shown[page.status].startswith(f"held-out example, {expected}: {TL4} says ")
-    assert shown[page.example] == expected
+def test_without_a_file_an_example_is_looked_at_with_or_without_maps(page: AppPage) -> None:
+    for given, expected in (("Trouser", "Trouser"), (None, "T-shirt/top")):
+        shown = page.look(TL4, None, given)
+        assert shown[page.status].startswith(f"held-out example, {expected}: {TL4} says ")
+        assert shown[page.example] == expected
+    plain = page.look(VIT, None, None)
     assert (plain[page.notes], plain[page.maps]["visible"]) == (NO_MAPS, False)
 
 
-def test_a_broken_file_gives_a_message_and_shows_nothing_else(
-    page: AppPage, tmp_path: Path
-) -> None:
+def test_of_a_broken_file_a_message_is_all_that_is_shown(page: AppPage, tmp_path: Path) -> None:
     (tmp_path / "<b>broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
     shown = page.look(TL4, str(tmp_path / "<b>broken.png"), None)
     assert 'role="alert">&lt;b&gt;broken.png ' in shown[page.status]
@@ -335,9 +311,7 @@ def test_an_unexpected_error_is_printed_to_the_terminal_only(
     assert "KeyError: 'secret'" in capsys.readouterr().err
 
 
-def test_another_block_and_frame_are_drawn_and_announced(
-    clips: OfferedModel, tmp_path: Path
-) -> None:
+def test_another_block_and_frame_are_announced(clips: OfferedModel, tmp_path: Path) -> None:
     page = make_page(clips)
     shown = page.look("clips", str(make_video(tmp_path / "a.mp4", frames=20)), None)
     assert (shown[page.block]["visible"], shown[page.frame]["maximum"]) == (True, 8)
@@ -348,9 +322,7 @@ def test_another_block_and_frame_are_drawn_and_announced(
     assert page.maps not in page.redraw(None, None, 1)
 
 
-def test_the_cost_is_measured_when_asked_for(
-    page: AppPage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cost_is_measured_on_demand(page: AppPage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "_SECONDS", 0.1)
     shown = page.look(TL4, None, None)
     measured = page.measure(shown[page.state])
@@ -365,9 +337,8 @@ def test_the_cost_is_measured_when_asked_for(
     [("port", 0), ("port", 70_000), *((limit, 0) for limit in UploadLimits.__dataclass_fields__)],
 )
 def test_options_out_of_range_are_refused(name: str, value: int) -> None:
-    kwargs: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}"):
-        AppConfig(**kwargs)
+        replace(AppConfig(), **{name: value})
 
 
 def test_by_default_only_this_computer_can_open_the_page() -> None:

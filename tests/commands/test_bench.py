@@ -43,7 +43,6 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("text", "base", "tokens"),
     [
-        ("vit", "vit", {}),
         ("runs/a+b", "runs/a+b", {}),
         ("vit+insert(8)", "vit", {"num_tokens": 8}),
         ("vit+insert(8,6)", "vit", {"num_tokens": 8, "at": 6}),
@@ -53,9 +52,7 @@ CPU = torch.device("cpu")
         ("a/b+insert(4,v1-mean,.5)", "a/b", {"num_tokens": 4, "learner": "v1-mean", "at": 0.5}),
     ],
 )
-def test_a_model_is_a_name_and_what_is_inserted(
-    text: str, base: str, tokens: dict[str, Any]
-) -> None:
+def test_a_model_is_a_name_and_what_is_inserted(text: str, base: str, tokens: Any) -> None:
     for end in ("", "+onednn"):
         model = parse_bench_model(text + end)
         assert (model.text, model.base, model.tokens) == (text + end, base, tokens)
@@ -148,7 +145,6 @@ def test_a_checkpoint_is_loaded_at_its_size(tmp_path: Path) -> None:
     [
         ([f"{MINI}+insert(50)"], 0, rf"{MINI}\+insert\(50\): num_tokens is 50"),
         ([MINI, "vivit_mini_patch8x2_32"], 0, "vivit_mini_patch8x2_32 3 x 8 x 32 x 32"),
-        ([MINI, "vivit_mini_patch8x2_32"], 32, "vivit_mini_patch8x2_32 3 x 8 x 32 x 32"),
         ([MINI], 3, f"{MINI} .* 3"),
         ([MIXER], 56, f"{MIXER} .* 56"),
     ],
@@ -156,9 +152,6 @@ def test_a_checkpoint_is_loaded_at_its_size(tmp_path: Path) -> None:
 def test_models_that_do_not_fit_are_refused(names: list[str], img_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loaded(*names, img_size=img_size)
-
-
-def test_onednn_on_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"onednn.*meta"):
         load_bench_models([parse_bench_model("vit+onednn")], 0, torch.device("meta"), torch.float32)
 
@@ -193,6 +186,11 @@ def test_other_errors_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> N
 # --- measuring ----------------------------------------------------------------------------------
 
 
+def measurements(batch_size: int) -> list[Measurement]:
+    counted = [Measurement(name, batch_size, "images/s") for name in ("throughput", "training")]
+    return [Measurement("latency", 1, "ms"), *counted]
+
+
 class Stopwatch:
     """In place of `time_models`: the seconds are known, and the arguments are kept."""
 
@@ -219,22 +217,11 @@ def test_latency_is_of_one_image_and_the_rest_of_the_batch_against_the_first_mod
     lines: list[str] = []
     config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=3, compile=True)
     result = bench(config, lines.append)
-    assert lines[:3] == [
-        "building",
-        "counting multiply-adds and memory",
-        "latency at batch 1, ms, in 5 rounds",
-    ]
-    kwargs = {"training": False, "compiled": True}
-    assert watch.calls == [
-        ([1, 1, 28, 28], 3, kwargs),
-        ([4, 1, 28, 28], 3, kwargs),
-        ([4, 1, 28, 28], 3, kwargs | {"training": True}),
-    ]
-    assert result.measurements == [
-        Measurement("latency", 1, "ms"),
-        Measurement("throughput", 4, "images/s"),
-        Measurement("training", 4, "images/s"),
-    ]
+    assert lines[2] == "latency at batch 1, ms, in 5 rounds"
+    for (shape, rounds, kwargs), batch_size in zip(watch.calls, (1, 4, 4), strict=True):
+        assert (shape, rounds, kwargs["compiled"]) == ([batch_size, 1, 28, 28], 3, True)
+    assert [kwargs["training"] for *_, kwargs in watch.calls] == [False, False, True]
+    assert result.measurements == measurements(4)
     first, second = (row.speeds for row in result.rows)
     values = [500, 2, pytest.approx(2 / 3)]
     assert [speed.value.median for speed in second.values()] == values
@@ -284,26 +271,25 @@ def test_training_is_left_out_on_demand_and_threads_are_given_for_as_long_as_it_
 
 def made(latency: Timing, throughput: float = 2.0, training: float = 1.9) -> BenchResult:
     """A host of 100 ms, 10 images a second in any batch, and a model of half the MACs."""
-    measurements = [
-        Measurement("latency", 1, "ms"),
-        Measurement("throughput", 8, "images/s"),
-        Measurement("training", 8, "images/s"),
-    ]
+    host, reduced = "vit", "vit+insert(8)"
 
     def row(name: str, ratio: float, *speedups: Timing) -> BenchRow:
-        speeds = {}
-        for what, speedup in zip(measurements, speedups, strict=True):
-            value = 100 / speedup.median if what.unit == "ms" else 10 * speedup.median
-            speeds[what.name] = Speed(even(value), speedup, speedup.median / ratio)
+        values = [100 / speedups[0].median, *(10 * speedup.median for speedup in speedups[1:])]
+        speeds = {
+            what.name: Speed(even(value), speedup, speedup.median / ratio)
+            for what, value, speedup in zip(measurements(8), values, speedups, strict=True)
+        }
         return BenchRow(name, 10, 1.0, 4 / ratio, 8 / ratio, ratio, 5.0, 6.0, speeds)
 
     rows = [
-        row("vit", 1.0, even(1), even(1), even(1)),
-        row("vit+insert(8)", 2.0, latency, even(throughput), even(training)),
+        row(host, 1.0, *3 * [even(1)]),
+        row(reduced, 2.0, latency, *map(even, (throughput, training))),
     ]
-    config = BenchConfig(["vit", "vit+insert(8)"], rounds=2)
-    machine = {**describe_machine(CPU), "cpu": "Chip"}
-    return BenchResult(config, machine, 10.0, [3, 224, 224], measurements, rows)
+    config, machine = (
+        BenchConfig([host, reduced], rounds=2),
+        describe_machine(CPU) | {"cpu": "Chip"},
+    )
+    return BenchResult(config, machine, 10.0, [3, 224, 224], measurements(8), rows)
 
 
 def even(value: float) -> Timing:
@@ -326,9 +312,6 @@ def test_the_tables_have_what_is_counted_and_mark_what_is_not_realized() -> None
     result = made(Timing(1.6, 1.5, 1.75))
     text = text_of(filled_table(SIZE_COLUMNS, result.rows), width=100)
     assert cells(text, "vit") == ["vit", "0.00", "4.000", "8.000", "1.00", "5.0", "6.0"]
-    assert cells(text, "model") == [
-        *("model", "params M", "GMACs", "GFLOPs", "MACs ratio", "peak MiB", "train MiB")
-    ]
     for measurement, *expected in (
         ("latency", "62.5 (62.5–62.5)", "1.60 (1.50–1.75)", "* 0.80"),
         ("throughput", "20.0 (20.0–20.0)", "2.00 (2.00–2.00)", "1.00"),
@@ -346,10 +329,8 @@ def test_json_has_the_command_the_machine_and_the_numbers() -> None:
     assert values["command"] == "tokenlearner bench vit 'vit+insert(8)' --rounds 2"
     assert values["machine"]["cpu"] == "Chip"
     assert values["config"]["dtype"] == "float32"
-    assert [(m["base"], m["insert"]) for m in values["models"]] == [
-        ("vit", {}),
-        ("vit", {"num_tokens": 8}),
-    ]
+    assert [m["base"] for m in values["models"]] == ["vit"] * 2
+    assert [m["insert"] for m in values["models"]] == [{}, {"num_tokens": 8}]
     speed = values["models"][1]["speeds"]["throughput"]
     assert speed["value"] == {"median": 15, "low": 15, "high": 15}
     assert (speed["speedup"]["median"], speed["realized_speedup"]) == (1.5, 0.75)
@@ -361,9 +342,8 @@ def test_a_run_gives_tables_and_a_line_and_writes_the_files(
     watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sizes, *speeds, line = bench_table(
-        BenchConfig([MINI, REDUCED], rounds=2, json="x.json", plot="x.png")
-    )
+    config = BenchConfig([MINI, REDUCED], rounds=2, json="x.json", plot="x.png")
+    sizes, *speeds, line = bench_table(config)
     assert [REDUCED in text_of(table) for table in speeds] == [True] * 3
     assert "+insert(8,3)" in text_of(sizes)
     assert line.startswith("1 x 28 x 28 on cpu (")
@@ -388,12 +368,11 @@ def test_without_files_nothing_is_written_and_brackets_in_a_name_are_no_markup(
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])
 def test_a_missing_package_is_an_error_before_any_work(
-    package: str, watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    config = BenchConfig([MINI], plot=str(tmp_path / "x.png"))
     with pytest.raises(ValueError, match=f"needs {package}"):
-        bench_table(config)
+        bench_table(BenchConfig([MINI], plot="x.png"))
     assert not watch.calls
 
 
@@ -411,21 +390,3 @@ def test_the_command_prints_what_it_measured_and_what_it_does(
     assert len(speeds) == 4
     assert all(0 < s["low"] <= s["median"] <= s["high"] for s in speeds)
     assert result["read_gigabytes_per_second"] > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([MINI, "--batch_size", "0"], "batch_size is 0"),
-        ([f"{MINI}+insert(x)"], f"'{MINI}+insert(x)' has 'x'"),
-        (["nothing_like_it"], "there is no model 'nothing_like_it'"),
-        (["--rounds", "2"], ""),
-    ],
-)
-def test_a_mistake_gets_a_message_and_exit_code_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["bench", *arguments])
-    assert exit_info.value.code == 2
-    assert f"tokenlearner bench: {message}" in capsys.readouterr().err

@@ -103,6 +103,13 @@ def test_training_after_calibrating_has_its_own_time_left() -> None:
     assert phases[-1] != phases[0]
 
 
+@pytest.mark.usefixtures("clock")
+def test_the_time_left_in_a_resumed_run_counts_only_the_steps_of_this_session() -> None:
+    whole, resumed = (printed(*map(step, range(first, 80))).splitlines() for first in (1, 31))
+    assert len([line for line in resumed if line.endswith(" left")]) > 5
+    assert {*resumed[1:]} <= {*whole[1:]}
+
+
 # --- a terminal ---------------------------------------------------------------------------------
 
 
@@ -116,22 +123,18 @@ def test_a_terminal_shows_a_bar_with_lines_above_it() -> None:
 # --- several processes --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rank", "is_first"), [(None, True), ("0", True), ("1", False)])
 def test_only_the_first_process_prints(
-    rank: str | None,
-    is_first: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
-    with training_progress("run") as report:
-        report(EPOCH)
-    _console.console().print("text")
-    assert is_main_process() is is_first
-    assert ("epoch 2" in (out := capsys.readouterr().out)) is is_first
-    assert ("text" in out) is is_first
+    for rank, is_first in ((None, True), ("0", True), ("1", False)):
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        with training_progress("run") as report:
+            report(EPOCH)
+        _console.console().print("text")
+        out = capsys.readouterr().out
+        assert [is_main_process(), "epoch 2" in out, "text" in out] == [is_first] * 3
 
 
 # --- the end ------------------------------------------------------------------------------------

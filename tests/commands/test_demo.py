@@ -20,18 +20,13 @@ from tokenlearner.data import factory as data
 
 IMAGES = {"curves.png", "maps-clothes.png", "maps-photographs.png"}
 MADE = IMAGES | {"metrics.json", "report.html", "table.txt"}
-
-
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a demo of tiny models with few images leaves behind."""
-    out, module = (
-        tmp_path_factory.mktemp("demo") / "out",
-        import_module("tokenlearner.commands.demo"),
-    )
+    out, module = tmp_path_factory.mktemp("demo") / "out", import_module(demo.__module__)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("tokenlearner.training.run"), "load_data", few)
         patch.setattr(module, "write_report", partial(write_report, images=64))
@@ -91,15 +86,13 @@ def test_a_second_run_takes_another_folder(made: Path, monkeypatch: pytest.Monke
         configs.append(config)
         raise InterruptedError
 
-    monkeypatch.setattr(import_module("tokenlearner.commands.demo"), "train", train)
+    monkeypatch.setattr(import_module(demo.__module__), "train", train)
     with pytest.raises(InterruptedError):
         demo(DemoConfig(out=str(made)))
     assert configs[0].out == str(made.with_name("out-2") / "vit")
 
 
-@pytest.mark.parametrize(
-    ("package", "extra"), [("skimage.data", "demo"), ("matplotlib", "train")], ids=str
-)
+@pytest.mark.parametrize(("package", "extra"), [("skimage.data", "demo"), ("matplotlib", "train")])
 def test_a_missing_package_is_named_before_any_work(
     package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,10 +102,7 @@ def test_a_missing_package_is_named_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"tokens": 0}, "tokens is 0"), ({"epochs": 1}, "epochs is 1")],
-)
-def test_options_out_of_range_are_refused(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DemoConfig(**options)
+def test_options_out_of_range_are_refused() -> None:
+    for options, message in (({"tokens": 0}, "tokens is 0"), ({"epochs": 1}, "epochs is 1")):
+        with pytest.raises(ValueError, match=message):
+            DemoConfig(**options)

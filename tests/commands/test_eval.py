@@ -50,21 +50,18 @@ def test_a_run_is_evaluated_as_it_was_in_training_and_broken_images_are_counted(
     assert (len(outputs[0]), outputs[1][0], outputs[1][-1]) == (4, "images: 5", "broken: 1")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_eval_s_options_go_before_those_of_the_run(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, message in (
         (["--img_size", "21"], "does not take images of [1, 21, 21]"),
         (["--in_chans", "3"], "does not take images of [3, 14, 14]"),
         (["--root", "nowhere"], "nowhere"),
         (["--data", "torch/cifar10"], "pass root"),
-    ],
-)
-def test_eval_s_options_go_before_those_of_the_run(
-    options: list[str], message: str, images: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["eval", str(images / "run"), *options])
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["eval", str(images / "run"), *options])
+        assert message in capsys.readouterr().err
 
 
 # --- options of a run ---------------------------------------------------------------------------
@@ -79,24 +76,15 @@ def test_options_of_a_run_are_those_of_its_data(name: str, tmp_path: Path) -> No
     assert run_options(str(tmp_path / name)) == known
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])
-def test_a_damaged_train_json_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "train.json").write_text(text)
-    with pytest.raises(ValueError, match=r"train\.json"):
-        run_options(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"split": "val"}, "split is 'val'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"workers": -1}, "workers is -1"),
-    ],
-)
-def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        EvalConfig(checkpoint="x", **options)
+def test_a_damaged_train_json_is_named_and_options_out_of_range(tmp_path: Path) -> None:
+    for text in ("{", "[]", "{}", "3"):
+        (tmp_path / "train.json").write_text(text)
+        with pytest.raises(ValueError, match=r"train\.json"):
+            run_options(str(tmp_path))
+    options: dict[str, Any] = {"split": "val", "batch_size": 0, "workers": -1}
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+            EvalConfig(checkpoint="x", **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,15 @@ from tokenlearner.training.recipes import list_recipes
 
 SMALL_RUN = [
     *("--model", "vit_mini_patch4_28", "--epochs", "1", "--warmup_epochs", "0.1"),
-    *("--model_kwargs", '{"embed_dim": 16, "depth": 2, "patch_size": 7}'),
+    *("--model_kwargs", '{"embed_dim": 16, "depth": 2, "patch_size": 7}', "--out", "run"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs every command in a folder that is empty, and gives it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def exit_code(*arguments: str) -> int | str | None:
@@ -62,37 +69,27 @@ def test_help_and_mistakes_of_a_process_do_not_wait_for_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(command, "--help") == 0
-    out = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    whole = capsys.readouterr().out
+    recipes = list_recipes() if command == "train" else {}
+    assert all(f"  {name} " in whole and text in whole for name, text in recipes.items())
+    out = " ".join(whole.split("options:")[1].split())
     parts = [part for part in out.split(" --")[1:] if part != "help Show this help message"]
     options = [part for part in parts if not part.endswith(",")]  # the other name follows
     assert options
     assert not [option for option in options if len(option.split("(type")[0].split()) < 4]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "function", "expected"),
-    [
-        (["app", "--port", "8000"], "app.server.app", {"checkpoints": (), "port": 8000}),
-        (["app", "a", "b"], "app.server.app", {"checkpoints": ["a", "b"], "port": None}),
-        (
-            ["bench", "vit+insert(8,6)", "vit"],
-            "bench.table.bench_table",
-            {"models": ["vit+insert(8,6)", "vit"]},
-        ),
-    ],
-)
-def test_app_and_bench_take_several_models_without_brackets(
-    arguments: list[str],
-    function: str,
-    expected: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_several_models_are_taken_without_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Any] = []
-    fake = lambda config, *_: configs.append(config) or ()  # noqa: E731
-    monkeypatch.setattr(f"tokenlearner.commands.{function}", fake)
-    main(arguments)
-    [config] = configs
-    assert {name: getattr(config, name) for name in expected} == expected
+    for function in ("app.server.app", "bench.table.bench_table"):
+        fake = lambda config, *_: configs.append(config) or ()  # noqa: E731
+        monkeypatch.setattr(f"tokenlearner.commands.{function}", fake)
+    for arguments in ("app --port 8000", "app a b", "bench vit+insert(8,6) vit"):
+        main(arguments.split())
+    default, app, bench = configs
+    assert (default.checkpoints, default.port) == ((), 8000)
+    assert (app.checkpoints, app.port) == (["a", "b"], None)
+    assert bench.models == ["vit+insert(8,6)", "vit"]
 
 
 def test_models_takes_a_pattern_or_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,31 +117,24 @@ def test_models_takes_a_pattern_or_none(capsys: pytest.CaptureFixture[str]) -> N
         (["train", "fashion_mnist", "--epochs", "0"], ["epochs is 0"]),
         (["eval", "x", "--img_size", "0.5"], ['"img_size"']),
         (["bench"], ["models"]),
+        (["bench", "vit+insert(x)"], ["tokenlearner bench: 'vit+insert(x)' has 'x'"]),
+        (["bench", "nothing_like_it"], ["tokenlearner bench:", "'nothing_like_it'"]),
     ],
 )
 def test_a_mistake_gets_a_message_and_exit_code_2(
-    arguments: list[str],
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     assert exit_code(*arguments) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in words), err
-    assert err.count("\n") == 1 or arguments == ["trian"]
-    assert not list(tmp_path.iterdir())
+    assert err.removeprefix("building\n").count("\n") == 1 or arguments == ["trian"]
+    assert not list(here.iterdir())
 
 
 @pytest.mark.parametrize("package", ["jsonargparse", "matplotlib"])
 def test_a_missing_package_is_named_before_any_work(
-    package: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
     assert exit_code("train", "--model", "host", "--insert", "3") == 2
     assert f"needs {package}; run pip install 'tokenlearner[train]'" in capsys.readouterr().err
@@ -158,72 +148,49 @@ def failing(error: BaseException) -> Callable[[str], Callable[..., None]]:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "of_another"),
     [
-        (ValueError("wrong"), 2),
-        (RuntimeError("on the way"), 1),
-        (TrainingInterrupted(signal.SIGTERM, "runs/x", 7), 143),
-        (TrainingInterrupted(signal.SIGINT, "runs/x", 7), 130),
-        (KeyboardInterrupt(), 130),
+        (ValueError("wrong"), 2, ""),
+        (RuntimeError("no space"), 1, "tokenlearner train, process 1: no space\n"),
+        (TrainingInterrupted(signal.SIGTERM, "runs/x", 7), 143, ""),
+        (TrainingInterrupted(signal.SIGINT, "runs/x", 7), 130, ""),
+        (KeyboardInterrupt(), 130, ""),
     ],
     ids=repr,
 )
-def test_the_exit_code_is_that_of_the_error(
+def test_the_exit_code_is_that_of_the_error_and_other_processes_print_only_their_own(
     error: BaseException,
     code: int,
+    of_another: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cli, "_load", failing(error))
     assert exit_code("train") == code
     assert str(error) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (ValueError("x"), 2, ""),
-        (TrainingInterrupted(signal.SIGTERM, "runs/x", 7), 143, ""),
-        (RuntimeError("no space"), 1, "tokenlearner train, process 1: no space\n"),
-    ],
-    ids=repr,
-)
-def test_other_processes_print_only_errors_of_their_own(
-    error: Exception,
-    code: int,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli, "_load", failing(error))
     assert exit_code("train") == code
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err == of_another
 
 
 # --- train --------------------------------------------------------------------------------------
 
 
-def test_train_then_eval_gives_the_same_accuracy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_train_then_eval_gives_the_same_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = ["--num_tokens", "2", "--at", "1", "--lr", "4e-3", "--images", "1280"]
-    main(["train", "--out", "run", *SMALL_RUN, *tokens])
+    main(["train", *SMALL_RUN, *tokens])
     trained = capsys.readouterr().out
     assert "The checkpoint is run/model.safetensors" in trained
     main(["eval", "run"])
     printed = capsys.readouterr().out.splitlines()
-    line = next(x for x in printed if x.startswith("top1_percent: "))
-    top1 = float(line.split()[1])
+    [top1] = [float(line.split()[1]) for line in printed if line.startswith("top1_percent: ")]
     assert f"held-out top-1 {top1:.1f} %" in trained
     assert top1 > 12  # guessing gets 10
 
 
 def test_train_with_insert_leaves_a_table_and_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenlearner.commands._comparison.MAX_IMAGES", 1)
     shape = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
     save_model(create_model("vit_mini_patch4_28", **shape), "host")
@@ -231,17 +198,16 @@ def test_train_with_insert_leaves_a_table_and_images(
     quick = ["--images", "64", "--epochs", "1", "--warmup_epochs", "0.1", "--out", "run"]
     main(["train", *insertion, *quick])
     out = capsys.readouterr().out
-    assert "3 learned tokens" in out
-    assert "top-1 on held-out images" in out
+    assert all(words in out for words in ("3 learned tokens", "top-1 on held-out images"))
     assert out.endswith("The checkpoint is run/model.safetensors\n")
-    made = {path.name for path in (tmp_path / "run").iterdir()}
+    made = {path.name for path in (here / "run").iterdir()}
     assert {"table.txt", "metrics.json", "maps.png"} <= made
 
 
 def test_only_the_first_process_prints_the_results_of_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = [*SMALL_RUN, "--images", "64", "--out", str(tmp_path / "run")]
+    quick = [*SMALL_RUN, "--images", "64"]
     monkeypatch.setenv("RANK", "1")  # alone as torch sees it: there is no WORLD_SIZE
     main(["train", *quick])
     assert capsys.readouterr().out == ""
@@ -255,13 +221,6 @@ def test_only_the_first_process_prints_the_results_of_training(
 # --- recipes ------------------------------------------------------------------------------------
 
 
-def test_help_of_train_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("train", "--help") == 0
-    out = capsys.readouterr().out
-    assert "[RECIPE]" in out
-    assert all(f"  {name} " in out and text in out for name, text in list_recipes().items())
-
-
 def test_options_of_the_command_line_go_before_a_recipe_s() -> None:
     options = train_options(["fashion_mnist_tl8", "--lr", "0.5", "--trackers", "[tensorboard]"])
     assert (options["lr"], options["trackers"]) == (0.5, ["tensorboard"])
@@ -269,10 +228,10 @@ def test_options_of_the_command_line_go_before_a_recipe_s() -> None:
 
 
 def test_what_print_config_prints_and_the_train_json_of_a_run_are_recipes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", "imagenet1k_deit", "--lr", "0.25", "--print_config") == 0
-    path, run = tmp_path / "again.yaml", tmp_path / "train.json"
+    path, run = here / "again.yaml", here / "train.json"
     path.write_text(capsys.readouterr().out)
     options = train_options(["imagenet1k_deit", "--lr", "0.25"])
     run.write_text(json.dumps(options))
@@ -293,13 +252,13 @@ def test_what_print_config_prints_and_the_train_json_of_a_run_are_recipes(
     ],
 )
 def test_a_recipe_with_a_mistake_is_named(
-    text: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, word: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "mine.yaml"
+    path = here / "mine.yaml"
     path.write_text(text)
-    assert exit_code("train", str(path), "--out", str(tmp_path / "out")) == 2
+    assert exit_code("train", str(path), "--out", "out") == 2
     err = capsys.readouterr().err
     assert err.startswith(f"tokenlearner train: {path}: ")
     assert word in err
     assert err.count("\n") == 1
-    assert [*tmp_path.iterdir()] == [path]
+    assert [*here.iterdir()] == [path]
