@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import same
+from torch import Tensor
 
 from tokenlearner.checkpoints.readers import read_weights
 
@@ -177,3 +178,26 @@ def test_npz_files_of_strings_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "file.npz", a=np.array(["x"]))
     with pytest.raises(ValueError, match="a is of dtype <U1"):
         read_weights(tmp_path / "file.npz")
+
+
+def prefixed(prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("nest.pth.tar", {"state_dict": WEIGHTS, "epoch": 3}),
+        ("ddp.pth", {"state_dict": prefixed("module.")}),
+        ("compiled.pth", {"model": prefixed("_orig_mod.")}),
+        ("both.pth", {"model": prefixed("module._orig_mod.")}),
+        ("lightning.ckpt", {"state_dict": prefixed("model."), "hparams": {}}),
+        ("usual.pth", {"model_state_dict": WEIGHTS, "optimizer": {}}),
+        ("dino.pth", {"student": {}, "teacher": prefixed("backbone.") | {"head.w": torch.ones(1)}}),
+        ("ema", {"state_dict": WEIGHTS, "state_dict_ema": WEIGHTS}),
+    ],
+)
+def test_usual_layouts_of_checkpoints_are_read(name: str, content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / name)
+    weights = read_weights(tmp_path / name)
+    assert same(weights, WEIGHTS)

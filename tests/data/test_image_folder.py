@@ -161,10 +161,6 @@ def test_cmyk_becomes_color() -> None:
     assert max(green, blue) < 50
 
 
-def test_black_and_white_becomes_gray() -> None:
-    assert pixel(Image.new("1", (2, 2), 1), in_chans=1) == 255
-
-
 def test_images_are_turned_upright_by_exif() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
@@ -234,3 +230,28 @@ def test_only_one_image_is_opened_when_a_set_is_loaded(
 def test_a_folder_without_a_root_is_refused() -> None:
     with pytest.raises(ValueError, match=r"folder needs the folder that holds .*; pass root"):
         load_data("folder")
+
+
+# --- files as they are in the world --------------------------------------------------------------
+
+
+def test_all_kinds_that_pil_reads_are_taken_and_others_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = ("png", "webp", "bmp", "tif", "tiff", "gif", "jpg", "JPEG", "ppm", "tga")
+    for number, end in enumerate(ends):
+        save(gray(9).convert("RGB"), tmp_path / "train" / "a" / f"{number}.{end}")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    assert len(load(tmp_path)) == len(ends)
+    assert "1 files of other kinds are left out (.txt)" in caplog.text
+
+
+@pytest.mark.parametrize("image", [Image.new("L", (3000, 1)), Image.new("L", (1, 3000))])
+def test_a_thin_strip_is_unreadable_before_it_is_resized_to_gigabytes(image: Image.Image) -> None:
+    with pytest.raises(UnreadableFile, match="3000 x 1 pixels"):
+        decoded(as_file(image, "PNG"), "it", 3)
+
+
+def test_floats_of_an_unknown_range_are_unreadable() -> None:
+    with pytest.raises(UnreadableFile, match="floats"):
+        decoded(as_file(Image.new("F", (8, 8)), "TIFF"), "it", 3)

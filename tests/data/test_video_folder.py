@@ -553,3 +553,20 @@ def test_without_pyav_the_way_out_is_named(root: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[video\]'"):
         load_data("video-folder", root=root)
+
+
+def test_a_picture_that_belongs_to_a_file_of_sound_is_no_video(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        with av.open(str(tmp_path / split / "a" / "song.mp4"), "w") as container:
+            sound, cover = container.add_stream("aac", rate=44100), container.add_stream("mjpeg")
+            cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+            cover.disposition = av.stream.Disposition.attached_pic
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.rate, frame.pts = 44100, 0
+            black = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            for packets in (sound.encode(frame), sound.encode(), cover.encode(black)):
+                container.mux(packets)
+            container.mux(cover.encode())
+    with pytest.raises(ValueError, match="no video stream"):
+        load_data("video-folder", root=tmp_path, **SMALL)

@@ -349,3 +349,23 @@ def test_missing_shards_name_what_was_looked_for(root: Path, tmp_path: Path) -> 
 def test_a_record_that_is_broken_is_raised(root: Path) -> None:
     with pytest.raises(UnreadableFile, match="why"):
         load(root).image(UnreadableFile("why"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["img.{}", "a.b/{}", "train/{}", "{}.mask", "{}.v1.0"],
+)
+def test_members_of_any_name_belong_together_and_those_of_tools_are_passed_over(
+    name: str, tmp_path: Path
+) -> None:
+    files = []
+    for i in range(20):
+        stem = name.format(f"{i:03}")
+        folder, _, base = stem.rpartition("/")
+        mac = f"{folder}/._{base}.png" if folder else f"._{base}.png"
+        files += [(mac, b"0"), (f"__MACOSX/{stem}.png", b"0")]
+        files += [(f"{stem}.png", png(i)), (f"{stem}.cls", b"%d" % i), (f"{stem}.seg.png", b"0")]
+    write_tar(tmp_path / "val-000.tar", files)
+    data = load(tmp_path, "test")
+    labels = torch.cat([labels for _, labels in data.batches(8)])
+    assert labels.tolist() == [*range(20)]

@@ -6,6 +6,7 @@ import copy
 import io
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiny import HF, TIMM
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
+import tokenlearner
 from tokenlearner import create_model, evaluate, insert, load_data, load_model, save_model
 from tokenlearner.commands.export import (
     BATCH_COLUMNS,
@@ -214,6 +216,17 @@ def test_the_model_runs_in_evaluation_mode_and_is_left_in_its_own(tmp_path: Path
     assert snapshot(model) == before
     assert [check.batch_size for check in made.checks] == [1, 2]  # one image beside two
     torch.testing.assert_close(load_exported(made.path)(ONES), logits(model, ONES))
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
+def test_a_file_holds_no_path_of_this_machine(name: str, tmp_path: Path) -> None:
+    path = export(small_vit(), tmp_path / name, torch.rand(2, 1, 28, 28), rounds=2).path
+    content = [path.read_bytes()]
+    if path.suffix == ".pt2":
+        archive = zipfile.ZipFile(path)
+        content = [archive.read(entry) for entry in archive.namelist()]
+    folders = (str(Path(tokenlearner.__file__).parent), "site-packages", str(Path.home()) + "/")
+    assert not [f for f in folders if any(f.encode() in part for part in content)]
 
 
 def test_a_file_is_evaluated_like_its_model(vit: Any, made: Exported) -> None:

@@ -19,9 +19,11 @@ from tokenlearner.evaluation.map_figures import (
     MapScale,
     map_scale,
     overlay,
+    patch_size,
     write_animation,
     write_figure,
 )
+from tokenlearner.utils.validation import plain_text
 
 SCALE = MapScale(4, gates=False)
 
@@ -232,3 +234,20 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="av;"):
         write_animation([tmp_path / "a.mp4"], [[row()]], SCALE, "t")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("pixels", "patch"), [(30, 8), (250, 32), (255, 16), (224, 16), (100, 14), (28, 4), (24, 12)]
+)
+def test_squares_lie_over_their_patches_where_these_do_not_fill_the_image(
+    pixels: int, patch: int
+) -> None:
+    assert patch_size(pixels, pixels // patch) == patch
+
+
+def test_names_are_drawn_as_they_are_and_without_control_characters(tmp_path: Path) -> None:
+    label = "price_$5_$6\x1b[31m $\\bad$"
+    assert write_figure(tmp_path / "a.png", [row(label=label)], MapScale(4, False), "$_$").is_file()
+    assert (
+        plain_text("a\x1b[31mb\tc") == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}c"
+    )

@@ -106,3 +106,10 @@ def test_a_free_folder_is_the_first_that_does_not_exist(
 def test_a_file_takes_the_name_of_a_folder_too(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     assert unique_path(tmp_path / "run") == tmp_path / "run-2"
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_json("~/a/b.json", 1)
+    assert (tmp_path / "a" / "b.json").read_text() == "1\n"
+    assert unique_path("~/a") == tmp_path / "a-2"

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .insertion import insert as insert
     from .insertion import remove as remove
     from .mixer import TokenLearnerMixer as TokenLearnerMixer
+    from .preprocessing import Preprocessing as Preprocessing
+    from .preprocessing import get_preprocessing as get_preprocessing
+    from .preprocessing import set_preprocessing as set_preprocessing
     from .streaming import TokenStream as TokenStream
     from .vit import TokenLearnerViT as TokenLearnerViT
     from .vivit import ViViT as ViViT
@@ -42,6 +45,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "remove",
         ),
         "mixer": ("TokenLearnerMixer",),
+        "preprocessing": ("Preprocessing", "get_preprocessing", "set_preprocessing"),
         "streaming": ("TokenStream",),
         "vit": ("TokenLearnerViT",),
         "vivit": ("ViViT",),
