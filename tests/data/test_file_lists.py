@@ -71,14 +71,9 @@ def test_a_class_folder_may_be_a_link_and_a_link_that_leads_back_does_not_hang_o
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
-def test_the_held_out_split_may_have_any_usual_name(tmp_path: Path, name: str) -> None:
-    make_folders(tmp_path, test=name)
+def test_the_held_out_split_may_have_any_usual_name_before_test(tmp_path: Path, name: str) -> None:
+    make_folders(make_folders(tmp_path, test="test"), test=name)
     assert f"/{name}/" in list_labeled_files(tmp_path, "test", ENDS)[0][0]
-
-
-def test_val_goes_before_test(tmp_path: Path) -> None:
-    make_folders(make_folders(tmp_path), test="test")
-    assert "/val/" in list_labeled_files(tmp_path, "test", ENDS)[0][0]
 
 
 # Lists
@@ -144,28 +139,24 @@ def test_a_root_that_is_missing_or_a_file_is_refused(tmp_path: Path) -> None:
         refused(tmp_path / name, f"{name} is not a folder; make train/ and val/")
 
 
-def test_a_missing_split_names_what_was_looked_for(tmp_path: Path) -> None:
-    touch(tmp_path / "train" / "cat" / "0.png")
-    looked = (
-        "val/ or val.csv, valid/ or valid.csv, validation/ or validation.csv, test/ or test.csv"
-    )
-    refused(tmp_path, f"nothing for split 'test', expected {looked}; make train/", split="test")
+LOOKED = "val/ or val.csv, valid/ or valid.csv, validation/ or validation.csv, test/ or test.csv"
 
 
-def test_a_folder_of_classes_without_splits_says_how_to_split_it(tmp_path: Path) -> None:
-    touch(*(tmp_path / name / "0.png" for name in ("cat", "dog")))
-    refused(tmp_path, "it holds cat, dog: if these are classes, make train/ and val/")
-
-
-def test_a_split_without_class_folders_is_refused(tmp_path: Path) -> None:
-    touch(tmp_path / "train" / "0.png")
-    refused(tmp_path, "train holds no folder; make one for each class")
-
-
-def test_a_class_folder_without_files_is_named(tmp_path: Path) -> None:
-    make_folders(tmp_path)
-    touch(tmp_path / "train" / "bird" / "0.txt")
-    refused(tmp_path, r"train/bird holds no file that ends in \.png, \.jpg")
+@pytest.mark.parametrize(
+    ("files", "split", "message"),
+    [
+        (["train/a/0.png"], "test", f"nothing for split 'test', expected {LOOKED}; make train/"),
+        (["a/0.png", "b/0.png"], "train", "it holds a, b: if these are classes, make train/ and"),
+        (["train/0.png"], "train", "train holds no folder; make one for each class"),
+        (["train/a/0.png", "train/b/0.txt"], "train", r"train/b holds .* ends in \.png, \.jpg"),
+    ],
+    ids=["no split", "no splits", "no classes", "no files"],
+)
+def test_folders_that_do_not_fit_are_refused(
+    tmp_path: Path, files: list[str], split: str, message: str
+) -> None:
+    touch(*(tmp_path / file for file in files))
+    refused(tmp_path, message, split)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

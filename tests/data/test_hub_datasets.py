@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import struct
 import sys
@@ -79,21 +78,6 @@ def test_a_torchvision_set_has_its_images_labels_and_classes(fashion: Path) -> N
     assert list(data.classes) == torchvision.datasets.FashionMNIST.classes
     assert (data.name, data.split, len(data)) == ("torch/fashion_mnist", "train", 4)
     assert load("torch/fashion_mnist", "test", root=fashion).labels.tolist() == [7, 0]
-
-
-def test_cifar_is_read_in_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    names = [f"data_batch_{i}" for i in range(1, 6)]
-    for number, name in enumerate([*names, "test_batch"]):
-        pixels = np.repeat(np.array([[number, 50, 99]], "u1"), 1024, 1)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [number]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [*"abcdefghij"]}))
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-    data = load("torch/cifar10", root=tmp_path)
-    assert data.load(3).getpixel((0, 0)) == (3, 50, 99)
-    assert (data.labels.tolist(), data.classes) == ([0, 1, 2, 3, 4], tuple("abcdefghij"))
 
 
 def made_up(monkeypatch: pytest.MonkeyPatch, n: int = 3, **attributes: object) -> None:
