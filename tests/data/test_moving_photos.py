@@ -193,9 +193,14 @@ def test_frames_size_and_channels_of_the_same_gray_are_as_wanted(
     assert len(data.mean) == len(data.std) == shape[0]
 
 
-def test_a_window_larger_than_a_photograph_is_refused() -> None:
+def test_a_window_larger_than_a_photograph_is_refused_and_the_way_to_scikit_image_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ValueError, match="img_size is 257, up to 256"):
         load_data("moving-photographs", img_size=257)
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[demo\]'"):
+        load_data("moving-photographs")
 
 
 def test_both_splits_use_the_numbers_of_the_training_photographs(
@@ -206,9 +211,3 @@ def test_both_splits_use_the_numbers_of_the_training_photographs(
     std, mean = torch.std_mean(train.images.float() / 255)
     assert train.mean[0] == pytest.approx(float(mean), abs=0.01)
     assert train.std[0] == pytest.approx(float(std), abs=0.01)
-
-
-def test_without_scikit_image_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "skimage.data", None)
-    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[demo\]'"):
-        load_data("moving-photographs")

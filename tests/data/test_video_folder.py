@@ -182,12 +182,6 @@ def test_clips_lie_at_fixed_places(
     assert (numbers(clips) if clips.ndim == 4 else list(map(numbers, clips))) == expected
 
 
-def test_test_clips_draw_nothing(long_video: Path) -> None:
-    before = torch.get_rng_state()
-    video_set([long_video], views=2, stride=0).load(0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize(
     ("split", "crops", "views", "shape"),
     [
@@ -198,11 +192,14 @@ def test_test_clips_draw_nothing(long_video: Path) -> None:
         ("train", 3, 4, (4, 3, 8, 10)),
     ],
 )
-def test_a_clip_is_bytes_with_views_in_front_where_several_squares_are_judged(
-    long_video: Path, split: str, crops: int, views: int, shape: tuple[int, ...]
+@pytest.mark.parametrize("stride", [0, 2])
+def test_a_clip_is_bytes_with_views_in_front_and_drawn_only_for_training(
+    long_video: Path, split: str, crops: int, views: int, shape: tuple[int, ...], stride: int
 ) -> None:
-    clip = video_set([long_video], split, crops=crops, views=views).load(0)
+    before = torch.get_rng_state()
+    clip = video_set([long_video], split, crops=crops, views=views, stride=stride).load(0)
     assert (clip.shape, clip.dtype) == (shape, torch.uint8)
+    assert torch.equal(torch.get_rng_state(), before) == (split == "test")
 
 
 # That they are the right ones
@@ -359,15 +356,12 @@ def test_batches_hold_every_video_once_and_in_order(tmp_path: Path, workers: int
         data.batches(0)
 
 
-def test_views_come_behind_the_batch(long_video: Path) -> None:
-    data = video_set([long_video] * 2, views=2, crops=3)
-    images, _ = next(data.batches(2))
-    assert images.shape == (2, 6, 3, 4, 8, 8)
-
-
-def test_batches_of_a_training_split_are_the_same_every_time(long_video: Path) -> None:
-    data, before = video_set([long_video], "train"), torch.get_rng_state()
-    first, second = (next(data.batches(1))[0] for _ in range(2))
+def test_batches_have_views_behind_them_and_of_a_training_split_are_always_the_same(
+    long_video: Path,
+) -> None:
+    data, before = video_set([long_video] * 2, "train", views=2, crops=3), torch.get_rng_state()
+    first, second = (next(data.batches(2))[0] for _ in range(2))
+    assert first.shape == (2, 6, 3, 4, 8, 8)
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
 
