@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -102,42 +103,24 @@ def test_the_parts_of_processes_make_up_the_batches_but_those_trained_on(
 def test_every_image_of_every_epoch_has_a_seed_of_its_own() -> None:
     keys = [key for e in range(3) for batch in epoch_keys(20, 5, seed=0, epoch=e) for key in batch]
     assert len({key.seed for key in keys}) == 60
-
-
-def test_a_seed_depends_on_all_its_numbers_and_their_order() -> None:
-    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
-    numbers = [(1, 2, 3), (3, 2, 1), (2, 2, 3), (1, 2, 4)]
+    numbers = [(1, 2, 3), (3, 2, 1), (2, 2, 3), (1, 2, 4), (1, 2, 3)]
     assert len({derive_seed(*several) for several in numbers}) == 4
 
 
 # --- drawing from a seed ------------------------------------------------------------------------
 
 
-def drawn() -> tuple[float, float, float]:
-    return random.random(), np.random.rand(), torch.rand(()).item()
-
-
-def test_the_same_seed_draws_the_same() -> None:
-    values = []
-    for seed in (5, 5, 6):
-        with fixed_seed(seed):
-            values.append(drawn())
-    assert values[0] == values[1]
-    assert all(a != b for a, b in zip(values[0], values[2], strict=True))
-
-
 @pytest.mark.parametrize("error", [False, True])
-def test_random_states_come_back_as_they_were(error: bool) -> None:
-    drawn()
-    before = states()
-    try:
-        with fixed_seed(2**40):
-            drawn()
+def test_the_same_seed_draws_the_same_and_random_states_come_back(error: bool) -> None:
+    values, before = [], states()
+    for seed in (5, 5, 2**40):
+        with suppress(KeyError), fixed_seed(seed):
+            values.append((random.random(), np.random.rand(), torch.rand(()).item()))
             if error:
                 raise KeyError
-    except KeyError:
-        pass
-    assert states() == before
+        assert states() == before
+    assert values[0] == values[1]
+    assert all(a != b for a, b in zip(values[0], values[2], strict=True))
 
 
 # --- reading ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def make_images(c: int = 1, *more: int) -> ImageDataset:
 
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("frames", [(), (4,)])
-def test_images_and_clips_read_one_by_one_are_those_of_batches(
+def test_images_and_clips_that_are_taken_or_read_one_by_one_are_those_of_batches(
     c: int, frames: tuple[int, ...]
 ) -> None:
     data = make_images(c, *frames)
@@ -28,33 +28,24 @@ def test_images_and_clips_read_one_by_one_are_those_of_batches(
     one_by_one = torch.stack([data.eval_transform(data.load(i)) for i in range(5)])
     torch.testing.assert_close(one_by_one, images, rtol=0, atol=0)
     assert labels.tolist() == [0, 1, 2, 3, 4]
+    taken, numbers = data.get_batch(torch.tensor([4, 0, 4]))
+    assert numbers.tolist() == [4, 0, 4]
+    torch.testing.assert_close(taken, images[numbers], rtol=0, atol=0)
 
 
-def test_those_that_are_taken_are_those_of_batches() -> None:
-    data = make_images(3)
-    images, labels = data.get_batch(torch.tensor([4, 0, 4]))
-    assert labels.tolist() == [4, 0, 4]
-    torch.testing.assert_close(images, next(data.batches(5))[0][labels], rtol=0, atol=0)
-
-
-def test_an_image_is_read_as_an_image() -> None:
-    data = make_images(3)
-    image = data.load(2)
+def test_an_image_is_read_as_an_image_and_a_clip_as_frames() -> None:
+    data, clips = make_images(3), make_images(3, 4)
+    image, frames = data.load(2), clips.load(2)
     assert image.mode == "RGB"  # type: ignore[union-attr]
     assert image.getpixel((7, 5)) == tuple(data.images[2, :, 5, 7].tolist())  # type: ignore[union-attr]
-
-
-def test_a_clip_is_read_as_frames() -> None:
-    data = make_images(3, 4)
-    frames = data.load(2)
     assert isinstance(frames, torch.Tensor)
-    assert frames.shape == (4, 3, 6, 8)
-    assert torch.equal(frames[1], data.images[2, :, 1])
+    assert torch.equal(frames, clips.images[2].transpose(0, 1))
 
 
-def test_a_set_that_is_as_wanted_stays() -> None:
-    data = make_images()
+def test_a_set_that_is_as_wanted_stays_and_clips_keep_their_size() -> None:
+    data, clips = make_images(), make_images(1, 4)
     assert torch.equal(data.resized().images, data.images)
+    assert torch.equal(clips.resized(4).images, clips.images)
 
 
 def test_images_are_resized_whole() -> None:
@@ -75,10 +66,6 @@ def test_gray_images_are_given_in_three_equal_channels() -> None:
 def test_color_is_not_made_gray() -> None:
     with pytest.raises(ValueError, match="in_chans is 1, but noise has 3"):
         make_images(3).resized(in_chans=1)
-
-
-def test_clips_keep_their_size() -> None:
-    assert make_images(1, 4).resized(4).shape == (1, 4, 6, 8)
 
 
 def test_a_pickled_set_comes_back_whole() -> None:

@@ -25,7 +25,6 @@ from tokenlearner.data import video_folder as videos
 from tokenlearner.data.config import DataConfig
 from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.factory import load_data
-from tokenlearner.data.loader import SampleKey, load_batches
 from tokenlearner.data.video_folder import VideoFolderDataset
 
 N = 30  # frames of a numbered video
@@ -183,12 +182,6 @@ def test_clips_lie_at_fixed_places(
     assert (numbers(clips) if clips.ndim == 4 else list(map(numbers, clips))) == expected
 
 
-def test_test_clips_draw_nothing(long_video: Path) -> None:
-    before = torch.get_rng_state()
-    video_set([long_video], views=2, stride=0).load(0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize(
     ("split", "crops", "views", "shape"),
     [
@@ -199,11 +192,14 @@ def test_test_clips_draw_nothing(long_video: Path) -> None:
         ("train", 3, 4, (4, 3, 8, 10)),
     ],
 )
-def test_a_clip_is_bytes_with_views_in_front_where_several_squares_are_judged(
-    long_video: Path, split: str, crops: int, views: int, shape: tuple[int, ...]
+@pytest.mark.parametrize("stride", [0, 2])
+def test_a_clip_is_bytes_with_views_in_front_and_drawn_only_for_training(
+    long_video: Path, split: str, crops: int, views: int, shape: tuple[int, ...], stride: int
 ) -> None:
-    clip = video_set([long_video], split, crops=crops, views=views).load(0)
+    before = torch.get_rng_state()
+    clip = video_set([long_video], split, crops=crops, views=views, stride=stride).load(0)
     assert (clip.shape, clip.dtype) == (shape, torch.uint8)
+    assert torch.equal(torch.get_rng_state(), before) == (split == "test")
 
 
 # That they are the right ones
@@ -334,18 +330,14 @@ def test_the_crops_of_a_view_follow_one_another_and_show_the_whole_shorter_side(
     assert [bool((clip[:, :, 0] > 0).all()) for clip in clips] == [False] * 3 + [True] * 3
 
 
-def test_gray_clips_have_one_channel(long_video: Path) -> None:
-    data = video_set([long_video], in_chans=1)
-    assert data.load(0).shape == (4, 1, 8, 10)
-    assert numbers(data.load(0)) == [12, 14, 16, 18]
-    assert data.eval_transform(data.load(0)).shape == data.shape == (1, 4, 8, 8)
-
-
-def test_gray_is_as_bright_as_color(tmp_path: Path) -> None:
+def test_gray_clips_have_one_channel_as_bright_as_color(tmp_path: Path) -> None:
     images = [np.full((16, 16, 3), value, np.uint8) for value in (0, 128, 255)]
     path = write_video(tmp_path / "video.mp4", images, "libx264", "yuv420p", qp="0")
-    gray = video_set([path], in_chans=1, frames=3, stride=1).load(0)
+    data = video_set([path], in_chans=1, frames=3, stride=1)
+    gray = data.load(0)
+    assert gray.shape == (3, 1, 16, 16)
     assert gray[:, 0, 0, 0].tolist() == pytest.approx([0, 128, 255], abs=2)
+    assert data.eval_transform(gray).shape == data.shape == (1, 3, 8, 8)
 
 
 # Many of them
@@ -364,35 +356,14 @@ def test_batches_hold_every_video_once_and_in_order(tmp_path: Path, workers: int
         data.batches(0)
 
 
-def test_views_come_behind_the_batch(long_video: Path) -> None:
-    data = video_set([long_video] * 2, views=2, crops=3)
-    images, _ = next(data.batches(2))
-    assert images.shape == (2, 6, 3, 4, 8, 8)
-
-
-def test_batches_of_a_training_split_are_the_same_every_time(long_video: Path) -> None:
-    data, before = video_set([long_video], "train"), torch.get_rng_state()
-    first, second = (next(data.batches(1))[0] for _ in range(2))
+def test_batches_have_views_behind_them_and_of_a_training_split_are_always_the_same(
+    long_video: Path,
+) -> None:
+    data, before = video_set([long_video] * 2, "train", views=2, crops=3), torch.get_rng_state()
+    first, second = (next(data.batches(2))[0] for _ in range(2))
+    assert first.shape == (2, 6, 3, 4, 8, 8)
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_batches_leave_broken_videos_out(long_video: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.mp4"
-    broken.write_text("no video")
-    data = video_set([long_video, broken, long_video, broken])
-    assert [labels.tolist() for _, labels in data.batches(3)] == [[0, 0]]
-
-
-def test_a_training_clip_depends_on_its_key_alone(long_video: Path) -> None:
-    data = video_set([long_video] * 2, "train")
-
-    def loaded(*keys: SampleKey) -> Tensor:
-        return next(iter(load_batches(data, [keys], lambda raw: raw.float()))).images
-
-    both, second = loaded(SampleKey(0, 5), SampleKey(1, 6)), loaded(SampleKey(1, 6))
-    assert torch.equal(both[1], second[0])
-    assert not torch.equal(both[0], both[1])
 
 
 def test_fewer_of_a_sample_are_the_first_of_more_with_their_labels(tmp_path: Path) -> None:
@@ -411,38 +382,26 @@ def test_a_pickled_data_set_reads_the_same(long_video: Path) -> None:
 # Broken files
 
 
-def add_sound(container: Any) -> None:
-    stream = container.add_stream("pcm_s16le", rate=8000)
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
-    frame.sample_rate = 8000
-    container.mux(stream.encode(frame))
-
-
-def sound_only(path: Path) -> None:
+def sound(path: Path, has_video: bool) -> None:
+    """Sound, perhaps with a video that has no frames."""
     with av.open(str(path), "w") as container:
-        add_sound(container)
+        if has_video:
+            stream: Any = container.add_stream("ffv1", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 8, 8, "gray"
+        samples = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.sample_rate = 8000
+        container.mux(samples.encode(frame))
 
 
-def no_frames(path: Path) -> None:
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("ffv1", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 8, 8, "gray"
-        add_sound(container)
+def damaged(
+    suffix: str, codec: str, pixels: str, damage: Callable[[bytes], bytes]
+) -> Callable[[Path], Any]:
+    def write(path: Path) -> None:
+        whole = write_video(path.with_suffix(suffix), noisy(6), codec, pixels)
+        path.write_bytes(damage(whole.read_bytes()))
 
-
-def cut_before_its_table(path: Path) -> None:
-    raw = write_video(path.with_suffix(".mp4"), noisy(), "libx264", "yuv420p").read_bytes()
-    path.write_bytes(raw[: len(raw) // 2])
-
-
-def damaged_all_over(path: Path) -> None:
-    raw = write_video(path.with_suffix(".mov"), noisy(6), "png", "rgb24").read_bytes()
-    path.write_bytes(raw.replace(b"\x89PNG", bytes(4)))
-
-
-def unknown_codec(path: Path) -> None:
-    raw = write_video(path.with_suffix(".mov"), noisy(6), "png", "rgb24").read_bytes()
-    path.write_bytes(raw.replace(b"png ", b"zzz9"))
+    return write
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -450,11 +409,20 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "Invalid data|End of file"),
     "missing": (lambda path: None, "No such file"),
     "a folder": (lambda path: path.mkdir(), "directory|Permission"),
-    "sound only": (sound_only, "it has no video stream"),
-    "no frames": (no_frames, "it has no frames"),
-    "cut off": (cut_before_its_table, "Invalid data"),
-    "unknown codec": (unknown_codec, "there is no decoder for it"),
-    "damaged": (damaged_all_over, "its frames cannot be decoded"),
+    "sound only": (partial(sound, has_video=False), "it has no video stream"),
+    "no frames": (partial(sound, has_video=True), "it has no frames"),
+    "cut off": (
+        damaged(".mp4", "libx264", "yuv420p", lambda raw: raw[: len(raw) // 2]),
+        "Invalid data",
+    ),
+    "unknown codec": (
+        damaged(".mov", "png", "rgb24", lambda raw: raw.replace(b"png ", b"zzz9")),
+        "there is no decoder for it",
+    ),
+    "damaged": (
+        damaged(".mov", "png", "rgb24", lambda raw: raw.replace(b"\x89PNG", bytes(4))),
+        "its frames cannot be decoded",
+    ),
 }
 
 
@@ -524,19 +492,14 @@ def test_folders_become_classes(root: Path) -> None:
     assert [Path(path).name for path in held_out.paths] == ["z.mkv"] * 2
 
 
-def test_lists_name_videos_by_paths_that_start_at_the_root(root: Path) -> None:
-    elsewhere = root / "train" / "run" / "y.mkv"
-    (root / "train.csv").write_text(f"path,label\ntrain/jump/x.mkv,b\n{elsewhere},a\n")
-    (root / "val.csv").write_text("path,label\nval/jump/z.mkv,a\nval/run/z.mkv,b\n")
-    data = load_data("video-folder", root=root)
-    assert data.classes == ("a", "b")
-    assert [Path(path).name for path in data.paths] == ["x.mkv", "y.mkv"]
-    assert data.labels.tolist() == [1, 0]
-
-
-def test_without_a_root_the_way_out_is_named() -> None:
+def test_without_a_root_or_pyav_the_way_out_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="root"):
         load_data("video-folder")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[video\]'"):
+        load_data("video-folder", root=root)
 
 
 def test_one_readable_video_is_enough_to_begin_with(root: Path) -> None:
@@ -546,12 +509,6 @@ def test_one_readable_video_is_enough_to_begin_with(root: Path) -> None:
     assert len(load_data("video-folder", root=root)) == 4
     last.write_text("no video")
     with pytest.raises(ValueError, match=r"\.mkv cannot be read"):
-        load_data("video-folder", root=root)
-
-
-def test_without_pyav_the_way_out_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[video\]'"):
         load_data("video-folder", root=root)
 
 
