@@ -356,7 +356,7 @@ def test_without_files_nothing_is_written_and_a_missing_package_is_an_error_befo
 ) -> None:
     monkeypatch.chdir(tmp_path)
     saved = str(save_model(create_model(MINI), tmp_path / "[red]" / "m.safetensors"))
-    for package, plot in (("matplotlib", "x.png"), ("rich", None)):
+    for package, plot in (("matplotlib", "x.png"), ("rich", "")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(ValueError, match=f"needs {package}"):
