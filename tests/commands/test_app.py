@@ -90,13 +90,17 @@ def clips() -> OfferedModel:
 # --- what is offered ----------------------------------------------------------------------------
 
 
-def test_a_folder_of_the_demo_stands_for_the_models_in_it(
-    demo: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_models_of_a_folder_or_of_paths_are_offered_and_a_missing_one_is_refused(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {VIT: str(demo / "vit"), TL4: str(demo / "vit-tl4")}
     assert offered_sources([str(demo)]) == expected
     monkeypatch.chdir(demo.parent)
     assert [*offered_sources([])] == [*expected]
+    same_name = [str(demo / "vit"), str(shutil.copytree(demo / "vit", tmp_path / "vit"))]
+    assert [*offered_sources(same_name).values()] == same_name
+    with pytest.raises(ValueError, match="nowhere"):
+        load_offered(["nowhere"], "cpu")
 
 
 def test_without_anything_a_model_with_random_weights_is_offered_and_says_so(
@@ -109,15 +113,6 @@ def test_without_anything_a_model_with_random_weights_is_offered_and_says_so(
     shown = page.look(model.name, None, None)
     for state in (shown, page.redraw(shown[page.state], None, 1)):
         assert "This model has random weights" in state[page.status]
-
-
-def test_checkpoints_of_the_same_name_are_both_offered_and_a_missing_one_is_refused(
-    demo: Path, tmp_path: Path
-) -> None:
-    paths = [str(demo / "vit"), str(shutil.copytree(demo / "vit", tmp_path / "vit"))]
-    assert [*offered_sources(paths).values()] == paths
-    with pytest.raises(ValueError, match="nowhere"):
-        load_offered(["nowhere"], "cpu")
 
 
 def test_models_with_learned_tokens_come_first_with_names_of_classes_and_evaluated_examples(
@@ -332,18 +327,12 @@ def test_the_cost_is_measured_on_demand(page: AppPage, monkeypatch: pytest.Monke
 # --- serving ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("port", 0), ("port", 70_000), *((limit, 0) for limit in UploadLimits.__dataclass_fields__)],
-)
-def test_options_out_of_range_are_refused(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
-        replace(AppConfig(), **{name: value})
-
-
-def test_by_default_only_this_computer_can_open_the_page() -> None:
+def test_options_out_of_range_are_refused_and_by_default_only_this_computer_is_served() -> None:
     config = AppConfig()
     assert (config.host, config.share, config.browser) == ("127.0.0.1", False, False)
+    for name, value in [("port", 70_000), *((n, 0) for n in ("port", *vars(UploadLimits())))]:
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            replace(config, **{name: value})
 
 
 def test_a_missing_package_or_a_port_that_is_taken_is_refused() -> None:

@@ -36,6 +36,8 @@ from tokenlearner.layers.onednn import OneDNNLinear
 MINI = "vit_mini_patch4_28"
 REDUCED, MIXER = f"{MINI}+insert(8,3)", "mixer_mini_patch4_tl8at3_28"
 CPU = torch.device("cpu")
+OUT_OF_RANGE = {"batch_size": 0, "img_size": -1, "rounds": 1, "threads": -1, "dtype": "half"}
+OUT_OF_RANGE |= {"json": "x.txt", "plot": "x.pdf"}
 
 # --- models as they are named -------------------------------------------------------------------
 
@@ -83,15 +85,9 @@ def test_other_forms_are_refused(text: str) -> None:
         ({"models": []}, "models is empty"),
         ({"models": [MINI, "vit", MINI]}, f"{MINI} twice"),
         ({"models": ["vit+insert"]}, "'vit+insert'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"img_size": -1}, "img_size is -1"),
-        ({"rounds": 1}, "rounds is 1"),
-        ({"threads": -1}, "threads is -1"),
-        ({"dtype": "half"}, "dtype is 'half'"),
+        *(({name: value}, f"{name} is {value!r}") for name, value in OUT_OF_RANGE.items()),
         ({"models": ["vit+onednn"], "dtype": "bfloat16"}, "'vit+onednn' uses oneDNN"),
         ({"models": ["vit+onednn"], "compile": True}, "'vit+onednn' uses oneDNN"),
-        ({"json": "x.txt"}, "json is 'x.txt'"),
-        ({"plot": "x.pdf"}, "plot is 'x.pdf'"),
         ({"json": "no/x.json"}, "there is no folder no"),
         ({"plot": "there.png"}, "plot is 'there.png', which is a folder"),
     ],
@@ -355,25 +351,21 @@ def test_a_run_gives_tables_and_a_line_and_writes_the_files(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.png"]
 
 
-def test_without_files_nothing_is_written_and_brackets_in_a_name_are_no_markup(
+def test_without_files_nothing_is_written_and_a_missing_package_is_an_error_before_any_work(
     watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # which only a plot needs
     saved = str(save_model(create_model(MINI), tmp_path / "[red]" / "m.safetensors"))
-    parts = bench_table(BenchConfig([saved], rounds=2))
-    assert text_of(*parts, width=300).count("[red]") == 5  # in four tables, and in the line
-    assert [path.name for path in tmp_path.iterdir()] == ["[red]"]
-
-
-@pytest.mark.parametrize("package", ["rich", "matplotlib"])
-def test_a_missing_package_is_an_error_before_any_work(
-    package: str, watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=f"needs {package}"):
-        bench_table(BenchConfig([MINI], plot="x.png"))
+    for package, plot in (("matplotlib", "x.png"), ("rich", "")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ValueError, match=f"needs {package}"):
+                bench_table(BenchConfig([saved], plot=plot))
     assert not watch.calls
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # which only a plot needs
+    parts = bench_table(BenchConfig([saved], rounds=2))
+    assert text_of(*parts, width=300).count("[red]") == 5  # no markup, in four tables and the line
+    assert [path.name for path in tmp_path.iterdir()] == ["[red]"]
 
 
 def test_the_command_prints_what_it_measured_and_what_it_does(

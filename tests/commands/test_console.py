@@ -59,12 +59,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- lines --------------------------------------------------------------------------------------
 
 
-def test_an_epoch_is_a_line() -> None:
+def test_an_epoch_is_a_line_that_counts_what_was_left_out() -> None:
     line = "run: epoch 2, loss 1.235, held-out top-1 61.2 %, 512 images/s, 4.0 % waiting for data\n"
     assert printed(EPOCH) == line
-
-
-def test_an_epoch_counts_what_was_left_out() -> None:
     row = EPOCH | {"skipped_steps": 3, "broken": 2, "test_broken": 1, "images_per_second": 0.257}
     line = epoch_line(row)
     assert line.endswith(", 3 steps left out, 3 files cannot be read")
@@ -90,10 +87,6 @@ def test_a_log_has_a_line_about_steps_every_30_seconds() -> None:
     assert lines[1].endswith(" left")
 
 
-def test_a_quick_run_leaves_no_steps_in_a_log() -> None:
-    assert printed(*map(step, range(1, 10))) == ""
-
-
 @pytest.mark.usefixtures("clock")
 def test_training_after_calibrating_has_its_own_time_left() -> None:
     lines = printed(*map(calibrating, range(1, 20)), *map(step, range(1, 20))).splitlines()
@@ -110,10 +103,8 @@ def test_the_time_left_in_a_resumed_run_counts_only_the_steps_of_this_session() 
     assert {*resumed[1:]} <= {*whole[1:]}
 
 
-# --- a terminal ---------------------------------------------------------------------------------
-
-
-def test_a_terminal_shows_a_bar_with_lines_above_it() -> None:
+def test_a_terminal_shows_a_bar_with_lines_above_it_but_a_log_no_steps_of_a_quick_run() -> None:
+    assert printed(*map(step, range(1, 10))) == ""
     shown = printed(step(41), step(42), EPOCH, terminal=True)
     assert "42/100" in shown
     assert "lr 0.0005" in shown

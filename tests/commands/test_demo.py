@@ -41,12 +41,9 @@ def few(name: str, split: str = "train", **kwargs: Any) -> data.ImageDataset:
     return data.ImageDataset(**{**vars(whole), **part})
 
 
-def test_everything_is_in_the_folder(made: Path) -> None:
+def test_the_folder_has_everything_and_both_checkpoints_load(made: Path) -> None:
     assert {path.name for path in made.iterdir()} == MADE | {"vit", "vit-tl2"}
     assert all(min(imread(made / name).shape[:2]) >= 300 for name in IMAGES)
-
-
-def test_both_checkpoints_load_and_differ_in_the_learned_tokens(made: Path) -> None:
     images = torch.zeros(1, 1, 28, 28)
     plain, learned = load_model(made / "vit"), load_model(made / "vit-tl2")
     assert plain(images).shape == learned(images).shape == (1, 10)

@@ -118,7 +118,6 @@ def test_files_of_one_name_get_different_figures(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "a.jpeg", "b/c.png", "b-c.png"):
         make_image(tmp_path / name)
     paths = list_inputs(str(tmp_path))
-    assert len(paths) == 5
     assert sorted(map(str, paths.values())) == sorted(str(p) for p in tmp_path.rglob("*.*"))
     assert set(paths) == {"a", "a.jpg", "a.png", "b-c", "b-c.png"}
 
@@ -143,9 +142,8 @@ def test_a_video_is_cropped_as_in_evaluation(tmp_path: Path, size: tuple[int, in
     config = DataConfig(img_size=16, in_chans=3, frames=4, stride=2, crop_pct=0.875)
     data = VideoFolderDataset("video", "test", (str(path),), torch.zeros(1).long(), ("",), config)
     pipeline = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, "bicubic", 4, 2, False, "")
-    torch.testing.assert_close(
-        pipeline.read(path, "").model_input[0], data.eval_transform(data.load(0))
-    )
+    seen = pipeline.read(path, "").model_input[0]
+    torch.testing.assert_close(seen, data.eval_transform(data.load(0)))
 
 
 def test_of_frames_that_are_not_square_the_middle_is_taken(tmp_path: Path) -> None:
