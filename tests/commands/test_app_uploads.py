@@ -18,7 +18,7 @@ from tokenlearner.commands._inputs import InputPipeline
 from tokenlearner.commands.app.uploads import IMAGE_FORMATS, UploadLimits, read_upload
 
 LIMITS = UploadLimits(max_upload_mib=1, max_pixels=100_000, max_frames=40, max_seconds=10)
-REST = (1.0, "bicubic", 4, 2, False, "made up")
+REST = (1.0, 4, 2, False, "made up")
 GRAY = InputPipeline((1, 8, 8), (0.5,), (0.5,), *REST)
 COLOR = InputPipeline((3, 8, 8), (0.5,) * 3, (0.5,) * 3, *REST)
 CLIPS = InputPipeline((1, 4, 8, 8), (0.5,), (0.5,), *REST)

@@ -29,7 +29,7 @@ from tokenlearner.data.video_folder import VideoFolderDataset
 
 MIXER = "mixer_mini_patch4_tl8at3_28"
 VIVIT, FRAMEVIT = "vivit_mini_patch8x2_tl4at3_32", "framevit_mini_patch8_f6_tl4at3_32"
-PIPELINE = InputPipeline((3, 8, 8), (0.5,) * 3, (0.25,) * 3, 1.0, "bicubic", 4, 1, False, "a test")
+PIPELINE = InputPipeline((3, 8, 8), (0.5,) * 3, (0.25,) * 3, 1.0, 4, 1, False, "a test")
 
 
 def run_on(model: str | Path, source: Path, out: Path, **options: Any) -> tuple[str, Any]:
@@ -141,26 +141,22 @@ def test_a_video_is_cropped_as_in_evaluation(tmp_path: Path, size: tuple[int, in
     path = make_video(tmp_path / "a.mkv", size)
     config = DataConfig(img_size=16, in_chans=3, frames=4, stride=2, crop_pct=0.875)
     data = VideoFolderDataset("video", "test", (str(path),), torch.zeros(1).long(), ("",), config)
-    pipeline = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, "bicubic", 4, 2, False, "")
+    pipeline = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, 4, 2, False, "")
     seen = pipeline.read(path, "").model_input[0]
     torch.testing.assert_close(seen, data.eval_transform(data.load(0)))
 
 
 def test_of_frames_that_are_not_square_the_middle_is_taken(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv", (48, 40), frames=4)
-    wide = InputPipeline((1, 4, 20, 48), (0.0,), (1.0,), 1.0, "bicubic", 4, 1, False, "").read(
-        path, ""
-    )
-    full = InputPipeline((1, 4, 40, 48), (0.0,), (1.0,), 1.0, "bicubic", 4, 1, False, "").read(
-        path, ""
-    )
+    wide = InputPipeline((1, 4, 20, 48), (0.0,), (1.0,), 1.0, 4, 1, False, "").read(path, "")
+    full = InputPipeline((1, 4, 40, 48), (0.0,), (1.0,), 1.0, 4, 1, False, "").read(path, "")
     torch.testing.assert_close(wide.pixels, full.pixels[:, :, 10:30])
 
 
 def test_clips_have_their_axes_in_the_models_order(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv")
     first, last = (
-        InputPipeline((3, 4, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic", 4, 1, order, "")
+        InputPipeline((3, 4, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, 4, 1, order, "")
         .read(path, "")
         .model_input
         for order in (True, False)
