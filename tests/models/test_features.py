@@ -222,3 +222,4 @@ def test_two_threads_have_each_the_maps_of_their_own_images() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert torch._dynamo.eval_frame._stance.stance == "default"  # one for all threads

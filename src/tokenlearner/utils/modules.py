@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +18,35 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+class _EagerStance:
+    """Sets torch's stance, which is one for all threads, while at least one of them asks for it."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._stance = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._stance = torch.compiler.set_stance("force_eager")
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGER = _EagerStance()
+
+
 @contextmanager
 def eager() -> Iterator[None]:
     """Runs compiled models uncompiled: what is compiled already would run without new hooks."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled
         yield
     else:
-        with torch.compiler.set_stance("force_eager"):
+        with _EAGER:
             yield
 
 
