@@ -342,7 +342,13 @@ def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
     ("script", "options"),
     [
         ("modules_speed", "--batch 1 --rounds 2 --shapes '8 x 14 x 14 x 768'"),
-        ("models_speed", "--models vit_mini_patch4_tl8at3_28 --batches 1 --rounds 2 --no-merge"),
+        pytest.param(
+            *(
+                "models_speed",
+                "--models vit_mini_patch4_tl8at3_28 --batches 1 --rounds 2 --no-merge",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
     indirect=["script"],
 )

@@ -109,6 +109,7 @@ def test_an_unknown_name_of_a_package_is_an_attribute_error(package: str) -> Non
         vars(importlib.import_module(f"tokenlearner.{package}"))["__getattr__"]("no_such_name")
 
 
+@pytest.mark.slow
 def test_public_functions_stay_callable_when_the_file_of_their_name_is_imported() -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"

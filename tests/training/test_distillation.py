@@ -214,6 +214,26 @@ def test_the_loss_is_that_of_its_kind(kind: str, pair: tuple[nn.Module, nn.Modul
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("kind", ["feature", "logit+feature"])
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut_into_parts(kind: str, fuse: bool) -> None:
+    host, student, x = vit(), insert(vit(), 2, 1, fuse=fuse), images(8)
+    distillation = Distillation(host, kind)
+    distillation.measure(student, images(32).split(10))
+    _, whole = distillation(student, x)
+    for size in (1, 2, 4):  # one image has no variance of its own
+        parts = [distillation(student, part)[1] for part in x.split(size)]
+        torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_measured_on_a_batch_the_loss_of_that_batch_is_as_by_its_own_variance() -> None:
+    host, student, x = vit(), insert(vit(), 2, 1), images(8)
+    distillation = Distillation(host, "feature")
+    _, expected = distillation(student, x)
+    distillation.measure(student, x.split(3))
+    torch.testing.assert_close(distillation(student, x)[1], expected)
+
+
 def test_features_are_compared_from_the_first_block_with_learners_or_all() -> None:
     host, x = vit(), images()
     for first, student in ((0, vit()), (1, insert(vit(), 2, 1))):

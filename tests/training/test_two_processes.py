@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import running
 import torch
-from running import RUNS, STOPS, quarter_images, recipe, save_host, until
+from running import DISTILLED, RUNS, STOPS, quarter_images, recipe, save_host, until
 
 from tokenlearner import TrainConfig, evaluate, load_model, train
 
 # Its gradient is 0 in exact arithmetic (a softmax over positions ignores what all have in common),
 # so AdamW, which divides by the gradient's size, makes steps of any size from rounding.
 WITHOUT_GRADIENT = "learner.attention_maps.3.bias"
+
+pytestmark = pytest.mark.slow  # processes take most of the time to start
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,8 +80,11 @@ def test_two_processes_train_to_the_weights_of_one(name: str, folder: Path, tmp_
     torch.testing.assert_close(model(images), expected(images), rtol=0, atol=1e-5)
 
 
-def test_features_are_distilled_in_two_processes_too(folder: Path) -> None:
-    """Not as in one: they are measured by their variance over each process's part of a batch."""
+def test_features_are_distilled_in_two_processes_to_the_weights_of_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    expected = alone(tmp_path / "one", {**DISTILLED, "model": str(folder / "host")})
+    assert_close(load_model(folder / "distilled"), expected, WITHOUT_GRADIENT)
     host, student = load_model(folder / "host"), load_model(folder / "distilled")
     first, second = (
         json.loads(line)["train_loss"]

@@ -12,7 +12,7 @@ The words are timm's: `temperature`, `distill_loss_weight`, `task_loss_weight`, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -87,10 +87,11 @@ def feature_loss(
     teacher: Sequence[Tensor],
     num_prefix_tokens: int = 0,
     pools_positions: bool = False,
+    variances: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Returns the share of the variance of the teacher's features that the student leaves open.
 
-    0 is perfect; the batch's mean in place of every feature would score 1. Channels count alike,
+    0 is perfect; the images' mean in place of every feature would score 1. Channels count alike,
     whatever their size, and so do blocks.
 
     Args:
@@ -98,6 +99,9 @@ def feature_loss(
         teacher: Tokens behind the same blocks, each `b (p n) c`; no gradient goes there.
         num_prefix_tokens: Prefix tokens `p`.
         pools_positions: As in `summarize_tokens`.
+        variances: Of the teacher's features over many images, as `Distillation.measure` finds
+            them: the loss is then a mean over images, however a batch is cut into parts. None
+            takes those of this batch.
 
     Raises:
         ValueError: There are no features, not as many, or of another width, or of one image.
@@ -112,24 +116,43 @@ def feature_loss(
             f"the student is {student[0].shape[-1]} wide, the teacher {teacher[0].shape[-1]}; "
             "take kd_distill_type='logit', which any two models with the same classes share"
         )
-    if len(teacher[0]) < 2:
+    if variances is None and len(teacher[0]) < 2:
         raise ValueError(
             "features are compared by their variance over the batch, and it has 1 image; take "
             "batch_size=2 or more, or kd_distill_type='logit'"
         )
-    pairs = [
-        (s, t)
-        if s.shape == t.shape
-        else [summarize_tokens(x, num_prefix_tokens, pools_positions) for x in (s, t)]
+    pairs = _comparable(student, teacher, num_prefix_tokens, pools_positions)
+    known = variances or [None] * len(pairs)
+    losses = [
+        unexplained_variance(s, t.detach(), v) for (s, t), v in zip(pairs, known, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def _comparable(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    num_prefix_tokens: int,
+    pools_positions: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns features of as many tokens as they are, and others as their summaries."""
+
+    def summary(tokens: Tensor) -> Tensor:
+        return summarize_tokens(tokens, num_prefix_tokens, pools_positions)
+
+    return [
+        (s, t) if s.shape == t.shape else (summary(s), summary(t))
         for s, t in zip(student, teacher, strict=True)
     ]
-    return torch.stack([unexplained_variance(s, t.detach()) for s, t in pairs]).mean()
 
 
-def unexplained_variance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the mean squared error in units of the teacher's variance over the batch."""
+def unexplained_variance(
+    student: Tensor, teacher: Tensor, variance: Tensor | None = None
+) -> Tensor:
+    """Returns the mean squared error in units of the teacher's variance, by default the batch's."""
     teacher = teacher.float()
-    variance = teacher.var(0, correction=0, keepdim=True)
+    if variance is None:
+        variance = teacher.var(0, correction=0, keepdim=True)
     scale = variance + _EPS * variance.mean() + 1e-12
     return ((student.float() - teacher).square() / scale).mean()
 
@@ -184,6 +207,7 @@ class Distillation:
     kind: DistillType = "logit+feature"
     temperature: float = 1.0
     first: int | None = None
+    variances: list[Tensor] | None = field(default=None, init=False, repr=False)
     _find_teacher: HostFinder = field(default_factory=HostFinder, init=False, repr=False)
     _find_student: HostFinder = field(default_factory=HostFinder, init=False, repr=False)
 
@@ -198,6 +222,40 @@ class Distillation:
             with torch.no_grad():
                 expected = output_tensor(self.teacher(images))
             return output, logit_loss(output, expected, self.temperature)
+        ours, theirs, compared = self._features(student, images)
+        loss = feature_loss(ours.features, theirs.features, *compared, self.variances)
+        if "logit" in self.kind:
+            loss = loss + logit_loss(ours.output, theirs.output, self.temperature)
+        return ours.output, loss
+
+    @torch.no_grad()
+    def measure(self, student: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Measures the variance of the teacher's features over images, and keeps it for the loss.
+
+        Without it features are compared by the variance over each batch, which depends on how
+        images are shared out among parts of a step and processes.
+
+        Args:
+            student: As in a call.
+            batches: Images `b c h w`, or clips with 5 axes, on the device of both.
+        """
+        if "feature" not in self.kind:
+            return
+        count, sums = 0, list[Tensor]()
+        for images in batches:
+            ours, theirs, compared = self._features(student, images)
+            pairs = _comparable(ours.features, theirs.features, *compared)
+            moments = [torch.stack([t.double(), t.double() ** 2]).sum(1) for _, t in pairs]
+            sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
+            count += len(images)
+        pairs = [(total / count).unbind() for total in sums]
+        variances = [(square - mean**2).clamp(min=0) for mean, square in pairs]
+        self.variances = [variance[None].float() for variance in variances]
+
+    def _features(
+        self, student: nn.Module, images: Tensor
+    ) -> tuple[BlockOutputs, BlockOutputs, tuple[int, bool]]:
+        """Runs both; returns also how their tokens are summarized."""
         place = _find_blocks("student", student, self._find_student)
         teacher_place = _find_blocks("teacher", self.teacher, self._find_teacher)
         first = self.first
@@ -206,12 +264,7 @@ class Distillation:
         ours = forward_with_features(student, images, first, place)
         with torch.no_grad():
             theirs = forward_with_features(self.teacher, images, first, teacher_place)
-        loss = feature_loss(
-            ours.features, theirs.features, place.num_prefix_tokens, place.pools_positions
-        )
-        if "logit" in self.kind:
-            loss = loss + logit_loss(ours.output, theirs.output, self.temperature)
-        return ours.output, loss
+        return ours, theirs, (place.num_prefix_tokens, place.pools_positions)
 
 
 def _find_blocks(role: str, model: nn.Module, find: HostFinder) -> Place:

@@ -24,12 +24,15 @@ from ..models.preprocessing import (
     get_preprocessing,
     set_preprocessing,
 )
+from ..utils.modules import training_mode
 from ..utils.validation import require, shortened
 from .calibration import Calibration, calibrate
 from .config import TrainConfig
 from .distillation import Distillation
 from .meter import Report
 from .optim import make_optimizer, make_schedule
+
+_MEASURED = 256  # images that tell the variance of a teacher's features
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,28 @@ def prepare(
         assert teacher is not None  # `TrainConfig` takes "host" with insert only
         kind, temperature = config.kd_distill_type, config.kd_temperature
         distillation = Distillation(teacher.to(device), kind, temperature)
-        images, _ = next(data.batches(min(2, config.batch_size)))
-        with torch.no_grad():
-            distillation(model.to(device), images.to(device))
+        _measure(distillation, model.to(device), data, config)
     return TrainingSetup(model.to(device), host, distillation, data, held_out)
+
+
+def _measure(
+    distillation: Distillation, model: nn.Module, data: LabeledDataset, config: TrainConfig
+) -> None:
+    """Tries student and teacher on images, and measures the teacher's features on the first few.
+
+    They are the same images in every process and in a run that goes on.
+    """
+    device = next(model.parameters()).device
+    parts = data.batches(min(_MEASURED, max(2, config.batch_size), len(data)))
+    counted, batches = 0, list[Tensor]()
+    for images, _ in parts:
+        batches.append(images.flatten(0, 1) if images.ndim > len(data.shape) + 1 else images)
+        counted += len(images)
+        if counted >= _MEASURED:
+            break
+    with torch.no_grad(), training_mode(model, training=False):
+        distillation(model, batches[0][:2].to(device))
+        distillation.measure(model, (images.to(device) for images in batches))
 
 
 def _preprocessed(data: LabeledDataset, model: nn.Module, config: TrainConfig) -> LabeledDataset:
