@@ -256,7 +256,6 @@ def test_a_model_built_new_can_have_a_teacher_and_has_no_host(
         ({"teacher": "wide"}, "16 wide, the teacher 24; .*kd_distill_type='logit'"),
         ({"teacher": "deep"}, "2 blocks, the teacher of 3; .*kd_distill_type='logit'"),
         ({"teacher": "resnet"}, "teacher is a ResNet, .*kd_distill_type='logit'"),
-        ({"batch_size": 1}, "1 image; .*batch_size"),
         ({"insert": 17}, "num_tokens is 17"),
         ({"at": 3}, "at is 3"),
         ({"learner": "v2"}, "learner is 'v2'"),
