@@ -70,7 +70,7 @@ class ModelComparison:
 
     @property
     def notes(self) -> list[str]:
-        """What the table does not show: the accuracy's error, and how the models were trained."""
+        """Returns notes below the table: the accuracy's error, and how the models were trained."""
         shares = [candidate.top1_percent / 100 for candidate in self.pair]
         margin = 196 * math.sqrt(sum(p * (1 - p) / self.images for p in shares))
         gap = 100 * (shares[1] - shares[0])

@@ -87,7 +87,7 @@ class InputPipeline:
 
     @property
     def takes_clips(self) -> bool:
-        """Whether the model takes clips rather than images."""
+        """Returns whether the model takes clips rather than images."""
         return len(self.size) == 4
 
     def read(self, path: Path, name: str) -> MapInput:

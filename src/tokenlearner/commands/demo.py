@@ -31,7 +31,7 @@ PHOTOGRAPH_SIDE = 112
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo trains; both models get the same images, recipe and seed.
+    """Options of what the demo trains; both models get the same images, recipe and seed.
 
     Args:
         out: Folder for what it makes; if it exists, the next free name is taken.

@@ -17,7 +17,7 @@ OLD_NAMES = {"film": "video-folder"}  # of version 0.3, which still work
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images or clips, and how they are read.
+    """Options of images or clips: which they are, and how they are read.
 
     Args:
         data: A name that `load_data` knows.
@@ -117,7 +117,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are augmented, by timm and torchvision; by default not at all.
+    """Options of augmenting training images, by timm and torchvision; by default there is none.
 
     Args:
         scale: Smallest and largest share of an image's area that is cut out, as [0.08, 1.0];

@@ -95,7 +95,7 @@ class HubRecords:
     label: str
 
     def readers(self, process: int, num_processes: int) -> int:
-        """As many as this process has shards, at least 1."""
+        """Returns how many shards this process has, at least 1."""
         return max(1, self._part(process, num_processes, 0).num_shards)
 
     def records(
@@ -319,7 +319,7 @@ class TarShards:
     label_key: str = ""
 
     def readers(self, process: int, num_processes: int) -> int:
-        """As many as there are tar files."""
+        """Returns how many tar files this process has."""
         return len(self.paths[process::num_processes])
 
     def records(

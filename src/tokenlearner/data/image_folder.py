@@ -90,7 +90,7 @@ class FromFiles:
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles(FromFiles):
-    """What data sets of image files have in common.
+    """Holds what data sets of image files have in common.
 
     Args:
         name: What the data set is called.

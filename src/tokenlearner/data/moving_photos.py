@@ -111,7 +111,7 @@ def _gray(pixels: np.ndarray) -> np.ndarray:
 
 
 def _mean_and_std(photographs: list[np.ndarray]) -> tuple[float, float]:
-    """Of pixels in [0, 1] of clips, in which each photograph has the same share."""
+    """Returns mean and std of pixels in [0, 1], in which each photograph has the same share."""
     moments = [(p.mean(), (p.astype(np.float64) ** 2).mean()) for p in photographs]
     mean, square = np.mean(moments, axis=0)
     return float(mean / 255), float(np.sqrt(square - mean**2) / 255)

@@ -76,7 +76,7 @@ class ImageDataset(MapDataset, Dataset[tuple[Tensor, int]]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image: `(c, h, w)`, of a clip `(c, t, h, w)`."""
+        """Returns the size of one image, `(c, h, w)`, or clip, `(c, t, h, w)`."""
         return tuple(self.images.shape[1:])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

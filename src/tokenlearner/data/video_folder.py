@@ -85,7 +85,7 @@ class VideoFolderDataset(FromFiles, MapDataset):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one clip: `(c, t, h, w)`."""
+        """Returns the size of one clip, `(c, t, h, w)`."""
         c, h, w = self.config.image_shape
         return c, self.config.frames, h, w
 

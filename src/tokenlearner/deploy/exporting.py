@@ -40,13 +40,14 @@ class BatchCheck:
 
     batch_size: int
     largest_difference: float
-    """Of any output to the model's, absolute."""
+    """Largest difference of any output to the model's, absolute."""
     largest_output: float
-    """Of the model, absolute. Where it is 0, as an untrained head has it, nothing was compared."""
+    """Largest output of the model, absolute. Where it is 0, as of an untrained head, nothing was
+    compared."""
     model_latency_ms: Timing
-    """Of the model as it was given, in PyTorch without `torch.compile`."""
+    """Time of the model as it was given, in PyTorch without `torch.compile`."""
     latency_ms: Timing
-    """Of the file."""
+    """Time of the file."""
     speedup: Timing
     """Times as fast as the model, round by round."""
 
@@ -66,7 +67,7 @@ class Exported:
 
     @property
     def largest_difference(self) -> float:
-        """Of any output to the model's, absolute, over all batches."""
+        """Returns the largest difference of any output to the model's, over all batches."""
         return max(check.largest_difference for check in self.checks)
 
 

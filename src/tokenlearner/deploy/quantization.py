@@ -91,12 +91,12 @@ class PrecisionRow:
     top1_percent: float | None
     """None where no labeled data was given."""
     largest_difference: float
-    """Of any logit, absolute."""
+    """Largest difference of any logit, absolute."""
     latency_ms: Timing
-    """Of the whole batch."""
+    """Time of the whole batch."""
     speedup: Timing
     size_mib: float
-    """Of the weights, or of the file."""
+    """Size of the weights, or of the file."""
 
 
 def compare_precisions(

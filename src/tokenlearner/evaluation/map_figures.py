@@ -45,7 +45,7 @@ class FigureRow:
 
 @dataclass(frozen=True)
 class MapScale:
-    """What colors mean, from 0 up to `top`.
+    """Holds what colors stand for, from 0 up to `top`.
 
     Args:
         top: What the brightest color stands for; more than that looks the same.

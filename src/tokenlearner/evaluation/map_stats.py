@@ -34,13 +34,13 @@ class AttentionStats:
     """Frames of each, as the maps have them; 1 for images."""
     grid: tuple[int, int]
     overlap: float | None
-    """Of two tokens in the same image, the mean over pairs, 0 to 1; None for a single token."""
+    """Overlap of two tokens in the same image, the mean over pairs, 0 to 1; None for one token."""
     pairs: list[list[float]]
     """The overlap of each token with each other one, mean over images and frames, `k k`."""
     entropy_bits: list[float]
-    """Of each token's map, 0 to `log2(n)`."""
+    """Entropy of each token's map, 0 to `log2(n)`."""
     effective_share: list[float]
-    """Of each token: the share of the image over which it spreads, `2^entropy / n`, up to 1."""
+    """Share of the image over which each token spreads, `2^entropy / n`, up to 1."""
     over_frames: list[float] | None
     """Overlap of each token's map with its own in the next frame; None for single frames."""
     across_images: list[float] | None

@@ -1,4 +1,4 @@
-"""Where the learned tokens look: `attention_maps(model, images)`, and a figure of it."""
+"""Attention maps of learned tokens, `attention_maps(model, images)`, and a figure of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where to learn tokens and how many: pairs that meet a budget, measured before any training.
+"""Plans of a place and a number of tokens that meet a budget, measured before any training.
 
 The host is never touched: structural copies of it are counted and timed.
 """
@@ -37,7 +37,7 @@ class Option:
     macs_share: float
     """Multiply-adds as a share of the host's, which is 1."""
     latency_ms: Timing
-    """Of the whole batch."""
+    """Time of the whole batch."""
     images_per_second: Timing
     speedup: Timing
     """Times as fast as the host, round by round."""

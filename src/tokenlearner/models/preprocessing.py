@@ -1,4 +1,4 @@
-"""What images a model takes: mean, std, crop and interpolation, and the names of its classes.
+"""Preprocessing of a model: mean, std, crop and interpolation; and the names of its classes.
 
 They are the model's, in timm's `pretrained_cfg`, where timm, our commands and exported files read
 them.

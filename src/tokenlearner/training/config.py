@@ -179,7 +179,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how it runs, and what it writes.
+    """Options of the run: its folder, its processes, its precision, what it reports.
 
     Args:
         out: New folder for the model, the checkpoint, train.json and metrics.jsonl.
@@ -226,7 +226,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(AugmentConfig, DistillConfig, OptimConfig, DataConfig, ModelConfig, RunConfig):
-    """What to train, on what, and how: `TrainConfig(model=..., data=..., epochs=90)`.
+    """Options of a whole training: `TrainConfig(model=..., data=..., epochs=90)`.
 
     Its options, all of them optional, are those of the configs above and of the data's configs.
 
