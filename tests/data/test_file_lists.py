@@ -132,7 +132,7 @@ def test_a_list_that_is_not_one_is_refused(tmp_path: Path, text: str, message: s
 def test_a_root_that_is_missing_or_a_file_is_refused(tmp_path: Path) -> None:
     touch(tmp_path / "file")
     for name in ("none", "file"):
-        refused(tmp_path / name, f"{name} is not a folder; make train/ and val/")
+        refused(tmp_path / name, f"{name} is not a folder; pass root")
 
 
 LOOKED = "val/ or val.csv, valid/ or valid.csv, validation/ or validation.csv, test/ or test.csv"

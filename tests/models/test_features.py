@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -184,6 +185,15 @@ def test_half_precision_is_calibrated_by_float32_copies() -> None:
         images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
         errors[dtype] = calibrate(vit, images.to(dtype), steps=40).error_after
     assert errors[torch.bfloat16] == pytest.approx(errors[torch.float32], rel=0.15)
+
+
+def test_what_is_set_aside_is_not_trained_until_the_learners_are_removed() -> None:
+    """Processes that train together wait for the gradient of every parameter that is trained."""
+    beit: Any = Beit(**SHAPE, embed_dim=24, depth=3, use_rel_pos_bias=True)
+    insert(beit, 4, at=1)
+    beit(IMAGES).sum().backward()
+    assert [n for n, p in beit.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert all(p.requires_grad for p in remove(beit).parameters())
 
 
 # --- threads and compilers -----------------------------------------------------------------------

@@ -311,7 +311,10 @@ def list_labeled_files(
     Raises:
         ValueError: Something is missing, or the classes are not those of the other split.
     """
-    require(root.is_dir(), f"{root} is not a folder; {_LAYOUT}")
+    require(
+        root.is_dir(),
+        f"{root} is not a folder; pass root, the folder of the data; for a new one, {_LAYOUT}",
+    )
     source, other = (_find_source(root, name) for name in (split, *(FOLDERS.keys() - {split})))
     if source is None:
         raise ValueError(_missing_split(root, split))

@@ -69,8 +69,8 @@ class PositionFreeBlock(nn.Module):
     """Runs a block on tokens that have no position.
 
     A parameter that is set aside belongs to this module meanwhile, under the last part of its name:
-    it stays in the state dict, moves along with `to`, and gets no gradient. `unwrap` puts the same
-    object back.
+    it stays in the state dict, moves along with `to`, and is not trained, as it plays no part.
+    `unwrap` puts the same object back.
 
     The block's public attributes can be read and set through this module: `blocks[6].norm1` is the
     block's, as it was before the block was wrapped.
@@ -88,10 +88,15 @@ class PositionFreeBlock(nn.Module):
         self.block = block
         self.position_args = position_args or PositionArgs()
         self._arguments = _positional_arguments(block)
+        self._were_trained: dict[str, bool] = {}
         for path in self.position_args.parameters:
             owner, name = _owner(block, path)
-            self.register_parameter(name, getattr(owner, name))
+            parameter = getattr(owner, name)
+            self._were_trained[name] = parameter is not None and parameter.requires_grad
+            self.register_parameter(name, parameter)
             setattr(owner, name, None)
+            if parameter is not None:  # processes that train together would wait for its gradient
+                parameter.requires_grad_(False)
 
     def __getattr__(self, name: str) -> Any:
         """Reads what this module does not have from the block, such as `norm1` or `attn`."""
@@ -121,14 +126,18 @@ class PositionFreeBlock(nn.Module):
         """Unpickles a block; version 0.3 had another name for `position_args`."""
         if "of_positions" in state:
             state["position_args"] = state.pop("of_positions")
+        state.setdefault("_were_trained", {})
         super().__setstate__(state)
 
     def unwrap(self) -> nn.Module:
         """Returns the block as it was; this module cannot be used any more."""
         for path in self.position_args.parameters:
             owner, name = _owner(self.block, path)
-            setattr(owner, name, getattr(self, name))
+            parameter = getattr(self, name)
+            setattr(owner, name, parameter)
             setattr(self, name, None)
+            if self._were_trained.get(name):
+                parameter.requires_grad_(True)
         return self.block
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
