@@ -105,8 +105,6 @@ def _open_image(path: Path, limits: UploadLimits) -> Image.Image | None:
 
 
 def _decode(image: Image.Image, path: Path, pipeline: InputPipeline) -> tuple[MapInput, list[str]]:
-    from PIL import ImageOps
-
     with image:
         require(
             not pipeline.takes_clips,
@@ -115,7 +113,7 @@ def _decode(image: Image.Image, path: Path, pipeline: InputPipeline) -> tuple[Ma
         )
         animated = image.format in _ANIMATED and getattr(image, "is_animated", False)
         channels = pipeline.size[0]
-        upright = decoded(lambda: ImageOps.exif_transpose(image), path.name, channels)
+        upright = decoded(lambda: image, path.name, channels)
     remarks = [f"{path.name} is animated; its first frame is shown."] if animated else []
     return pipeline.from_image(upright, path.name), remarks
 
