@@ -56,8 +56,8 @@ def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> E
 def by_class_names(model: nn.Module, data: LabeledDataset) -> LabeledDataset:
     """Returns the data with labels numbered as a model numbers its classes.
 
-    A model of ImageNet's 1,000 classes, or of another set of them that timm knows, has their
-    WordNet names. Where a model has no names, numbers count, and `evaluate` compares how many.
+    A model of ImageNet's 1,000 classes has their WordNet names. Where a model has no names, numbers
+    count, and `evaluate` compares how many.
 
     Raises:
         ValueError: The data have a class that the model does not know.
