@@ -160,10 +160,13 @@ def test_models_are_run_in_evaluation_mode_and_without_gradients() -> None:
     assert modes == {(False, False)}
 
 
-def test_a_twin_has_the_very_weights_and_other_modules() -> None:
+def test_a_copy_shares_the_weights_and_can_be_frozen_alone() -> None:
     model = host()
     other = clone_structure(model)
-    assert [id(p) for p in other.parameters()] == [id(p) for p in model.parameters()]
+    pairs = list(zip(other.parameters(), model.parameters(), strict=True))
+    assert all(a.data_ptr() == b.data_ptr() and a.requires_grad for a, b in pairs)
+    other.requires_grad_(False)
+    assert all(b.requires_grad for _, b in pairs)
     assert not {id(m) for m in other.modules()} & {id(m) for m in model.modules()}
 
 

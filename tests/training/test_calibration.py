@@ -196,7 +196,9 @@ def test_learners_and_fusers_change_and_nothing_else_on_the_model(name: str) -> 
             pairs = zip(getattr(block, part).parameters(), getattr(old, part).parameters())  # noqa: B905
             assert any(not torch.equal(new, was) for new, was in pairs)
     assert [*model.state_dict()] == [*before.state_dict()]
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    trained = [[p.requires_grad for p in m.parameters()] for m in (model, before)]
+    assert trained[0] == trained[1]
+    assert all(p.grad is None for p in model.parameters())
     assert hooks(model) == hooks(before)
 
 

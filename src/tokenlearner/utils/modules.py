@@ -79,12 +79,16 @@ def clone_structure(model: nn.Module, device: str | None = None) -> nn.Module:
 
     Args:
         model: Any that can be deep-copied.
-        device: None shares the weights; on a device such as `"meta"` they are new and empty.
+        device: None shares what is in the weights, not their flags: the copy can be frozen alone.
+            On a device such as `"meta"` the weights are new and empty.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    if device is not None:
-        for key, tensor in memo.items():
-            memo[key] = nn.Parameter(torch.empty_like(tensor, device=device), requires_grad=False)
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if device is None:
+            memo[id(tensor)] = copy.copy(tensor)
+        else:
+            empty = torch.empty_like(tensor, device=device)
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False)
     return copy.deepcopy(model, memo)  # tensors of the memo are not copied
 
 
