@@ -86,6 +86,34 @@ def test_class_tokens_and_registers_of_timm_are_left_out_with_their_positions(
     assert report.unused == (("cls_token", "reg_token") if registers else ("cls_token",))
 
 
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("no_embed_class", [False, True])
+@torch.no_grad()
+def test_class_tokens_and_registers_start_those_of_a_model_that_has_them(
+    size: int, registers: int, no_embed_class: bool
+) -> None:
+    source = randomized(VisionTransformer(img_size=32, **TEN, reg_tokens=registers)).eval()
+    kwargs = {"reg_tokens": registers, "no_embed_class": no_embed_class}
+    model = VisionTransformer(img_size=size, **TEN, **kwargs).eval()
+    report = init_from(model, source, keep_head=True)
+    assert not report.new
+    assert not report.unused
+    tokens = (source.cls_token + source.pos_embed[:, :1], model.cls_token + model.pos_embed[:, :1])
+    if no_embed_class:
+        tokens = (tokens[0], model.cls_token)
+    torch.testing.assert_close(*tokens, rtol=0, atol=1e-6)
+    if size == 32:
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_without_positions_do_not_start_those_with_positions() -> None:
+    source = VisionTransformer(img_size=32, **TEN, no_embed_class=True)
+    with pytest.raises(ValueError, match="positions of 0 prefix tokens, .* the model of 1"):
+        init_from(VisionTransformer(img_size=32, **TEN), source)
+
+
 # --- heads and learners ------------------------------------------------------------------------
 
 

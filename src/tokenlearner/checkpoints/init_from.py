@@ -26,8 +26,11 @@ from .readers import read_weights
 from .scenic import state_from_scenic
 
 _NEW = re.compile(r"(.*\.)?(learner|fuser)\..*|time_embed")  # may be missing in the weights
-_DROPPED = re.compile(r"cls_token|reg_token|head\..*|pre_logits\..*")  # may be left over
-_PREFIXES = ("cls_token", "reg_token")
+_DROPPED = re.compile(
+    r"cls_token|dist_token|reg_token|head(_dist)?\..*|pre_logits\..*"
+)  # may be left over
+_HEAD = re.compile(r"head(_dist)?\.")
+_PREFIXES = ("cls_token", "dist_token", "reg_token")
 _POSITIONS, _PATCHES = "pos_embed", "patch_embed.proj.weight"
 
 
@@ -59,8 +62,8 @@ def init_from(
     Args:
         model: A `TokenLearnerViT`, `ViViT` or `FrameViT`, or a ViT of timm's.
         weights: A model, a state dict (ours or timm's) or scenic's parameters, or a file that
-            `checkpoints.read_weights` reads. Class tokens and registers are left out, with their
-            positions.
+            `checkpoints.read_weights` reads. Class tokens and registers that the model does not
+            have are left out, with their positions.
         keep_head: Copy the classifier too; otherwise it stays new, as in the reference.
         tubelet_init: How an image model's kernel becomes a tubelet's: `"central"` (the middle
             frame alone) or `"average"` (all frames alike).
@@ -78,13 +81,13 @@ def init_from(
     names = {_plain(key): key for key in model.state_dict()}
     target = {_plain(key): value for key, value in model.state_dict().items()}
     if not keep_head:
-        unused += [key for key in source if key.startswith("head.")]
-        source = {key: value for key, value in source.items() if not key.startswith("head.")}
+        unused += [key for key in source if _HEAD.match(key)]
+        source = {key: value for key, value in source.items() if not _HEAD.match(key)}
     _check_names(source, set(target), keep_head)
     unused += [key for key in source if key not in target]
     adapted = {key: source[key] for key in target if key in source}
     if _POSITIONS in adapted:
-        adapted[_POSITIONS] = _positions(_without_prefix(source, grid), _frames_grid(model), grid)
+        adapted |= _with_positions(source, target, _frames_grid(model), grid)
     if _PATCHES in adapted:
         adapted[_PATCHES] = _kernel(adapted[_PATCHES], target[_PATCHES], tubelet_init)
     _check_shapes(adapted, target)
@@ -130,7 +133,7 @@ def _check_names(source: Mapping[str, Any], expected: set[str], keep_head: bool)
     missing = sorted(
         key
         for key in expected - source.keys()
-        if not _NEW.fullmatch(key) and (keep_head or not key.startswith("head."))
+        if not _NEW.fullmatch(key) and (keep_head or not _HEAD.match(key))
     )
     extra = sorted(key for key in source.keys() - expected if not _DROPPED.fullmatch(key))
     if missing or extra:
@@ -156,8 +159,39 @@ def _check_shapes(adapted: Mapping[str, Tensor], target: Mapping[str, Tensor]) -
         )
 
 
-def _without_prefix(source: Mapping[str, Tensor], grid: Grid | None) -> Tensor:
-    """Returns the position embeddings without those of class token and registers: `1 n c`."""
+def _with_positions(
+    source: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    frames_grid: tuple[int, Grid],
+    grid: Grid | None,
+) -> dict[str, Tensor]:
+    """Returns positions for the model's frames and prefix tokens, and what tokens take of them."""
+    prefix, positions = _split_prefix(source, grid)
+    expected = target[_POSITIONS].shape[1] - frames_grid[0] * math.prod(frames_grid[1])
+    tokens = {key: source[key] for key in _PREFIXES if key in target and key in source}
+    taken = dict[str, Tensor]()
+    if expected == 0 and prefix.shape[1] and tokens:  # timm's no_embed_class: added to the tokens
+        _check_prefix(prefix, sum(value.shape[1] for value in tokens.values()))
+        added = prefix.split([value.shape[1] for value in tokens.values()], dim=1)
+        taken = {key: tokens[key] + part for key, part in zip(tokens, added, strict=True)}
+    if expected:
+        _check_prefix(prefix, expected)
+    resampled = _positions(positions, frames_grid, grid)
+    taken[_POSITIONS] = torch.cat([prefix, resampled], dim=1) if expected else resampled
+    return taken
+
+
+def _check_prefix(prefix: Tensor, expected: int) -> None:
+    if prefix.shape[1] != expected:
+        raise ValueError(
+            f"the weights have positions of {prefix.shape[1]} prefix tokens, such as class token "
+            f"and registers, the model of {expected}; build the model with those that they come "
+            "from"
+        )
+
+
+def _split_prefix(source: Mapping[str, Tensor], grid: Grid | None) -> tuple[Tensor, Tensor]:
+    """Returns the position embeddings of class token and registers, and the others: `1 n c`."""
     positions = source[_POSITIONS]
     prefix = sum(source[key].shape[1] for key in _PREFIXES if key in source)
     n = positions.shape[1]
@@ -168,7 +202,7 @@ def _without_prefix(source: Mapping[str, Tensor], grid: Grid | None) -> Tensor:
         raise ValueError(
             f"grid is {grid}, but there are {n} positions, {prefix} of them prefix tokens"
         )
-    return positions[:, fits[0] :]
+    return positions[:, : fits[0]], positions[:, fits[0] :]
 
 
 def _frames_grid(model: Any) -> tuple[int, Grid]:
