@@ -110,7 +110,7 @@ def test_class_tokens_and_registers_start_those_of_a_model_that_has_them(
 
 def test_tokens_without_positions_do_not_start_those_with_positions() -> None:
     source = VisionTransformer(img_size=32, **TEN, no_embed_class=True)
-    with pytest.raises(ValueError, match="positions of 0 prefix tokens, .* the model of 1"):
+    with pytest.raises(ValueError, match=r"positions of 0 prefix tokens, .* the model of 1"):
         init_from(VisionTransformer(img_size=32, **TEN), source)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tokenlearner.commands.eval import EvalConfig, run_options
+from tokenlearner.commands._runs import run_options
+from tokenlearner.commands.eval import EvalConfig
 from tokenlearner.commands.main import main
 
 SMALL_RUN = [
@@ -62,6 +63,28 @@ def test_eval_s_options_go_before_those_of_the_run(
         with pytest.raises(SystemExit, match="2"):
             main(["eval", str(images / "run"), *options])
         assert message in capsys.readouterr().err
+
+
+def test_a_model_is_trained_on_from_its_run_with_the_data_of_that_run(images: Path) -> None:
+    run, again = images / "run", images / "again"
+    more = ["--epochs", "1", "--batch_size", "3", "--workers", "0", "--keep", "best"]
+    main(["train", "--model", str(run), "--out", str(again), *more])
+    first, second = (json.loads((path / "train.json").read_text()) for path in (run, again))
+    names = ("data", "root", "img_size", "in_chans")
+    assert [second[name] for name in names] == [first[name] for name in names]
+
+
+def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in (
+        ["eval", "runs/no"],
+        ["export", "runs/no", "no.onnx"],
+        ["train", "--model", "runs/no"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+        assert "there is no file or folder runs/no" in capsys.readouterr().err
 
 
 # --- options of a run ---------------------------------------------------------------------------

@@ -421,7 +421,6 @@ def test_a_card_says_what_the_model_is() -> None:
     card = ModelCard(model_card(model))
     assert card.data.to_dict() == {
         "library_name": "tokenlearner",
-        "license": "apache-2.0",
         "pipeline_tag": "image-classification",
         "tags": ["timm", "token-reduction", "tokenlearner"],
     }

@@ -16,6 +16,7 @@ from running import TINY, quarter_images
 
 from tokenlearner import TrainConfig, calibrate, create_model, load_model, save_model, train
 from tokenlearner.data.factory import ImageDataset
+from tokenlearner.evaluation.accuracy import mean_metrics
 from tokenlearner.models.insertion import wrapped_blocks
 from tokenlearner.training.run import TrainResult
 from tokenlearner.training.setup import prepare
@@ -67,6 +68,61 @@ def test_a_run_from_weights_keeps_their_classifier_with_keep_head(
     model = prepare(changed(config, **start), data, data, cpu).model
     assert torch.equal(model.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
     assert torch.equal(model.head.weight, saved.head.weight) is keep
+
+
+def test_a_trained_model_goes_on_and_gets_a_classifier_for_other_classes(
+    trained: tuple[TrainConfig, TrainResult], tmp_path: Path
+) -> None:
+    start, cpu = str(trained[0].out), torch.device("cpu")
+    config = TrainConfig(model=start, out=str(tmp_path), epochs=1, batch_size=16)
+    data = quarter_images("quarters")
+    model = prepare(config, data, data, cpu).model
+    state = load_model(start).state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    others = data.with_preprocessing(classes=("north", "east", "south", "west"))
+    model = prepare(config, others, others, cpu).model
+    assert not torch.equal(model.head.weight, state["head.weight"])
+    assert torch.equal(model.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
+    with pytest.raises(ValueError, match=r"is a trained model, num_tokens for a new one"):
+        replace(config, num_tokens=4)
+
+
+def test_the_best_epoch_is_kept_on_request_and_its_card_has_its_numbers(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies, evaluate = iter([50.0, 75.0, 25.0]), mean_metrics
+    monkeypatch.setattr(
+        import_module("tokenlearner.training.run"),
+        "mean_metrics",
+        lambda *args: replace(evaluate(*args), top1_percent=next(accuracies)),
+    )
+    config = changed(config, epochs=3, keep="best", license="mit")
+    states, out = list[dict[str, Any]](), Path(config.out)
+
+    def report(row: dict[str, Any]) -> None:
+        if "epoch" in row:
+            states.append({k: v.clone() for k, v in load_model(out).state_dict().items()})
+
+    model = train(config, report).model
+    assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])
+    for kept in (states[2], model.state_dict()):
+        assert all(torch.equal(kept[key], value) for key, value in states[1].items())
+    card = (out / "README.md").read_text()
+    assert ("75.00 %" in card, "2 of 3, the best one" in card, "license: mit" in card) == (
+        True,
+    ) * 3
+
+
+def test_a_card_that_was_edited_is_kept(config: TrainConfig) -> None:
+    readme = Path(config.out) / "README.md"
+    train(config, lambda row: "epoch" in row and readme.write_text("Mine."))
+    assert readme.read_text() == "Mine."
+
+
+def test_a_single_epoch_needs_no_option() -> None:
+    assert TrainConfig(epochs=1).warmup_epochs == 0.5
+    with pytest.raises(ValueError, match="warmup_epochs is 2"):
+        TrainConfig(epochs=1, warmup_epochs=2.0)
 
 
 def test_training_learns_what_the_images_show(config: TrainConfig) -> None:

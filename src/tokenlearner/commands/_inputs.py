@@ -22,7 +22,7 @@ from ..data.image_folder import decoded, image_extensions, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..models.preprocessing import Preprocessing, get_preprocessing
 from ..utils.validation import require
-from .eval import run_options
+from ._runs import run_options
 
 if TYPE_CHECKING:
     from PIL import Image

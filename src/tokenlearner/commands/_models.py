@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..models.factory import create_model, load_model
+from ..models.factory import create_model
 from ..models.hosts import find_host
+from ..models.hub import load_local
+from ..utils.io import is_model_path
 from ..utils.modules import pick_device
 
 
@@ -30,8 +31,7 @@ def load_sized(
         ValueError: There is no such model or device, it cannot have the size, or it is no host.
     """
     target = pick_device(device)
-    saved = "/" in name or name.endswith(".safetensors") or Path(name).exists()
-    model: Any = load_model(name) if saved else create_model(name)
+    model: Any = load_local(name) if is_model_path(name) else create_model(name)
     if hosts_only:
         find_host(model)
     if img_size:

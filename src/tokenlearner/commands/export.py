@@ -20,8 +20,8 @@ from ..utils.validation import check_count, check_literals, require
 from ._arguments import read_config
 from ._console import console
 from ._models import load_sized
+from ._runs import preprocessed
 from ._tables import filled_table
-from .eval import preprocessed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from jsonargparse import DefaultHelpFormatter
 from ..training.config import TrainConfig
 from ..training.recipes import find_recipe, list_recipes
 from ..utils.imports import require_package
-from ._arguments import complain, make_parser, parse
+from ._arguments import complain, make_parser
+from ._runs import parse_with_run
 
 
 def train_command(arguments: Sequence[str]) -> None:
@@ -51,7 +52,7 @@ def train_options(arguments: Sequence[str]) -> dict[str, Any]:
         path = find_recipe(arguments[0])
         complain(parser, lambda: parser.parse_path(path), f"{path}: ")
         arguments = [f"--config={path}", *arguments[1:]]
-    options = parse(parser, arguments)
+    options = parse_with_run(parser, arguments, "model")
     del options["config"]
     return options
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..data.dataset import Batch, IterableDataset, LabeledDataset, match_classes
 from ..data.loader import SampleKey, load_batches
 from ..models.outputs import predict_logits
-from ..models.preprocessing import get_classes
+from ..models.preprocessing import get_classes, get_preprocessing
 from ..utils.modules import stream_device, training_mode
 from ..utils.validation import check_count, require
 
@@ -68,6 +69,22 @@ def by_class_names(model: nn.Module, data: LabeledDataset) -> LabeledDataset:
         if classes is None or not set(data.classes) <= set(classes):
             return data
     return match_classes(data, classes) if classes else data
+
+
+def preprocess_for(
+    model: nn.Module, data: LabeledDataset, options: Mapping[str, Any] | None = None
+) -> LabeledDataset:
+    """Returns the data as a model takes them: preprocessing and classes are the model's.
+
+    Args:
+        model: What is run on them.
+        data: Any.
+        options: Mean, std, crop_pct or interpolation that are taken before the model's.
+    """
+    data = by_class_names(model, data)
+    if found := get_preprocessing(model, data.shape[0]):
+        return data.with_preprocessing(**found.to_kwargs() | dict(options or {}))
+    return data
 
 
 def _imagenet_names(count: int | None) -> tuple[str, ...] | None:

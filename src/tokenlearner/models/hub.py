@@ -33,10 +33,11 @@ from .serialization import (
 
 Measured = Mapping[str, Mapping[str, object]]
 TAGS = ["timm", "token-reduction", "tokenlearner"]
-LIBRARY, LICENSE, PAPER = "tokenlearner", "apache-2.0", "https://arxiv.org/abs/2106.11297"
+LIBRARY, PAPER = "tokenlearner", "https://arxiv.org/abs/2106.11297"
 CODE = "https://github.com/google-research/scenic/tree/main/scenic/projects/token_learner"
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 
+_HUB = "hf-hub:"
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _REPO = re.compile(r"(?:hf-hub:)?(\w[\w.-]*/\w[\w.-]*)(?:@([^@]+))?")
 
@@ -45,7 +46,6 @@ class HubModel(
     ModelHubMixin,
     library_name=LIBRARY,
     tags=list(TAGS),
-    license=LICENSE,
     paper_url=PAPER,
     repo_url=CODE,
 ):
@@ -139,7 +139,7 @@ def model_card(model: Any, measured: Measured | None = None, location: str | Non
     is_video = hasattr(model, "num_frames")
     data = ModelCardData(
         library_name=LIBRARY,
-        license=getattr(model, "pretrained_cfg", {}).get("license") or LICENSE,
+        license=getattr(model, "pretrained_cfg", {}).get("license"),
         pipeline_tag="video-classification" if is_video else "image-classification",
         tags=list(TAGS),
     )
@@ -249,6 +249,20 @@ def load_model(
     if not file.is_file():
         raise ValueError(f"there is no {file}; pass the file or folder that save_model wrote")
     return read_files(file, config_file if config_file.is_file() else None)
+
+
+def load_local(path: str) -> nn.Module:
+    """Loads a model for a command: only `hf-hub:user/name` is looked up on the Hub.
+
+    Raises:
+        ValueError: As `load_model`, and for a path that is not there.
+    """
+    if not path.startswith(_HUB) and not Path(path).expanduser().exists():
+        hint = f"; a model on the Hub is {_HUB}{path}" if _REPO.fullmatch(path) else ""
+        raise ValueError(
+            f"there is no file or folder {path}; pass one that train or save_model wrote{hint}"
+        )
+    return load_model(path)
 
 
 def push_to_hub(

@@ -23,7 +23,7 @@ from .config import TrainConfig
 CHECKPOINT = "checkpoint.pt"
 _FREE = {  # options that may change from one part of a run to the next
     *("out", "root", "resume", "save_every", "trackers", "device", "workers", "max_broken", "nan"),
-    *("download", "log_interval"),
+    *("download", "log_interval", "license"),
 }
 _FORMAT = 1
 METRICS = "metrics.jsonl"
@@ -153,7 +153,8 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, version = asdict(TrainConfig()) | json.loads(state["config"]), state["format"]
+        saved = asdict(TrainConfig()) | json.loads(state["config"])
+        version = state["format"]
         saved["data"] = OLD_NAMES.get(saved["data"], saved["data"])
     except Exception as error:  # torch raises many kinds on damaged files
         raise ValueError(

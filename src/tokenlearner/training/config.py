@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.config import AugmentConfig, DataConfig
+from ..utils.io import is_model_path
 from ..utils.validation import (
     check_above_zero,
     check_count,
@@ -23,7 +24,8 @@ class ModelConfig:
     """The model that is trained.
 
     Args:
-        model: A name that `create_model` knows, or with insert a file or folder of a trained model.
+        model: A name that `create_model` knows, or a file or folder of a trained model, which goes
+            on; for other classes than it has with a new classifier.
         model_kwargs: Arguments for a named model, such as {"depth": 8}.
         num_tokens: Learned tokens of a model built new; 0 leaves it as its name says.
         init_from: Weights to start a model built new from, of the same or another resolution, of
@@ -61,8 +63,9 @@ class ModelConfig:
         built_new = ("num_tokens", "model_kwargs", "init_from", "head_bias", "drop_path")
         given = [name for name in built_new if getattr(self, name) not in (None, 0)]
         require(
-            not (self.insert and given),
-            f"insert is for a trained model, {' and '.join(given)} for a new one; pass either",
+            not (self.is_trained and given),
+            f"{'insert is for' if self.insert else f'{self.model} is'} a trained model, "
+            f"{' and '.join(given)} for a new one; pass either",
         )
         changed = [
             name for name, value in _LEARNER_DEFAULTS.items() if getattr(self, name) != value
@@ -76,6 +79,11 @@ class ModelConfig:
             "keep_head keeps the classifier of init_from and its biases; pass init_from, and no "
             "head_bias",
         )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the run starts from a trained model, which is loaded."""
+        return bool(self.insert) or is_model_path(self.model)
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class OptimConfig:
         layer_decay: Factor of the learning rate from each block to the one before it.
         sched: What the learning rate falls along; constant does not fall.
         min_lr: What it falls to.
-        warmup_epochs: Epochs over which it rises from 0.
+        warmup_epochs: Epochs over which it rises from 0; half of a single epoch.
         warmup_steps: Steps over which it rises, in place of warmup_epochs.
         clip_grad: Largest norm of the gradient; 0 is any.
         loss: softmax, or sigmoid for a sum over classes that each are right or wrong.
@@ -167,6 +175,8 @@ class OptimConfig:
             self.sched != "constant" or not self.min_lr,
             f"min_lr is {self.min_lr}, but a constant learning rate does not fall; leave it out",
         )
+        if self.epochs == 1 and self.warmup_epochs == 1:  # the default, and a first try
+            object.__setattr__(self, "warmup_epochs", 0.5)
         require(
             self.warmup_steps is not None or self.warmup_epochs < self.epochs,
             f"warmup_epochs is {self.warmup_epochs}, expected fewer than {self.epochs} epochs",
@@ -183,6 +193,10 @@ class RunConfig:
 
     Args:
         out: New folder for the model, the checkpoint, train.json and metrics.jsonl.
+        keep: The last epoch's model, or the best one's by held-out top-1, which that number then
+            flatters.
+        license: Of the model, for its card, such as apache-2.0; None is that of the weights it
+            started from, if they say.
         resume: auto goes on where the run in out was cut off, or starts it; None only starts.
         save_every: Steps from one checkpoint to the next; 0 is one after every epoch.
         log_interval: Steps from one report of the loss to the next, which waits for the device;
@@ -200,6 +214,8 @@ class RunConfig:
     """
 
     out: str = "runs/train"
+    keep: Literal["last", "best"] = "last"
+    license: str | None = None
     resume: Literal["auto"] | None = None
     save_every: int = 0
     log_interval: int = 10

@@ -14,8 +14,9 @@ from torch import nn
 from ..data.dataset import IterableDataset, require_order
 from ..data.factory import SPLITS, load_data
 from ..evaluation.accuracy import Evaluation, eval_batch_size, mean_metrics, sum_metrics
-from ..models.factory import save_model
-from ..utils.io import write_json
+from ..models.factory import load_model, save_model
+from ..models.hub import model_card
+from ..utils.io import atomic_write, write_json
 from ..utils.validation import require
 from .calibration import Calibration
 from .checkpointing import (
@@ -135,7 +136,7 @@ class _Run:
             while self.trainer.epochs_done < config.epochs:
                 self._run_epoch()
         path = self.out / "model.safetensors"
-        model = self.model.eval()
+        model = self._best_model().eval() if config.keep == "best" else self.model.eval()
         return TrainResult(model, path, self.history, len(self.data), setup.host, calibration)
 
     def _calibrate(self) -> Calibration | None:
@@ -189,8 +190,43 @@ class _Run:
         self.model = trainer.whole_model(state)
         if self.accelerator.is_main_process:
             with explain_write_errors(self.config, "model", trainer.step):
-                save_model(self.model, self.out)
+                if self._kept_epoch(self.history) == len(self.history):
+                    save_model(self.model, self.out)
+                    self._write_card()
                 write_metrics(self.config, self.history)
+
+    def _kept_epoch(self, history: list[dict[str, Any]]) -> int:
+        """Returns the number of the epoch, from 1, whose model is kept; 0 before the first."""
+        if self.config.keep == "last" or not history:
+            return len(history)
+        accuracies = [row["test_top1_percent"] for row in history]
+        return accuracies.index(max(accuracies)) + 1
+
+    def _write_card(self) -> None:
+        """Writes what was measured to the model card, unless someone else has written to it."""
+        path, earlier = self.out / "README.md", self.history[: self._kept_epoch(self.history[:-1])]
+        written = [self._card([]), self._card(earlier)]
+        if path.read_text(encoding="utf-8") in written:
+            with atomic_write(path) as temporary:
+                temporary.write_text(self._card(self.history), encoding="utf-8")
+
+    def _card(self, history: list[dict[str, Any]]) -> str:
+        if not history:
+            return model_card(self.model)
+        config, row = self.config, history[-1]
+        rows = {
+            "data": f"{config.data}, {row['test_images']:,} held-out images",
+            "top-1": f"{row['test_top1_percent']:.2f} %",
+            "top-5": f"{row['test_top5_percent']:.2f} %",
+            "epoch": f"{row['epoch']} of {config.epochs}, the {config.keep} one",
+        }
+        return model_card(self.model, {"this model": rows})
+
+    def _best_model(self) -> nn.Module:
+        """Returns the model that was kept; every process reads what the first one wrote."""
+        self.accelerator.wait_for_everyone()
+        model = load_model(self.out)
+        return model.to(next(self.model.parameters()).device)
 
     def _evaluate(self) -> Evaluation:
         """Evaluates the model on the held-out images, each process on its part."""

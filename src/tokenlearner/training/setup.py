@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.init_from import init_from
-from ..data.dataset import LabeledDataset, match_classes, require_order
+from ..data.dataset import LabeledDataset, require_order
 from ..data.transforms import train_transform
-from ..models.factory import create_model, load_model
+from ..evaluation.accuracy import preprocess_for
+from ..models.factory import create_model
+from ..models.hub import load_local
 from ..models.insertion import insert
 from ..models.outputs import predict_logits
 from ..models.preprocessing import (
@@ -32,6 +35,8 @@ from .distillation import Distillation
 from .meter import Report
 from .optim import make_optimizer, make_schedule
 
+logger = logging.getLogger(__name__)
+_OF_CLASSES = ("label_names", "label_descriptions")  # in timm's configs
 _MEASURED = 256  # images that tell the variance of a teacher's features
 
 
@@ -61,16 +66,16 @@ def prepare(
         ValueError: Model, teacher, data or recipe do not fit each other.
     """
     host = None
+    model = _load_model(config, data) if config.is_trained else _build_model(config, data)
+    is_pretrained = config.is_trained or (config.model_kwargs or {}).get("pretrained")
+    if is_pretrained:
+        options = config.preprocessing
+        data, held_out = (preprocess_for(model, part, options) for part in (data, held_out))
     if config.insert:
-        model = _load_trained(config.model, data)
-        data, held_out = (_preprocessed(part, model, config) for part in (data, held_out))
         host = copy.deepcopy(model).to(device)
         insert(model, config.insert, config.at, learner=config.learner, fuse=config.fuse)
-    else:
-        model = _build_model(config, data)
-        if (config.model_kwargs or {}).get("pretrained"):
-            data, held_out = (_preprocessed(part, model, config) for part in (data, held_out))
     _write_preprocessing(model, data)
+    _write_license(config, model, is_known=bool(is_pretrained))
     _check_model(config.model, model, data)
     _check_recipe(config, model, data)
     distillation = None
@@ -103,21 +108,18 @@ def _measure(
         distillation.measure(model, (images.to(device) for images in batches))
 
 
-def _preprocessed(data: LabeledDataset, model: nn.Module, config: TrainConfig) -> LabeledDataset:
-    """Returns the data as a pretrained model takes them, unless the config says otherwise."""
-    if classes := get_classes(model):
-        data = match_classes(data, classes)
-    if found := get_preprocessing(model, data.shape[0]):
-        return data.with_preprocessing(**found.to_kwargs() | config.preprocessing)
-    return data
-
-
 def _write_preprocessing(model: nn.Module, data: LabeledDataset) -> None:
     is_clip = len(data.shape) == 4
     found = Preprocessing(
         data.mean, data.std, data.crop_pct, CLIPS if is_clip else data.interpolation
     )
     set_preprocessing(model, found, data.classes)
+
+
+def _write_license(config: TrainConfig, model: Any, *, is_known: bool) -> None:
+    """Writes the license to the model; timm gives that of its own weights to every new model."""
+    license = config.license or (model.pretrained_cfg.get("license") if is_known else None)
+    model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {"license": license}
 
 
 class Renormalized(nn.Module):
@@ -181,9 +183,32 @@ def _set_head_bias(model: Any, value: float) -> None:
     nn.init.constant_(bias, value)
 
 
+def _load_model(config: TrainConfig, data: LabeledDataset) -> nn.Module:
+    """Loads the trained model that the run goes on from, with float32 weights.
+
+    One that learns other classes than it has gets a new classifier.
+    """
+    model: Any = load_local(config.model).float()
+    if not config.insert and not _has_classes(model, data):
+        logger.info(
+            "%s gets a new classifier: it has other classes than %s", config.model, data.name
+        )
+        model.reset_classifier(len(data.classes))
+        config_of_weights = getattr(model, "pretrained_cfg", None) or {}
+        model.pretrained_cfg = {k: v for k, v in config_of_weights.items() if k not in _OF_CLASSES}
+    if config.img_size and hasattr(model, "set_input_size"):
+        model.set_input_size((config.img_size, config.img_size))
+    return model
+
+
+def _has_classes(model: Any, data: LabeledDataset) -> bool:
+    names = get_classes(model)
+    return set(data.classes) <= set(names) if names else model.num_classes == len(data.classes)
+
+
 def _load_trained(name: str, data: LabeledDataset) -> nn.Module:
-    """Loads a trained model that fits the data, with float32 weights, which training needs."""
-    model = load_model(name).float()
+    """Loads a trained model that fits the data."""
+    model = load_local(name).float()
     _check_model(name, model, data)
     return model
 

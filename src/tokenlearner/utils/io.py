@@ -43,3 +43,8 @@ def unique_path(path: str | Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def is_model_path(name: str) -> bool:
+    """Returns whether the name of a model is a path, or a place on the Hub."""
+    return "/" in name or name.endswith(".safetensors") or Path(name).expanduser().exists()

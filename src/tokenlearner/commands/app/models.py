@@ -16,7 +16,7 @@ from ...models.insertion import wrapped_blocks
 from ...models.serialization import WEIGHTS
 from .._inputs import InputPipeline, MapInput, input_pipeline
 from .._models import load_sized
-from ..eval import run_options
+from .._runs import run_options
 
 WITHOUT_CHECKPOINT = "vit_mini_patch4_tl8at3_28"  # its weights are random
 RANDOM = (

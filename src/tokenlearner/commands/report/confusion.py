@@ -17,7 +17,8 @@ from ...models.serialization import weights_file
 from ...utils.modules import pick_device, training_mode
 from ...utils.validation import require
 from .._comparison import held_out_images, one_of_each
-from ..eval import EvalConfig, preprocessed, run_options
+from .._runs import preprocessed, run_options
+from ..eval import EvalConfig
 from .figures import matrix_svg
 from .reader import RECIPE, Run
 from .tables import ReportTable
