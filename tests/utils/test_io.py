@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tokenlearner.utils.io import atomic_write, unique_path, write_json
+from tokenlearner.utils.io import LOCK, atomic_write, lock_folder, unique_path, write_json
 
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path: Path) -> None:
@@ -113,3 +116,30 @@ def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_json("~/a/b.json", 1)
     assert (tmp_path / "a" / "b.json").read_text() == "1\n"
     assert unique_path("~/a") == tmp_path / "a-2"
+
+
+HOLD = """
+import os, sys, time
+from tokenlearner.utils.io import lock_folder
+with lock_folder(sys.argv[1]):
+    if os.fork() == 0:  # as a worker that outlives its reader
+        time.sleep(60)
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        owner = int(holder.stdout.readline())
+        with pytest.raises(ValueError, match=rf"run is in use by process {owner} "):
+            lock_folder(folder).__enter__()
+        holder.kill()
+        holder.wait()
+        with lock_folder(folder):
+            assert str(os.getpid()) in (folder / LOCK).read_text()
+        assert not list(folder.iterdir())
+        holder.stdout.close()
