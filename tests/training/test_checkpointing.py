@@ -314,3 +314,30 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(
 def test_a_run_that_is_over_leaves_no_lock(tmp_path: Path) -> None:
     train(recipe(tmp_path / "run"))
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("changes", [{}, {"opt": "sgd", "ema_decay": 0.9}, {"epochs": 1}])
+def test_what_a_run_needs_on_its_disk_is_asked_for_before_anything_is_written(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, asked = recipe(tmp_path / "run", **changes), list[int]()
+    place = import_module("tokenlearner.utils.io")
+    usage = place.shutil.disk_usage
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: usage(path)._replace(free=1))
+    with pytest.raises(ValueError, match=r"MiB are to be written there"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        import_module("tokenlearner.training.run"), "load_data", running.quarter_images
+    )
+    checkpointing = import_module("tokenlearner.training.checkpointing")
+    monkeypatch.setattr(
+        checkpointing, "check_output_folder", lambda out, size=0: asked.append(size) or Path(out)
+    )
+    train(config)
+    checkpoint, model = (
+        (tmp_path / "run" / name).stat().st_size for name in (CHECKPOINT, "model.safetensors")
+    )
+    most = checkpoint * (1 if "epochs" in changes else 2) + model
+    assert 0.5 * most < max(asked) < most  # besides the weights, files have names and random states

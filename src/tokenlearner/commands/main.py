@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         signal = getattr(error, "signal", None)  # of `TrainingInterrupted`, which can be resumed
         sys.exit(_complain(name, error, 128 + signal if signal else 1))
+    except OSError as error:  # of a disk that is full, a file that went away
+        sys.exit(_complain(name, error, 1))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ..data.config import OLD_NAMES
+from ..models.serialization import WEIGHTS
 from ..utils.io import FULL, atomic_write, check_output_folder, lock_folder, system_error
 from .config import TrainConfig
+from .optim import moments_per_weight
 
 CHECKPOINT = "checkpoint.pt"
 _FREE = {  # options that may change from one part of a run to the next
@@ -122,6 +125,22 @@ def check_run_folder(config: TrainConfig) -> None:
             f"{out} holds a run without {CHECKPOINT} to go on from; pass another out, or move it "
             "away to start anew"
         )
+
+
+def check_space(config: TrainConfig, model: nn.Module) -> None:
+    """Checks that the files of a run fit on their disk: two checkpoints at once, and the model.
+
+    Raises:
+        ValueError: Too little is free.
+    """
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    copies = 2 if config.ema_decay else 1
+    checkpoint = copies * weights + moments_per_weight(config) * trained
+    at_once = 2 if config.epochs > 1 or config.save_every else 1
+    files = (Path(config.out) / name for name in (CHECKPOINT, WEIGHTS))
+    present = sum(file.stat().st_size for file in files if file.is_file())
+    check_output_folder(config.out, size=max(0, at_once * checkpoint + weights - present))
 
 
 def remove_temporary_files(config: TrainConfig) -> None:

@@ -23,6 +23,7 @@ from .checkpointing import (
     StopSignal,
     TrainingInterrupted,
     check_run_folder,
+    check_space,
     explain_write_errors,
     handle_signals,
     read_checkpoint,
@@ -109,6 +110,8 @@ def _train(
     setup = prepare(config, data, held_out, distributed.device)
     if report is None or not distributed.accelerator.is_main_process:
         report = lambda row: None  # noqa: E731
+    if folder.writes:
+        check_space(config, setup.model)
     folder.begin(resumed=checkpoint is not None)
     with handle_signals() as stop:
         return _Run(config, distributed, setup, report, stop).run(checkpoint)

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files, unused paths, locks, and checks of places before anything is written."""
+"""Atomic writes, JSON files, unused paths, locks, and checks of places to write to."""
 
 from __future__ import annotations
 
@@ -96,25 +96,7 @@ def check_output_folder(path: str | Path, name: str = "out", size: int = 0) -> P
         ValueError: It is a file or in one, cannot be written to, or has too little space.
     """
     folder = Path(path).expanduser()
-    present = next(
-        place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)
-    )
-    if not present.is_dir():
-        what = "is a file" if present.is_file() else "is no folder"
-        raise ValueError(f"{name} is {str(folder)!r}, but {present} {what}; pass another place")
-    try:
-        with tempfile.TemporaryFile(dir=present):
-            free = shutil.disk_usage(present).free
-    except OSError as error:
-        raise ValueError(
-            f"{name} is {str(folder)!r}, but {present} cannot be written to ({error.strerror}); "
-            "pass another place"
-        ) from error
-    if size > free:
-        raise ValueError(
-            f"{name} is {str(folder)!r}, and about {_mib(size)} are to be written there, but "
-            f"{_mib(free)} are free; make room, or pass another place"
-        )
+    _check_place(folder, f"{name} is {str(path)!r}", size)
     return folder
 
 
@@ -129,8 +111,30 @@ def check_output_file(path: str | Path, name: str = "out", size: int = 0) -> Pat
     file = Path(path).expanduser()
     if file.is_dir():
         raise ValueError(f"{name} is {str(path)!r}, which is a folder; name a file")
-    check_output_folder(file.parent, name, size)
+    _check_place(file.parent, f"{name} is {str(path)!r}", size)
     return file
+
+
+def _check_place(folder: Path, given: str, size: int) -> None:
+    """Tries to write in a folder, or in the one that it has to be made in."""
+    present = next(
+        place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)
+    )
+    if not present.is_dir():
+        raise ValueError(f"{given}, but {present} is no folder; pass another place")
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            free = shutil.disk_usage(present).free
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(
+            f"{given}, but {present} cannot be written to ({reason}); pass another place"
+        ) from error
+    if size > free:
+        raise ValueError(
+            f"{given}, and about {_mib(size)} are to be written there, but {_mib(free)} are free; "
+            "make room, or pass another place"
+        )
 
 
 @contextmanager
