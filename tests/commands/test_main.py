@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -262,3 +263,35 @@ def test_a_recipe_with_a_mistake_is_named(
     assert word in err
     assert err.count("\n") == 1
     assert [*here.iterdir()] == [path]
+
+
+# --- streams ------------------------------------------------------------------------------------
+
+
+def in_shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-c", f"set -o pipefail; {line}".replace("tokenlearner", TOKENLEARNER)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+TOKENLEARNER = f"{sys.executable} -m tokenlearner"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("tokenlearner models '*mini*' | true", 141, ""),
+        ("tokenlearner models '*mini*' > /dev/full", 1, "output cannot be written"),
+        ("tokenlearner models '*mini*' >&-", 0, ""),
+        ("tokenlearner models '*mini*'", 0, ""),
+        ("tokenlearner eval größe", 2, r"gr\xf6\xdfe"),
+        (r"tokenlearner eval $'\xff'", 2, r"\udcff"),
+        (r"tokenlearner eval $'\e[31m'", 2, r"\x1b[31m"),
+    ],
+)
+def test_output_that_cannot_be_shown_ends_in_no_traceback(line: str, code: int, words: str) -> None:
+    done = in_shell(line, PYTHONIOENCODING="ascii")
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert words in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "\x1b" not in done.stderr

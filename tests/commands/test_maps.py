@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_made_is_refused_and_a_video_without_pyav(
     mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_image(tmp_path / "a.png")
-    unfit = {"a.png": "a.png is a file", "a.png/out": "a.png is a file", "": "outside"}
+    unfit = {"a.png": "a.png is no folder", "a.png/out": "a.png is no folder", "": "outside"}
     for out, message in (unfit | {"deep/out": "outside"}).items():
         with pytest.raises(ValueError, match=message):
             run_on(mini, tmp_path, tmp_path / out)

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,7 @@ from tokenlearner.training.checkpointing import (
     remove_temporary_files,
     write_checkpoint,
 )
+from tokenlearner.utils.io import lock_folder
 
 AT_RANDOM: dict[str, Any] = {"drop_path": 0.3, "ema_decay": 0.9, "hflip": 0.5, "mixup": 0.4}
 STEPS = 8
@@ -274,3 +276,68 @@ def test_temporary_files_of_killed_runs_are_removed_and_nothing_else(tmp_path: P
         (tmp_path / name).touch()
     remove_temporary_files(recipe(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+# --- two at once --------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_folder_that_is_in_use_is_refused_and_leaves_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with lock_folder(out):
+        before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+        with pytest.raises(ValueError, match=f"run is in use by process {os.getpid()} "):
+            train(recipe(out))
+        assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_of_two_runs_that_begin_at_once_one_is_refused(
+    over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one takes the folder, and may end, while this one is still reading data."""
+    out, run = tmp_path / "run", import_module("tokenlearner.training.run")
+    prepare, other = run.prepare, ExitStack()
+
+    def slow(*arguments: Any) -> Any:
+        other.enter_context(lock_folder(out))
+        write_checkpoint(recipe(out), {"step": 1})
+        if over:
+            other.close()
+        return prepare(*arguments)
+
+    monkeypatch.setattr(run, "prepare", slow)
+    with other, pytest.raises(ValueError, match="meanwhile" if over else "in use"):
+        train(recipe(out))
+    assert [path.name for path in out.iterdir()] == [CHECKPOINT]
+
+
+def test_a_run_that_is_over_leaves_no_lock(tmp_path: Path) -> None:
+    train(recipe(tmp_path / "run"))
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("changes", [{}, {"opt": "sgd", "ema_decay": 0.9}, {"epochs": 1}])
+def test_what_a_run_needs_on_its_disk_is_asked_for_before_anything_is_written(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, asked = recipe(tmp_path / "run", **changes), list[int]()
+    place = import_module("tokenlearner.utils.io")
+    usage = place.shutil.disk_usage
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: usage(path)._replace(free=1))
+    with pytest.raises(ValueError, match=r"MiB are to be written there"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        import_module("tokenlearner.training.run"), "load_data", running.quarter_images
+    )
+    checkpointing = import_module("tokenlearner.training.checkpointing")
+    monkeypatch.setattr(
+        checkpointing, "check_output_folder", lambda out, size=0: asked.append(size) or Path(out)
+    )
+    train(config)
+    checkpoint, model = (
+        (tmp_path / "run" / name).stat().st_size for name in (CHECKPOINT, "model.safetensors")
+    )
+    most = checkpoint * (1 if "epochs" in changes else 2) + model
+    assert 0.5 * most < max(asked) < most  # besides the weights, files have names and random states

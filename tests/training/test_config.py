@@ -101,7 +101,7 @@ def test_labels_count_unless_there_is_a_teacher(options: dict[str, Any], weight:
 def test_workers_are_the_processors_shared_among_processes(
     workers: int | None, share: str, reading: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("tokenlearner.data.config.usable_processors", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", share)
     assert TrainConfig(workers=workers).reading_workers == reading
 

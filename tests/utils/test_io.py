@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tokenlearner.utils.io import atomic_write, unique_path, write_json
+from tokenlearner.utils.io import (
+    LOCK,
+    WriteError,
+    atomic_write,
+    check_output_file,
+    check_output_folder,
+    lock_folder,
+    unique_path,
+    write_json,
+)
 
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path: Path) -> None:
@@ -113,3 +127,82 @@ def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_json("~/a/b.json", 1)
     assert (tmp_path / "a" / "b.json").read_text() == "1\n"
     assert unique_path("~/a") == tmp_path / "a-2"
+
+
+HOLD = """
+import os, sys, time
+from tokenlearner.utils.io import lock_folder
+with lock_folder(sys.argv[1]):
+    if os.fork() == 0:  # as a worker that outlives its reader
+        time.sleep(60)
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        owner = int(holder.stdout.readline())
+        with pytest.raises(ValueError, match=rf"run is in use by process {owner} "):
+            lock_folder(folder).__enter__()
+        holder.kill()
+        holder.wait()
+        with lock_folder(folder):
+            assert str(os.getpid()) in (folder / LOCK).read_text()
+        assert not list(folder.iterdir())
+        holder.stdout.close()
+
+
+# --- places -------------------------------------------------------------------------------------
+
+
+def test_a_place_is_checked_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for check in (check_output_folder, check_output_file):
+        assert check(tmp_path / "new" / "place") == tmp_path / "new" / "place"
+        with pytest.raises(ValueError, match="file is no folder"):
+            check(tmp_path / "file" / "place")
+        with pytest.raises(ValueError, match=r"MiB are to be written .* are free"):
+            check(tmp_path / "new", size=shutil.disk_usage(tmp_path).total + 1)
+    with pytest.raises(ValueError, match="which is a folder"):
+        check_output_file(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_output_folder("~/new") == tmp_path / "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a place that nobody can write")
+def test_a_place_that_cannot_be_written_to_is_refused() -> None:
+    with pytest.raises(ValueError, match="proc cannot be written to"):
+        check_output_folder("/proc/new")
+
+
+def refuse_disk(error: Exception, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: full (os error 28)")],
+    ids=["of Python", "of safetensors"],
+)
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(error: Exception, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(WriteError, match=r"a\.txt cannot be written") as info:
+        refuse_disk(error, path)
+    assert info.value.errno == errno.ENOSPC
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_holds_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"root": "bird\udcff"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"root": "bird\udcff"}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..layers.token_learner import LEARNERS
 from ..models.factory import create_model, load_model, save_model
+from ..utils.io import check_output_file
 from ..utils.validation import check_choice, check_count, check_literals
 from .flax_msgpack import write_flax
 from .readers import read_weights
@@ -67,6 +68,7 @@ def convert_checkpoint(config: ConvertConfig) -> Path:
     Raises:
         ValueError: A file cannot be read, or its parameters make no model with these arguments.
     """
+    check_output_file(config.out)
     if Path(config.out).suffix != ".safetensors":
         write_flax(config.out, {"params": nest(to_scenic(load_model(config.checkpoint)))})
         return Path(config.out)

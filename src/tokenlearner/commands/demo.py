@@ -18,7 +18,7 @@ from ..evaluation.maps import attention_maps, draw_maps
 from ..training.config import TrainConfig
 from ..training.run import TrainResult, train
 from ..utils.imports import require_package
-from ..utils.io import atomic_write, unique_path
+from ..utils.io import atomic_write, check_output_folder, unique_path
 from ..utils.validation import check_count
 from ._arguments import read_config
 from ._comparison import Candidate, compare_models, held_out_images, write_comparison
@@ -72,7 +72,7 @@ def demo(config: DemoConfig) -> Path:
     """
     require_package("matplotlib", "train", "drawing maps")
     photographs = load_photographs()
-    out = unique_path(config.out)
+    out = check_output_folder(unique_path(config.out))
     held_out = load_data("fashion-mnist-small", "test")
     runs: dict[str, TrainResult] = {}
     names = {"vit": "ViT", f"vit-tl{config.tokens}": f"ViT, {config.tokens} learned tokens"}

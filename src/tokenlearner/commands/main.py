@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from ..utils.imports import require_package
+from ._streams import CLOSED_PIPE, replace_streams
 
 COMMANDS = {
     "demo": "train a small ViT with and without learned tokens on real images, and compare",
@@ -28,9 +29,23 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; a user's mistake gives one line and exit code 2.
 
-    Errors on the way give 1, and a signal 128 more than its number.
+    Errors on the way give 1, and a signal 128 more than its number. Output to a closed pipe is
+    dropped; the work goes on to its end, and the code is that of SIGPIPE.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is not None:
+        return _run(list(arguments))
+    output = replace_streams()
+    _run(sys.argv[1:])
+    if output is not None:
+        sys.stdout.flush()
+        if isinstance(output.error, BrokenPipeError):
+            sys.exit(CLOSED_PIPE)
+        if output.error:
+            print(f"tokenlearner: the output cannot be written: {output.error}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _run(arguments: list[str]) -> None:
     name = _parse_command(arguments[:1])
     try:
         extra = name if name in ("app", "convert") else "train"
@@ -41,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         signal = getattr(error, "signal", None)  # of `TrainingInterrupted`, which can be resumed
         sys.exit(_complain(name, error, 128 + signal if signal else 1))
+    except OSError as error:  # of a disk that is full, a file that went away
+        sys.exit(_complain(name, error, 1))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -54,10 +71,15 @@ def _complain(command: str, error: Exception, code: int) -> int:
     """Prints an error; of several processes that make the same mistake only the first one does."""
     process = os.environ.get("RANK", "0")
     if process == "0":
-        print(f"tokenlearner {command}: {error}", file=sys.stderr)
+        print(f"tokenlearner {command}: {_printable(error)}", file=sys.stderr)
     elif code == 1:  # an error on the way may be this process's alone
-        print(f"tokenlearner {command}, process {process}: {error}", file=sys.stderr)
+        print(f"tokenlearner {command}, process {process}: {_printable(error)}", file=sys.stderr)
     return code
+
+
+def _printable(error: Exception) -> str:
+    """Returns a message without control characters, which names of files may have."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(error))
 
 
 def _parse_command(arguments: Sequence[str]) -> str:

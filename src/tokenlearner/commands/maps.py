@@ -5,7 +5,6 @@ Axes: `t` frames as the maps have them, `k` tokens, `h w` grid.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..evaluation.map_stats import AttentionStats, map_stats
 from ..evaluation.maps import attention_maps, has_gates
 from ..models.insertion import wrapped_blocks
 from ..utils.imports import require_package
-from ..utils.io import write_json
+from ..utils.io import check_output_folder, write_json
 from ..utils.validation import check_count, check_literals, require
 from ._console import console
 from ._inputs import InputPipeline, MapInput, input_pipeline, is_video, list_inputs
@@ -206,9 +205,7 @@ def _draw(item: MapInput, maps: ImageMaps, gates: bool, config: MapsConfig) -> N
 
 
 def _check_out(out: Path, source: Path) -> None:
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    require(parent.is_dir(), f"{out} cannot be made: {parent} is a file; pass another folder")
-    require(os.access(parent, os.W_OK | os.X_OK), f"{parent} is not writable; pass another out")
+    check_output_folder(out)
     inside = source.is_dir() and out.resolve().is_relative_to(source.resolve())
     require(not inside, f"{out} is in {source}, whose images are read; pass a folder outside")
 

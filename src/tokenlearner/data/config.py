@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..utils.processors import usable_processors
 from ..utils.validation import check_count, check_from_zero, check_literals, check_rate, require
 
 OLD_NAMES = {"film": "video-folder"}  # of version 0.3, which still work
@@ -38,7 +39,8 @@ class DataConfig:
         crops: Squares of each of them: 1 is the middle, 3 lie side by side.
         num_samples: Images of a stream of unknown length.
         num_classes: Classes of a stream that does not list them.
-        workers: Processes that read files; None is one a processor, and none for data in memory.
+        workers: Processes that read files; None is one a processor that may be used, and none for
+            data in memory.
         max_broken: Files that may be unreadable; they are left out, counted and reported.
 
     Raises:
@@ -112,7 +114,7 @@ class DataConfig:
         if self.workers is not None:
             return self.workers
         share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return max(1, (os.cpu_count() or 1) // share)
+        return max(1, usable_processors() // share)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.latency import Timing, time_interleaved
-from ..utils.io import atomic_write
+from ..utils.io import atomic_write, check_output_file
 from ..utils.modules import clone_structure
 from ..utils.validation import check_above_zero, check_count, require
 from .formats import (
@@ -113,6 +113,8 @@ def export(
     check_count("rounds", rounds, least=2)
     check_above_zero("tolerance", tolerance)
     check_weights(model, path)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    check_output_file(path, "the file", size if precision == "float32" else 0)
     plain, described = _plain(model, images), describe_input(model)
     batches = [images, images[:1] if len(images) > 1 else torch.cat([images, images])]
     is_program = path.suffix == ".pt2" and precision != "float32"
@@ -191,6 +193,8 @@ def _export_errors(suffix: str) -> Iterator[None]:
     """Shortens an exporter's error, which fills pages, to a line."""
     try:
         yield
+    except OSError:  # of the disk, not of the model
+        raise
     except Exception as error:
         other = ".pt2" if suffix == ".onnx" else ".onnx"
         raise RuntimeError(

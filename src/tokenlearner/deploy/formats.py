@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.imports import require_package
+from ..utils.io import check_output_file
 from ..utils.validation import check_choice, require
 from .quantization import PRECISIONS
 
@@ -103,7 +105,8 @@ def check_target(path: str | Path, precision: str) -> Path:
     path = Path(path).expanduser()
     check_choice("precision", precision, PRECISIONS)
     check_suffix(path)
-    require(path.parent.is_dir(), f"there is no folder {path.parent} for {path.name}; make it")
+    require(path.parent.exists(), f"there is no folder {path.parent} for {path.name}; make it")
+    check_output_file(path, "the file")
     if path.suffix == ".onnx":
         require(
             precision != "bfloat16",
@@ -159,7 +162,9 @@ def write_program(model: nn.Module, blank: Tensor, path: Path, described: str = 
             program.example_inputs = None  # they would be in the file
             for node in _all_nodes(program.graph_module):
                 node.meta = {k: v for k, v in node.meta.items() if k not in _OF_THIS_MACHINE}
-            torch.export.save(program, path, extra_files={_METADATA: described})
+            packed = io.BytesIO()  # torch's own file ends the process where a disk is full
+            torch.export.save(program, packed, extra_files={_METADATA: described})
+            path.write_bytes(packed.getbuffer())
             return
         written: Any = torch.onnx.export(
             model,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -15,10 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ..data.config import OLD_NAMES
-from ..utils.io import atomic_write
+from ..models.serialization import WEIGHTS
+from ..utils.io import FULL, atomic_write, check_output_folder, lock_folder, system_error
 from .config import TrainConfig
+from .optim import moments_per_weight
 
 CHECKPOINT = "checkpoint.pt"
 _FREE = {  # options that may change from one part of a run to the next
@@ -69,13 +71,49 @@ def handle_signals() -> Iterator[StopSignal]:
             signal.signal(number, handler)
 
 
-def check_run_folder(config: TrainConfig) -> None:
-    """Checks that the folder has no run, or with `resume` one with a checkpoint.
+class RunFolder(ExitStack):
+    """The folder of a run, in which no other process trains meanwhile.
+
+    A folder that is there is locked at once, a new one when the run begins: what does not fit is
+    refused before that, and leaves nothing.
+
+    Args:
+        config: Of the run.
+        writes: Whether this process, among several that train together, writes.
 
     Raises:
-        ValueError: There is a run already, or its checkpoint is missing.
+        ValueError: Another process trains in it.
     """
-    out = Path(config.out)
+
+    def __init__(self, config: TrainConfig, writes: bool):
+        super().__init__()
+        self.config, self.path, self.writes = config, Path(config.out), writes
+        self.locked = False
+
+    def __enter__(self) -> RunFolder:
+        if self.path.is_dir():
+            self._lock()
+        return super().__enter__()
+
+    def begin(self, resumed: bool) -> None:
+        """Locks the folder, if it is not, before the first file is written."""
+        self._lock()
+        if self.writes and not resumed and (self.path / CHECKPOINT).exists():
+            raise ValueError(f"{self.path} got a run of another process meanwhile; start again")
+
+    def _lock(self) -> None:
+        if self.writes and not self.locked:
+            self.enter_context(lock_folder(self.path))
+            self.locked = True
+
+
+def check_run_folder(config: TrainConfig) -> None:
+    """Checks that the folder can be written to and has no run, or with `resume` a checkpoint.
+
+    Raises:
+        ValueError: It cannot, there is a run already, or its checkpoint is missing.
+    """
+    out = check_output_folder(config.out)
     checkpoint, metrics = ((out / name).exists() for name in (CHECKPOINT, METRICS))
     if config.resume is None and (checkpoint or metrics):
         raise ValueError(
@@ -87,6 +125,22 @@ def check_run_folder(config: TrainConfig) -> None:
             f"{out} holds a run without {CHECKPOINT} to go on from; pass another out, or move it "
             "away to start anew"
         )
+
+
+def check_space(config: TrainConfig, model: nn.Module) -> None:
+    """Checks that the files of a run fit on their disk: two checkpoints at once, and the model.
+
+    Raises:
+        ValueError: Too little is free.
+    """
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    copies = 2 if config.ema_decay else 1
+    checkpoint = copies * weights + moments_per_weight(config) * trained
+    at_once = 2 if config.epochs > 1 or config.save_every else 1
+    files = (Path(config.out) / name for name in (CHECKPOINT, WEIGHTS))
+    present = sum(file.stat().st_size for file in files if file.is_file())
+    check_output_folder(config.out, size=max(0, at_once * checkpoint + weights - present))
 
 
 def remove_temporary_files(config: TrainConfig) -> None:
@@ -126,20 +180,13 @@ def explain_write_errors(config: TrainConfig, what: str, step: int) -> Iterator[
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = _errno(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = system_error(error) in FULL
         left = f"the last checkpoint, {path}, is intact" if path.exists() else "there is none yet"
         raise RuntimeError(
             f"the {what} of step {step} cannot be written "
             f"({'no space is left' if full else error}); {left}. Make room, and go on with "
             "resume='auto'"
         ) from error
-
-
-def _errno(error: BaseException | None) -> int | None:
-    """Returns the system's number of an error, or of its cause."""
-    while error and getattr(error, "errno", None) is None:
-        error = error.__cause__ or error.__context__
-    return getattr(error, "errno", None)
 
 
 def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:

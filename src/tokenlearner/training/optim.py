@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,17 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         "take another, such as adamw, lamb or adafactor",
     )
     return optimizer
+
+
+def moments_per_weight(config: TrainConfig) -> int:
+    """Returns how many numbers the optimizer keeps for each weight, found by a step of it."""
+    with torch.random.fork_rng(devices=[]):
+        tiny = nn.Linear(8, 8)
+    optimizer = make_optimizer(replace(config, layer_decay=None), tiny)
+    tiny.weight.grad, tiny.bias.grad = torch.ones(8, 8), torch.ones(8)
+    optimizer.step()
+    kept = optimizer.state[tiny.weight].values()
+    return sum(isinstance(x, torch.Tensor) and x.shape == tiny.weight.shape for x in kept)
 
 
 def make_schedule(

@@ -20,9 +20,11 @@ from ..utils.io import atomic_write, write_json
 from ..utils.validation import require
 from .calibration import Calibration
 from .checkpointing import (
+    RunFolder,
     StopSignal,
     TrainingInterrupted,
     check_run_folder,
+    check_space,
     explain_write_errors,
     handle_signals,
     read_checkpoint,
@@ -78,13 +80,21 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
         The model in evaluation mode, its checkpoint and the metrics.
 
     Raises:
-        ValueError: The folder holds a run already, or a name or a number does not fit.
+        ValueError: The folder holds a run already, another process trains in it, it cannot be
+            written to or is too small, or a name or a number does not fit.
         RuntimeError: The loss is no longer finite, too many files are unreadable, or a checkpoint
             cannot be written; the last checkpoint is named, if there is one.
         TrainingInterrupted: After SIGTERM or SIGINT; the run can be resumed. A RuntimeError too.
     """
     check_run_folder(config)
     distributed = Distributed(config)
+    with RunFolder(config, distributed.accelerator.is_main_process) as folder:
+        return _train(config, report, distributed, folder)
+
+
+def _train(
+    config: TrainConfig, report: Report | None, distributed: Distributed, folder: RunFolder
+) -> TrainResult:
     checkpoint = read_checkpoint(config)
     data, held_out = (load_data(config, split) for split in SPLITS)
     if config.images:
@@ -101,6 +111,9 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
     setup = prepare(config, data, held_out, distributed.device)
     if report is None or not distributed.accelerator.is_main_process:
         report = lambda row: None  # noqa: E731
+    if folder.writes:
+        check_space(config, setup.model)
+    folder.begin(resumed=checkpoint is not None)
     with handle_signals() as stop:
         return _Run(config, distributed, setup, report, stop).run(checkpoint)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...layers.token_learner import LEARNERS
+from ...utils.io import check_output_file
 from ...utils.validation import check_count, check_literals, require
 
 _EXPECTED = (
@@ -157,9 +157,7 @@ def _check_file(option: str, path: str, suffix: str) -> None:
     """Checks early that a file can be written later."""
     if not path:
         return
-    file, folder = Path(path), Path(path).parent
+    file, folder = Path(path).expanduser(), Path(path).expanduser().parent
     require(file.suffix == suffix, f"{option} is {path!r}, expected a file that ends in {suffix}")
-    require(not file.is_dir(), f"{option} is {path!r}, which is a folder; name a file")
-    require(folder.is_dir(), f"{option} is {path!r}, but there is no folder {folder}; make it")
-    writable = os.access(folder, os.W_OK)
-    require(writable, f"{option} is {path!r}, but {folder} cannot be written to; take another")
+    require(folder.exists(), f"{option} is {path!r}, but there is no folder {folder}; make it")
+    check_output_file(path, option)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...models.serialization import WEIGHTS, weights_file
 from ...utils.imports import require_package
-from ...utils.io import atomic_write
+from ...utils.io import atomic_write, check_output_file
 from ...utils.validation import check_count, require
 from .confusion import Reevaluation, reevaluate
 from .figures import legend_svg
@@ -93,12 +93,10 @@ def write_report(
 def _output_path(source: ReportSource, out: str | Path | None) -> Path:
     if not out:
         folder = source.path.is_dir()
-        return source.path / REPORT if folder else source.path.with_suffix(".html")
-    path = Path(out).expanduser()
-    is_html = path.suffix in (".html", ".htm")
+        out = source.path / REPORT if folder else source.path.with_suffix(".html")
+    is_html = Path(out).suffix in (".html", ".htm")
     require(is_html, f"out is {str(out)!r}, expected a file that ends in .html")
-    require(not path.is_dir(), f"out is {str(out)!r}, which is a folder; name a file")
-    return path
+    return check_output_file(out)
 
 
 def _reevaluate_all(source: ReportSource, images: int, device: str) -> Iterator[Reevaluation]:

@@ -1,0 +1,84 @@
+"""Runs that `train` wrote: their options of data are the defaults of commands on their models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from ..data.config import OLD_NAMES, DataConfig
+from ..evaluation.accuracy import preprocess_for
+from ._arguments import parse
+
+DATASET_OPTIONS = ("root", "num_samples", "num_classes")  # of no use for another data set
+TRAINING_ONLY = ("images", "max_broken")  # options of data that are about training
+
+
+def run_options(checkpoint: str) -> dict[str, Any]:
+    """Returns the options of data with which the run that wrote a checkpoint was evaluated.
+
+    They are in the train.json beside it; a checkpoint without one has none.
+
+    Raises:
+        ValueError: train.json cannot be read.
+    """
+    if (path := _run_file(checkpoint)) is None:
+        return {}
+    try:
+        run: Any = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in DataConfig.__dataclass_fields__ if name not in TRAINING_ONLY]
+        options = {"data": run["data"]} | {name: run[name] for name in names if name in run}
+        return options | {"data": OLD_NAMES.get(options["data"], options["data"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        message = f"{path} is not as train wrote it ({error!r}); fix it or move it away"
+        raise ValueError(message) from error
+
+
+def preprocessed(data: Any, model: nn.Module, config: DataConfig, checkpoint: str = "") -> Any:
+    """Returns the data as a model takes them, unless options say otherwise.
+
+    A run of version 0.3 did not write to its model how its data set is.
+
+    Args:
+        data: From the config.
+        model: What is run on them.
+        config: Its mean, std, crop_pct and interpolation are taken before the model's.
+        checkpoint: File or folder that the model was loaded from, if any.
+    """
+    run = run_options(checkpoint)
+    return data if run and "mean" not in run else preprocess_for(model, data, config.preprocessing)
+
+
+def _run_file(checkpoint: str) -> Path | None:
+    """Returns the train.json beside a checkpoint, None if there is none."""
+    path = Path(checkpoint).expanduser()
+    path = (path if path.is_dir() else path.parent) / "train.json"
+    return path if checkpoint and path.is_file() else None
+
+
+def parse_with_run(
+    parser: ArgumentParser, arguments: Sequence[str], checkpoint: str
+) -> dict[str, Any]:
+    """Returns the options of the run that wrote a checkpoint, and of the command line.
+
+    Args:
+        parser: Of the command.
+        arguments: Those behind the command.
+        checkpoint: The option that has the checkpoint.
+
+    Raises:
+        ValueError: An argument is unknown, or no value of its type.
+    """
+    options = parse(parser, arguments)
+    if not (run := run_options(options[checkpoint])):
+        return options
+    parser.set_defaults(run)
+    options = parse(parser, arguments)
+    if OLD_NAMES.get(options["data"], options["data"]) != run["data"]:
+        parser.set_defaults(dict.fromkeys(DATASET_OPTIONS))
+        options = parse(parser, arguments)
+    return options
