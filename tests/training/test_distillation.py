@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from contextlib import nullcontext
 from typing import Any
 
@@ -286,3 +288,35 @@ def test_another_student_is_searched_for_its_own_blocks(
     losses = [distillation(model, x)[1] for model in (student, student, other)]
     torch.testing.assert_close(losses[1:], expected)
     assert found == [student, host, other]
+
+
+def test_a_teacher_moves_and_casts_along_with_the_module_around_it_and_nothing_else() -> None:
+    host, student = vit().eval(), insert(vit(), 2, 1)
+    around = nn.ModuleDict({"student": student, "distil": Distillation(host)})
+    around["distil"].measure(student, [images(8)])
+    around.to(torch.bfloat16).train()
+    assert {p.dtype for p in host.parameters()} == {torch.bfloat16}
+    assert {v.dtype for v in around["distil"].variances} == {torch.float32}
+    assert not host.training
+    assert {name.partition(".")[0] for name in around.state_dict()} == {"student"}
+    assert len(list(around.parameters())) == len(list(student.parameters()))
+    output, loss = around["distil"](student, images().bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert loss.isfinite()
+
+
+def test_another_teacher_can_be_set_and_is_no_submodule_either() -> None:
+    distillation = Distillation(vit(), "logit")
+    distillation.teacher = other = vit()
+    assert list(distillation.parameters()) == []
+    assert distillation.double().teacher is other
+    assert other.head.weight.dtype == torch.float64
+
+
+def test_a_distillation_is_copied_and_pickled_with_its_teacher() -> None:
+    host, student, x = vit(), insert(vit(), 2, 1), images()
+    distillation = Distillation(host)
+    _, expected = distillation(student, x)
+    for again in (copy.deepcopy(distillation), pickle.loads(pickle.dumps(distillation))):
+        assert again.teacher is not host
+        torch.testing.assert_close(again(student, x)[1], expected)

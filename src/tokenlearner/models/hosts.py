@@ -178,6 +178,10 @@ NEEDS_POSITIONS = {  # classes around a host that read positions from its output
     "transformers.models.deit.modeling_deit.DeiTForMaskedImageModeling",
     "transformers.models.videomae.modeling_videomae.VideoMAEForPreTraining",
 }
+COUNTS_IMAGE_TOKENS = (  # in configs of vision-language models, as transformers names them
+    *("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
+    *("image_seq_length", "mm_tokens_per_image"),
+)
 
 
 def find_host(model: nn.Module) -> Place:
@@ -211,17 +215,36 @@ def find_host(model: nn.Module) -> Place:
 
 
 def check_positions_are_not_needed(model: nn.Module) -> None:
-    """Checks that a model does not read all positions from its host's output.
+    """Checks that nothing around a host in the model needs all positions of the host's output.
 
     Raises:
-        ValueError: It does.
+        ValueError: Something does.
     """
-    for part in model.modules():
-        if any(_class(cls) in NEEDS_POSITIONS for cls in type(part).__mro__):
-            raise ValueError(
-                f"{type(part).__name__} reads all positions from its host, but learned tokens have "
-                "none; insert with fuse=True, which puts the tokens back on all positions"
-            )
+    for name, _, row in _search(model):
+        if isinstance(row, Host):
+            for part in _around(model, name):
+                if need := _need_of_positions(part):
+                    raise ValueError(
+                        f"{type(part).__name__} {need}; insert with fuse=True, which puts the "
+                        f"tokens back on all positions, or in model.{name} for use on its own"
+                    )
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Yields the modules that a part of this path is inside of, the outermost first."""
+    steps = name.split(".") if name else []
+    for depth in range(len(steps)):
+        yield model.get_submodule(".".join(steps[:depth]))
+
+
+def _need_of_positions(part: nn.Module) -> str:
+    """Returns how a module depends on all positions of the host in it, empty if it does not."""
+    if any(_class(cls) in NEEDS_POSITIONS for cls in type(part).__mro__):
+        return "reads all positions from its host, but learned tokens have none"
+    config = getattr(part, "config", None)
+    if any(getattr(config, name, None) is not None for name in COUNTS_IMAGE_TOKENS):
+        return "reserves a place in its text for every position, but learned tokens are fewer"
+    return ""
 
 
 _NO_HOST = "no model that tokens can be inserted in"

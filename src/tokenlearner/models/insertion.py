@@ -108,13 +108,13 @@ def insert(
     >>> vit(torch.ones(1, 3, 224, 224)).shape, insert(vit, 8)(torch.ones(1, 3, 224, 224)).shape
     (torch.Size([1, 10]), torch.Size([1, 10]))
     """
+    if not fuse:
+        check_positions_are_not_needed(model)
     place = find_host(model)
     if wrapped_blocks(place.host):
         raise ValueError("this model has learned tokens already; call remove(model) first")
     points = _points(num_tokens, at, len(place.blocks))
     check_choice("learner", learner, list(LEARNERS))
-    if not fuse:
-        check_positions_are_not_needed(model)
     if learner in ("v1", "v1-mean"):
         _check_v1(place, points, fuse, grid)
     options: dict[str, Any] = {

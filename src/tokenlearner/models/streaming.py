@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..utils.modules import uncompiled
 from .framevit import FrameViT
 
 
@@ -23,7 +24,7 @@ class TokenStream:
         model: A `FrameViT`.
 
     Raises:
-        ValueError: The model is no `FrameViT`.
+        ValueError: The model is no `FrameViT`, or compiled.
 
     >>> model = FrameViT(img_size=32, embed_dim=32, num_heads=2, depth=2, num_frames=3).eval()
     >>> stream = TokenStream(model)
@@ -34,6 +35,10 @@ class TokenStream:
     """
 
     def __init__(self, model: FrameViT):
+        if model is not uncompiled(model):
+            raise ValueError(
+                "model is compiled, which a stream's calls would not use; pass the FrameViT itself"
+            )
         if not isinstance(model, FrameViT):
             raise ValueError(
                 f"model is a {type(model).__name__}, expected a FrameViT: in others old tokens "

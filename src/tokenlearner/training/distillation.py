@@ -12,8 +12,8 @@ The words are timm's: `temperature`, `distill_loss_weight`, `task_loss_weight`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..layers.blocks import ReducedBlock
 from ..models.hosts import Place, find_host
 from ..models.outputs import first_tensor, output_tensor, outputs_logits, summarize_tokens
-from ..utils.validation import check_above_zero, check_literals
+from ..utils.validation import check_above_zero, check_choice
 
 DistillType = Literal["logit", "feature", "logit+feature"]
 DISTILL_TYPES = get_args(DistillType)
@@ -188,9 +188,11 @@ def output_loss(student: Tensor, teacher: Tensor, model: nn.Module) -> Tensor:
     return unexplained_variance(student, teacher.detach())
 
 
-@dataclass
-class Distillation:
+class Distillation(nn.Module):
     """A teacher and what it is compared by: `Distillation(teacher)(student, images)`.
+
+    A part of a larger module takes its teacher along to devices and dtypes. The teacher is not one
+    of its submodules, though: it is not trained, keeps its mode, and is in no checkpoint.
 
     Args:
         teacher: Gives logits of the student's classes; for features the untouched host. It should
@@ -203,19 +205,40 @@ class Distillation:
         ValueError: A choice or a number is out of range; in a call, the two do not fit.
     """
 
-    teacher: nn.Module
-    kind: DistillType = "logit+feature"
-    temperature: float = 1.0
-    first: int | None = None
-    variances: list[Tensor] | None = field(default=None, init=False, repr=False)
-    _find_teacher: HostFinder = field(default_factory=HostFinder, init=False, repr=False)
-    _find_student: HostFinder = field(default_factory=HostFinder, init=False, repr=False)
+    def __init__(
+        self,
+        teacher: nn.Module,
+        kind: DistillType = "logit+feature",
+        temperature: float = 1.0,
+        first: int | None = None,
+    ):
+        super().__init__()
+        self.teacher = teacher
+        self.kind = check_choice("kind", kind, DISTILL_TYPES)
+        self.temperature = check_above_zero("temperature", temperature)
+        self.first = first
+        self.variances: list[Tensor] | None = None
+        self._find_teacher, self._find_student = HostFinder(), HostFinder()
 
-    def __post_init__(self) -> None:
-        check_literals(self)
-        check_above_zero("temperature", self.temperature)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keeps the teacher out of the submodules."""
+        if name == "teacher":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
-    def __call__(self, student: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts the teacher; the variances of its features stay in float32."""
+        self.teacher._apply(fn, recurse)
+        if self.variances is not None:
+            self.variances = [fn(variance).float() for variance in self.variances]
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Returns what the teacher is and what it is compared by."""
+        return f"{type(self.teacher).__name__}, kind={self.kind!r}, temperature={self.temperature}"
+
+    def forward(self, student: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Runs both and returns the student's output and the loss."""
         if "feature" not in self.kind:
             output = output_tensor(student(images))
