@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.io import check_regular
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
@@ -147,6 +148,7 @@ class ImagePaths:
         """Opens the file."""
         from PIL import Image
 
+        check_regular(self.paths[number])
         return Image.open(self.paths[number])
 
     def where(self, number: int) -> str:

@@ -1,9 +1,10 @@
-"""Atomic writes, JSON files and unused paths."""
+"""Atomic writes, JSON files, unused paths and checks of what a path is."""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,3 +44,15 @@ def unique_path(path: str | Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def check_regular(path: str | Path) -> None:
+    """Checks that a path is a file with content; opening a pipe or a device may wait for ever.
+
+    Raises:
+        OSError: It is a folder, a pipe, a socket or a device, or it is not there.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise OSError(f"it is {kind}, expected a file")
