@@ -13,6 +13,7 @@ import resource
 import signal
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,6 +187,34 @@ def _feed(folder: Path, count: int, seed: int) -> None:
         largest = max(largest, (grown // 1024, path.name))
     print(f"{count} inputs: {outcomes}, slowest {slowest} s, largest growth {largest} MiB")
     assert not failed, f"{len(failed)} of {count}:\n" + "\n".join(failed)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "vit_gigantic_patch14_224", "kwargs": {}},
+        {"name": "vit_mini_patch4_28", "kwargs": {"depth": 10**7}},
+    ],
+    ids=["large", "deep"],
+)
+def test_a_small_file_that_names_a_huge_model_is_refused_at_once(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    header = {"tokenlearner": json.dumps(config | {"insert": None})}
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors", metadata=header)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"does not fit|depth is"):
+        load_model(tmp_path / "x.safetensors")
+    assert time.perf_counter() - start < SECONDS
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", bytes(2**20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenlearner.checkpoints.readers.MAX_UNPACKED_BYTES", 2**10)
+        with pytest.raises(ValueError, match="unpack to"):
+            read_weights(tmp_path / "x.npz")
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits as Linux has them")

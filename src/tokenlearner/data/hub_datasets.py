@@ -268,6 +268,7 @@ def _opened(cell: Any) -> Image.Image:
     if cell["bytes"]:
         return Image.open(BytesIO(cell["bytes"]))
     if "://" not in cell["path"]:
+        check_regular(cell["path"])
         return Image.open(cell["path"])
     import fsspec
 

@@ -412,6 +412,7 @@ def _read_list(root: Path, path: Path) -> list[tuple[str, str]]:
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """Returns the number and the cells of every line that is not empty."""
     try:
+        check_regular(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, skipinitialspace=True)
             return [(reader.line_num, cells) for cells in reader if cells]
