@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from timm.data import create_transform
 
 from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.factory import load_data
-from tokenlearner.data.image_folder import ImageFileDataset, decoded
+from tokenlearner.data.image_folder import ImageFileDataset, ImagePaths, decoded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -245,3 +246,11 @@ def test_a_thin_strip_is_unreadable_before_it_is_resized_to_gigabytes(image: Ima
 def test_floats_of_an_unknown_range_are_unreadable() -> None:
     with pytest.raises(UnreadableFile, match="floats"):
         decoded(as_file(Image.new("F", (8, 8)), "TIFF"), "it", 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_named_as_an_image_is_unreadable_and_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.jpg")
+    source = ImagePaths([str(tmp_path / "0.jpg")])
+    with pytest.raises(UnreadableFile, match="pipe"):
+        decoded(lambda: source.open(0), source.where(0), 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from tokenlearner.data import iterable as streamed
 from tokenlearner.data.dataset import UnreadableFile, require_order
 from tokenlearner.data.factory import load_data
+from tokenlearner.data.hub_datasets import MAX_MEMBER_BYTES, TarShards
 from tokenlearner.data.iterable import StreamDataset
 
 PER_SHARD = 5
@@ -350,3 +352,29 @@ def test_members_of_any_name_belong_together_and_those_of_tools_are_passed_over(
     data = load(tmp_path, "test")
     labels = torch.cat([labels for _, labels in data.batches(8)])
     assert labels.tolist() == [*range(20)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_in_place_of_a_shard_does_not_hang(root: Path) -> None:
+    os.mkfifo(root / "train-009.tar")
+    records = TarShards((str(root / "train-009.tar"),)).records(0, 1, None)
+    [reason] = records
+    assert isinstance(reason, UnreadableFile)
+    assert "pipe" in str(reason)
+
+
+def test_a_member_that_declares_terabytes_is_refused(tmp_path: Path) -> None:
+    entry = tarfile.TarInfo("0.png")
+    entry.size = 2**43
+    path = tmp_path / "train-000.tar"
+    path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    [reason] = TarShards((str(path),)).records(0, 1, None)
+    assert isinstance(reason, UnreadableFile)
+    assert str(MAX_MEMBER_BYTES) in str(reason)
+
+
+@pytest.mark.parametrize("content", [b'{"label": Infinity}', b"[" * 100_000], ids=["inf", "deep"])
+def test_odd_json_is_no_label(tmp_path: Path, content: bytes) -> None:
+    path = write_tar(tmp_path / "x.tar", [("0.png", png(0)), ("0.json", content)])
+    [reason] = TarShards((str(path),), "label").records(0, 1, None)
+    assert isinstance(reason, UnreadableFile)

@@ -21,6 +21,7 @@ from ..data.factory import load_data
 from ..data.image_folder import decoded, image_extensions, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..models.preprocessing import Preprocessing, get_preprocessing
+from ..utils.io import check_regular
 from ..utils.validation import require
 from ._runs import run_options
 
@@ -255,4 +256,5 @@ def _of_config(run: dict[str, Any], model: nn.Module, c: int) -> tuple[Preproces
 def _open(path: Path) -> Any:
     from PIL import Image
 
+    check_regular(path)
     return Image.open(path)

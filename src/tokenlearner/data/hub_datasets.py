@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..utils.imports import require_package
+from ..utils.io import check_regular
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 TORCH_SETS = ("cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist",
               "imagenet", "inaturalist", "places365")  # fmt: skip
 _OF_TOOLS = re.compile(r"(^|/)(\._[^/]*|__[^/]*__/.*|__MACOSX/.*)$")  # of macOS and WebDataset
+MAX_MEMBER_BYTES = 2**30  # of a file in a tar file
 HELD_OUT = ("validation", "val", "valid", "test")  # the first that a set has is the split "test"
 
 
@@ -266,6 +268,7 @@ def _opened(cell: Any) -> Image.Image:
     if cell["bytes"]:
         return Image.open(BytesIO(cell["bytes"]))
     if "://" not in cell["path"]:
+        check_regular(cell["path"])
         return Image.open(cell["path"])
     import fsspec
 
@@ -350,7 +353,7 @@ class TarShards:
         try:
             key = self.label_key
             label = int(json.loads(sample["json"])[key] if key else sample["cls"])
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
             expected = f"a .json file with {key!r}" if key else "a .cls file with a number"
             return UnreadableFile(f"{where} has no label ({error!r}), expected {expected}")
         return Record(where, partial(_opened, {"bytes": images[0]}), label)
@@ -364,10 +367,15 @@ def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFil
     """
     key, group, unreadable = "", dict[str, bytes](), []
     try:
+        check_regular(path)
         with tarfile.open(path, "r|*") as opened:
             tar: Any = opened
             for entry in tar:
                 tar.members = []  # it would keep all of them
+                require(
+                    entry.size <= MAX_MEMBER_BYTES,
+                    f"{entry.name} has {entry.size} bytes, more than {MAX_MEMBER_BYTES}",
+                )
                 stem, end = os.path.splitext(entry.name)
                 if not entry.isreg() or not end or _OF_TOOLS.search(entry.name):
                     continue
@@ -381,7 +389,7 @@ def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFil
                     unreadable.append(f"{path} holds {entry.name} twice")
                 else:
                     group[entry.name] = tar.extractfile(entry).read()
-    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         unreadable.append(f"{path} cannot be read to its end ({error})")
     if group:
         yield key, _by_end(key, group)
@@ -449,7 +457,10 @@ def _read_info(root: Path, split: str) -> _Info | None:
             return None
         paths = tuple(str(root / name) for name in info["filenames"])
         return _Info(paths, int(info["num_samples"]), info.get("alt_label", ""))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),
+    ) as error:
         message = f"{path} is not as timm writes it ({error!r}); correct it or take it away"
         raise ValueError(message) from error
 

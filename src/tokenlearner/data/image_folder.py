@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.io import check_regular
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
@@ -147,6 +148,7 @@ class ImagePaths:
         """Opens the file."""
         from PIL import Image
 
+        check_regular(self.paths[number])
         return Image.open(self.paths[number])
 
     def where(self, number: int) -> str:
@@ -410,6 +412,7 @@ def _read_list(root: Path, path: Path) -> list[tuple[str, str]]:
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """Returns the number and the cells of every line that is not empty."""
     try:
+        check_regular(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, skipinitialspace=True)
             return [(reader.line_num, cells) for cells in reader if cells]

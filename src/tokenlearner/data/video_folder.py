@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..utils.imports import require_package
+from ..utils.io import check_regular
 from ..utils.random import fixed_seed
 from ..utils.validation import require
 from .config import DataConfig
@@ -258,6 +259,7 @@ class _Video:
     def _open(self) -> InputContainer:
         import av
 
+        check_regular(self.path)
         container = self.files.enter_context(av.open(self.path, metadata_errors="ignore"))
         streams = [s for s in container.streams.video if not s.disposition & _COVER]
         require(len(streams) > 0, "it has no video stream")

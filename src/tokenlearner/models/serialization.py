@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..utils.io import atomic_write
-from ..utils.validation import shortened
+from ..utils.validation import require, shortened
 from .features import wrapped_blocks
 from .insertion import get_insertion, insert, remove
 
@@ -115,19 +115,28 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
             f"{config_file} and {file.name} are of two models: saving was interrupted; save the "
             "model again, or load the .safetensors file alone"
         )
-    try:
-        kwargs = {key: value for key, value in config["kwargs"].items() if key not in _NOT_SAVED}
-        model = _with_tokens(build_named(config["name"], kwargs), config["insert"])
-    except _BUILD_ERRORS as error:
-        raise ValueError(
-            f"no model can be built from the config in {file} ({error!r}); save the model again"
-        ) from error
-    _check_shapes(state, model, f"{file} does not fit the model it names")
+    with torch.device("meta"):  # a file of few bytes may name a model of many
+        empty = _build(file, config, len(state))
+    _check_shapes(state, empty, f"{file} does not fit the model it names")
+    model = _build(file, config, len(state))
     model.load_state_dict(state, assign=True)  # with the dtype that was saved
     if isinstance(data := outer.get("pretrained_cfg"), dict):
         sources = {k: v for k, v in model.pretrained_cfg.items() if k in _OF_SOURCE}
         model.pretrained_cfg = model.default_cfg = sources | data
     return model.eval()
+
+
+def _build(file: Path, config: Any, tensors: int) -> Any:
+    """Builds the model of a config, which has at most as many blocks as a file has tensors."""
+    try:
+        kwargs = {key: value for key, value in config["kwargs"].items() if key not in _NOT_SAVED}
+        depth = kwargs.get("depth") or 0
+        require(depth <= tensors, f"depth is {depth}, but the file has {tensors} tensors")
+        return _with_tokens(build_named(config["name"], kwargs), config["insert"])
+    except _BUILD_ERRORS as error:
+        raise ValueError(
+            f"no model can be built from the config in {file} ({error!r}); save the model again"
+        ) from error
 
 
 def weights_file(path: Path) -> Path:
@@ -139,7 +148,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Reads a `config.json`; returns an empty dict if it is not one of ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and _KEY in content else {}
 
@@ -156,7 +165,7 @@ def _read_weights(file: Path) -> tuple[Any, dict[str, Tensor]]:
         raise ValueError(f"{file} has weights but no config; save it with tokenlearner.save_model")
     try:
         return json.loads(header[_KEY]), state
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = f"no model can be built from the config in {file} ({error!r}); save it again"
         raise ValueError(message) from error
 

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files, unused paths, locks, and checks of places to write to."""
+"""Atomic writes, JSON files, unused paths, locks, and checks of what is read and of places to write to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -180,3 +181,15 @@ def _owner(file: Path) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
+
+
+def check_regular(path: str | Path) -> None:
+    """Checks that a path is a file with content; opening a pipe or a device may wait for ever.
+
+    Raises:
+        OSError: It is a folder, a pipe, a socket or a device, or it is not there.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise OSError(f"it is {kind}, expected a file")
