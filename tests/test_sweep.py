@@ -189,7 +189,11 @@ def _run(call: str, case: Case) -> Any:
     if hasattr(result, "to_tuple"):
         result = result.to_tuple()
     flat = torch.utils._pytree.tree_leaves(result)
-    numbers = [torch.as_tensor(v).detach().cpu().double() for v in flat if v is not None]
+    numbers = [
+        torch.as_tensor(v, dtype=torch.float64, device="cpu").detach()
+        for v in flat
+        if v is not None
+    ]
     assert all(v.isfinite().all() for v in numbers), "not finite"
     return numbers
 

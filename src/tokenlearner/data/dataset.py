@@ -130,7 +130,7 @@ class MapDataset(_Labeled):
         Raises:
             UnreadableFile: One cannot be read.
         """
-        indices = torch.as_tensor(indices)
+        indices = torch.as_tensor(indices, device="cpu")
         images = [self.eval_transform(self.load(index)) for index in indices.tolist()]
         return torch.stack(images), self.labels[indices]
 
@@ -141,7 +141,7 @@ class MapDataset(_Labeled):
             ValueError: `batch_size` is below 1.
         """
         check_count("batch_size", batch_size)
-        return map(self.get_batch, torch.arange(len(self)).split(batch_size))
+        return map(self.get_batch, torch.arange(len(self), device="cpu").split(batch_size))
 
     def sample(self, n: int, seed: int = 0) -> MapDataset:
         """Returns `n` of the images, drawn by a seed; fewer are the first of more.
@@ -221,7 +221,7 @@ def match_classes(data: LabeledDataset, classes: Sequence[str]) -> Any:
         f"{shortened(list(classes))}: rename the folders or labels as it was trained",
     )
     data = require_order(data, "be renumbered by the names of the model's classes")
-    order = torch.tensor([number[name] for name in data.classes])
+    order = torch.tensor([number[name] for name in data.classes], device="cpu")
     changed: Any = copy.copy(data)
     object.__setattr__(changed, "labels", order[data.labels])
     object.__setattr__(changed, "classes", tuple(classes))

@@ -54,17 +54,18 @@ def load_batches(
         ValueError: With replace_unreadable, too many files in a row are unreadable.
     """
     sampler: Any = _Lists(keys)
-    return iter(
-        DataLoader(
-            _Examples(data, transform, replace_unreadable),
-            batch_sampler=sampler,
-            collate_fn=_same,
-            num_workers=workers,
-            pin_memory=pin,
-            worker_init_fn=_leave_signals,
-            generator=torch.Generator(),  # a private one: torch's global one is left as it is
+    with torch.device("cpu"):  # whatever default device is set, seeds are drawn here
+        return iter(
+            DataLoader(
+                _Examples(data, transform, replace_unreadable),
+                batch_sampler=sampler,
+                collate_fn=_same,
+                num_workers=workers,
+                pin_memory=pin,
+                worker_init_fn=_leave_signals,
+                generator=torch.Generator(),  # a private one: torch's global one is left as it is
+            )
         )
-    )
 
 
 def eval_batches(
@@ -76,7 +77,7 @@ def eval_batches(
         ValueError: `batch_size` is below 1.
     """
     check_count("batch_size", batch_size)
-    order = torch.arange(len(data)).split(batch_size)
+    order = torch.arange(len(data), device="cpu").split(batch_size)
     keys = [[SampleKey(int(i)) for i in part] for part in order]
     batches = load_batches(data, keys, workers=workers)
     return ((batch.images, batch.labels) for batch in batches if len(batch.labels))
@@ -143,7 +144,7 @@ class _Examples(Dataset[Batch]):
                     unreadable.append(str(error))
             else:
                 self._give_up(unreadable)
-        stacked = torch.stack(images) if images else torch.empty(0, *self.data.shape)
+        stacked = torch.stack(images) if images else torch.empty(0, *self.data.shape, device="cpu")
         return Batch(stacked, self.data.labels[labels], tuple(unreadable))
 
     def _candidates(self, index: int) -> Sequence[int]:

@@ -110,13 +110,17 @@ class ImageDataset(MapDataset, Dataset[tuple[Tensor, int]]):
             batch_size <= n or not drop_last,
             f"{n} images make no batch of {batch_size}; pass batch_size={n} or drop_last=False",
         )
-        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        order = (
+            torch.randperm(n, generator=generator, device="cpu")
+            if shuffle
+            else torch.arange(n, device="cpu")
+        )
         parts = order[: n - n % batch_size if drop_last else n].split(batch_size)
         return map(self.get_batch, parts)
 
     def get_batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns the images at those indices, normalized, and their labels."""
-        indices = torch.as_tensor(indices)
+        indices = torch.as_tensor(indices, device="cpu")
         return self._normalized(self.images[indices]), self.labels[indices]
 
     def load(self, index: int) -> Image.Image | Tensor:

@@ -117,19 +117,20 @@ def sum_metrics(
     runs it on a blank.
     """
     device = stream_device(model)
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64, device="cpu")
     with training_mode(model, training=False):
         for batch in _batches(data, batch_size, process, num_processes):
             images, labels = batch.images.to(device), batch.labels.to(device)
             sums[1] += len(batch.unreadable)
             if not len(images):
-                predict_logits(model, torch.zeros(1, *data.shape))
+                predict_logits(model, torch.zeros(1, *data.shape, device="cpu"))
                 continue
             logits = _logits(model, images, data)
             _check_classes(logits.shape[1], data)
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.tensor([len(images), 0, loss, best[:, 0].sum(), best.sum()])
+            counts = best[:, 0].sum().item(), best.sum().item()
+            sums += torch.tensor([len(images), 0, loss.item(), *counts], device="cpu")
     return sums
 
 

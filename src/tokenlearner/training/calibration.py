@@ -160,7 +160,10 @@ class TeacherCache:
             raise ValueError(f"images is {got}, expected a tensor of 2 images or more, b c h w")
         self.images = images.clone() if images.is_inference() else images
         self.first, self.whole = first, whole
-        self.batch_size, self.parts = batch_size, torch.arange(len(images)).split(batch_size)
+        self.batch_size, self.parts = (
+            batch_size,
+            torch.arange(len(images), device="cpu").split(batch_size),
+        )
         self._find_student, self._place = HostFinder(), find_host(host)
         self._front: _CachedBlocks | None = None
         self.features, self.output = self._run_teacher(host)
@@ -207,10 +210,11 @@ class TeacherCache:
         master = MasterWeights(parameters)
         optimizer = torch.optim.Adam(master.weights, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        order, start = torch.Generator().manual_seed(seed), time.perf_counter()
+        order, start = torch.Generator("cpu").manual_seed(seed), time.perf_counter()
         with training_mode(student, training=False), _trainable(student, parameters):
             for step in range(1, steps + 1):
-                index = torch.randperm(len(self.images), generator=order)[: self.batch_size]
+                drawn = torch.randperm(len(self.images), generator=order, device="cpu")
+                index = drawn[: self.batch_size]
                 loss = torch.stack(self.losses(student, index)).sum()
                 _check_finite(value := loss.item(), step, steps)
                 loss.backward()
