@@ -218,6 +218,10 @@ def _check_recipe(config: TrainConfig, model: nn.Module, data: LabeledDataset) -
     per_epoch = len(data) // config.batch_size
     train_transform(config, data)
     make_schedule(config, make_optimizer(config, model), config.epochs * per_epoch, per_epoch)
+    require(
+        len(data) > 1 or not (config.insert and config.calibrate),
+        "images is 1, but calibrating takes 2 or more; pass more images, or calibrate=0",
+    )
 
 
 def _check_model(name: str, model: nn.Module, data: LabeledDataset) -> None:
