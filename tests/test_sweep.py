@@ -117,16 +117,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
 }
 COMMAND_CALLS: dict[str, Callable[[str, str], list[str]]] = {
     "eval": lambda file, out: ["--checkpoint", file, "--data", "folder", "--root", f"{out}/data"],
-    "plan": lambda file, out: [
-        "--model",
-        file,
-        "--budget",
-        "0.99",
-        "--tokens",
-        "2",
-        "--rounds",
-        "2",
-    ],
+    "plan": lambda file, out: f"--model {file} --budget 0.99 --tokens 2 --rounds 2".split(),
     "bench": lambda file, out: ["--models", file, "--rounds", "2", "--batch_size", "2"],
     "export": lambda file, out: ["--model", file, "--out", f"{out}/x.pt2", "--rounds", "2"],
 }
@@ -244,7 +235,8 @@ def test_a_diagonal_of_all_cells_is_right(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_every_cell_of_a_call_is_right(call: str, tmp_path: Path) -> None:
-    _sweep(product([call], HOSTS, WAYS, DTYPES), tmp_path)
+    dtypes = [torch.float32] if call in ("export", "plan") else DTYPES  # seconds a cell
+    _sweep(product([call], HOSTS, WAYS, dtypes), tmp_path)
 
 
 def test_every_public_name_and_command_is_swept_or_has_a_reason() -> None:
@@ -274,7 +266,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_what_is_set_around_a_call_changes_nothing(context: str, tmp_path: Path) -> None:
-    failed, cells = [], list(product(CALLS, ["timm", "transformers"], WAYS))
+    failed, calls = [], [call for call in CALLS if call != "export"]
+    cells = list(product(calls, ["timm", "transformers"], WAYS))
     for call, host, way in cells:
         if call == "Distillation" and context in ("no_grad", "inference_mode"):
             continue  # it is differentiated

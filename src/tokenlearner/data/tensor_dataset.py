@@ -167,6 +167,6 @@ class ImageDataset(MapDataset, Dataset[tuple[Tensor, int]]):
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def _normalized(self, images: Tensor) -> Tensor:
-        numbers = torch.tensor([self.mean, self.std], device=images.device)
+        numbers = torch.tensor([self.mean, self.std], dtype=torch.float32, device=images.device)
         mean, std = numbers.reshape(2, 1, -1, *[1] * (images.ndim - 2))
         return (images.float() / 255 - mean) / std

@@ -123,7 +123,7 @@ class VideoFolderDataset(FromFiles, MapDataset):
         resized = TF.resize(views, [short], antialias=True)
         squares = _three(resized) if self._crops == 3 else TF.center_crop(resized, [size])[:, None]
         clips = squares.flatten(0, 1).transpose(1, 2)
-        mean, std = torch.tensor([self.mean, self.std]).reshape(2, -1, 1, 1, 1)
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32).reshape(2, -1, 1, 1, 1)
         clips = (clips.float() / 255 - mean) / std
         return clips if len(clips) > 1 else clips[0]
 

@@ -130,7 +130,9 @@ def sum_metrics(
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             counts = best[:, 0].sum().item(), best.sum().item()
-            sums += torch.tensor([len(images), 0, loss.item(), *counts], device="cpu")
+            sums += torch.tensor(
+                [len(images), 0, loss.item(), *counts], dtype=sums.dtype, device="cpu"
+            )
     return sums
 
 

@@ -134,7 +134,7 @@ class Renormalized(nn.Module):
     def __init__(self, teacher: nn.Module, student: Preprocessing, own: Preprocessing):
         super().__init__()
         self.teacher = teacher
-        values = torch.tensor([student.mean, student.std, own.mean, own.std])
+        values = torch.tensor([student.mean, student.std, own.mean, own.std], dtype=torch.float32)
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, images: Tensor) -> Any:
