@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,27 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torchvision.models.feature_extraction import create_feature_extractor
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 from transformers.models.timm_wrapper import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from tokenlearner import insert
+from tokenlearner import insert, remove
 from tokenlearner.layers import FusedBlock, PositionFreeBlock, ReducedBlock
 from tokenlearner.layers.token_learner import LEARNERS
 
 SIZE = {"img_size": 32, "patch_size": 8, "depth": 3}
+TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 48}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+TIMM = {"architecture": "vit_tiny_patch16_224", "model_args": SIZE}
 LEAVES = {"tracer_kwargs": {"leaf_modules": [ReducedBlock, FusedBlock, PositionFreeBlock]}}
 
 
@@ -132,9 +146,7 @@ def test_fx_takes_wrappers_as_leaves(fuse: bool) -> None:
 
 @torch.no_grad()
 def test_a_pipeline_of_transformers() -> None:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    config = ViTConfig(hidden_size=24, image_size=32, patch_size=8, num_labels=5, **sizes)
-    model = insert(ViTForImageClassification(config).eval(), 4, at=1)
+    model = insert(ViTForImageClassification(ViTConfig(**TINY, num_labels=5)).eval(), 4, at=1)
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
     pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
@@ -148,8 +160,41 @@ def test_a_pipeline_of_transformers() -> None:
 @torch.no_grad()
 def test_timm_in_transformers() -> None:
     torch.manual_seed(0)
-    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=SIZE, num_labels=5)
+    config = TimmWrapperConfig(**TIMM, num_labels=5)
     model = insert(TimmWrapperForImageClassification(config).eval(), 4, at=1)
     assert_same(model(images()).logits, model.timm_model(images()))
     with pytest.raises(ValueError, match="no grid"):
         model(images(), output_hidden_states=True)
+
+
+SAVED = {
+    "vit": (ViTForImageClassification, ViTConfig(**TINY)),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**TINY)),
+    "clip": (CLIPModel, CLIPConfig(vision_config=TINY, text_config=TINY)),
+    "timm": (TimmWrapperForImageClassification, TimmWrapperConfig(**TIMM, num_labels=5)),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_plain_class_refuses_a_folder_with_learned_tokens(name: str, tmp_path: Path) -> None:
+    plain, config = SAVED[name]
+
+    class Reduced(plain):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            insert(self, 4, at=1)
+
+    model = insert(plain(config), 4, at=1)
+    for saved in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        saved.save_pretrained(tmp_path)
+        for cls in (plain, AutoModel):
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                cls.from_pretrained(tmp_path)
+    again, info = Reduced.from_pretrained(tmp_path, output_loading_info=True)
+    assert [*info["missing_keys"], *info["unexpected_keys"]] == []
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+
+    remove(model).save_pretrained(tmp_path)
+    _, info = plain.from_pretrained(tmp_path, output_loading_info=True)
+    assert [*info["missing_keys"], *info["unexpected_keys"]] == []
