@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..utils.validation import Grid, check_count
 from .token_fuser import TokenFuser
@@ -142,6 +143,7 @@ class PositionFreeBlock(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the block: `b k c -> b k c`."""
+        _check_is_not_traced(x)
         args, kwargs = self.without_positions(args, kwargs)
         return self.block(x, *args, **kwargs)
 
@@ -221,6 +223,7 @@ class ReducedBlock(PositionFreeBlock):
         Raises:
             ValueError: The frames do not divide the sequence, or an attention mask is given.
         """
+        _check_is_not_traced(x)
         args, kwargs = self.without_positions(args, kwargs)
         prefix, positions = self.split(x)
         return self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
@@ -291,6 +294,7 @@ class FusedBlock(ReducedBlock):
         Positions change only by what the fuser adds; prefix tokens are the block's. If the block
         returns a tuple, its first element is used and the others are passed on.
         """
+        _check_is_not_traced(x)
         args, kwargs = self.without_positions(args, kwargs)
         prefix, positions = self.split(x)
         out = self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
@@ -310,6 +314,16 @@ def _owner(block: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Returns the module that has a parameter, and the parameter's name in it."""
     module, _, name = path.rpartition(".")
     return block.get_submodule(module), name
+
+
+def _check_is_not_traced(x: Any) -> None:
+    """Raises ValueError where torch.fx traces the operations of a wrapper."""
+    if isinstance(x, Proxy):
+        raise ValueError(
+            "torch.fx cannot trace a block with learned tokens; keep it whole: pass "
+            'tracer_kwargs={"leaf_modules": [...]} with ReducedBlock, FusedBlock and '
+            "PositionFreeBlock of tokenlearner.layers"
+        )
 
 
 def _check_is_no_mask(name: str, value: Any) -> None:

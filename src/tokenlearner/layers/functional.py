@@ -82,7 +82,17 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
 
 
-def wide_conv3x3(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
+def is_plain_conv(layer: nn.Module) -> bool:
+    """Returns whether a layer's weight may be used without a call of the layer.
+
+    Pruning, parametrizations, adapters and offloading prepare the weight, or change what is done
+    with it, in the call.
+    """
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks)
+    return type(layer) is nn.Conv2d and not any(hooks) and "forward" not in layer.__dict__
+
+
+def wide_conv3x3(conv: nn.Module, x: Tensor, grid: Grid) -> Tensor:
     """Applies a `conv3x3` from many channels to few: `b n c -> b k h w`.
 
     For a large `c`, one matrix product to the 9 taps of each output channel and a sum of the
@@ -92,8 +102,9 @@ def wide_conv3x3(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
     b, _, c = x.shape
     wide = c >= (1024 if torch.is_grad_enabled() else 256)
     half = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
-    if not wide or half or not _is_eager_on_cpu(x):
-        return conv(rearrange(x, "b (h w) c -> b c h w", h=grid[0]))
+    if not wide or half or not _is_eager_on_cpu(x) or not is_plain_conv(conv):
+        return conv(rearrange(x, "b (h w) c -> b c h w", h=grid[0]))  # type: ignore[no-any-return]
+    assert isinstance(conv, nn.Conv2d)
     taps = rearrange(conv.weight.flip(2, 3), "k c i j -> (k i j) c")  # a sum turns them around
     spread = torch.bmm(taps.expand(b, *taps.shape), x.transpose(1, 2))
     return F.fold(spread, output_size=(grid[0], grid[1]), kernel_size=3, padding=1)

@@ -37,6 +37,7 @@ from .functional import (
     chunks,
     conv3x3,
     flatten,
+    is_plain_conv,
     leading_dims,
     mlp,
     pool,
@@ -152,7 +153,6 @@ class TokenLearner(_Learner):
 
     def _maps(self, x: Tensor, grid: Grid | None) -> Tensor:
         first, *others = self.attention_maps
-        assert isinstance(first, nn.Conv2d)
         logits = wide_conv3x3(first, self.norm(x), grid or square_grid(x.shape[1]))
         for layer in others:
             logits = layer(logits)
@@ -207,24 +207,36 @@ class TokenLearnerModuleV11(_Learner):
         self.dropout = nn.Dropout(check_rate(dropout_rate))
 
     def _maps(self, x: Tensor, grid: Grid | None) -> Tensor:
-        hidden, out = (weight[:, :, 0, 0] for weight in self.attention_maps.parameters())
+        layers: Any = self.attention_maps
+        first, second = layers
+        x = self.norm(x)
+        if self.approximate is None and is_plain_conv(first) and is_plain_conv(second):
+            hidden = rearrange(first.weight, "(g o) i 1 1 -> g o i", g=self.num_groups)
+            out = rearrange(second.weight, "k (g o) 1 1 -> k g o", g=self.num_groups)
+            both = rearrange(einsum(out, hidden, "k g o, g o i -> k g i"), "k g i -> k (g i)")
+            return softmax(F.linear(x, both))
+        x = self._grouped(first, x)
         if self.approximate is not None:
-            x = F.gelu(self._grouped(self.norm(x), hidden), approximate=self.approximate)
-            return softmax(F.linear(x, out))
-        first = rearrange(hidden, "(g o) i -> g o i", g=self.num_groups)
-        second = rearrange(out, "k (g o) -> k g o", g=self.num_groups)
-        both = rearrange(einsum(second, first, "k g o, g o i -> k g i"), "k g i -> k (g i)")
-        return softmax(F.linear(self.norm(x), both))
+            x = F.gelu(x, approximate=self.approximate)
+        if is_plain_conv(second):
+            return softmax(F.linear(x, second.weight[:, :, 0, 0]))
+        return softmax(_conv1x1(second, x))
 
     def _tokens(self, x: Tensor, maps: Tensor) -> Tensor:
-        values = self._grouped(pool(maps, x).to(x.dtype), self.feat_conv.weight[:, :, 0, 0])
-        return self.dropout(values)
+        return self.dropout(self._grouped(self.feat_conv, pool(maps, x).to(x.dtype)))
 
-    def _grouped(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _grouped(self, conv: Any, x: Tensor) -> Tensor:
         """Applies a linear map to each group of channels: `b n c -> b n c`."""
+        if not is_plain_conv(conv):
+            return _conv1x1(conv, x)
         x = rearrange(x, "b n (g i) -> b n g i", g=self.num_groups)
-        weight = rearrange(weight, "(g o) i -> g o i", g=self.num_groups)
+        weight = rearrange(conv.weight, "(g o) i 1 1 -> g o i", g=self.num_groups)
         return rearrange(einsum(x, weight, "b n g i, g o i -> b n g o"), "b n g o -> b n (g o)")
+
+
+def _conv1x1(conv: nn.Module, x: Tensor) -> Tensor:
+    """Calls a 1 x 1 convolution on positions: `b n c -> b n k`."""
+    return rearrange(conv(rearrange(x, "b n c -> b c n 1")), "b k n 1 -> b n k")
 
 
 class TokenLearnerV11(_Learner):

@@ -23,6 +23,7 @@ from ..utils.modules import stream_device, stream_dtype
 from ..utils.validation import Grid, check_choice, check_count, check_grid, check_pair, is_integer
 from .features import guard_feature_maps, record_hidden_states, remove_guard, wrapped_blocks
 from .hosts import Place, check_positions_are_not_needed, find_host
+from .pretrained import guard_saving, remove_saving_guard
 
 Model = TypeVar("Model", bound=nn.Module)
 Wrapped = TypeVar("Wrapped", bound=PositionFreeBlock)
@@ -139,6 +140,7 @@ def insert(
     indices, counts = list(points), list(points.values())
     host: Any = place.host
     guard_feature_maps(host)
+    guard_saving(model)
     host.tokenlearner_insertion = InsertionConfig(
         num_tokens=counts if len(counts) > 1 else counts[0],
         at=indices if len(indices) > 1 else indices[0],
@@ -180,6 +182,7 @@ def remove(model: Model) -> Model:
     place = find_host(model)
     if not wrapped_blocks(place.host):
         raise ValueError("this model has no learned tokens to remove; insert(model) adds them")
+    remove_saving_guard(model)
     for i, block in enumerate(place.blocks):
         if isinstance(block, PositionFreeBlock):
             place.blocks[i] = block.unwrap()

@@ -1,0 +1,69 @@
+"""Saving with transformers: a folder with learned tokens that a plain class refuses to read.
+
+A plain class would start the wrapped blocks at random, with only a line in the log. So the file
+gets an empty tensor under the name that the plain class has for a weight of a wrapped block; the
+sizes differ, which `from_pretrained` refuses. A class that inserts does not know the name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.blocks import ReducedBlock
+
+_METHOD = "save_pretrained"
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
+_BASE = ("transformers.modeling_utils", "PreTrainedModel")
+
+
+class SavePretrained:
+    """Stands for `save_pretrained` of a model of transformers that has learned tokens.
+
+    Args:
+        model: The model; kept here so that a copy of the model has a copy of this.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model's own method with names that a plain class refuses."""
+        method = getattr(type(self.model), _METHOD)
+        call = inspect.signature(method).bind(self.model, *args, **kwargs)
+        state = call.arguments.get("state_dict")
+        state = dict(self.model.state_dict() if state is None else state)
+        call.arguments["state_dict"] = state | {n: torch.empty(0) for n in _names(self.model)}
+        return method(*call.args, **call.kwargs)
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Returns a name that a plain model has and this one has not for each block with a learner."""
+    return [
+        f"{name}.{next(iter(dict(block.block.named_parameters())))}"
+        for name, block in model.named_modules()
+        if isinstance(block, ReducedBlock)
+    ]
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Lets the models of transformers in this one save what a plain class refuses to read."""
+    for part in model.modules():
+        classes = ((cls.__module__, cls.__qualname__) for cls in type(part).__mro__)
+        if _BASE in classes and (names := _names(part)):
+            setattr(part, _METHOD, SavePretrained(part))
+            patterns = {rf"(^|\.){re.escape(name)}$" for name in names}
+            setattr(part, _IGNORED, {*(getattr(part, _IGNORED, None) or ()), *patterns})
+
+
+def remove_saving_guard(model: nn.Module) -> None:
+    """Takes the guards of `guard_saving` away; call it while the blocks are wrapped."""
+    for part in model.modules():
+        if isinstance(vars(part).get(_METHOD), SavePretrained):
+            delattr(part, _METHOD)
+            patterns = {rf"(^|\.){re.escape(name)}$" for name in _names(part)}
+            setattr(part, _IGNORED, {*getattr(part, _IGNORED)} - patterns)

@@ -1,0 +1,200 @@
+"""Tools of other libraries give a model's plain numbers, or are refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torchvision.models.feature_extraction import create_feature_extractor
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
+from transformers.models.timm_wrapper import TimmWrapperConfig, TimmWrapperForImageClassification
+
+from tokenlearner import insert, remove
+from tokenlearner.layers import FusedBlock, PositionFreeBlock, ReducedBlock
+from tokenlearner.layers.token_learner import LEARNERS
+
+SIZE = {"img_size": 32, "patch_size": 8, "depth": 3}
+TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 48}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+TIMM = {"architecture": "vit_tiny_patch16_224", "model_args": SIZE}
+LEAVES = {"tracer_kwargs": {"leaf_modules": [ReducedBlock, FusedBlock, PositionFreeBlock]}}
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def reduced(learner: str = "v11", fuse: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **SIZE, embed_dim=264, num_classes=5)
+    insert(vit, 4, at=1, learner=learner, fuse=fuse)
+    for name, parameter in vit.named_parameters():
+        if "fuser.mix.weight" in name:
+            nn.init.normal_(parameter)
+    return vit.eval()
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def offload(model: nn.Module, folder: Path) -> None:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def dispatch(model: nn.Module, folder: Path) -> None:
+    places = {name: "cpu" for name, _ in model.named_children() if name != "blocks"}
+    parts = {"blocks.0": "cpu", "blocks.1.learner": "disk", "blocks.1.fuser": "disk"}
+    blocks = {"blocks.1.block": "cpu", "blocks.2": "disk"}
+    places = {"cls_token": "cpu", "pos_embed": "cpu", **places, **parts, **blocks}
+    accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=folder, force_hooks=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
+@pytest.mark.parametrize("place", [offload, dispatch])
+@pytest.mark.parametrize("learner", ["v11", "v1", "grouped", "grouped-linear"])
+@torch.no_grad()
+def test_accelerate_keeps_weights_elsewhere(
+    place: Callable[..., None], learner: str, tmp_path: Path
+) -> None:
+    model = reduced(learner)
+    expected = model(images())
+    place(model, tmp_path)
+    assert next(model.get_submodule("blocks.2").parameters()).is_meta
+    assert_same(model(images()), expected)
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def learner_layers(model: nn.Module) -> list[nn.Module]:
+    named = ((n, m) for n, m in model.named_modules() if "learner" in n or "fuser" in n)
+    return [module for _, module in named if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_pruned_layers_count_as_pruned_while_they_learn(learner: str) -> None:
+    model = reduced(learner)
+    layers = learner_layers(model)
+    for layer in layers:
+        prune.random_unstructured(layer, "weight", amount=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(images()).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        got = model(images())
+        for layer in layers:
+            prune.remove(layer, "weight")
+        assert_same(got, model(images()))
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+@torch.no_grad()
+def test_parametrizations_count(learner: str) -> None:
+    model = reduced(learner)
+    expected = copy.deepcopy(model)
+    for layer in learner_layers(expected):
+        layer.get_parameter("weight").div_(2)
+    for layer in learner_layers(model):
+        parametrize.register_parametrization(layer, "weight", Half())
+    assert_same(model(images()), expected(images()))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@torch.no_grad()
+def test_fx_takes_wrappers_as_leaves(fuse: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 3, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    vit = torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes).eval()
+    nn.init.normal_(vit.heads[-1].weight)
+    insert(vit, 4, at=1, fuse=fuse)
+    nodes = {"heads": "logits", "encoder.layers": "tokens"}
+    with pytest.raises(ValueError, match="leaf_modules"):
+        create_feature_extractor(vit, nodes)
+    found = create_feature_extractor(vit, nodes, **LEAVES)(images())
+    assert_same(found["logits"], vit(images()))
+    assert found["tokens"].shape == (2, 17 if fuse else 5, 32)
+
+
+@torch.no_grad()
+def test_a_pipeline_of_transformers() -> None:
+    model = insert(ViTForImageClassification(ViTConfig(**TINY, num_labels=5)).eval(), 4, at=1)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    classify: Any = pipeline("image-classification", model=model, image_processor=processor)
+    scores = {row["label"]: row["score"] for row in classify(image, top_k=5)}
+    logits = model(**processor(image, return_tensors="pt")).logits
+    expected = logits.softmax(-1)[0].tolist()
+    assert [scores[f"LABEL_{i}"] for i in range(5)] == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+def test_timm_in_transformers() -> None:
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(**TIMM, num_labels=5)
+    model = insert(TimmWrapperForImageClassification(config).eval(), 4, at=1)
+    assert_same(model(images()).logits, model.timm_model(images()))
+    with pytest.raises(ValueError, match="no grid"):
+        model(images(), output_hidden_states=True)
+
+
+SAVED = {
+    "vit": (ViTForImageClassification, ViTConfig(**TINY)),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**TINY)),
+    "clip": (CLIPModel, CLIPConfig(vision_config=TINY, text_config=TINY)),
+    "timm": (TimmWrapperForImageClassification, TimmWrapperConfig(**TIMM, num_labels=5)),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_plain_class_refuses_a_folder_with_learned_tokens(name: str, tmp_path: Path) -> None:
+    plain, config = SAVED[name]
+
+    class Reduced(plain):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            insert(self, 4, at=1)
+
+    model = insert(plain(config), 4, at=1)
+    for saved in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        saved.save_pretrained(tmp_path)
+        for cls in (plain, AutoModel):
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                cls.from_pretrained(tmp_path)
+    again, info = Reduced.from_pretrained(tmp_path, output_loading_info=True)
+    assert [*info["missing_keys"], *info["unexpected_keys"]] == []
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+
+    remove(model).save_pretrained(tmp_path)
+    _, info = plain.from_pretrained(tmp_path, output_loading_info=True)
+    assert [*info["missing_keys"], *info["unexpected_keys"]] == []
