@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files, unused paths, locks, and checks of what is read and of places to write to."""
+"""Atomic writes, JSON files, unused paths, locks, and checks of what is read or written."""
 
 from __future__ import annotations
 
