@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from tokenlearner.commands._runs import run_options
 from tokenlearner.commands.eval import EvalConfig
 from tokenlearner.commands.main import main
+from tokenlearner.commands.train import train_options
 
 SMALL_RUN = [
     *("--model", "vit_mini_patch4_28", "--epochs", "1", "--warmup_epochs", "0.1"),
@@ -85,6 +87,91 @@ def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(
         with pytest.raises(SystemExit, match="2"):
             main(command)
         assert "there is no file or folder runs/no" in capsys.readouterr().err
+
+
+# --- runs that were moved, or are read from another folder ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("root", "out", "place", "working_folder"),
+    [
+        ("/gone/data", "/gone/runs/a", "runs/a", "elsewhere"),  # the whole project
+        ("{project}/data", "/gone/runs/a", "archive/deep/run", "elsewhere"),  # the run alone
+        ("data", "runs/a", "runs/a", "elsewhere"),  # written relative, as before version 0.5
+        ("data", "runs/a", "archive/deep/run", "."),
+    ],
+)
+def test_a_run_that_was_moved_finds_its_data(
+    images: Path,
+    root: str,
+    out: str,
+    place: str,
+    working_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = copy_project(images, tmp_path, root, out, place)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / working_folder)
+    capsys.readouterr()
+    main(["eval", str(run)])
+    [row] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert f"loss: {row['test_loss']:.4f}" in capsys.readouterr().out
+    assert Path(train_options([str(run / "train.json")])["root"]).samefile(tmp_path / "data")
+
+
+def test_data_that_are_found_nowhere_are_asked_for_with_the_places(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_project(images, tmp_path, "/gone/data", "/gone/a", "archive/run")
+    for command in (["eval", str(run)], ["train", str(run / "train.json"), "--resume", "auto"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+        assert f"/gone/data or {tmp_path}/archive/data; pass --root" in capsys.readouterr().err
+    main(["eval", str(run), "--root", str(tmp_path / "data")])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_project_was_moved(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    copy_project(images, old, "data", "host", "host")
+    monkeypatch.chdir(old)
+    size = ["--batch_size", "3", "--workers", "0", "--epochs", "1"]
+    data = ["--data", "folder", "--root", "data", "--img_size", "14", "--in_chans", "1"]
+    start = ["--model", "./host", "--teacher", "host/model.safetensors", "--out", "runs/a"]
+    main(["train", *start, *data, *size])
+    monkeypatch.chdir(tmp_path)
+    old.rename(new)
+    recipe = ["train", str(new / "runs" / "a" / "train.json")]
+    main([*recipe, "--resume", "auto"])
+    moved = [word.replace("host", "new/host") for word in start]
+    places = ["--root", "new/data", "--out", "new/runs/a"]
+    main(["train", "--resume", "auto", *data, *size, *moved, *places])
+    assert not old.exists()
+    for arguments, message in (
+        (recipe, "holds a run already"),
+        ([*recipe, "--resume", "auto", "--teacher", "new/runs/a/model.safetensors"], "teacher was"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def copy_project(images: Path, project: Path, root: str, out: str, place: str) -> Path:
+    """Copies data and run to a project; train.json names other places."""
+    shutil.copytree(images / "data", project / "data")
+    run = project / place
+    shutil.copytree(images / "run", run)
+    options = json.loads((run / "train.json").read_text())
+    options |= {"root": root.format(project=project), "out": out}
+    (run / "train.json").write_text(json.dumps(options))
+    return run
 
 
 # --- options of a run ---------------------------------------------------------------------------

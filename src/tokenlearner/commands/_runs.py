@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 
 from ..data.config import OLD_NAMES, DataConfig
 from ..evaluation.accuracy import preprocess_for
+from ..training.checkpointing import CHECKPOINT
+from ..training.paths import candidate_paths, found_paths
 from ._arguments import parse
 
 DATASET_OPTIONS = ("root", "num_samples", "num_classes")  # of no use for another data set
@@ -21,7 +23,8 @@ TRAINING_ONLY = ("images", "max_broken")  # options of data that are about train
 def run_options(checkpoint: str) -> dict[str, Any]:
     """Returns the options of data with which the run that wrote a checkpoint was evaluated.
 
-    They are in the train.json beside it; a checkpoint without one has none.
+    They are in the train.json beside it; a checkpoint without one has none. `root` is where the
+    data are now, if they are found.
 
     Raises:
         ValueError: train.json cannot be read.
@@ -32,6 +35,8 @@ def run_options(checkpoint: str) -> dict[str, Any]:
         run: Any = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in DataConfig.__dataclass_fields__ if name not in TRAINING_ONLY]
         options = {"data": run["data"]} | {name: run[name] for name in names if name in run}
+        found = found_paths(run, path.parent)
+        options |= {"root": found["root"]} if "root" in found else {}
         return options | {"data": OLD_NAMES.get(options["data"], options["data"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         message = f"{path} is not as train wrote it ({error!r}); fix it or move it away"
@@ -81,4 +86,36 @@ def parse_with_run(
     if OLD_NAMES.get(options["data"], options["data"]) != run["data"]:
         parser.set_defaults(dict.fromkeys(DATASET_OPTIONS))
         options = parse(parser, arguments)
+    check_root(options, options[checkpoint])
     return options
+
+
+def check_root(options: Mapping[str, Any], checkpoint: str) -> None:
+    """Checks that the data of the run that wrote a checkpoint are there, if options take those.
+
+    Raises:
+        ValueError: They are not; the places are named.
+    """
+    path = _run_file(checkpoint)
+    if path is None or options["root"] is None or options.get("download"):
+        return
+    run: Any = json.loads(path.read_text(encoding="utf-8"))
+    places = candidate_paths(run, "root", path.parent)
+    if options["root"] == run.get("root") and not any(map(Path.exists, places)):
+        looked = " or ".join(str(place.absolute()) for place in places)
+        raise ValueError(
+            f"{path} says that the data are in {run['root']!r}, but there is no {looked}; pass "
+            "--root, or correct it in that file"
+        )
+
+
+def moved_options(recipe: Path) -> list[str]:
+    """Returns arguments for the paths of a recipe, if it is the train.json in a run's folder.
+
+    The run is the one in that folder, and what it read is where it is now.
+    """
+    if recipe.name != "train.json" or not (recipe.parent / CHECKPOINT).exists():
+        return []
+    run: Any = json.loads(recipe.read_text(encoding="utf-8"))
+    paths = found_paths(run, recipe.parent) | {"out": str(recipe.parent)}
+    return [f"--{name}={path}" for name, path in paths.items()]

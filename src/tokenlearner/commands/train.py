@@ -13,7 +13,7 @@ from ..training.config import TrainConfig
 from ..training.recipes import find_recipe, list_recipes
 from ..utils.imports import require_package
 from ._arguments import complain, make_parser
-from ._runs import parse_with_run
+from ._runs import check_root, moved_options, parse_with_run
 
 
 def train_command(arguments: Sequence[str]) -> None:
@@ -48,11 +48,14 @@ def train_options(arguments: Sequence[str]) -> dict[str, Any]:
         f"\n\nrecipes:\n{listing}"
     )
     parser.add_argument("--config", action="config", help=SUPPRESS)
+    recipe = None
     if arguments and not arguments[0].startswith("-"):
-        path = find_recipe(arguments[0])
+        recipe = path = find_recipe(arguments[0])
         complain(parser, lambda: parser.parse_path(path), f"{path}: ")
-        arguments = [f"--config={path}", *arguments[1:]]
+        arguments = [f"--config={path}", *moved_options(path), *arguments[1:]]
     options = parse_with_run(parser, arguments, "model")
+    if recipe:
+        check_root(options, str(recipe))
     del options["config"]
     return options
 

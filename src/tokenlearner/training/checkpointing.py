@@ -21,6 +21,7 @@ from ..models.serialization import WEIGHTS
 from ..utils.io import FULL, atomic_write, check_output_folder, lock_folder, system_error
 from .config import TrainConfig
 from .optim import moments_per_weight
+from .paths import PATHS, absolute_options, is_same_path
 
 CHECKPOINT = "checkpoint.pt"
 _FREE = {  # options that may change from one part of a run to the next
@@ -159,7 +160,7 @@ def write_checkpoint(config: TrainConfig, state: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: It cannot be written, as on a full disk; the one before stays.
     """
-    whole = {"format": _FORMAT, "config": json.dumps(asdict(config)), **state}
+    whole = {"format": _FORMAT, "config": json.dumps(absolute_options(config)), **state}
     path = Path(config.out) / CHECKPOINT
     with (
         explain_write_errors(config, "checkpoint", state["step"]),
@@ -212,7 +213,13 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
             f"{path} has format {version}, expected {_FORMAT}; it is of a newer version"
         )
     now = json.loads(json.dumps(asdict(config)))
-    changed = [name for name in now if name not in _FREE and saved[name] != now[name]]
+    changed = [
+        name
+        for name in now
+        if name not in _FREE
+        and saved[name] != now[name]
+        and not (name in PATHS and is_same_path(saved, name, config.out, now[name]))
+    ]
     if changed:
         pairs = ", ".join(f"{name} was {saved[name]!r}, is {now[name]!r}" for name in changed)
         raise ValueError(f"{path} is of a run with other options: {pairs}; pass another out")

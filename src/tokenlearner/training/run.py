@@ -35,6 +35,7 @@ from .checkpointing import (
 from .config import TrainConfig
 from .distributed import Distributed
 from .meter import Report
+from .paths import absolute_options
 from .setup import TrainingSetup, calibrate_inserted, prepare, read_calibration
 from .trainer import Trainer
 
@@ -157,7 +158,7 @@ class _Run:
         calibration = calibrate_inserted(self.config, self.setup.model, self.data, self.report)
         if self.accelerator.is_main_process:
             with explain_write_errors(self.config, "recipe", 0):
-                write_json(self.out / "train.json", asdict(self.config))
+                write_json(self.out / "train.json", absolute_options(self.config))
                 if calibration:
                     write_json(self.out / "calibration.json", asdict(calibration))
         return calibration

@@ -17,7 +17,7 @@ from ...models.serialization import weights_file
 from ...utils.modules import pick_device, training_mode
 from ...utils.validation import require
 from .._comparison import held_out_images, one_of_each
-from .._runs import preprocessed, run_options
+from .._runs import check_root, preprocessed, run_options
 from ..eval import EvalConfig
 from .figures import matrix_svg
 from .reader import RECIPE, Run
@@ -161,6 +161,7 @@ def _load(run: Run, checkpoint: Path, device: str) -> tuple[nn.Module, MapDatase
     options: dict[str, Any] = run_options(str(run.folder)) | {"download": False}
     require("data" in options, f"there is no {RECIPE} in {run.folder} that names the data set")
     config = EvalConfig(checkpoint=str(weights), device=device, **options)
+    check_root(options, str(run.folder))
     require(
         not config.data.startswith(_FETCHED),
         f"{config.data} may have to be fetched, which a report does not do",

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...models.serialization import WEIGHTS
 from ...training.checkpointing import METRICS
+from ...training.paths import found_paths
 from ...utils.validation import require
 
 RECIPE, COMPARISON, RESULTS = "train.json", "metrics.json", "results.json"
@@ -180,6 +181,11 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
     if not metrics.is_file() and not recipe.is_file():
         return None
     options = read_object(recipe, problems) if recipe.is_file() else {}
+    for name, path in ({"out": options.get("out")} | found_paths(options, folder)).items():
+        if isinstance(path, str) and Path(path).is_relative_to(Path.cwd()):
+            options[name] = os.path.relpath(path)
+        elif path is not None:
+            options[name] = path
     if not recipe.is_file():
         problems.append(f"{folder} has no {RECIPE}, so that its options are not known")
     history = _read_history(metrics, problems) if metrics.is_file() else []
