@@ -43,6 +43,17 @@ def test_tubelets_are_pushed_whole(input_format: str) -> None:
     torch.testing.assert_close(out, model(video.narrow(axis, 4, 8)), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_tokens_that_were_kept_are_not_changed_by_later_frames() -> None:
+    stream, frames = TokenStream(live()), torch.randn(6, 1, 3, 16, 16)
+    stream.push(frames[0])
+    kept = stream.tokens
+    before = kept.clone()
+    for frame in frames[1:]:
+        stream.push(frame)
+    assert torch.equal(kept, before)
+
+
 def test_a_frame_is_encoded_once() -> None:
     model, batches = live(), []
     model.encoder.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))

@@ -90,7 +90,7 @@ class TokenStream:
             raise ValueError("there are no tokens before the first frame; push one")
         size = self.model.num_frames
         if self._count <= size:
-            return self._ring[:, : self._count]
+            return self._ring[:, : self._count].clone()  # the caller's, whatever is pushed later
         return self._ring.roll(-(self._count % size), dims=1)
 
     def reset(self) -> None:
