@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,9 @@ def check_run_folder(config: TrainConfig) -> None:
     Raises:
         ValueError: It cannot, there is a run already, or its checkpoint is missing.
     """
-    out = check_output_folder(config.out)
+    out = Path(config.out)
+    if os.environ.get("RANK", "0") == "0":  # the process that writes, of those that train together
+        check_output_folder(out)
     checkpoint, metrics = ((out / name).exists() for name in (CHECKPOINT, METRICS))
     if config.resume is None and (checkpoint or metrics):
         raise ValueError(
