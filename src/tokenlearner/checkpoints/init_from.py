@@ -26,9 +26,8 @@ from .readers import read_weights
 from .scenic import state_from_scenic
 
 _NEW = re.compile(r"(.*\.)?(learner|fuser)\..*|time_embed")  # may be missing in the weights
-_DROPPED = re.compile(
-    r"cls_token|dist_token|reg_token|head(_dist)?\..*|pre_logits\..*"
-)  # may be left over
+# These may be left over.
+_DROPPED = re.compile(r"cls_token|dist_token|reg_token|head(_dist)?\..*|pre_logits\..*")
 _HEAD = re.compile(r"head(_dist)?\.")
 _PREFIXES = ("cls_token", "dist_token", "reg_token")
 _POSITIONS, _PATCHES = "pos_embed", "patch_embed.proj.weight"

@@ -50,13 +50,17 @@ def _names(model: nn.Module) -> list[str]:
     ]
 
 
+def _patterns(model: nn.Module) -> set[str]:
+    """Returns what `from_pretrained` of a class that inserts leaves out of its report."""
+    return {rf"(^|\.){re.escape(name)}$" for name in _names(model)}
+
+
 def guard_saving(model: nn.Module) -> None:
     """Lets the models of transformers in this one save what a plain class refuses to read."""
     for part in model.modules():
         classes = ((cls.__module__, cls.__qualname__) for cls in type(part).__mro__)
-        if _BASE in classes and (names := _names(part)):
+        if _BASE in classes and (patterns := _patterns(part)):
             setattr(part, _METHOD, SavePretrained(part))
-            patterns = {rf"(^|\.){re.escape(name)}$" for name in names}
             setattr(part, _IGNORED, {*(getattr(part, _IGNORED, None) or ()), *patterns})
 
 
@@ -65,5 +69,4 @@ def remove_saving_guard(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(vars(part).get(_METHOD), SavePretrained):
             delattr(part, _METHOD)
-            patterns = {rf"(^|\.){re.escape(name)}$" for name in _names(part)}
-            setattr(part, _IGNORED, {*getattr(part, _IGNORED)} - patterns)
+            setattr(part, _IGNORED, {*getattr(part, _IGNORED)} - _patterns(part))
