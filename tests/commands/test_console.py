@@ -10,12 +10,8 @@ import pytest
 from rich.console import Console
 
 from tokenlearner.commands import _console
-from tokenlearner.commands._console import (
-    epoch_line,
-    is_main_process,
-    summary_table,
-    training_progress,
-)
+from tokenlearner.commands._console import epoch_line, summary_table, training_progress
+from tokenlearner.utils.processors import is_main_process
 
 EPOCH = {
     "epoch": 2,

@@ -49,6 +49,7 @@ class _Labeled(ABC):
         std: Divided by, one number above 0 a channel.
         crop_pct: Share of the resized image's side that is kept.
         interpolation: How images are resized.
+        crop_mode: How an image becomes a square, as in `DataConfig`.
         shape: `(c, h, w)` of an image in a batch, `(c, t, h, w)` of a clip.
         workers: Processes that read files for evaluation.
         in_memory: Whether all of it is in memory, at its final size.
@@ -61,12 +62,13 @@ class _Labeled(ABC):
     std: tuple[float, ...]
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
     shape: tuple[int, ...]
     workers: int = 0
     in_memory: bool = False
 
     def with_preprocessing(self, **values: Any) -> Any:
-        """Returns the same images with other values of mean, std, crop_pct and interpolation."""
+        """Returns the same images with other values of mean, std, crop_pct, ..."""
         changed = copy.copy(self)
         for name, value in values.items():
             object.__setattr__(changed, name, tuple(value) if name in ("mean", "std") else value)

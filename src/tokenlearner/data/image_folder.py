@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..utils.io import check_regular
+from ..utils.preprocessing import Preprocessing
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
@@ -70,8 +71,13 @@ class FromFiles:
         """The config's, or bicubic."""
         return self.config.interpolation or "bicubic"
 
+    @property
+    def crop_mode(self) -> str:
+        """The config's, or center."""
+        return self.config.crop_mode or "center"
+
     def with_preprocessing(self, **values: Any) -> Any:
-        """Returns the same images with other values of mean, std, crop_pct and interpolation."""
+        """Returns the same images with other values of mean, std, crop_pct, ..."""
         values |= {name: list(values[name]) for name in ("mean", "std") if name in values}
         changed: Any = copy.copy(self)
         vars(changed).pop("_transform", None)
@@ -115,15 +121,7 @@ class ImageFiles(FromFiles):
 
     @cached_property
     def _transform(self) -> Any:
-        from timm.data import create_transform
-
-        return create_transform(
-            self.config.image_shape,
-            crop_pct=self.crop_pct,
-            mean=self.mean,
-            std=self.std,
-            interpolation=self.interpolation,
-        )
+        return Preprocessing.of(self).eval_transform(self.config.image_shape)
 
 
 class ImageSource(Protocol):
