@@ -207,3 +207,11 @@ def test_a_teacher_with_another_mean_sees_images_as_it_was_trained() -> None:
     pixels = torch.rand(2, 3, 4, 4)
     teacher = Renormalized(torch.nn.Identity(), student, own)
     torch.testing.assert_close(teacher((pixels - 0.4) / 0.2), (pixels - 0.5) / 0.25)
+
+
+def test_a_name_that_two_classes_have_is_no_label() -> None:
+    data = load_data("fashion-mnist-small", "test").sample(20)
+    vit = create_model("vit_mini_patch4_28", num_classes=11)
+    set_preprocessing(vit, Preprocessing((0.5,), (0.5,)), [*data.classes, data.classes[0]])
+    with pytest.raises(ValueError, match=data.classes[0]):
+        evaluate(vit, data)

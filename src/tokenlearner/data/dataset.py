@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -211,11 +212,18 @@ def match_classes(data: LabeledDataset, classes: Sequence[str]) -> Any:
         classes: Names, in the order of a model's logits.
 
     Raises:
-        ValueError: It has a class of another name, or is a stream and would have to be renumbered.
+        ValueError: It has a class of another name or of one that two classes have, or is a stream
+            and would have to be renumbered.
     """
     if data.classes == tuple(classes):
         return data
-    number = {name: i for i, name in enumerate(classes)}
+    number, known = {name: i for i, name in enumerate(classes)}, set(data.classes)
+    twice = [name for name, times in Counter(classes).items() if times > 1 and name in known]
+    require(
+        not twice,
+        f"{data.name} has the classes {shortened(twice)}, which the model has twice; give its "
+        "classes names of their own by tokenlearner.models.set_preprocessing",
+    )
     unknown = [name for name in data.classes if name not in number]
     require(
         not unknown,
