@@ -243,9 +243,12 @@ def test_a_thin_strip_is_unreadable_before_it_is_resized_to_gigabytes(image: Ima
         decoded(as_file(image, "PNG"), "it", 3)
 
 
-def test_floats_of_an_unknown_range_are_unreadable() -> None:
-    with pytest.raises(UnreadableFile, match="floats"):
-        decoded(as_file(Image.new("F", (8, 8)), "TIFF"), "it", 3)
+@pytest.mark.parametrize(
+    "image", [Image.new("F", (8, 8)), *(Image.new("I", (8, 8), v) for v in (-9, 70000))]
+)
+def test_values_of_an_unknown_range_are_unreadable(image: Image.Image) -> None:
+    with pytest.raises(UnreadableFile, match="values"):
+        decoded(as_file(image, "TIFF"), "it", 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")

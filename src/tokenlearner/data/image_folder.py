@@ -288,7 +288,12 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     require(image.mode != "F", "its values are floats of an unknown range; save it with 8 bits")
     if image.mode.startswith("I"):  # gray of 16 bits, which PIL would clip at 255
         [bits, *_] = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        values = np.asarray(image).astype(np.int64)
+        least, most = values.min(), values.max()
+        require(
+            least >= 0 and most <= 65535,
+            f"its values go from {least} to {most}, expected 0 to 65535; save it with 8 bits",
+        )
         image = Image.fromarray((values >> (bits - 8 if 8 < bits < 16 else 8)).astype(np.uint8))
     elif image.has_transparency_data:
         drawn = image.convert("RGBA")
