@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..utils.io import atomic_write
+from ..utils.io import atomic_write, check_downloaded
 from ..utils.validation import require, shortened
 from .features import wrapped_blocks
 from .insertion import get_insertion, insert, remove
@@ -155,6 +155,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_weights(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """Reads the config and the weights."""
+    check_downloaded(file)
     try:
         with safe_open(str(file), framework="pt") as opened:
             header = opened.metadata() or {}

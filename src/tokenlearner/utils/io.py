@@ -183,6 +183,20 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
+def check_downloaded(path: Path) -> None:
+    """Checks that a file is not what often comes in its place.
+
+    Raises:
+        ValueError: It is a pointer of Git LFS, or a web page.
+    """
+    with path.open("rb") as file:
+        start = file.read(32).lower()
+    others = {b"version https://git-lfs": "a pointer of Git LFS, not the file itself"}
+    others |= dict.fromkeys((b"<!doctype", b"<html"), "a web page")
+    if found := next((what for sign, what in others.items() if start.startswith(sign)), None):
+        raise ValueError(f"{path} is {found}; download the file again")
+
+
 def check_regular(path: str | Path) -> None:
     """Checks that a path is a file with content; opening a pipe or a device may wait for ever.
 
