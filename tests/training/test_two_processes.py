@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import running
 import torch
-from running import DISTILLED, RUNS, STOPS, quarter_images, recipe, save_host, until
+from running import BEIT, DISTILLED, INSERTED, RUNS, STOPS, quarter_images, recipe, save_host, until
 
 from tokenlearner import TrainConfig, evaluate, load_model, train
 
@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave."""
     folder = tmp_path_factory.mktemp("two") / "runs"
     save_host(folder / "host")
+    save_host(folder / "beit_host", BEIT)
     start(TORCHRUN, "all", folder)
     return folder
 
@@ -93,6 +94,13 @@ def test_features_are_distilled_in_two_processes_to_the_weights_of_one(
     assert second < first
     assert torch.equal(student.head.weight, host.head.weight)  # features do not reach it
     assert not torch.equal(student.pos_embed, host.pos_embed)
+
+
+def test_beit_with_tokens_trains_in_two_processes_to_the_weights_of_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    expected = alone(tmp_path / "one", {**INSERTED, "model": str(folder / "beit_host")})
+    assert_close(load_model(folder / "beit"), expected, WITHOUT_GRADIENT)
 
 
 def test_metrics_are_those_of_one_process(folder: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.validation import require
+from ..utils.limits import check_unpacked
 from .flax_msgpack import as_tensor, check_file, find_params, read_flax, without_params
 
-MAX_UNPACKED_BYTES, MAX_RATIO = 2**30, 100  # of an npz file; trained weights shrink by a third
+MAX_RATIO = 100  # of an npz file; trained weights shrink by a third
 # Under these training scripts keep the weights, and in front of these wrappers put their names.
 _NESTS = ("state_dict", "model", "model_state_dict", "module", "teacher", "student")
 _NESTS += ("state_dict_ema", "model_ema", "ema")
@@ -73,7 +73,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            _check_size(path, sum(entry.file_size for entry in arrays.zip.infolist()))
+            unpacked = sum(entry.file_size for entry in arrays.zip.infolist())
+            check_unpacked("its arrays have", unpacked, least=MAX_RATIO * path.stat().st_size)
             return {name: as_tensor(arrays[name], name) for name in arrays.files}
     except Exception as error:  # pickled objects and damage of any kind
         message = f"{path} cannot be read as arrays alone ({error}); write it with numpy.savez"
@@ -95,15 +96,6 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     nested = [content[key] for key in _NESTS if isinstance(content.get(key), Mapping)]
     pairs = [*nested, content][0].items()
     return {str(name): value.detach() for name, value in pairs if isinstance(value, Tensor)}
-
-
-def _check_size(path: Path, unpacked: int) -> None:
-    """Refuses an archive that unpacks to far more than weights do."""
-    most = max(MAX_UNPACKED_BYTES, MAX_RATIO * path.stat().st_size)
-    require(
-        unpacked <= most,
-        f"its arrays unpack to {unpacked} bytes, more than {most}, {MAX_RATIO} times the file",
-    )
 
 
 _READERS = {

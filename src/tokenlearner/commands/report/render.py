@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...models.serialization import WEIGHTS, weights_file
 from ...utils.imports import require_package
-from ...utils.io import atomic_write, check_output_file
+from ...utils.io import atomic_write, check_output_file, without_folders
 from ...utils.validation import check_count, require
 from .confusion import Reevaluation, reevaluate
 from .figures import legend_svg
@@ -135,6 +135,7 @@ def _page(title: str, sections: Sequence[Section]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=without_folders,
     )
     names = dict.fromkeys(name for section in sections for name in section.legend)
     environment.filters["base64"] = lambda data: b64encode(data).decode()
