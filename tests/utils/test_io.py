@@ -22,6 +22,7 @@ from tokenlearner.utils.io import (
     check_output_folder,
     lock_folder,
     unique_path,
+    without_folders,
     write_json,
 )
 
@@ -214,6 +215,21 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(error: Exception, tmp_
     assert info.value.errno == errno.ENOSPC
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/my data", "…/my data"),
+        ("~/data/a.png is no image", "…/a.png is no image"),
+        ("there is no '/home/me/x', and no x/y", "there is no '…/x', and no x/y"),
+        ("/work/of/me/runs/a.json cannot be read (1/2)", "runs/a.json cannot be read (1/2)"),
+        ("12 images/s from https://a.org/b/c", "12 images/s from https://a.org/b/c"),
+        ({"a": ["/b/c", 1, None]}, {"a": ["…/c", 1, None]}),
+    ],
+)
+def test_what_is_shared_has_no_folders(text: Any, expected: Any) -> None:
+    assert without_folders(text, "/work/of/me") == expected
 
 
 def test_json_holds_names_that_are_no_utf_8(tmp_path: Path) -> None:

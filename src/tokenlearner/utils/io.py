@@ -91,17 +91,20 @@ def unique_path(path: str | Path) -> Path:
     return candidate
 
 
-def without_folders(value: Any) -> Any:
+def without_folders(value: Any, root: str | Path = "") -> Any:
     """Returns text, or what JSON holds, without the folders of absolute paths: others will see it.
 
-    Subclasses of str, such as HTML that is ready, are left as they are.
+    Paths in `root` are relative to it. Subclasses of str, such as HTML that is ready, are left as
+    they are.
     """
     if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
+        return {key: without_folders(item, root) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [*map(without_folders, value)]
+        return [without_folders(item, root) for item in value]
     if type(value) is not str:
         return value
+    if os.path.isabs(root):
+        value = value.replace(os.path.join(root, ""), "")
     return f"…/{Path(value).name}" if os.path.isabs(value) else _FOLDERS.sub("…/", value)
 
 
