@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..utils.io import check_downloaded
+from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .flax_msgpack import as_tensor, check_file, find_params, read_flax, without_params
 
-MAX_UNPACKED_BYTES, MAX_RATIO = 2**30, 100  # of an npz file; trained weights shrink by a third
+MAX_RATIO = 100  # of an npz file; trained weights shrink by a third
 # Under these training scripts keep the weights, averages first, as timm reads them; and in front of
 # these wrappers put their names.
 _NESTS = ("state_dict_ema", "model_ema", "ema", "params_ema", "ema_state_dict")
@@ -80,7 +81,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            _check_size(path, sum(entry.file_size for entry in arrays.zip.infolist()))
+            unpacked = sum(entry.file_size for entry in arrays.zip.infolist())
+            check_unpacked("its arrays have", unpacked, least=MAX_RATIO * path.stat().st_size)
             return {name: as_tensor(arrays[name], name) for name in arrays.files}
     except Exception as error:  # pickled objects and damage of any kind
         message = f"{path} cannot be read as arrays alone ({error}); write it with numpy.savez"
@@ -129,15 +131,6 @@ def _read_index(path: Path) -> dict[str, Tensor]:
         weights |= _READERS[file.suffix](file)
     require(weights.keys() == files.keys(), f"{path} does not list what is in its files")
     return weights
-
-
-def _check_size(path: Path, unpacked: int) -> None:
-    """Refuses an archive that unpacks to far more than weights do."""
-    most = max(MAX_UNPACKED_BYTES, MAX_RATIO * path.stat().st_size)
-    require(
-        unpacked <= most,
-        f"its arrays unpack to {unpacked} bytes, more than {most}, {MAX_RATIO} times the file",
-    )
 
 
 _READERS = {
