@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..utils.imports import require_package
+from ..utils.validation import counted, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,11 +39,29 @@ def is_main_process() -> bool:
 def console(**options: Any) -> Console:
     """Returns rich's console, which is silent in all processes but the first.
 
+    Names are printed as they are: rich's markup, such as `[/b]`, and emoji codes mean nothing.
+
     Raises:
         ValueError: rich is missing.
     """
     rich = require_package("rich.console", "train", "the command")
-    return rich.Console(highlight=False, quiet=not is_main_process(), **options)
+    quiet = not is_main_process()
+    return rich.Console(highlight=False, markup=False, emoji=False, quiet=quiet, **options)
+
+
+@contextmanager
+def show_progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Shows on stderr what a command does, and how far it is, where that is a terminal.
+
+    Yields a function that counts one more of `total`, and takes what is done next.
+    """
+    with _progress(console(stderr=True), is_counted=total is not None) as bar:
+        task = bar.add_task(plain_text(title), total=total, status="")
+
+        def advance(next_title: str = title) -> None:
+            bar.update(task, advance=1, description=plain_text(next_title))
+
+        yield advance
 
 
 @contextmanager
@@ -59,7 +78,7 @@ def training_progress(title: str, to: Console | None = None) -> Iterator[Report]
     handler, logged = _ConsoleHandler(out), time.monotonic()
     logger.addHandler(handler)
     with closing(handler), _progress(out) as bar:
-        task = bar.add_task(title, total=None, status="")
+        task = bar.add_task(plain_text(title), total=None, status="")
 
         def report(row: dict[str, Any]) -> None:
             nonlocal logged
@@ -84,24 +103,28 @@ class _ConsoleHandler(logging.Handler):
         self.out = out
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.out.print(self.format(record), markup=False, soft_wrap=True)
+        line = plain_text(self.format(record))
+        self.out.print(line, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         logger.removeHandler(self)
         super().close()
 
 
-def _progress(out: Console) -> Any:
+def _progress(out: Console, *, is_counted: bool = True) -> Any:
     """Returns rich's bar, which counts without being drawn where there is no terminal."""
     from rich import progress
 
-    return progress.Progress(
-        progress.SpinnerColumn(),
-        progress.TextColumn("{task.description}"),
+    bar = (
         progress.BarColumn(20),
         progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[status]}"),
+        progress.TextColumn("{task.fields[status]}", markup=False),
         progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+        *(bar if is_counted else [progress.TimeElapsedColumn()]),
         console=out,
         transient=True,
         disable=not out.is_terminal or out.quiet,
@@ -131,7 +154,8 @@ def epoch_line(row: dict[str, Any]) -> str:
         _speed(row["images_per_second"]),
         f"{row['waiting_percent']:.1f} % waiting for data",
     ]
-    return ", ".join(parts + [f"{count} {name}" for name, count in _left_out(row)])
+    left_out = (f"{counted(count, noun)} {how}" for noun, how, count in _left_out(row))
+    return ", ".join([*parts, *left_out])
 
 
 def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
@@ -154,7 +178,7 @@ def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
         "waiting for data": f"{waited / trained:.1f} %",
         "time of training steps": _duration(trained),
         "time of this command": _duration(seconds),
-        **dict(_left_out(last)),
+        **{f"{noun}s {how}": count for noun, how, count in _left_out(last)},
     }
     table = Table(show_header=False)
     table.add_column()
@@ -164,11 +188,11 @@ def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
     return table
 
 
-def _left_out(row: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def _left_out(row: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
     if skipped := row.get("skipped_steps"):
-        yield "steps left out", skipped
+        yield "step", "left out", skipped
     if broken := row.get("broken", 0) + row.get("test_broken", 0):
-        yield "files cannot be read", broken
+        yield "file", "cannot be read", broken
 
 
 def _speed(images_per_second: float) -> str:

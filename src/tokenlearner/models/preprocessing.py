@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 CLIPS = "bilinear"  # how torchvision resizes clips
+_SIZE = (3, 224, 224)  # of a model that says nothing
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,26 @@ def get_preprocessing(model: nn.Module, channels: int = 3) -> Preprocessing | No
     resolved = resolve_data_config(pretrained_cfg=kept)
     mean, std = (_of_channels(resolved[key], channels) for key in ("mean", "std"))
     return Preprocessing(mean, std, resolved["crop_pct"], resolved["interpolation"])
+
+
+def get_input_size(model: Any) -> list[int]:
+    """Returns the size of a model's images, `c h w`, or clips, `c t h w`.
+
+    Args:
+        model: Any; of a file that `export` wrote too. One that does not show it has the size of its
+            `pretrained_cfg`, or `3 224 224`.
+    """
+    for _, *size in getattr(model, "inputs", {}).values():  # of an exported file
+        if all(isinstance(axis, int) for axis in size):
+            return size
+    channels, *size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or _SIZE
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    channels = next((m.in_channels for m in convolutions), channels)
+    tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
+    frames = [model.num_frames * tubelet] if hasattr(model, "num_frames") else []
+    owner = getattr(model, "encoder", model)  # of a FrameViT
+    embed = getattr(owner, "patch_embed", getattr(owner, "stem", None))  # a Mixer's is its stem
+    return [channels, *frames, *(getattr(embed, "img_size", None) or size)]
 
 
 def set_preprocessing(
