@@ -87,6 +87,34 @@ def test_broken_files_are_named_in_the_metrics_and_the_report_of_a_training(
     assert "2 files cannot be read" in out
 
 
+def test_sizes_are_the_model_s_where_neither_options_nor_the_data_have_any(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", "folder", "--root", str(images / "data"), "--workers", "0"]
+    kwargs = {"embed_dim": 16, "depth": 2, "patch_size": 7, "img_size": 21}
+    small = ["--model", "vit_mini_patch4_28", "--model_kwargs", json.dumps(kwargs)]
+    more = ["--epochs", "1", "--batch_size", "3", "--out", str(tmp_path / "run")]
+    main(["train", *small, *data, *more])
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["img_size"] == 21
+    (tmp_path / "run" / "train.json").unlink()
+    main(["eval", str(tmp_path / "run"), *data])
+    assert "images: 6" in capsys.readouterr().out
+
+
+def test_a_message_on_sizes_ends_with_the_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = ["--data", "moving-photographs"]
+    for model, options, way_out in (
+        ("vit_tiny_patch16_224", [], "; pass --img_size 224"),
+        ("vivit_mini_patch8x2_32", [], "; take data of clips"),
+        ("vivit_mini_patch8x2_32", [*clips, "--frames", "4"], "; pass --frames 8"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--model", model, *options, "--out", str(tmp_path / "run")])
+        assert capsys.readouterr().err.endswith(f"{way_out}\n")
+
+
 def test_eval_s_options_go_before_those_of_the_run(
     images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from ..data.config import DataConfig
 from ..data.factory import load_data
-from ..evaluation.accuracy import eval_batch_size, evaluate
+from ..evaluation.accuracy import eval_batch_size, evaluate, with_model_size
+from ..models.preprocessing import size_errors
 from ..utils.validation import check_count, plain_text
 from ._arguments import make_parser
 from ._console import show_progress
@@ -52,15 +53,13 @@ def eval_command(arguments: Sequence[str]) -> None:
     """Evaluates a checkpoint and prints the metrics."""
     config = EvalConfig(**eval_options(arguments))
     model = load_checkpoint(config.checkpoint, config.device)
+    config = with_model_size(config, model)
     data = preprocessed(load_data(config, config.split), model, config, config.checkpoint)
-    try:
-        with show_progress(f"evaluating {config.checkpoint} on {config.data}"):
-            metrics = asdict(evaluate(model, data, config.at_once(data.shape)))
-    except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ
-        raise ValueError(
-            f"{config.checkpoint} does not take images of {list(data.shape)} ({error}); pass "
-            "img_size and the rest as in its training, or a smaller batch_size"
-        ) from error
+    with (
+        size_errors(config.checkpoint, model, data.shape),
+        show_progress(f"evaluating {config.checkpoint} on {config.data}"),
+    ):
+        metrics = asdict(evaluate(model, data, config.at_once(data.shape)))
     for file in metrics.pop("broken_files"):
         print(f"left out: {plain_text(file)}", file=sys.stderr)
     for name, value in metrics.items():

@@ -105,17 +105,10 @@ def _predict(config: PredictConfig) -> Iterator[Prediction]:
     if config.workers is not None:
         options["workers"] = config.workers
     with show_progress("labeling", len(files)) as advance:
-        try:
-            for prediction in predict(
-                model, files, top=config.top, batch_size=config.batch_size, **options
-            ):
-                advance()
-                yield prediction
-        except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ
-            raise ValueError(
-                f"{config.checkpoint} does not take these files as {options} ({error}); pass "
-                "--img_size as in its training, or a smaller --batch_size"
-            ) from error
+        options |= {"top": config.top, "batch_size": config.batch_size}
+        for prediction in predict(model, files, **options):
+            advance()
+            yield prediction
 
 
 def _columns(top: int) -> dict[str, Callable[[Prediction], str]]:

@@ -22,10 +22,12 @@ def train_command(arguments: Sequence[str]) -> None:
     if config.insert:
         require_package("matplotlib", "train", "drawing maps")
     from ..training.run import train
+    from ..training.setup import with_sizes
     from ._comparison import compare_with_host
     from ._console import console, is_main_process, summary_table, training_progress
     from .report.render import write_report
 
+    config = with_sizes(config)
     with training_progress(f"training {config.model}") as report:
         result = train(config, report)
     if not is_main_process():

@@ -88,7 +88,7 @@ class VideoFolderDataset(FromFiles, MapDataset):
     def shape(self) -> tuple[int, ...]:
         """Returns the size of one clip, `(c, t, h, w)`."""
         c, h, w = self.config.image_shape
-        return c, self.config.frames, h, w
+        return c, self.config.clip_frames, h, w
 
     def load(self, index: int) -> Tensor:
         """Decodes a clip: uint8 `t c h w`, with several views or crops `v t c h w`.
@@ -151,7 +151,7 @@ class VideoFolderDataset(FromFiles, MapDataset):
 
     def _choose(self, n: int) -> Tensor:
         """The numbers of the frames of each view, `v t`, of a video of `n` frames."""
-        t, stride, views = self.config.frames, self.config.stride, self.config.views
+        t, stride, views = self.config.clip_frames, self.config.stride, self.config.views
         steps = torch.arange(t, dtype=torch.float64)
         if self.split == "train":
             drawn = torch.rand(1, 1 if stride else t, dtype=torch.float64)

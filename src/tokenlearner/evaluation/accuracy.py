@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.config import DataConfig
 from ..data.dataset import Batch, IterableDataset, LabeledDataset, match_classes
 from ..data.loader import SampleKey, load_batches
 from ..models.outputs import predict_logits
-from ..models.preprocessing import get_classes, get_preprocessing
+from ..models.preprocessing import get_classes, get_input_size, get_preprocessing, has_fixed_size
 from ..utils.modules import stream_device, training_mode
 from ..utils.validation import check_count, require, shortened
 
+Config = TypeVar("Config", bound=DataConfig)
 MAX_NAMED = 20  # unreadable files whose names are kept
 _MAX_NUMBERS = 2**25  # that go into a model at a time, about
 
@@ -90,6 +92,24 @@ def preprocess_for(
     if found := get_preprocessing(model, data.shape[0]):
         return data.with_preprocessing(**found.to_kwargs() | dict(options or {}))
     return data
+
+
+def with_model_size(config: Config, model: Any) -> Config:
+    """Returns a config with the model's size of images and clips, where none is given.
+
+    Args:
+        config: Of a data set; some have a size of their own.
+        model: One that takes images of any size changes nothing. Weights do not matter.
+    """
+    if not config.lacks_size:
+        return config
+    _, *frames, height, width = get_input_size(model)
+    is_fixed = has_fixed_size(model) and height == width
+    sizes = {"img_size": height if is_fixed else None, "frames": frames[0] if frames else None}
+    changes = {n: size for n, size in sizes.items() if getattr(config, n) is None}
+    if config.data == "moving-photographs":
+        changes.pop("img_size", None)
+    return replace(config, **changes)
 
 
 def _imagenet_names(count: int | None) -> tuple[str, ...] | None:

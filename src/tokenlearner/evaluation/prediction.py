@@ -14,7 +14,7 @@ from ..data.config import DataConfig
 from ..data.dataset import MapDataset
 from ..data.loader import SampleKey, load_batches
 from ..data.unlabeled import list_files, load_unlabeled
-from ..models.preprocessing import get_classes, get_input_size, get_preprocessing
+from ..models.preprocessing import get_classes, get_input_size, get_preprocessing, size_errors
 from ..utils.modules import training_mode
 from ..utils.validation import check_count, require
 from .accuracy import eval_batch_size, mean_logits
@@ -106,7 +106,7 @@ def _rank(
     model: nn.Module, images: Tensor, data: MapDataset, top: int
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Returns the numbers of the most probable classes of each image, and their probabilities."""
-    with training_mode(model, training=False):
+    with training_mode(model, training=False), size_errors("the model", model, data.shape):
         logits = mean_logits(model, images, data)
     require(bool(logits.isfinite().all()), "the model returns NaN or infinity")
     shares, numbers = logits.double().softmax(-1).topk(min(top, logits.shape[1]))

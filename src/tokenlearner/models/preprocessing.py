@@ -6,7 +6,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,9 +74,53 @@ def get_input_size(model: Any) -> list[int]:
     channels = next((m.in_channels for m in convolutions), channels)
     tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
     frames = [model.num_frames * tubelet] if hasattr(model, "num_frames") else []
+    return [channels, *frames, *(_embedded_size(model) or size)]
+
+
+def has_fixed_size(model: Any) -> bool:
+    """Returns whether a model is built for images of one size."""
+    return bool(getattr(model, "inputs", None) or _embedded_size(model))
+
+
+def _embedded_size(model: Any) -> Sequence[int] | None:
     owner = getattr(model, "encoder", model)  # of a FrameViT
     embed = getattr(owner, "patch_embed", getattr(owner, "stem", None))  # a Mixer's is its stem
-    return [channels, *frames, *(getattr(embed, "img_size", None) or size)]
+    return getattr(embed, "img_size", None)
+
+
+@contextmanager
+def size_errors(name: str, model: Any, shape: Sequence[int]) -> Iterator[None]:
+    """Explains an error in the block by the sizes of a model, if it is of other images than come.
+
+    Args:
+        name: Of the model.
+        model: Any.
+        shape: `c h w` of the images, or `c t h w` of the clips.
+
+    Raises:
+        ValueError: In place of the errors of timm, torch and our own models.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        hint = _size_hint(get_input_size(model), shape)
+        if isinstance(error, ValueError) and not hint:
+            raise
+        kind = "clips" if len(shape) == 4 else "images"
+        raise ValueError(
+            f"{name} does not take {kind} of {list(shape)} ({' '.join(str(error).split())}); "
+            f"{hint or 'take another model, or a smaller batch_size where memory is short'}"
+        ) from error
+
+
+def _size_hint(taken: Sequence[int], shape: Sequence[int]) -> str:
+    """Returns the options for images of another size; nothing where sizes are the same."""
+    if len(taken) != len(shape):
+        return f"take data of {'clips' if len(taken) == 4 else 'images'}"
+    names = ("--in_chans", *(["--frames"] if len(taken) == 4 else []), "--img_size")
+    pairs = zip(names, taken, shape, strict=False)
+    options = " ".join(f"{name} {size}" for name, size, given in pairs if size != given)
+    return f"pass {options}" if options else ""
 
 
 def set_preprocessing(

@@ -36,7 +36,7 @@ from .config import TrainConfig
 from .distributed import Distributed
 from .meter import Report
 from .paths import absolute_options
-from .setup import TrainingSetup, calibrate_inserted, prepare, read_calibration
+from .setup import TrainingSetup, calibrate_inserted, prepare, read_calibration, with_sizes
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
         TrainingInterrupted: After SIGTERM or SIGINT; the run can be resumed. A RuntimeError too.
     """
     check_run_folder(config)
+    config = with_sizes(config)
     distributed = Distributed(config)
     with RunFolder(config, distributed.accelerator.is_main_process) as folder:
         return _train(config, report, distributed, folder)
