@@ -337,7 +337,7 @@ def test_a_missing_package_or_a_port_that_is_taken_is_refused() -> None:
     for package in ("gradio", "matplotlib"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            with pytest.raises(ValueError, match=r"tokenlearner\[app\]"), serving(AppConfig()):
+            with pytest.raises(ValueError, match=r"'\.\[app\]'"), serving(AppConfig()):
                 pass
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

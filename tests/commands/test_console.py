@@ -68,6 +68,7 @@ def test_an_epoch_is_a_line_that_counts_what_was_left_out() -> None:
     line = epoch_line(row)
     assert line.endswith(", 3 steps left out, 3 files cannot be read")
     assert "0.26 images/s" in line
+    assert "0.26 clips/s" in epoch_line(row, "clips")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

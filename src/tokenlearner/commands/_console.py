@@ -65,7 +65,9 @@ def show_progress(title: str, total: int | None = None) -> Iterator[Callable[...
 
 
 @contextmanager
-def training_progress(title: str, to: Console | None = None) -> Iterator[Report]:
+def training_progress(
+    title: str, to: Console | None = None, unit: str = "images"
+) -> Iterator[Report]:
     """Shows the current step, and a line for every epoch and every warning.
 
     Gives what `train` takes as `report`.
@@ -73,6 +75,7 @@ def training_progress(title: str, to: Console | None = None) -> Iterator[Report]
     Args:
         title: What the lines start with.
         to: The console; None is the usual one.
+        unit: What is trained on, images or clips.
     """
     out = to or console()
     handler, logged = _ConsoleHandler(out), time.monotonic()
@@ -85,9 +88,9 @@ def training_progress(title: str, to: Console | None = None) -> Iterator[Report]
             if "warning" in row:
                 logger.warning("%s: %s", title, row["warning"])
             elif "epoch" in row:
-                logger.info("%s: %s", title, epoch_line(row))
+                logger.info("%s: %s", title, epoch_line(row, unit))
             else:
-                line = _update(bar, task, row)
+                line = _update(bar, task, row, unit)
                 if not out.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
                     logged = time.monotonic()
                     logger.info("%s: %s", title, line)
@@ -133,37 +136,38 @@ def _progress(out: Console, *, is_counted: bool = True) -> Any:
     )
 
 
-def _update(bar: Any, task: Any, row: dict[str, Any]) -> str:
+def _update(bar: Any, task: Any, row: dict[str, Any], unit: str) -> str:
     """Moves a bar to a step, and returns the same as a line with the time left, if it is known."""
     if row["step"] < bar.tasks[0].completed:  # training after calibrating
         bar.reset(task)
     rate = f"lr {row['lr']:.2g}" if "lr" in row else "calibrating"
-    status = f"loss {row['loss']:.3f}, {rate}, {_speed(row['images_per_second'])}"
+    status = f"loss {row['loss']:.3f}, {rate}, {_speed(row['images_per_second'], unit)}"
     bar.update(task, completed=row["step"], total=row["steps"], status=status)
     left = bar.tasks[0].time_remaining
     ending = "" if left is None else f", {_duration(left)} left"
     return f"step {row['step']} of {row['steps']}, {status}{ending}"
 
 
-def epoch_line(row: dict[str, Any]) -> str:
+def epoch_line(row: dict[str, Any], unit: str = "images") -> str:
     """Returns an epoch's metrics in one line."""
     parts = [
         f"epoch {row['epoch']}",
         f"loss {row['train_loss']:.3f}",
         f"held-out top-1 {row['test_top1_percent']:.1f} %",
-        _speed(row["images_per_second"]),
+        _speed(row["images_per_second"], unit),
         f"{row['waiting_percent']:.1f} % waiting for data",
     ]
     left_out = (f"{counted(count, noun)} {how}" for noun, how, count in _left_out(row))
     return ", ".join([*parts, *left_out])
 
 
-def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
+def summary_table(history: Sequence[dict[str, Any]], seconds: float, unit: str = "images") -> Table:
     """Returns a table with the main numbers of a run.
 
     Args:
         history: A row of metrics for every epoch, one at least.
         seconds: Duration of the command, with evaluating and saving.
+        unit: What was trained on, images or clips.
     """
     from rich.table import Table
 
@@ -174,7 +178,9 @@ def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
         "epochs": last["epoch"],
         "held-out top-1, last epoch": f"{last['test_top1_percent']:.2f} %",
         "held-out top-1, best epoch": f"{best['test_top1_percent']:.2f} % ({best['epoch']})",
-        "speed, median of epochs": _speed(median(row["images_per_second"] for row in history)),
+        "speed, median of epochs": _speed(
+            median(row["images_per_second"] for row in history), unit
+        ),
         "waiting for data": f"{waited / trained:.1f} %",
         "time of training steps": _duration(trained),
         "time of this command": _duration(seconds),
@@ -195,9 +201,8 @@ def _left_out(row: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
         yield "file", "cannot be read", broken
 
 
-def _speed(images_per_second: float) -> str:
-    digits = 0 if images_per_second >= 10 else 2
-    return f"{images_per_second:.{digits}f} images/s"
+def _speed(per_second: float, unit: str) -> str:
+    return f"{per_second:.{0 if per_second >= 10 else 2}f} {unit}/s"
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from ..models.preprocessing import get_input_size
 from ..utils.imports import require_package
 from ..utils.io import atomic_write, check_output_file
 from ..utils.validation import check_count, counted, plain_text, require
-from ._arguments import make_parser, parse
+from ._arguments import read_config
 from ._console import console, show_progress
 from ._inputs import input_pipeline
 from ._models import load_checkpoint
@@ -64,10 +64,7 @@ class PredictConfig:
 
 def predict_command(arguments: Sequence[str]) -> None:
     """Labels files, and writes or prints the labels."""
-    sources = {"nargs": "+", "help": "files, and folders of any depth"}
-    checkpoint = {"help": "file or folder that train, save_model or export wrote"}
-    parser = make_parser("predict", PredictConfig, checkpoint=checkpoint, sources=sources)
-    config = PredictConfig(**parse(parser, arguments))
+    config = read_predict_config(arguments)
     rows = list(_predict(config))
     unreadable = [row for row in rows if row.error]
     for row in unreadable:
@@ -86,6 +83,13 @@ def predict_command(arguments: Sequence[str]) -> None:
         _write_csv(sys.stdout, rows, config.top)
     if unreadable:
         print(f"{counted(len(unreadable), 'file')} cannot be read", file=sys.stderr)
+
+
+def read_predict_config(arguments: Sequence[str]) -> PredictConfig:
+    """Returns the config that is given on the command line."""
+    sources = {"nargs": "+", "help": "files, and folders of any depth"}
+    checkpoint = {"help": "file or folder that train, save_model or export wrote"}
+    return read_config("predict", PredictConfig, arguments, checkpoint=checkpoint, sources=sources)
 
 
 def _predict(config: PredictConfig) -> Iterator[Prediction]:

@@ -123,8 +123,13 @@ class DataConfig:
     @property
     def lacks_size(self) -> bool:
         """Whether a size is missing that the data set has not itself, but a model may have."""
-        clips = self.data in ("video-folder", "moving-photographs")
-        return (is_in_files(self.data) and self.img_size is None) or (clips and self.frames is None)
+        lacks_frames = self.unit == "clips" and self.frames is None
+        return (is_in_files(self.data) and self.img_size is None) or lacks_frames
+
+    @property
+    def unit(self) -> str:
+        """What the data set has: images or clips."""
+        return "clips" if self.data in ("video-folder", "moving-photographs") else "images"
 
     @property
     def reading_workers(self) -> int:
