@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenlearner import create_model, export, load_model, save_model
+from tokenlearner import create_model, load_model, save_model
 from tokenlearner.commands.main import main
 from tokenlearner.evaluation import predict
 from tokenlearner.models.preprocessing import Preprocessing, set_preprocessing
@@ -82,7 +82,7 @@ def test_labels_are_those_that_eval_counts(
 
 
 def test_an_exported_file_labels_alike_in_small_batches(files: Path, tmp_path: Path) -> None:
-    export(load_model(files / "model"), tmp_path / "m.pt2", torch.randn(2, 1, 28, 28), rounds=2)
+    main(["export", str(files / "model"), str(tmp_path / "m.pt2"), "--rounds", "2"])
     options = ["--batch_size", "4", "--workers", "0"]
     of_model = rows_of([files / "model", files / "photos"], tmp_path / "model.csv")
     of_file = rows_of([tmp_path / "m.pt2", files / "photos", *options], tmp_path / "file.csv")

@@ -16,6 +16,7 @@ from ..data.factory import load_data
 from ..deploy.exporting import BatchCheck, export
 from ..deploy.formats import check_target, load_exported
 from ..deploy.quantization import PrecisionRow, precision_rows, weights_mib
+from ..models.preprocessing import get_preprocessing
 from ..utils.validation import check_count, check_literals, counted, require
 from ._arguments import read_config
 from ._console import console, show_progress
@@ -136,7 +137,9 @@ def _images(
         )
     elif fits and not frames:
         bundled = load_data("fashion-mnist-small", "test").sample(config.batch_size)
-        data = preprocessed(bundled.resized(height, channels), model, DataConfig())
+        data = bundled.resized(height, channels)  # whose classes do not matter
+        if found := get_preprocessing(model, channels):
+            data = data.with_preprocessing(**found.to_kwargs())
     if data is None:
         return None, torch.randn(config.batch_size, *size), f"noise, {_times(size)}"
     images, _ = next(iter(data.batches(config.batch_size)))
