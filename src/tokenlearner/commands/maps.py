@@ -45,7 +45,7 @@ class MapsConfig:
 
     Args:
         model: A checkpoint that `train` or `save_model` wrote, or a model's name (random weights).
-        source: An image (png, jpg), a video, or a folder of them.
+        source: An image, a video, or a folder of them.
         out: Folder for the figures, the animations and maps.json.
         img_size: Height and width of the model's images; 0 leaves them as the model has them.
         frames: Frames of a video, for a model of images; None is 16.
