@@ -37,6 +37,7 @@ from tokenlearner.evaluation.map_figures import overlay
 
 pytest.importorskip("gradio")
 from tokenlearner.commands.app.page import NO_MAPS, AppPage
+from tokenlearner.utils.preprocessing import Preprocessing
 
 TL4, VIT = "tokenlearner-demo/vit-tl4", "tokenlearner-demo/vit"
 
@@ -84,7 +85,9 @@ def clips() -> OfferedModel:
     """A model of clips, with two blocks that fuse, and without examples."""
     options: dict[str, Any] = {"num_tokens": 3, "depth": 2, "at": 0, "fuse": True, "in_chans": 1}
     model = create_model("vivit_mini_patch8x2_32", **options)
-    pipeline = InputPipeline((1, 8, 32, 32), (0.5,), (0.5,), 1.0, 8, 1, False, "made up")
+    pipeline = InputPipeline(
+        (1, 8, 32, 32), Preprocessing((0.5,), (0.5,), 1.0), 8, 1, False, "made up"
+    )
     return OfferedModel("clips", randomized(model), pipeline, None, False, {})
 
 
@@ -145,7 +148,9 @@ def test_a_model_of_a_folder_has_its_examples_and_classes(tmp_path: Path) -> Non
 def test_a_model_whose_data_are_not_here_has_no_examples(
     run: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = InputPipeline((1, 28, 28), (0.5,), (0.5,), 1.0, 16, 1, False, "made up")
+    pipeline = InputPipeline(
+        (1, 28, 28), Preprocessing((0.5,), (0.5,), 1.0), 16, 1, False, "made up"
+    )
     monkeypatch.setattr("tokenlearner.commands.app.models.input_pipeline", lambda *_: pipeline)
     [model] = load_offered([str(make_checkpoint(tmp_path / "a", 2, **run))], "cpu").values()
     assert (model.classes, model.examples) == (None, {})
@@ -159,7 +164,9 @@ def test_a_model_of_clips_is_tried_on_the_clips_it_is_evaluated_on(
 ) -> None:
     pytest.importorskip("skimage")
     data = load_data("moving-photographs", "test", frames=4, img_size=16)
-    pipeline = InputPipeline((1, 4, 16, 16), data.mean, data.std, 1.0, 4, 1, order == "btchw", "")
+    pipeline = InputPipeline(
+        (1, 4, 16, 16), Preprocessing(data.mean, data.std, 1.0), 4, 1, order == "btchw", ""
+    )
     monkeypatch.setattr("tokenlearner.commands.app.models.input_pipeline", lambda *_: pipeline)
     folder = make_checkpoint(tmp_path / "a", 2, data="moving-photographs")
     [model] = load_offered([str(folder)], "cpu").values()

@@ -16,12 +16,13 @@ from PIL import Image
 
 from tokenlearner.commands._inputs import InputPipeline
 from tokenlearner.commands.app.uploads import IMAGE_FORMATS, UploadLimits, read_upload
+from tokenlearner.utils.preprocessing import Preprocessing
 
 LIMITS = UploadLimits(max_upload_mib=1, max_pixels=100_000, max_frames=40, max_seconds=10)
-REST = (1.0, 4, 2, False, "made up")
-GRAY = InputPipeline((1, 8, 8), (0.5,), (0.5,), *REST)
-COLOR = InputPipeline((3, 8, 8), (0.5,) * 3, (0.5,) * 3, *REST)
-CLIPS = InputPipeline((1, 4, 8, 8), (0.5,), (0.5,), *REST)
+REST = (4, 2, False, "made up")
+GRAY = InputPipeline((1, 8, 8), Preprocessing((0.5,), (0.5,), 1.0), *REST)
+COLOR = InputPipeline((3, 8, 8), Preprocessing((0.5,) * 3, (0.5,) * 3, 1.0), *REST)
+CLIPS = InputPipeline((1, 4, 8, 8), Preprocessing((0.5,), (0.5,), 1.0), *REST)
 
 
 def refused(path: Path, pipeline: InputPipeline = GRAY) -> str:

@@ -12,12 +12,12 @@ from rich.console import Console
 from tokenlearner.commands import _console
 from tokenlearner.commands._console import (
     epoch_line,
-    is_main_process,
     show_progress,
     summary_table,
     training_progress,
 )
 from tokenlearner.commands._tables import filled_table
+from tokenlearner.utils.processors import is_main_process
 
 EPOCH = {
     "epoch": 2,

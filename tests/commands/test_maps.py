@@ -26,10 +26,13 @@ from tokenlearner.commands._models import load_sized
 from tokenlearner.commands.maps import MapsConfig, run_maps
 from tokenlearner.data.config import DataConfig
 from tokenlearner.data.video_folder import VideoFolderDataset
+from tokenlearner.utils.preprocessing import Preprocessing
 
 MIXER = "mixer_mini_patch4_tl8at3_28"
 VIVIT, FRAMEVIT = "vivit_mini_patch8x2_tl4at3_32", "framevit_mini_patch8_f6_tl4at3_32"
-PIPELINE = InputPipeline((3, 8, 8), (0.5,) * 3, (0.25,) * 3, 1.0, 4, 1, False, "a test")
+PIPELINE = InputPipeline(
+    (3, 8, 8), Preprocessing((0.5,) * 3, (0.25,) * 3, 1.0), 4, 1, False, "a test"
+)
 
 
 def run_on(model: str | Path, source: Path, out: Path, **options: Any) -> tuple[str, Any]:
@@ -141,22 +144,28 @@ def test_a_video_is_cropped_as_in_evaluation(tmp_path: Path, size: tuple[int, in
     path = make_video(tmp_path / "a.mkv", size)
     config = DataConfig(img_size=16, in_chans=3, frames=4, stride=2, crop_pct=0.875)
     data = VideoFolderDataset("video", "test", (str(path),), torch.zeros(1).long(), ("",), config)
-    pipeline = InputPipeline((3, 4, 16, 16), data.mean, data.std, 0.875, 4, 2, False, "")
+    pipeline = InputPipeline(
+        (3, 4, 16, 16), Preprocessing(data.mean, data.std, 0.875), 4, 2, False, ""
+    )
     seen = pipeline.read(path, "").model_input[0]
     torch.testing.assert_close(seen, data.eval_transform(data.load(0)))
 
 
 def test_of_frames_that_are_not_square_the_middle_is_taken(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv", (48, 40), frames=4)
-    wide = InputPipeline((1, 4, 20, 48), (0.0,), (1.0,), 1.0, 4, 1, False, "").read(path, "")
-    full = InputPipeline((1, 4, 40, 48), (0.0,), (1.0,), 1.0, 4, 1, False, "").read(path, "")
+    wide = InputPipeline((1, 4, 20, 48), Preprocessing((0.0,), (1.0,), 1.0), 4, 1, False, "").read(
+        path, ""
+    )
+    full = InputPipeline((1, 4, 40, 48), Preprocessing((0.0,), (1.0,), 1.0), 4, 1, False, "").read(
+        path, ""
+    )
     torch.testing.assert_close(wide.pixels, full.pixels[:, :, 10:30])
 
 
 def test_clips_have_their_axes_in_the_models_order(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv")
     first, last = (
-        InputPipeline((3, 4, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, 4, 1, order, "")
+        InputPipeline((3, 4, 8, 8), Preprocessing((0.5,) * 3, (0.5,) * 3, 1.0), 4, 1, order, "")
         .read(path, "")
         .model_input
         for order in (True, False)
@@ -170,12 +179,15 @@ def test_numbers_are_those_of_the_run_s_data_or_else_imagenet_s(tmp_path: Path) 
     recipe.write_text(json.dumps({"data": "fashion-mnist-small", "crop_pct": 0.875}))
     data = load_data("fashion-mnist-small", "test")
     pipeline = input_pipeline(model, [1, 28, 28], str(tmp_path))
-    assert (pipeline.mean, pipeline.std, pipeline.crop_pct) == (data.mean, data.std, 1.0)
+    assert pipeline.preprocessing == Preprocessing(data.mean, data.std, 1.0)
     assert pipeline.origin.startswith("fashion-mnist-small")
     recipe.write_text(json.dumps({"data": "folder", "root": "/nowhere", "crop_pct": 0.7}))
     pipeline = input_pipeline(model, [3, 28, 28], str(tmp_path))
-    assert (pipeline.mean, pipeline.crop_pct) == ((0.485, 0.456, 0.406), 0.7)
-    assert input_pipeline(model, [3, 8, 8], None).mean == (0.485, 0.456, 0.406)
+    assert (pipeline.preprocessing.mean, pipeline.preprocessing.crop_pct) == (
+        (0.485, 0.456, 0.406),
+        0.7,
+    )
+    assert input_pipeline(model, [3, 8, 8], None).preprocessing.mean == (0.485, 0.456, 0.406)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +213,8 @@ def test_without_a_run_timms_configuration_counts() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", depth=1)
     vit.pretrained_cfg |= numbers
     pipeline = input_pipeline(vit, [3, 224, 224], None)
-    assert {name: getattr(pipeline, name) for name in numbers} == numbers
-    assert input_pipeline(vit, [1, 224, 224], None).mean == pytest.approx((0.3,))
+    assert pipeline.preprocessing == Preprocessing(**numbers)
+    assert input_pipeline(vit, [1, 224, 224], None).preprocessing.mean == pytest.approx((0.3,))
 
 
 # --- kinds of models ----------------------------------------------------------------------------

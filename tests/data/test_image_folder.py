@@ -234,7 +234,7 @@ def test_all_kinds_that_pil_reads_are_taken_and_others_are_counted(
         save(gray(9).convert("RGB"), tmp_path / "train" / "a" / f"{number}.{end}")
     (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
     assert len(load(tmp_path)) == len(ends)
-    assert "1 files of other kinds are left out (.txt)" in caplog.text
+    assert "1 file of other kinds left out (.txt)" in caplog.text
 
 
 @pytest.mark.parametrize("image", [Image.new("L", (3000, 1)), Image.new("L", (1, 3000))])
@@ -243,9 +243,12 @@ def test_a_thin_strip_is_unreadable_before_it_is_resized_to_gigabytes(image: Ima
         decoded(as_file(image, "PNG"), "it", 3)
 
 
-def test_floats_of_an_unknown_range_are_unreadable() -> None:
-    with pytest.raises(UnreadableFile, match="floats"):
-        decoded(as_file(Image.new("F", (8, 8)), "TIFF"), "it", 3)
+@pytest.mark.parametrize(
+    "image", [Image.new("F", (8, 8)), *(Image.new("I", (8, 8), v) for v in (-9, 70000))]
+)
+def test_values_of_an_unknown_range_are_unreadable(image: Image.Image) -> None:
+    with pytest.raises(UnreadableFile, match="values"):
+        decoded(as_file(image, "TIFF"), "it", 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")

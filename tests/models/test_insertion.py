@@ -319,6 +319,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "V1's convolutions need a grid",
     ),
     ({"learner": "v2"}, "learner is 'v2'"),
+    ({"fuse": "no"}, "fuse is 'no'"),
     ({"grid": (3, 5)}, "16 positions do not fit a 3 x 5 grid of 15"),
     ({"grid": 4}, r"grid is 4, expected \(height, width\)"),
     ({"grid": (16,)}, r"grid is \(16,\), expected \(height, width\)"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 
 from tokenlearner import (
@@ -21,10 +22,15 @@ from tokenlearner import (
     save_model,
     train,
 )
+from tokenlearner.commands._inputs import input_pipeline
 from tokenlearner.commands.eval import eval_command
+from tokenlearner.data.config import AugmentConfig
+from tokenlearner.data.transforms import train_transform
 from tokenlearner.deploy import load_exported
+from tokenlearner.evaluation.accuracy import preprocess_for
 from tokenlearner.models.preprocessing import (
     Preprocessing,
+    from_image_processor,
     get_classes,
     get_preprocessing,
     set_preprocessing,
@@ -67,6 +73,61 @@ def test_a_model_says_what_timm_says_and_gray_takes_the_mean_of_color() -> None:
     assert gray is not None
     assert gray.mean == pytest.approx((0.2,))
     assert get_preprocessing(torch.nn.Identity()) is None
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_images_and_videos_are_cropped_in_the_mode_of_the_model(mode: str, tmp_path: Path) -> None:
+    vit: Any = create_model("vit_tiny_patch16_224", **SMALL)
+    said = {"crop_mode": mode, "mean": (0.3, 0.5, 0.7), "input_size": (3, 32, 32)}
+    vit.pretrained_cfg = vit.pretrained_cfg | said
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 70, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "test" / "a" / "1.png")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(vit))
+    expected: Any = transform(image)
+    data = preprocess_for(vit, load_data("folder", "test", root=str(tmp_path), img_size=32))
+    torch.testing.assert_close(data.get_batch([0])[0][0], expected)
+    trained: Any = train_transform(AugmentConfig(hflip=1.0), data)
+    torch.testing.assert_close(trained(data.load(0)).flip(-1), expected)
+    inputs = input_pipeline(vit, (3, 32, 32), None)
+    torch.testing.assert_close(inputs.from_image(image, "a").model_input[0], expected)
+    frames = inputs.from_frames(torch.from_numpy(pixels).permute(2, 0, 1)[None], "a").model_input
+    if mode != "center":  # where videos are resized as in training, by another filter
+        torch.testing.assert_close(frames[0], expected)
+
+
+PROCESSORS = (
+    *("ViT", "CLIP", "Beit", "DeiT", "Siglip", "VideoMAE", "Bit"),
+    "Vivit",  # which subtracts 1 before it normalizes
+)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_model_of_transformers_takes_what_its_processor_makes(name: str, tmp_path: Path) -> None:
+    processor: Any = getattr(transformers, f"{name}ImageProcessor")()
+    noise = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((500, 300), Image.Resampling.BICUBIC)
+    given: Any = [image] if name in ("VideoMAE", "Vivit") else image
+    expected = processor(given, return_tensors="pt")["pixel_values"].reshape(3, 224, 224)
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    model: Any = transformers.ViTForImageClassification(config)
+    assert get_preprocessing(model) is None
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    said = get_preprocessing(transformers.ViTForImageClassification.from_pretrained(tmp_path))
+    assert said == from_image_processor(processor)
+    assert said is not None
+    made: Any = said.eval_transform((3, 224, 224))(image)
+    assert (made - expected).abs().max() < 0.1
+
+
+def test_a_processor_of_images_of_any_size_is_refused() -> None:
+    processor: Any = transformers.ViTImageProcessor(size={"shortest_edge": 224})
+    with pytest.raises(ValueError, match="shortest_edge"):
+        from_image_processor(processor)
 
 
 def test_names_of_a_head_that_was_replaced_are_not_the_models() -> None:
@@ -146,3 +207,11 @@ def test_a_teacher_with_another_mean_sees_images_as_it_was_trained() -> None:
     pixels = torch.rand(2, 3, 4, 4)
     teacher = Renormalized(torch.nn.Identity(), student, own)
     torch.testing.assert_close(teacher((pixels - 0.4) / 0.2), (pixels - 0.5) / 0.25)
+
+
+def test_a_name_that_two_classes_have_is_no_label() -> None:
+    data = load_data("fashion-mnist-small", "test").sample(20)
+    vit = create_model("vit_mini_patch4_28", num_classes=11)
+    set_preprocessing(vit, Preprocessing((0.5,), (0.5,)), [*data.classes, data.classes[0]])
+    with pytest.raises(ValueError, match=data.classes[0]):
+        evaluate(vit, data)

@@ -24,6 +24,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("smoothing", "ema_decay", "drop_path"), (1.0,)),
     **dict.fromkeys(("hflip", "reprob"), (1.1, -0.1)),
     **dict.fromkeys(("resume", "nan", "sched", "loss", "mixed_precision"), ("abacus",)),
+    **dict.fromkeys(("download", "fsdp"), ("no", 1)),
     "kd_distill_type": ("hard",),
     "calibrate": (-1, 1),
     "clip_grad": (INF, -1.0),

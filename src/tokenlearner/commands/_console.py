@@ -6,7 +6,6 @@ Of several processes that train together only the first one prints.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..utils.imports import require_package
+from ..utils.processors import is_main_process
 from ..utils.validation import counted, plain_text
 
 if TYPE_CHECKING:
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 LOG_SECONDS = 30.0  # from one line about steps to the next where there is no terminal
 logger = logging.getLogger("tokenlearner")
 logger.setLevel(logging.INFO)
-
-
-def is_main_process() -> bool:
-    """Returns whether this is the process that prints, among those that train together.
-
-    torchrun and `accelerate launch` number them in the environment, before they know each other.
-    """
-    return os.environ.get("RANK", "0") == "0"
 
 
 def console(**options: Any) -> Console:

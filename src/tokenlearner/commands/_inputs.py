@@ -20,8 +20,9 @@ from ..data.config import DataConfig
 from ..data.factory import load_data
 from ..data.image_folder import decoded, image_extensions, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
-from ..models.preprocessing import Preprocessing, get_preprocessing
+from ..models.preprocessing import get_preprocessing
 from ..utils.io import check_regular
+from ..utils.preprocessing import Preprocessing
 from ..utils.validation import require
 from ._runs import run_options
 
@@ -56,34 +57,28 @@ class InputPipeline:
 
     Args:
         size: `(c, h, w)`, of clips `(c, t, h, w)`.
-        mean: Subtracted from pixels in [0, 1], one number a channel.
-        std: Divided by, one number a channel.
-        crop_pct: Share of the resized image's side that is kept.
+        preprocessing: That of the model.
         frames: Frames of a video.
         stride: Frames of the video from one to the next; 0 spreads them over the whole video.
         time_first: Whether clips are `b t c h w` rather than `b c t h w`.
-        origin: Where mean, std and crop_pct are from.
-        interpolation: How images are resized.
+        origin: Where the preprocessing is from.
     """
 
     size: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
+    preprocessing: Preprocessing
     frames: int
     stride: int
     time_first: bool
     origin: str
-    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         c = self.size[0]
         require(c in (1, 3), f"the model takes {c} channels; files have 3 (color) or 1 (gray)")
-        fits = len(self.mean) == len(self.std) == c and min(self.std) > 0
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        fits = len(mean) == len(std) == c and min(std) > 0
         require(
             fits,
-            f"mean is {self.mean}, std {self.std}, expected {c} each for {c} channels, "
-            "every std above 0",
+            f"mean is {mean}, std {std}, expected {c} each for {c} channels, every std above 0",
         )
 
     @property
@@ -104,7 +99,7 @@ class InputPipeline:
     def from_image(self, image: Image.Image, name: str) -> MapInput:
         """Resizes, cuts and normalizes an image that is decoded."""
         image = image.convert("L" if self.size[0] == 1 else "RGB")
-        return self._normalized(self._plain(image)[None], name, is_video=False)
+        return self._normalized(self._plain(image)[None].float() / 255, name, is_video=False)
 
     def from_frames(self, frames: Tensor, name: str) -> MapInput:
         """Resizes, cuts and normalizes frames of a video, uint8 `t c h w`."""
@@ -112,7 +107,7 @@ class InputPipeline:
 
     def _normalized(self, pixels: Tensor, name: str, *, is_video: bool) -> MapInput:
         """Normalizes frames in [0, 1], `t c h w`, and puts their axes in the model's order."""
-        mean, std = torch.tensor([self.mean, self.std])[..., None, None]
+        mean, std = torch.tensor([self.preprocessing.mean, self.preprocessing.std])[..., None, None]
         taken = (pixels - mean) / std
         if self.takes_clips:
             taken = taken[None] if self.time_first else taken.transpose(0, 1)[None]
@@ -120,18 +115,9 @@ class InputPipeline:
 
     @cached_property
     def _plain(self) -> Any:
-        """The transform of images for evaluation, without normalization."""
-        from timm.data import create_transform
-
+        """The transform of images for evaluation, without normalization: to uint8."""
         c, *_, h, w = self.size
-        mean, std = (0.0,) * c, (1.0,) * c
-        return create_transform(
-            (c, h, w),
-            crop_pct=self.crop_pct,
-            mean=mean,
-            std=std,
-            interpolation=self.interpolation,
-        )
+        return self.preprocessing.eval_transform((c, h, w), normalize=False)
 
     def _video(self, path: Path) -> Tensor:
         """Reads a clip in the middle of a video, uint8 `t c h w`."""
@@ -141,15 +127,22 @@ class InputPipeline:
         return VideoFolderDataset("video", "test", (str(path),), label, ("",), config).load(0)
 
     def _cut(self, frames: Tensor) -> Tensor:
-        """Resizes frames to cover the model's size, and crops the middle; in [0, 1]."""
+        """Resizes frames to the model's size, and crops the middle; in [0, 1].
+
+        Frames that are not to keep their shape are resized as images are.
+        """
         from torchvision.transforms.v2 import functional as TF
 
+        if self.preprocessing.crop_mode != "center":
+            images = [self._plain(TF.to_pil_image(frame)) for frame in frames]
+            return torch.stack(images).float() / 255
+        crop_pct = self.preprocessing.crop_pct
         (h, w), (tall, wide) = self.size[-2:], frames.shape[-2:]
         if h / tall >= w / wide:
-            new_h = round(h / self.crop_pct)
+            new_h = round(h / crop_pct)
             size = [new_h, max(w, int(new_h * wide / tall))]
         else:
-            new_w = round(w / self.crop_pct)
+            new_w = round(w / crop_pct)
             size = [max(h, int(new_w * tall / wide)), new_w]
         return TF.center_crop(TF.resize(frames, size, antialias=True), [h, w]).float() / 255
 
@@ -229,7 +222,7 @@ def input_pipeline(
     frames = size[1] if clips else frames or VIDEO_FRAMES
     return InputPipeline(
         tuple(size),
-        **found.to_kwargs(),
+        found,
         frames=frames,
         stride=stride,
         time_first=order == "btchw",

@@ -14,6 +14,7 @@ from ..data.config import OLD_NAMES, DataConfig
 from ..evaluation.accuracy import preprocess_for
 from ..training.checkpointing import CHECKPOINT
 from ..training.paths import candidate_paths, found_paths
+from ..utils.validation import require
 from ._arguments import parse
 
 DATASET_OPTIONS = ("root", "num_samples", "num_classes")  # of no use for another data set
@@ -31,16 +32,15 @@ def run_options(checkpoint: str) -> dict[str, Any]:
     """
     if (path := _run_file(checkpoint)) is None:
         return {}
+    run = _read(path)
     try:
-        run: Any = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in DataConfig.__dataclass_fields__ if name not in TRAINING_ONLY]
         options = {"data": run["data"]} | {name: run[name] for name in names if name in run}
         found = found_paths(run, path.parent)
         options |= {"root": found["root"]} if "root" in found else {}
         return options | {"data": OLD_NAMES.get(options["data"], options["data"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        message = f"{path} is not as train wrote it ({error!r}); fix it or move it away"
-        raise ValueError(message) from error
+    except (TypeError, KeyError) as error:
+        raise _not_as_written(path, error) from error
 
 
 def preprocessed(data: Any, model: nn.Module, config: DataConfig, checkpoint: str = "") -> Any:
@@ -51,11 +51,13 @@ def preprocessed(data: Any, model: nn.Module, config: DataConfig, checkpoint: st
     Args:
         data: From the config.
         model: What is run on them.
-        config: Its mean, std, crop_pct and interpolation are taken before the model's.
+        config: Its mean, std, crop_pct, interpolation and crop_mode are taken before the model's.
         checkpoint: File or folder that the model was loaded from, if any.
     """
-    run = run_options(checkpoint)
-    return data if run and "mean" not in run else preprocess_for(model, data, config.preprocessing)
+    run = _run_file(checkpoint)
+    if run and "mean" not in _read(run):
+        return data
+    return preprocess_for(model, data, config.preprocessing)
 
 
 def _run_file(checkpoint: str) -> Path | None:
@@ -63,6 +65,20 @@ def _run_file(checkpoint: str) -> Path | None:
     path = Path(checkpoint).expanduser()
     path = (path if path.is_dir() else path.parent) / "train.json"
     return path if checkpoint and path.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Reads the options of a run."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        require(isinstance(run, dict), f"it is a {type(run).__name__}, expected an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _not_as_written(path, error) from error
+    return run
+
+
+def _not_as_written(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not as train wrote it ({error!r}); fix it or move it away")
 
 
 def parse_with_run(
@@ -99,7 +115,7 @@ def check_root(options: Mapping[str, Any], checkpoint: str) -> None:
     path = _run_file(checkpoint)
     if path is None or options["root"] is None or options.get("download"):
         return
-    run: Any = json.loads(path.read_text(encoding="utf-8"))
+    run = _read(path)
     places = candidate_paths(run, "root", path.parent)
     if options["root"] == run.get("root") and not any(map(Path.exists, places)):
         looked = " or ".join(str(place.absolute()) for place in places)
@@ -116,6 +132,5 @@ def moved_options(recipe: Path) -> list[str]:
     """
     if recipe.name != "train.json" or not (recipe.parent / CHECKPOINT).exists():
         return []
-    run: Any = json.loads(recipe.read_text(encoding="utf-8"))
-    paths = found_paths(run, recipe.parent) | {"out": str(recipe.parent)}
+    paths = found_paths(_read(recipe), recipe.parent) | {"out": str(recipe.parent)}
     return [f"--{name}={path}" for name, path in paths.items()]

@@ -101,8 +101,7 @@ def _predict(config: PredictConfig) -> Iterator[Prediction]:
         require_package("av", "video", "reading videos")
     files = list_files(config.sources, videos=clips)
     taken = input_pipeline(model, size, config.checkpoint, stride=config.stride)
-    names = ("mean", "std", "crop_pct", "interpolation", "stride")
-    options: dict[str, Any] = {name: getattr(taken, name) for name in names}
+    options: dict[str, Any] = taken.preprocessing.to_kwargs() | {"stride": taken.stride}
     options |= {name: run[name] for name in ("views", "crops") if clips and name in run}
     if img_size := config.img_size or run.get("img_size"):
         options["img_size"] = img_size

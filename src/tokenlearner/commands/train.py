@@ -12,6 +12,7 @@ from jsonargparse import DefaultHelpFormatter
 from ..training.config import TrainConfig
 from ..training.recipes import find_recipe, list_recipes
 from ..utils.imports import require_package
+from ..utils.processors import is_main_process
 from ._arguments import complain, make_parser
 from ._runs import check_root, moved_options, parse_with_run
 
@@ -24,7 +25,7 @@ def train_command(arguments: Sequence[str]) -> None:
     from ..training.run import train
     from ..training.setup import with_sizes
     from ._comparison import compare_with_host
-    from ._console import console, is_main_process, summary_table, training_progress
+    from ._console import console, summary_table, training_progress
     from .report.render import write_report
 
     config = with_sizes(config)

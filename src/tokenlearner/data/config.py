@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..utils.preprocessing import NAMES
 from ..utils.processors import usable_processors
 from ..utils.validation import check_count, check_from_zero, check_literals, check_rate, require
 
@@ -35,11 +36,13 @@ class DataConfig:
             or 224.
         in_chans: 3 for color, 1 for gray; None is the data set's own, or 3.
         crop_pct: Share of the resized image's side that is kept for evaluation. None is the
-            model's, and 0.875 for one that is trained from scratch; so are the three that follow.
+            model's, and 0.875 for one that is trained from scratch; so are the four that follow.
         mean: Subtracted from pixels in [0, 1], one number a channel; or the data set's own, and
             ImageNet's for files.
         std: Divided by, one number above 0 a channel; as mean.
         interpolation: How images are resized; or bicubic.
+        crop_mode: `center` keeps an image's shape and cuts its middle out, `squash` makes it a
+            square, `border` keeps all of it between margins; or center. Clips have center.
         frames: Frames of a clip; None is the model's, or 8 where there is none.
         stride: Frames of the video from one frame of a clip to the next; 0 spreads a clip over it.
         views: Clips of a video in evaluation, spread over its length; their logits are averaged.
@@ -64,6 +67,7 @@ class DataConfig:
     mean: list[float] | None = None
     std: list[float] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
     frames: int | None = None
     stride: int = 4
     views: int = 1
@@ -101,8 +105,7 @@ class DataConfig:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """The options of preprocessing that are given, by name."""
-        names = ("mean", "std", "crop_pct", "interpolation")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
 
     @property
     def folder(self) -> Path | None:

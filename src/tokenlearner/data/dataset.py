@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class _Labeled(ABC):
         std: Divided by, one number above 0 a channel.
         crop_pct: Share of the resized image's side that is kept.
         interpolation: How images are resized.
+        crop_mode: How an image becomes a square, as in `DataConfig`.
         shape: `(c, h, w)` of an image in a batch, `(c, t, h, w)` of a clip.
         workers: Processes that read files for evaluation.
         in_memory: Whether all of it is in memory, at its final size.
@@ -61,12 +63,13 @@ class _Labeled(ABC):
     std: tuple[float, ...]
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
     shape: tuple[int, ...]
     workers: int = 0
     in_memory: bool = False
 
     def with_preprocessing(self, **values: Any) -> Any:
-        """Returns the same images with other values of mean, std, crop_pct and interpolation."""
+        """Returns the same images with other values of mean, std, crop_pct, ..."""
         changed = copy.copy(self)
         for name, value in values.items():
             object.__setattr__(changed, name, tuple(value) if name in ("mean", "std") else value)
@@ -209,11 +212,18 @@ def match_classes(data: LabeledDataset, classes: Sequence[str]) -> Any:
         classes: Names, in the order of a model's logits.
 
     Raises:
-        ValueError: It has a class of another name, or is a stream and would have to be renumbered.
+        ValueError: It has a class of another name or of one that two classes have, or is a stream
+            and would have to be renumbered.
     """
     if data.classes == tuple(classes):
         return data
-    number = {name: i for i, name in enumerate(classes)}
+    number, known = {name: i for i, name in enumerate(classes)}, set(data.classes)
+    twice = [name for name, times in Counter(classes).items() if times > 1 and name in known]
+    require(
+        not twice,
+        f"{data.name} has the classes {shortened(twice)}, which the model has twice; give its "
+        "classes names of their own by tokenlearner.models.set_preprocessing",
+    )
     unknown = [name for name in data.classes if name not in number]
     require(
         not unknown,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..utils.io import check_regular
+from ..utils.preprocessing import Preprocessing
 from ..utils.validation import counted, require, shortened
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
@@ -74,8 +75,13 @@ class FromFiles:
         """The config's, or bicubic."""
         return self.config.interpolation or "bicubic"
 
+    @property
+    def crop_mode(self) -> str:
+        """The config's, or center."""
+        return self.config.crop_mode or "center"
+
     def with_preprocessing(self, **values: Any) -> Any:
-        """Returns the same images with other values of mean, std, crop_pct and interpolation."""
+        """Returns the same images with other values of mean, std, crop_pct, ..."""
         values |= {name: list(values[name]) for name in ("mean", "std") if name in values}
         changed: Any = copy.copy(self)
         vars(changed).pop("_transform", None)
@@ -119,15 +125,7 @@ class ImageFiles(FromFiles):
 
     @cached_property
     def _transform(self) -> Any:
-        from timm.data import create_transform
-
-        return create_transform(
-            self.config.image_shape,
-            crop_pct=self.crop_pct,
-            mean=self.mean,
-            std=self.std,
-            interpolation=self.interpolation,
-        )
+        return Preprocessing.of(self).eval_transform(self.config.image_shape)
 
 
 class ImageSource(Protocol):
@@ -294,7 +292,12 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     require(image.mode != "F", "its values are floats of an unknown range; save it with 8 bits")
     if image.mode.startswith("I"):  # gray of 16 bits, which PIL would clip at 255
         [bits, *_] = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        values = np.asarray(image).astype(np.int64)
+        least, most = values.min(), values.max()
+        require(
+            least >= 0 and most <= 65535,
+            f"its values go from {least} to {most}, expected 0 to 65535; save it with 8 bits",
+        )
         image = Image.fromarray((values >> (bits - 8 if 8 < bits < 16 else 8)).astype(np.uint8))
     elif image.has_transparency_data:
         drawn = image.convert("RGBA")

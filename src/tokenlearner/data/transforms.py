@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.preprocessing import Preprocessing
 from ..utils.random import derive_seed, fixed_seed
 from ..utils.validation import require
 from .config import AugmentConfig
@@ -101,8 +101,9 @@ def _crop(config: AugmentConfig, data: LabeledDataset, is_clip: bool) -> list[An
         return []
     if is_clip:
         return [v2.Resize(round(h / data.crop_pct)), v2.CenterCrop((h, w))]
-    mode = v2.InterpolationMode(data.interpolation)
-    return [v2.Resize(math.floor(h / data.crop_pct), mode), v2.CenterCrop((h, w))]
+    steps = Preprocessing.of(data).eval_transform(data.shape, normalize=False).transforms
+    *resize_and_crop, _to_tensor = steps
+    return resize_and_crop
 
 
 def _image_policy(aa: str, data: LabeledDataset) -> Any:

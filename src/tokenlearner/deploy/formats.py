@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..utils.imports import require_package
 from ..utils.io import check_output_file
+from ..utils.preprocessing import NAMES
 from ..utils.validation import check_choice, require
 from .quantization import PRECISIONS
 
@@ -21,7 +22,7 @@ SUFFIXES = (".onnx", ".pt2")
 
 _OF_THIS_MACHINE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
 _METADATA = "tokenlearner_input.json"
-_DESCRIBED = ("input_size", "mean", "std", "crop_pct", "interpolation", "label_names")
+_DESCRIBED = ("input_size", *NAMES, "label_names")
 _INPUT, _OUTPUT, _BATCH = "images", "logits", "batch"
 _ONNX_BYTES = 2**31  # that one file can hold
 Axes = tuple[int | str, ...]

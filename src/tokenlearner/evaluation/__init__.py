@@ -7,6 +7,7 @@ TYPE_CHECKING = False  # as typing has it, whose import would take most of the t
 if TYPE_CHECKING:
     from .accuracy import Evaluation as Evaluation
     from .accuracy import evaluate as evaluate
+    from .accuracy import preprocess_for as preprocess_for
     from .flops import count_macs as count_macs
     from .latency import Cost as Cost
     from .latency import Seconds as Seconds
@@ -23,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "accuracy": (
             "Evaluation",
             "evaluate",
+            "preprocess_for",
         ),
         "maps": ("attention_maps",),
         "flops": ("count_macs",),

@@ -86,7 +86,7 @@ def preprocess_for(
     Args:
         model: What is run on them.
         data: Any.
-        options: Mean, std, crop_pct or interpolation that are taken before the model's.
+        options: Mean, std, crop_pct, interpolation or crop_mode that are taken before the model's.
     """
     data = by_class_names(model, data)
     if found := get_preprocessing(model, data.shape[0]):

@@ -5,6 +5,7 @@ from ..utils.lazy import lazy_exports
 TYPE_CHECKING = False  # as typing has it, whose import would take most of the time
 
 if TYPE_CHECKING:
+    from ..utils.preprocessing import Preprocessing as Preprocessing
     from .factory import create_model as create_model
     from .factory import list_models as list_models
     from .framevit import FrameViT as FrameViT
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .insertion import insert as insert
     from .insertion import remove as remove
     from .mixer import TokenLearnerMixer as TokenLearnerMixer
-    from .preprocessing import Preprocessing as Preprocessing
+    from .preprocessing import from_image_processor as from_image_processor
     from .preprocessing import get_preprocessing as get_preprocessing
     from .preprocessing import set_preprocessing as set_preprocessing
     from .streaming import TokenStream as TokenStream
@@ -45,7 +46,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "remove",
         ),
         "mixer": ("TokenLearnerMixer",),
-        "preprocessing": ("Preprocessing", "get_preprocessing", "set_preprocessing"),
+        "preprocessing": (
+            "Preprocessing",
+            "from_image_processor",
+            "get_preprocessing",
+            "set_preprocessing",
+        ),
         "streaming": ("TokenStream",),
         "vit": ("TokenLearnerViT",),
         "vivit": ("ViViT",),

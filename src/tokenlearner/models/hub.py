@@ -257,10 +257,11 @@ def load_local(path: str) -> nn.Module:
     Raises:
         ValueError: As `load_model`, and for a path that is not there.
     """
-    if not path.startswith(_HUB) and not Path(path).expanduser().exists():
+    if not path or not (path.startswith(_HUB) or Path(path).expanduser().exists()):
         hint = f"; a model on the Hub is {_HUB}{path}" if _REPO.fullmatch(path) else ""
         raise ValueError(
-            f"there is no file or folder {path}; pass one that train or save_model wrote{hint}"
+            f"there is no file or folder {path or repr(path)}; pass one that train or save_model "
+            f"wrote{hint}"
         )
     return load_model(path)
 

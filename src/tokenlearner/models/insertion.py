@@ -20,7 +20,15 @@ from ..layers.blocks import FusedBlock, PositionFreeBlock, ReducedBlock
 from ..layers.token_fuser import TokenFuser
 from ..layers.token_learner import LEARNERS
 from ..utils.modules import stream_device, stream_dtype
-from ..utils.validation import Grid, check_choice, check_count, check_grid, check_pair, is_integer
+from ..utils.validation import (
+    Grid,
+    check_choice,
+    check_count,
+    check_flag,
+    check_grid,
+    check_pair,
+    is_integer,
+)
 from .features import guard_feature_maps, record_hidden_states, remove_guard, wrapped_blocks
 from .hosts import Place, check_positions_are_not_needed, find_host
 from .pretrained import guard_saving, remove_saving_guard
@@ -109,7 +117,7 @@ def insert(
     >>> vit(torch.ones(1, 3, 224, 224)).shape, insert(vit, 8)(torch.ones(1, 3, 224, 224)).shape
     (torch.Size([1, 10]), torch.Size([1, 10]))
     """
-    if not fuse:
+    if not check_flag("fuse", fuse):
         check_positions_are_not_needed(model)
     place = find_host(model)
     if wrapped_blocks(place.host):
@@ -145,7 +153,7 @@ def insert(
         num_tokens=counts if len(counts) > 1 else counts[0],
         at=indices if len(indices) > 1 else indices[0],
         learner=learner,
-        fuse=fuse,
+        fuse=bool(fuse),
         fuser_bottleneck_dim=fuser_bottleneck_dim or 0,
         grid=None if grid is None else list(check_pair(grid)),
     )

@@ -21,7 +21,7 @@ from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
 from ..layers.token_learner import LEARNERS
-from ..utils.validation import check_choice, check_count
+from ..utils.validation import check_choice, check_count, check_flag
 from .features import check_has_grid
 from .hub import HubModel
 from .insertion import InsertionConfig, block_index, wrap
@@ -78,6 +78,7 @@ class TokenLearnerMixer(HubModel, MlpMixer):
         check_count("num_tokens", num_tokens, least=0)
         index = block_index(at, check_count("num_blocks", num_blocks))
         check_choice("learner", learner, list(LEARNERS))
+        check_flag("fuse", fuse)
         if fuser_bottleneck_dim:
             check_count("fuser_bottleneck_dim", fuser_bottleneck_dim)
         build: Any = _shorter_from(index, num_tokens, block_layer) if num_tokens else block_layer

@@ -6,40 +6,29 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from ..utils.preprocessing import Preprocessing
+from ..utils.validation import require
+from .pretrained import is_pretrained
+
 CLIPS = "bilinear"  # how torchvision resizes clips
+_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # of PIL
+_OF_CLASSES = ("label_names", "label_descriptions")  # in timm's configs
 _SIZE = (3, 224, 224)  # of a model that says nothing
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """Holds how an image becomes the input of a model.
-
-    Args:
-        mean: Subtracted from pixels in [0, 1], one number a channel.
-        std: Divided by, one number above 0 a channel.
-        crop_pct: Share of the resized image's side that is kept.
-        interpolation: How it is resized, in timm's words, such as bicubic.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float = 0.875
-    interpolation: str = "bicubic"
-
-    def to_kwargs(self) -> dict[str, Any]:
-        """Returns the fields by name, as timm's configs have them."""
-        return asdict(self)
-
-
 def get_preprocessing(model: nn.Module, channels: int = 3) -> Preprocessing | None:
-    """Returns how a model's `pretrained_cfg` says that images are made its input.
+    """Returns how images are made a model's input: by its `pretrained_cfg`, or its processor.
+
+    The processor of a model of transformers is that in the folder, or of the name, that the model
+    was loaded from, if it is on this computer.
 
     Args:
         model: Any; of a file that `export` wrote too.
@@ -47,8 +36,18 @@ def get_preprocessing(model: nn.Module, channels: int = 3) -> Preprocessing | No
 
     Returns:
         None for a model that says nothing.
+
+    Raises:
+        ValueError: The processor makes images of no fixed size, or the channels do not fit.
     """
-    if not (config := getattr(model, "pretrained_cfg", None)):
+    config = getattr(model, "pretrained_cfg", None)
+    if not config and is_pretrained(model):
+        config = getattr(getattr(model, "config", None), "pretrained_cfg", None)  # of a TimmWrapper
+        if not config and (processor := _local_processor(model)):
+            found = from_image_processor(processor)
+            mean, std = (_of_channels(values, channels) for values in (found.mean, found.std))
+            return replace(found, mean=mean, std=std)
+    if not config:
         return None
     from timm.data import resolve_data_config
 
@@ -56,7 +55,62 @@ def get_preprocessing(model: nn.Module, channels: int = 3) -> Preprocessing | No
     kept |= {"input_size": (channels, *(kept.get("input_size") or (3, 224, 224))[1:])}
     resolved = resolve_data_config(pretrained_cfg=kept)
     mean, std = (_of_channels(resolved[key], channels) for key in ("mean", "std"))
-    return Preprocessing(mean, std, resolved["crop_pct"], resolved["interpolation"])
+    return Preprocessing(
+        mean, std, *(resolved[n] for n in ("crop_pct", "interpolation", "crop_mode"))
+    )
+
+
+def from_image_processor(processor: Any) -> Preprocessing:
+    """Returns what an image processor of transformers does, in timm's words.
+
+    Args:
+        processor: As `AutoImageProcessor.from_pretrained` returns it.
+
+    Raises:
+        ValueError: It makes images of no fixed size.
+    """
+    said: dict[str, Any] = processor.to_dict()
+    size, crop = (
+        {"height": given, "width": given} if isinstance(given, int) else dict(given or {})
+        for given in (said.get("size"), said.get("crop_size"))
+    )
+    kept = crop if said.get("do_center_crop") else size
+    to, crop_mode = size.get("height", 0), "squash"
+    if "shortest_edge" in size and "longest_edge" not in size:
+        to, crop_mode = size["shortest_edge"], "center"
+    require(
+        said.get("do_resize", True) and bool(to) and "height" in kept,
+        f"{type(processor).__name__} resizes to {size} and crops to {kept or 'nothing'}, expected "
+        "images of one size; pass a tokenlearner.models.Preprocessing to set_preprocessing",
+    )
+    scale, offset = 1.0, 0.0
+    if said.get("do_rescale", True):
+        scale, offset = 255 * said.get("rescale_factor", 1 / 255), float(said.get("offset") or 0)
+    mean, std = ((0.0,) * 3, (1.0,) * 3)
+    if said.get("do_normalize", True):
+        mean, std = said["image_mean"], said["image_std"]
+    share = kept["height"] / to
+    if math.floor(kept["height"] / share) != to:  # timm's way back
+        share = math.nextafter(share, 0)
+    return Preprocessing(
+        tuple((m + offset) / scale for m in mean),
+        tuple(s / scale for s in std),
+        share,
+        _RESAMPLING[int(said.get("resample", 2))],
+        crop_mode,
+    )
+
+
+def _local_processor(model: Any) -> Any:
+    """Returns the processor of a model of transformers, None if it is not on this computer."""
+    if not (name := model.config.name_or_path):
+        return None
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return None
 
 
 def get_input_size(model: Any) -> list[int]:
@@ -136,7 +190,7 @@ def set_preprocessing(
         preprocessing: What it is trained with.
         classes: The names of its classes, in the order of its logits.
     """
-    values = preprocessing.to_kwargs() | {"crop_mode": "center"}
+    values = preprocessing.to_kwargs()
     if classes is not None:
         values |= {"label_names": list(classes), "num_classes": len(classes)}
     model.pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {}) | values
@@ -155,6 +209,11 @@ def get_classes(model: nn.Module) -> tuple[str, ...] | None:
     if not names or len(names) != getattr(model, "num_classes", len(names)):
         return None  # timm keeps those of the head that the weights came with
     return tuple(map(str, names))
+
+
+def without_classes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a `pretrained_cfg` without the names of classes, for another classifier."""
+    return {key: value for key, value in config.items() if key not in _OF_CLASSES}
 
 
 def _of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -41,6 +41,11 @@ class SavePretrained:
         return method(*call.args, **call.kwargs)
 
 
+def is_pretrained(model: nn.Module) -> bool:
+    """Returns whether a model is one of transformers', which need not be there."""
+    return _BASE in ((cls.__module__, cls.__qualname__) for cls in type(model).__mro__)
+
+
 def _names(model: nn.Module) -> list[str]:
     """Returns a name that a plain model has and this one has not for each block with a learner."""
     return [
@@ -58,8 +63,7 @@ def _patterns(model: nn.Module) -> set[str]:
 def guard_saving(model: nn.Module) -> None:
     """Lets the models of transformers in this one save what a plain class refuses to read."""
     for part in model.modules():
-        classes = ((cls.__module__, cls.__qualname__) for cls in type(part).__mro__)
-        if _BASE in classes and (patterns := _patterns(part)):
+        if is_pretrained(part) and (patterns := _patterns(part)):
             setattr(part, _METHOD, SavePretrained(part))
             setattr(part, _IGNORED, {*(getattr(part, _IGNORED, None) or ()), *patterns})
 

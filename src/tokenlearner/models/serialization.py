@@ -23,6 +23,7 @@ from ..utils.io import atomic_write
 from ..utils.validation import require, shortened
 from .features import wrapped_blocks
 from .insertion import get_insertion, insert, remove
+from .preprocessing import without_classes
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # in a model's folder
 
@@ -35,7 +36,6 @@ _OF_SOURCE = (  # keys of timm's config about the weights that the model started
     *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"),
     *("architecture", "tag", "custom_load", "label_offset"),
 )
-_OF_CLASSES = ("label_names", "label_descriptions")
 _OF_SIZE = ("test_input_size", "pool_size", "test_pool_size")
 _BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError)
 
@@ -310,5 +310,5 @@ def _pretrained_cfg(model: Any, traits: Mapping[str, Any]) -> dict[str, Any]:
     cfg["num_classes"] = traits.get("num_classes")
     outdated = _OF_SIZE if cfg["input_size"] != list(start.get("input_size", ())) else ()
     if cfg["num_classes"] != start.get("num_classes"):
-        outdated += _OF_CLASSES
+        cfg = without_classes(cfg)
     return {key: value for key, value in cfg.items() if key not in outdated}

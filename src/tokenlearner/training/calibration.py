@@ -23,7 +23,7 @@ from ..models.hosts import Place, find_host
 from ..models.insertion import remove
 from ..models.outputs import first_tensor, summarize_tokens
 from ..utils.modules import clone_structure, eager_gradients, training_mode, uncompiled
-from ..utils.validation import check_above_zero, check_count
+from ..utils.validation import check_above_zero, check_count, check_flag
 from .distillation import (
     BlockOutputs,
     HostFinder,
@@ -106,7 +106,9 @@ def calibrate(
     whole = all(isinstance(block, FusedBlock) for block in wrapped.values())
     cache = TeacherCache(host, images, first, whole=whole, batch_size=batch_size)
     before = cache.error(model)
-    parameters = tail_parameters(model, first) if tail else new_parameters(model)
+    parameters = (
+        tail_parameters(model, first) if check_flag("tail", tail) else new_parameters(model)
+    )
     cache.fit(model, parameters, steps=steps, lr=lr, seed=seed, report=report)
     after = cache.error(model)
     return Calibration(len(images), steps, before, after, time.perf_counter() - start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import nn
 from ..data.config import FRAMES, IMG_SIZE, OLD_NAMES, is_in_files
 from ..models.serialization import WEIGHTS
 from ..utils.io import FULL, atomic_write, check_output_folder, lock_folder, system_error
+from ..utils.processors import is_main_process
 from .config import TrainConfig
 from .optim import moments_per_weight
 from .paths import PATHS, absolute_options, is_same_path
@@ -116,7 +116,7 @@ def check_run_folder(config: TrainConfig) -> None:
         ValueError: It cannot, there is a run already, or its checkpoint is missing.
     """
     out = Path(config.out)
-    if os.environ.get("RANK", "0") == "0":  # the process that writes, of those that train together
+    if is_main_process():
         check_output_folder(out)
     checkpoint, metrics = ((out / name).exists() for name in (CHECKPOINT, METRICS))
     if config.resume is None and (checkpoint or metrics):

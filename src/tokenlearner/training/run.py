@@ -101,6 +101,10 @@ def _train(
     data, held_out = (load_data(config, split) for split in ("train", "val"))
     if config.images:
         ordered = require_order(data, f"draw {config.images} images")
+        require(
+            config.images <= len(data),
+            f"images is {config.images}, but {data.name} has {len(data)} to train on",
+        )
         data = ordered.sample(config.images, config.seed)
     require(
         data.classes == held_out.classes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from ..models.insertion import insert
 from ..models.outputs import predict_logits
 from ..models.preprocessing import (
     CLIPS,
-    Preprocessing,
     get_classes,
     get_preprocessing,
     set_preprocessing,
     size_errors,
+    without_classes,
 )
 from ..utils.modules import training_mode
+from ..utils.preprocessing import Preprocessing
 from ..utils.validation import require, shortened
 from .calibration import Calibration, calibrate
 from .config import TrainConfig
@@ -37,7 +38,6 @@ from .meter import Report
 from .optim import make_optimizer, make_schedule
 
 logger = logging.getLogger(__name__)
-_OF_CLASSES = ("label_names", "label_descriptions")  # in timm's configs
 _MEASURED = 256  # images that tell the variance of a teacher's features
 
 
@@ -126,10 +126,9 @@ def _measure(
 
 def _write_preprocessing(model: nn.Module, data: LabeledDataset) -> None:
     is_clip = len(data.shape) == 4
-    found = Preprocessing(
-        data.mean, data.std, data.crop_pct, CLIPS if is_clip else data.interpolation
-    )
-    set_preprocessing(model, found, data.classes)
+    used = Preprocessing.of(data)
+    used = replace(used, interpolation=CLIPS, crop_mode="center") if is_clip else used
+    set_preprocessing(model, used, data.classes)
 
 
 def _write_license(config: TrainConfig, model: Any, *, is_known: bool) -> None:
@@ -210,8 +209,7 @@ def _load_model(config: TrainConfig, data: LabeledDataset) -> nn.Module:
             "%s gets a new classifier: it has other classes than %s", config.model, data.name
         )
         model.reset_classifier(len(data.classes))
-        config_of_weights = getattr(model, "pretrained_cfg", None) or {}
-        model.pretrained_cfg = {k: v for k, v in config_of_weights.items() if k not in _OF_CLASSES}
+        model.pretrained_cfg = without_classes(getattr(model, "pretrained_cfg", None) or {})
     if config.img_size and hasattr(model, "set_input_size"):
         model.set_input_size((config.img_size, config.img_size))
     return model

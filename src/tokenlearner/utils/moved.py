@@ -180,7 +180,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "insertion": "models.insertion:get_insertion",
     "intake_of": "commands._inputs:input_pipeline",
     "is_film": "commands._inputs:is_video",
-    "is_seen": "commands._console:is_main_process",
+    "is_seen": "utils.processors:is_main_process",
     "judged_as": "commands._runs:run_options",
     "labelled_files": "data.image_folder:list_labeled_files",
     "laid_over": "evaluation.map_figures:overlay",

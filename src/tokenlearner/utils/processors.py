@@ -1,4 +1,4 @@
-"""How many processors this process may use."""
+"""How many processors this process may use, and which of several processes it is."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def usable_processors(cgroups: Path = _CGROUPS, own: Path = _OWN) -> int:
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     shares = [share for folder in _folders(cgroups, own) if (share := _quota(folder))]
     return max(1, int(min([count, *shares])))
+
+
+def is_main_process() -> bool:
+    """Returns whether this is the process that writes and prints, of those that train together.
+
+    torchrun and `accelerate launch` number them in the environment, before they know each other.
+    """
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _folders(cgroups: Path, own: Path) -> list[Path]:

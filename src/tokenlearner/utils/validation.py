@@ -69,10 +69,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Returns `value` if it is True or False, of numpy too."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise ValueError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
+
+
 def check_literals(options: object) -> None:
-    """Checks the fields of a dataclass whose type is a `Literal`, or one or None."""
+    """Checks the fields of a dataclass whose type is bool, or a `Literal`, or one or None."""
     for name, hint in get_type_hints(type(options)).items():
         value = getattr(options, name)
+        if hint is bool:
+            check_flag(name, value)
         types = [hint, *get_args(hint)]  # a union with None too
         choices = [v for t in types if get_origin(t) is Literal for v in get_args(t)]
         if choices and not (value is None and type(None) in get_args(hint)):
