@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,23 +52,34 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp-sgd": {**SGD, "fsdp": True},
     "fsdp-adamw": {**ADAMW, "fsdp": True},
 }
-DISTILLED: dict[str, Any] = {
+INSERTED: dict[str, Any] = {
     **SGD,
     "model_kwargs": None,
     "num_tokens": 0,
     "insert": 2,
     "at": 1,
     "calibrate": 0,
-    "teacher": "host",
-    "kd_distill_type": "feature",
 }
+DISTILLED: dict[str, Any] = {**INSERTED, "teacher": "host", "kd_distill_type": "feature"}
+BEIT = "beit_base_patch16_224"
 STOPS: dict[str, Any] = {**SGD, "epochs": 3, "resume": "auto"}
 
 
-def save_host(folder: Path) -> str:
+def each_start_method() -> Iterator[str]:
+    """Sets how processes are started, in turn."""
+    before = multiprocessing.get_start_method()
+    try:
+        for method in ("fork", "spawn"):
+            multiprocessing.set_start_method(method, force=True)
+            yield method
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def save_host(folder: Path, name: str = "vit_mini_patch4_28") -> str:
     """A model to insert tokens in."""
     torch.manual_seed(0)
-    save_model(create_model("vit_mini_patch4_28", num_classes=4, in_chans=1, **TINY), folder)
+    save_model(create_model(name, num_classes=4, in_chans=1, img_size=28, **TINY), folder)
     return str(folder)
 
 
@@ -85,7 +98,7 @@ def until(config: TrainConfig, step: int) -> str:
 
 
 def run_all(folder: Path) -> None:
-    """Every run of `RUNS`, a distilled one and a stopped one, and a report of each process."""
+    """All runs of `RUNS`, a distilled one, BEiT's and a stopped one; a report of each process."""
     opened: list[str] = []
 
     def record(event: str, arguments: Any) -> None:
@@ -96,6 +109,7 @@ def run_all(folder: Path) -> None:
     for name, options in RUNS.items():
         train(recipe(folder / name, **options))
     train(recipe(folder / "distilled", model=str(folder / "host"), **DISTILLED))
+    train(recipe(folder / "beit", model=str(folder / "beit_host"), **INSERTED))
     message = until(recipe(folder / "stopped", **STOPS), 6)
     accelerator = Distributed(recipe(folder / "evaluated")).accelerator
     process, num_processes = accelerator.process_index, accelerator.num_processes

@@ -1,8 +1,11 @@
-"""Gray images whose value is their label, and what an epoch of a stream of them holds."""
+"""Gray images whose value is their label, tar files of them, and what an epoch of them holds."""
 
 from __future__ import annotations
 
 import io
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -10,6 +13,8 @@ from torch import Tensor
 
 from tokenlearner.data.dataset import Batch
 from tokenlearner.data.iterable import StreamDataset
+
+PER_SHARD = 5
 
 
 def gray(value: int) -> Image.Image:
@@ -36,3 +41,27 @@ def seen(data: StreamDataset, size: int = 4, **options: object) -> list[int]:
     found = batches(data, size, **options)
     assert all(torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels) for batch in found)
     return [int(label) for batch in found for label in batch.labels]
+
+
+def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def write_shard(path: Path, images: Mapping[int, bytes]) -> None:
+    """Each image and its number as the label."""
+    pairs = [((f"{i:03}.png", png), (f"{i:03}.cls", b"%d" % i)) for i, png in images.items()]
+    write_tar(path, [file for pair in pairs for file in pair])
+
+
+def write_shards(root: Path, shards: int = 4, split: str = "train") -> Path:
+    """Image i is gray of the value i, and so is its label."""
+    for shard in range(shards):
+        numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        write_shard(root / f"{split}-{shard:03}.tar", {i: png(i) for i in numbers})
+    return root

@@ -13,7 +13,6 @@ import resource
 import signal
 import tarfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +23,18 @@ import numpy as np
 import pytest
 import torch
 from files import make_image, make_video, png_bomb
+from PIL import Image
 from safetensors.torch import save_file
+from streams import write_tar
 
 from tokenlearner import create_model, load_model, save_model
 from tokenlearner.checkpoints import read_flax, read_weights, write_flax
 from tokenlearner.data.config import DataConfig
+from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.hub_datasets import TarShards, _read_info
 from tokenlearner.data.image_folder import ImagePaths, _read_list, decoded
 from tokenlearner.data.video_folder import VideoFolderDataset
+from tokenlearner.utils.limits import VARIABLE
 
 SECONDS, BYTES = 10, 4 * 2**30
 IMAGES = ("png", "jpg", "tiff", "gif", "webp", "bmp")
@@ -208,13 +211,35 @@ def test_a_small_file_that_names_a_huge_model_is_refused_at_once(
     assert time.perf_counter() - start < SECONDS
 
 
-def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.npy", bytes(2**20))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokenlearner.checkpoints.readers.MAX_UNPACKED_BYTES", 2**10)
-        with pytest.raises(ValueError, match="unpack to"):
-            read_weights(tmp_path / "x.npz")
+def read_limited(what: str, folder: Path) -> None:
+    """Reads what unpacks to about a MiB."""
+    if what == "archive":
+        np.savez_compressed(folder / "x.npz", a=np.zeros(2**18, np.float32))
+        read_weights(folder / "x.npz")
+    elif what == "image":
+        image = Image.new("L", (512, 512))
+        image.save(folder / "x.png")
+        decoded(lambda: Image.open(folder / "x.png"), "x.png", 1)
+    else:
+        path = write_tar(folder / "x.tar", [("0.png", bytes(2**20)), ("0.cls", b"0")])
+        [record] = TarShards((str(path),)).records(0, 1, None)
+        if isinstance(record, UnreadableFile):
+            raise record
+
+
+@pytest.mark.parametrize("what", ["archive", "image", "member of a tar file"])
+def test_what_unpacks_to_too_much_is_refused_unless_the_limit_is_raised(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.setenv(VARIABLE, "0.0005")
+    with pytest.raises(ValueError, match=VARIABLE):
+        read_limited(what, tmp_path)
+    monkeypatch.setenv(VARIABLE, "0.01")
+    read_limited(what, tmp_path)
+    monkeypatch.setenv(VARIABLE, "much")
+    with pytest.raises(ValueError, match=f"{VARIABLE} is 'much'"):
+        read_limited(what, tmp_path)
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits as Linux has them")

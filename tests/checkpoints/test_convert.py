@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,20 @@ def test_a_converted_checkpoint_has_scenics_numbers_and_comes_back_bit_for_bit(
     params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
     assert weights.keys() == params.keys()
     assert all(np.array_equal(weights[key].numpy(), value) for key, value in params.items())
+
+
+@pytest.mark.parametrize("out", ["new.safetensors", "new_7"])
+def test_a_disk_without_room_is_named_before_anything_is_written(
+    out: str, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(checkpoint(golden("vit_v11"), tmp_path / "checkpoint_7"))
+    if out == "new_7":
+        source = str(convert_checkpoint(ConvertConfig(source, f"{tmp_path}/a.safetensors", at=2)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"MiB are to be written there"):
+        convert_checkpoint(ConvertConfig(source, str(tmp_path / out), at=2))
+    assert not (tmp_path / out).exists()
 
 
 @pytest.mark.parametrize("learner", ["v1", "v1-mean"])

@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny import randomized
 
-from tokenlearner import remove
+from tokenlearner import create_model, remove
 from tokenlearner.checkpoints.init_from import init_from, resample_positions
 from tokenlearner.checkpoints.scenic import nest, to_scenic
 from tokenlearner.models.factory import save_model
@@ -252,3 +252,12 @@ def test_dtype_stays_that_of_the_model() -> None:
     model = vit().to(torch.bfloat16)
     init_from(model, randomized(vit()))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_weights_that_are_no_numbers_are_refused_before_any_is_copied() -> None:
+    source, target = (create_model("vit_mini_patch4_28") for _ in range(2))
+    before = target.state_dict()["blocks.0.norm1.weight"].clone()
+    source.get_parameter("blocks.3.norm1.weight").data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"blocks\.3\.norm1\.weight"):
+        init_from(target, source)
+    assert target.state_dict()["blocks.0.norm1.weight"].equal(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from tiny import same
 from torch import Tensor
 
+from tokenlearner import load_model
 from tokenlearner.checkpoints.readers import read_weights
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "scenic_checkpoint.msgpack"
@@ -37,6 +39,9 @@ PARAMETERS = {name: torch.nn.Parameter(value) for name, value in WEIGHTS.items()
         (".pth", {"state_dict": WEIGHTS, "epoch": 3, "scale": torch.ones(1)}),
         (".pth", {"model": WEIGHTS, "epoch": 3}),
         (".pth", {**PARAMETERS, "epoch": 3, "model": "vit"}),
+        (".pth", {"net": {f"net.{name}": value for name, value in WEIGHTS.items()}}),
+        (".pth", {"state_dict": {"a": torch.ones(1)}, "state_dict_ema": WEIGHTS}),
+        (".pth", {f"module.base_encoder.{name}": value for name, value in WEIGHTS.items()}),
     ],
     ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )
@@ -48,6 +53,32 @@ def test_tensors_by_name_are_read_and_the_rest_is_left_out(
     weights = read_weights(str(file))
     assert same(weights, WEIGHTS)
     assert not any(value.requires_grad for value in weights.values())
+
+
+def test_the_index_of_several_files_is_read_whole(tmp_path: Path) -> None:
+    names = {name: f"model-{i}.safetensors" for i, name in enumerate(WEIGHTS)}
+    for name, file in names.items():
+        save_file({name: WEIGHTS[name]}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert same(read_weights(index), WEIGHTS)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-1"):
+        read_weights(index)
+
+
+@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1", "<!DOCTYPE html>"])
+@pytest.mark.parametrize("read", [read_weights, load_model])
+def test_what_comes_in_place_of_a_file_is_named(read: Any, text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text(text)
+    with pytest.raises(ValueError, match="download"):
+        read(tmp_path / "model.safetensors")
+
+
+def test_parts_that_may_each_be_the_weights_are_named(tmp_path: Path) -> None:
+    torch.save({"generator": WEIGHTS, "critic": WEIGHTS}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="generator, critic"):
+        read_weights(tmp_path / "file.pth")
 
 
 def test_npz_files_are_read_and_bfloat16_is_known_by_its_two_bytes(tmp_path: Path) -> None:

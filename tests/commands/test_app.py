@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 import socket
 import sys
@@ -310,6 +311,17 @@ def test_an_unexpected_error_is_printed_to_the_terminal_only(
     assert "KeyError" in status
     assert "secret" not in status
     assert "KeyError: 'secret'" in capsys.readouterr().err
+
+
+def test_a_full_disk_of_the_server_is_one_sentence(
+    page: AppPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tokenlearner.commands.app.uploads.shutil.copyfile", full)
+    clip = str(make_video(tmp_path / "a.mp4"))
+    assert "disk is full" in page.look(TL4, clip, None)[page.status]
 
 
 def test_another_block_and_frame_are_announced(clips: OfferedModel, tmp_path: Path) -> None:

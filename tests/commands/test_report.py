@@ -428,7 +428,7 @@ def test_damaged_rows_are_named_and_the_rest_is_reported(tmp_path: Path) -> None
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"epoch": 7, "train_')
     page = Page(write_report(folder, images=0))
-    assert f"line 7 of {metrics} cannot be read" in page.problems
+    assert "line 7 of run/metrics.jsonl cannot be read" in page.problems
     best, last = (page.row(f"held-out top-1, {which} epoch, %") for which in ("best", "last"))
     assert (best, last) == (["52.0"], ["–"])
     assert not [text for text in page.texts("td", "text") if text in ("nan", "inf")]
@@ -457,9 +457,9 @@ def test_broken_and_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     (folder / "train.json").write_text("[]")
     page = Page(write_report(folder, images=FEW))
     for problem in (
-        f"{folder / 'metrics.json'} cannot be read",
-        f"{folder / 'maps.png'} is no complete PNG file",
-        f"{folder / 'maps-linked.png'} is a link out of the folder",
+        "run/metrics.json cannot be read",
+        "run/maps.png is no complete PNG file",
+        "run/maps-linked.png is a link out of the folder",
         "train.json holds a list, expected a JSON object",
         "Missing for run",
     ):

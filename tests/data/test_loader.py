@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tokenlearner import TrainConfig
 from tokenlearner.data.dataset import Batch, MapDataset, UnreadableFile
-from tokenlearner.data.factory import ImageDataset, load_data
+from tokenlearner.data.factory import ImageDataset
 from tokenlearner.data.loader import (
     MAX_TRIES,
     SampleKey,
@@ -230,24 +227,3 @@ def test_a_batch_of_clips_is_a_stack_of_clips() -> None:
     data: Any = Files(replace(make_images(4), images=images))
     (batch,) = load_batches(data, [[SampleKey(1), SampleKey(2)]])
     torch.testing.assert_close(batch.images, (images[1:3].float() / 255 - 0.5) / 0.2)
-
-
-@pytest.mark.slow
-def test_workers_that_are_spawned_read_the_batches_of_those_that_are_forked(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        Image.radial_gradient("L").save(tmp_path / "train" / name / "0.png")
-    data = load_data("folder", root=tmp_path, img_size=14)
-    options: dict[str, Any] = {"scale": [0.5, 1.0], "hflip": 0.5, "color_jitter": 0.1}
-    config = TrainConfig(**options, aa="rand-m9-mstd0.5-inc1", reprob=0.5)
-    keys, before = [[SampleKey(0, 1), SampleKey(1, 2)]], multiprocessing.get_start_method()
-    read = []
-    try:
-        for method in ("fork", "spawn"):
-            multiprocessing.set_start_method(method, force=True)
-            read += [*load_batches(data, keys, train_transform(config, data), workers=1)]
-    finally:
-        multiprocessing.set_start_method(before, force=True)
-    forked, spawned = read
-    torch.testing.assert_close(spawned.images, forked.images)
-    assert spawned.labels.tolist() == forked.labels.tolist() == [0, 1]

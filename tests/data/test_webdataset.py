@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from streams import batches, gray, png, seen
+from streams import PER_SHARD, batches, gray, png, seen, write_shard, write_shards, write_tar
 from torch import Tensor
 
 from tokenlearner.data import iterable as streamed
 from tokenlearner.data.dataset import UnreadableFile, require_order
 from tokenlearner.data.factory import load_data
-from tokenlearner.data.hub_datasets import MAX_MEMBER_BYTES, TarShards
+from tokenlearner.data.hub_datasets import TarShards
 from tokenlearner.data.iterable import StreamDataset
-
-PER_SHARD = 5
-
-
-def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in files:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return path
-
-
-def write_shard(path: Path, images: Mapping[int, bytes]) -> None:
-    """Each image and its number as the label."""
-    pairs = [((f"{i:03}.png", png), (f"{i:03}.cls", b"%d" % i)) for i, png in images.items()]
-    write_tar(path, [file for pair in pairs for file in pair])
-
-
-def write_shards(root: Path, shards: int = 4, split: str = "train") -> Path:
-    """Image i is gray of the value i, and so is its label."""
-    for shard in range(shards):
-        numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
-        write_shard(root / f"{split}-{shard:03}.tar", {i: png(i) for i in numbers})
-    return root
+from tokenlearner.utils.limits import VARIABLE
 
 
 def write_info(root: Path, split: str = "train", **changed: object) -> None:
@@ -370,7 +344,7 @@ def test_a_member_that_declares_terabytes_is_refused(tmp_path: Path) -> None:
     path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
     [reason] = TarShards((str(path),)).records(0, 1, None)
     assert isinstance(reason, UnreadableFile)
-    assert str(MAX_MEMBER_BYTES) in str(reason)
+    assert f"{VARIABLE}=8192 " in str(reason)
 
 
 @pytest.mark.parametrize("content", [b'{"label": Infinity}', b"[" * 100_000], ids=["inf", "deep"])

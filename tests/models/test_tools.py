@@ -14,7 +14,9 @@ import pytest
 import timm
 import torch
 import torchvision
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tiny import inputs_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -31,9 +33,18 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from tokenlearner import insert, remove
+from tokenlearner import (
+    attention_maps,
+    calibrate,
+    create_model,
+    insert,
+    remove,
+    save_model,
+)
+from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.layers import FusedBlock, PositionFreeBlock, ReducedBlock
 from tokenlearner.layers.token_learner import LEARNERS
+from tokenlearner.models.hosts import find_host
 
 SIZE = {"img_size": 32, "patch_size": 8, "depth": 3}
 TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 48}
@@ -46,9 +57,10 @@ def images() -> Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def reduced(learner: str = "v11", fuse: bool = True) -> nn.Module:
+def reduced(learner: str = "v11", fuse: bool = True, embed_dim: int = 264) -> nn.Module:
     torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", **SIZE, embed_dim=264, num_classes=5)
+    sizes = {**SIZE, "embed_dim": embed_dim}
+    vit = timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=5)
     insert(vit, 4, at=1, learner=learner, fuse=fuse)
     for name, parameter in vit.named_parameters():
         if "fuser.mix.weight" in name:
@@ -165,6 +177,123 @@ def test_timm_in_transformers() -> None:
     assert_same(model(images()).logits, model.timm_model(images()))
     with pytest.raises(ValueError, match="no grid"):
         model(images(), output_hidden_states=True)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+@pytest.mark.parametrize("width", [48, 264])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_adapters_of_peft_on_a_learners_layers_count_in_training_too(
+    learner: str, width: int
+) -> None:
+    model = reduced(learner, fuse=False, embed_dim=width)
+    layers = {n: m for n, m in model.named_modules() if m in learner_layers(model)}
+    rank = max(getattr(layer, "groups", 1) for layer in layers.values())  # as PEFT asks for
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=rank, target_modules=[*layers]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    expected = reduced(learner, fuse=False, embed_dim=width)
+    for name, layer in adapted.base_model.model.named_modules():
+        if name in layers and rank == 1:  # there is no such weight of a layer with groups
+            effect = layer.get_delta_weight("default")
+            with torch.no_grad():
+                expected.get_submodule(name).get_parameter("weight").add_(effect)
+    outputs = adapted.eval()(images())
+    with torch.no_grad():
+        assert_same(adapted(images()), outputs)
+        if rank == 1:
+            assert_same(expected(images()), outputs)
+        assert not torch.allclose(model(images()), outputs, atol=1e-3)
+    outputs.square().mean().backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.any() for p in trained)
+
+
+QUANTIZED = ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_model_that_torchao_quantized_runs_and_is_neither_calibrated_nor_saved(
+    name: str, tmp_path: Path
+) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", **SIZE, num_classes=5)
+    plain = insert(copy.deepcopy(model), 4, at=1).eval()
+    quantized = copy.deepcopy(plain)
+    torchao.quantize_(quantized, getattr(torchao, name)())
+    with torch.no_grad():
+        logits = plain(images())
+        assert (quantized(images()) - logits).norm() < 0.1 * logits.norm()
+    assert count_macs(quantized, images()) == count_macs(plain, images())
+    maps, expected = (attention_maps(each, images())[1] for each in (quantized, plain))
+    torch.testing.assert_close(maps, expected, rtol=0.1, atol=0.01)
+    with pytest.raises(ValueError, match="no plain tensor; save the model before"):
+        save_model(quantized, tmp_path)
+    with pytest.raises(ValueError, match="no plain tensor; calibrate the model before"):
+        calibrate(quantized, images(), steps=1)
+    assert remove(quantized)(images()).shape == (2, 5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_learners_in_front_of_blocks_without_gradients_are_not_calibrated() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    vit = timm.create_model("vit_tiny_patch16_224", **SIZE, num_classes=5).eval()
+    torchao.quantize_(vit, torchao.Int8DynamicActivationInt8WeightConfig())
+    with pytest.raises(ValueError, match="no gradient comes back"):
+        calibrate(insert(vit, 4, at=1), images(), steps=1)
+
+
+CLIP_SIZE = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
+TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+TOWERS: dict[str, dict[str, Any]] = {
+    "class token": CLIP_SIZE,
+    "average": CLIP_SIZE | {"pool_type": "avg"},
+    "attention pool": CLIP_SIZE
+    | {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
+    "timm": {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token"},
+}
+
+
+def clip(name: str) -> Any:
+    """A CLIP of open_clip, of random weights."""
+    torch.manual_seed(0)
+    model = pytest.importorskip("open_clip.model")
+    return model.CLIP(embed_dim=16, vision_cfg=TOWERS[name], text_cfg=TEXT).eval()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_towers_of_open_clip_run_on_tokens(name: str, whole: bool) -> None:
+    model = clip(name)
+    x, text = torch.randn(2, 3, *[model.visual.image_size[0]] * 2), torch.randint(1, 50, (2, 8))
+    expected, given = model.encode_image(x), model if whole else model.visual
+    insert(given, 4, at=1)
+    block = find_host(given).blocks[1]
+    tokens = inputs_of(block, lambda: model(x, text))
+    kept = inputs_of(block.block, lambda: model(x, text))
+    assert torch.equal(kept[:, 0], tokens[:, 0])
+    assert_same(kept[:, 1:], block.learner(tokens[:, 1:]))
+    grid = find_host(given).grid.grid_size
+    assert attention_maps(given, x)[1].shape == (2, 4, *grid)
+    with pytest.raises(ValueError, match="no grid"):
+        model.visual.forward_intermediates(x)
+    with pytest.raises(ValueError, match=r"save model\.state_dict"):
+        save_model(given, "x")
+    assert not torch.allclose(model.encode_image(x), expected, atol=1e-3)
+    assert_same(remove(given) and model.encode_image(x), expected)
+
+
+def test_towers_of_open_clip_that_do_not_fit_are_refused() -> None:
+    model = clip("class token")
+    model.visual.patch_dropout = nn.Dropout()
+    with pytest.raises(ValueError, match="V1's convolutions need all positions"):
+        insert(model, 4, at=1, learner="v1")
+    model.visual.transformer.resblocks[0].attn.batch_first = False
+    with pytest.raises(ValueError, match="update open_clip_torch"):
+        insert(model, 4, at=1)
 
 
 SAVED = {

@@ -28,7 +28,7 @@ from tokenlearner.training.checkpointing import (
     remove_temporary_files,
     write_checkpoint,
 )
-from tokenlearner.utils.io import lock_folder
+from tokenlearner.utils.io import LOCK, lock_folder
 
 AT_RANDOM: dict[str, Any] = {"drop_path": 0.3, "ema_decay": 0.9, "hflip": 0.5, "mixup": 0.4}
 STEPS = 8
@@ -325,12 +325,14 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(
     monkeypatch.setattr(run, "prepare", slow)
     with other, pytest.raises(ValueError, match="meanwhile" if over else "in use"):
         train(recipe(out))
-    assert [path.name for path in out.iterdir()] == [CHECKPOINT]
+    assert {path.name for path in out.iterdir()} == {LOCK, CHECKPOINT}
 
 
-def test_a_run_that_is_over_leaves_no_lock(tmp_path: Path) -> None:
+def test_a_run_that_is_over_leaves_its_folder_to_others(tmp_path: Path) -> None:
     train(recipe(tmp_path / "run"))
-    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    hidden = [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    assert [(path.name, path.read_bytes()) for path in hidden] == [(LOCK, b"")]
+    train(recipe(tmp_path / "run", resume="auto"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"opt": "sgd", "ema_decay": 0.9}, {"epochs": 1}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import sys
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_a_whole_state_is_a_copy_that_brings_back_weights_and_optimizer(kind: An
     assert not torch.equal(other.weight, model.weight)
     step(other, others)
     assert torch.equal(other.weight, model.weight)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_tracker_that_cannot_write_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+
+    def full(self: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    process = alone(trackers=["tensorboard"], out=str(tmp_path))
+    with process.trackers():
+        monkeypatch.setattr(writer, "write", full)
+        for step in range(3):
+            process.track({"step": step, "loss": 0.5})
+    [record] = [record for record in caplog.records if record.name.startswith("tokenlearner")]
+    assert "tensorboard cannot write ([Errno 28] No space left" in record.getMessage()
 
 
 def test_numbers_are_reported_to_a_tracker_in_the_runs_folder(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import running
 import torch
-from running import DISTILLED, RUNS, STOPS, quarter_images, recipe, save_host, until
+from running import BEIT, DISTILLED, INSERTED, RUNS, STOPS, quarter_images, recipe, save_host, until
 
 from tokenlearner import TrainConfig, evaluate, load_model, train
+from tokenlearner.utils.io import lock_folder
 
 # Its gradient is 0 in exact arithmetic (a softmax over positions ignores what all have in common),
 # so AdamW, which divides by the gradient's size, makes steps of any size from rounding.
@@ -32,12 +33,13 @@ def small_data() -> Iterator[None]:
         yield
 
 
-def start(launcher: Sequence[str], job: str, folder: Path) -> None:
-    """Runs a job in two processes."""
+def start(launcher: Sequence[str], job: str, folder: Path, message: str = "") -> None:
+    """Runs a job in two processes, which fails with a message, if one is given."""
     command = [sys.executable, "-m", *launcher, running.__file__, job, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode == 0) == (not message), done.stderr[-3000:]
+    assert message in done.stderr
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -52,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave."""
     folder = tmp_path_factory.mktemp("two") / "runs"
     save_host(folder / "host")
+    save_host(folder / "beit_host", BEIT)
     start(TORCHRUN, "all", folder)
     return folder
 
@@ -95,6 +98,13 @@ def test_features_are_distilled_in_two_processes_to_the_weights_of_one(
     assert not torch.equal(student.pos_embed, host.pos_embed)
 
 
+def test_beit_with_tokens_trains_in_two_processes_to_the_weights_of_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    expected = alone(tmp_path / "one", {**INSERTED, "model": str(folder / "beit_host")})
+    assert_close(load_model(folder / "beit"), expected, WITHOUT_GRADIENT)
+
+
 def test_metrics_are_those_of_one_process(folder: Path, tmp_path: Path) -> None:
     alone(tmp_path / "one", RUNS["ddp-sgd"])
     rows = [
@@ -120,6 +130,11 @@ def test_every_image_is_evaluated_once_though_they_are_odd(folder: Path) -> None
 def test_one_process_writes(folder: Path) -> None:
     assert report_of(folder, 0)["opened"]
     assert report_of(folder, 1)["opened"] == []
+
+
+def test_two_processes_end_where_another_trains_in_the_folder(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "stopped"):
+        start(TORCHRUN, "go_on", tmp_path, f"stopped is in use by process {os.getpid()}")
 
 
 def test_a_checkpoint_is_the_same_kind_of_file_however_weights_are_shared_out(

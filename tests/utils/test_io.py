@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from tokenlearner.utils.io import (
     check_output_folder,
     lock_folder,
     unique_path,
+    without_folders,
     write_json,
 )
 
@@ -134,6 +136,7 @@ import os, sys, time
 from tokenlearner.utils.io import lock_folder
 with lock_folder(sys.argv[1]):
     if os.fork() == 0:  # as a worker that outlives its reader
+        print(flush=True)
         time.sleep(60)
     print(os.getpid(), flush=True)
     sys.stdin.read()
@@ -145,15 +148,26 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
-        owner = int(holder.stdout.readline())
+        owner = int(b"".join(holder.stdout.readline() for _ in range(2)))  # of both, in any order
         with pytest.raises(ValueError, match=rf"run is in use by process {owner} "):
             lock_folder(folder).__enter__()
         holder.kill()
         holder.wait()
         with lock_folder(folder):
             assert str(os.getpid()) in (folder / LOCK).read_text()
-        assert not list(folder.iterdir())
+        assert (folder / LOCK).read_text() == ""
         holder.stdout.close()
+
+
+def test_a_process_that_opened_the_lock_of_another_does_not_hold_beside_a_third(
+    tmp_path: Path,
+) -> None:
+    with lock_folder(tmp_path):
+        waiting = (tmp_path / LOCK).open("r+")
+    with waiting:
+        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(ValueError, match="in use by another process"):
+            lock_folder(tmp_path).__enter__()
 
 
 # --- places -------------------------------------------------------------------------------------
@@ -201,6 +215,21 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(error: Exception, tmp_
     assert info.value.errno == errno.ENOSPC
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/my data", "…/my data"),
+        ("~/data/a.png is no image", "…/a.png is no image"),
+        ("there is no '/home/me/x', and no x/y", "there is no '…/x', and no x/y"),
+        ("/work/of/me/runs/a.json cannot be read (1/2)", "runs/a.json cannot be read (1/2)"),
+        ("12 images/s from https://a.org/b/c", "12 images/s from https://a.org/b/c"),
+        ({"a": ["/b/c", 1, None]}, {"a": ["…/c", 1, None]}),
+    ],
+)
+def test_what_is_shared_has_no_folders(text: Any, expected: Any) -> None:
+    assert without_folders(text, "/work/of/me") == expected
 
 
 def test_json_holds_names_that_are_no_utf_8(tmp_path: Path) -> None:

@@ -66,13 +66,18 @@ def convert_checkpoint(config: ConvertConfig) -> Path:
         The file that was written.
 
     Raises:
-        ValueError: A file cannot be read, or its parameters make no model with these arguments.
+        ValueError: A file cannot be read, its parameters make no model with these arguments, or
+            the other cannot be written or is too large for its disk.
     """
     check_output_file(config.out)
-    if Path(config.out).suffix != ".safetensors":
-        write_flax(config.out, {"params": nest(to_scenic(load_model(config.checkpoint)))})
+    to_flax = Path(config.out).suffix != ".safetensors"
+    params = (
+        to_scenic(load_model(config.checkpoint)) if to_flax else read_weights(config.checkpoint)
+    )
+    check_output_file(config.out, size=sum(value.nbytes for value in params.values()))
+    if to_flax:
+        write_flax(config.out, {"params": nest(params)})
         return Path(config.out)
-    params = read_weights(config.checkpoint)
     arguments = model_arguments(describe(params, config.gelu), config)
     name = _VIDEO if config.num_frames > 1 else _IMAGE
     return save_model(load_scenic(create_model(name, **arguments), params), config.out)

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.validation import require
+from ..utils.io import check_downloaded
+from ..utils.limits import check_unpacked
+from ..utils.validation import require, shortened
 from .flax_msgpack import as_tensor, check_file, find_params, read_flax, without_params
 
-MAX_UNPACKED_BYTES, MAX_RATIO = 2**30, 100  # of an npz file; trained weights shrink by a third
-# Under these training scripts keep the weights, and in front of these wrappers put their names.
-_NESTS = ("state_dict", "model", "model_state_dict", "module", "teacher", "student")
-_NESTS += ("state_dict_ema", "model_ema", "ema")
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+MAX_RATIO = 100  # of an npz file; trained weights shrink by a third
+# Under these training scripts keep the weights, averages first, as timm reads them; and in front of
+# these wrappers put their names.
+_NESTS = ("state_dict_ema", "model_ema", "ema", "params_ema", "ema_state_dict")
+_NESTS += ("state_dict", "model", "model_state_dict", "module", "teacher", "student")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "base_encoder.", "backbone.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Reads the weights in a file, without executing anything that the file brings.
 
     Args:
-        path: A `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` or `.ckpt` file; any other, such as
-            scenic's `checkpoint_1000`, is read as flax's msgpack, and of it only the parameters.
+        path: A `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` or `.ckpt` file, or the
+            `.index.json` of several; any other, such as scenic's `checkpoint_1000`, is read as
+            flax's msgpack, and of it only the parameters. Of a training's file it is the moving
+            average of the weights, where there is one.
 
     Returns:
         Tensors on the CPU by name, with the dtypes of the file. What stands in front of all names
-        is left out: `params/`, and `module.`, `_orig_mod.`, `model.` and `backbone.` of wrappers.
+        is left out: `params/`, and `module.`, `_orig_mod.`, `model.`, ... of wrappers.
         Names beside those of a `backbone.` are left out.
 
     Raises:
@@ -38,6 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             reading it would execute code.
     """
     path = check_file(path)
+    check_downloaded(path)
     read = _READERS.get(path.suffix.lower()) or (_read_torch if _is_torch(path) else None)
     weights = read(path) if read else find_params(read_flax(path))
     if not weights:
@@ -73,7 +81,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            _check_size(path, sum(entry.file_size for entry in arrays.zip.infolist()))
+            unpacked = sum(entry.file_size for entry in arrays.zip.infolist())
+            check_unpacked("its arrays have", unpacked, least=MAX_RATIO * path.stat().st_size)
             return {name: as_tensor(arrays[name], name) for name in arrays.files}
     except Exception as error:  # pickled objects and damage of any kind
         message = f"{path} cannot be read as arrays alone ({error}); write it with numpy.savez"
@@ -92,23 +101,42 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         message = f"{path} is cut off or no PyTorch file of weights ({_reason(error)})"
         raise ValueError(message) from error
     content = content if isinstance(content, Mapping) else {}
-    nested = [content[key] for key in _NESTS if isinstance(content.get(key), Mapping)]
-    pairs = [*nested, content][0].items()
+    parts = {key: found for key, part in content.items() if (found := _tensors(part))}
+    if key := next((key for key in _NESTS if key in parts), None):
+        return parts[key]
+    if (weights := _tensors(content)) or not parts:
+        return weights
+    if len(parts) > 1:
+        found = shortened([str(key) for key in parts])
+        raise ValueError(f"{path} has tensors in each of {found}; save one of them alone")
+    return next(iter(parts.values()))
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    pairs = content.items() if isinstance(content, Mapping) else ()
     return {str(name): value.detach() for name, value in pairs if isinstance(value, Tensor)}
 
 
-def _check_size(path: Path, unpacked: int) -> None:
-    """Refuses an archive that unpacks to far more than weights do."""
-    most = max(MAX_UNPACKED_BYTES, MAX_RATIO * path.stat().st_size)
-    require(
-        unpacked <= most,
-        f"its arrays unpack to {unpacked} bytes, more than {most}, {MAX_RATIO} times the file",
-    )
+def _read_index(path: Path) -> dict[str, Tensor]:
+    """Reads the files that an index of several, as Hugging Face writes it, lists."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({Path(name).name for name in files.values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no index of files of weights ({error!r})") from error
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        require(name.endswith((".safetensors", ".bin")), f"{path} lists {name}, no file of weights")
+        file = check_file(path.with_name(name))
+        weights |= _READERS[file.suffix](file)
+    require(weights.keys() == files.keys(), f"{path} does not list what is in its files")
+    return weights
 
 
 _READERS = {
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
+    ".json": _read_index,
     **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), _read_torch),
 }
 

@@ -19,7 +19,7 @@ from ..evaluation.map_stats import AttentionStats, map_stats
 from ..evaluation.maps import attention_maps, has_gates
 from ..models.insertion import wrapped_blocks
 from ..utils.imports import require_package
-from ..utils.io import check_output_folder, write_json
+from ..utils.io import check_output_folder, without_folders, write_json
 from ..utils.validation import check_count, check_literals, counted, require
 from ._console import console, show_progress
 from ._inputs import InputPipeline, MapInput, input_pipeline, is_video, list_inputs
@@ -134,7 +134,7 @@ def run_maps(
         "stats": stats_json(stats),
         "remarks": remarks,
     }
-    write_json(config.folder / "maps.json", content)
+    write_json(config.folder / "maps.json", without_folders(content))
     scale = "gates from 0 to 1" if has_gates(model) else "multiples of the even share 1/n"
     return (
         stats_table(stats),

@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 
 from ..utils.imports import require_package
 from ..utils.io import check_regular
+from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 TORCH_SETS = ("cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist",
               "imagenet", "inaturalist", "places365")  # fmt: skip
 _OF_TOOLS = re.compile(r"(^|/)(\._[^/]*|__[^/]*__/.*|__MACOSX/.*)$")  # of macOS and WebDataset
-MAX_MEMBER_BYTES = 2**30  # of a file in a tar file
 HUB_SPLITS = {  # of each split, the first that a set has
     "train": ("train",),
     "val": ("validation", "val", "valid", "test"),
@@ -376,10 +376,7 @@ def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFil
             tar: Any = opened
             for entry in tar:
                 tar.members = []  # it would keep all of them
-                require(
-                    entry.size <= MAX_MEMBER_BYTES,
-                    f"{entry.name} has {entry.size} bytes, more than {MAX_MEMBER_BYTES}",
-                )
+                check_unpacked(f"{entry.name} has", entry.size)
                 stem, end = os.path.splitext(entry.name)
                 if not entry.isreg() or not end or _OF_TOOLS.search(entry.name):
                     continue

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..utils.io import check_regular
+from ..utils.limits import VARIABLE, max_unpacked_bytes
 from ..utils.preprocessing import Preprocessing
 from ..utils.validation import counted, require, shortened
 from .config import DataConfig
@@ -205,9 +206,11 @@ def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Ima
         UnreadableFile: PIL raises something, the image is a thin strip, or its values have no
             known range; the message has `where` and the reason.
     """
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
     try:
+        if VARIABLE in os.environ:
+            Image.MAX_IMAGE_PIXELS = max_unpacked_bytes() // 12  # PIL's own rule, of 1 GiB
         with opened() as image:
             short, long = sorted(image.size)
             require(
@@ -217,6 +220,8 @@ def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Ima
             return _in_mode(ImageOps.exif_transpose(image), "L" if in_chans == 1 else "RGB")
     except Exception as error:  # what PIL raises on damaged bytes is anything from OSError on
         reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, Image.DecompressionBombError):
+            reason += f" {VARIABLE} in the environment, of 1 GiB, raises the limit"
         raise UnreadableFile(f"{where} cannot be read as an image ({reason})") from error
 
 

@@ -1,8 +1,8 @@
 """The inside of a model with learned tokens: wrapped blocks, feature maps and hidden states.
 
-timm's hosts reshape the tokens of blocks to maps, transformers' record what their blocks return.
-Where there are learned tokens only, the first has to be refused; the second is what leaves the
-wrapper: behind a fuser all positions, not the tokens that the block inside runs on.
+timm's and open_clip's hosts reshape the tokens of blocks to maps, transformers' record what their
+blocks return. Where there are learned tokens only, the first has to be refused; the second is what
+leaves the wrapper: behind a fuser all positions, not the tokens that the block inside runs on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.blocks import FusedBlock, ReducedBlock
+from .hosts import find_host
 
 
 def wrapped_blocks(model: nn.Module) -> dict[int, ReducedBlock]:
@@ -48,7 +49,7 @@ def check_has_grid(model: nn.Module, indices: list[int]) -> None:
 
 
 class FeatureMaps:
-    """Stands for `forward_intermediates` of timm's host; refuses maps of blocks without a grid.
+    """Stands for `forward_intermediates` of a host; refuses maps of blocks without a grid.
 
     Args:
         host: The host; kept here so that a copy of the host has a copy of this.
@@ -70,7 +71,8 @@ class FeatureMaps:
         call = inspect.signature(method).bind(host, *args, **kwargs)
         call.apply_defaults()
         if call.arguments.get("output_fmt", "NCHW") == "NCHW":
-            indices, _ = feature_take_indices(len(host.blocks), call.arguments.get("indices"))
+            depth = len(find_host(host).blocks)
+            indices, _ = feature_take_indices(depth, call.arguments.get("indices"))
             check_has_grid(host, indices)
         return method(host, *args, **kwargs)
 
@@ -79,8 +81,9 @@ _METHOD = "forward_intermediates"
 
 
 def guard_feature_maps(host: nn.Module) -> None:
-    """Lets a timm host refuse feature maps of blocks that have no grid, until `remove_guard`."""
-    if type(host).__module__.startswith("timm.") and hasattr(type(host), _METHOD):
+    """Lets a host refuse feature maps of blocks that have no grid, until `remove_guard`."""
+    is_known = type(host).__module__.startswith(("timm.", "open_clip."))
+    if is_known and hasattr(type(host), _METHOD):
         setattr(host, _METHOD, FeatureMaps(host))
 
 

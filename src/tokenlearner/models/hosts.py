@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.blocks import PatchGrid, PositionArgs
+from ..utils.validation import require
 
 Source = str | int | Callable[[Any], Any]  # path of an attribute, value, or function of the model
 
@@ -24,7 +25,7 @@ class Host:
     """Describes a family of models: for each field, where the model keeps the value.
 
     Args:
-        blocks: Paths to the list of blocks; the first that exists counts.
+        blocks: Paths to the list of blocks, or functions; the first that exists counts.
         width: Channels of a token.
         num_prefix_tokens: Tokens in front of the positions.
         grid: Module or object with a `grid_size`.
@@ -34,7 +35,7 @@ class Host:
         pools_positions: Whether the head reads a mean of positions besides prefix tokens.
     """
 
-    blocks: tuple[str, ...]
+    blocks: tuple[Source, ...]
     width: Source
     num_prefix_tokens: Source
     grid: Source
@@ -88,6 +89,15 @@ def _patches(path: str = "") -> Callable[[Any], PatchGrid]:
     return find
 
 
+def _batch_first(blocks: Any) -> Any:
+    """Returns blocks of open_clip; those before version 2.24 run on `n b c`."""
+    require(
+        getattr(blocks[0].attn, "batch_first", True),
+        "blocks of this version of open_clip take positions before images; update open_clip_torch",
+    )
+    return blocks
+
+
 _TIMM = Host(
     blocks=("blocks",),
     width="embed_dim",
@@ -99,6 +109,13 @@ _TIMM = Host(
 )
 _TORCHVISION = Host(
     blocks=("encoder.layers",), width="hidden_dim", num_prefix_tokens=1, grid=_patches()
+)
+_OPEN_CLIP = Host(
+    blocks=(lambda model: _batch_first(model.transformer.resblocks),),
+    width="transformer.width",
+    num_prefix_tokens=1,
+    grid=_patches(),
+    pools_positions=lambda model: model.pool_type == "avg",
 )
 _TRANSFORMERS = Host(
     blocks=("layers", "encoder.layer", "encoder.layers"),  # as versions and families have it
@@ -121,6 +138,7 @@ HOSTS: dict[str, Host] = {
         ),
     ),
     "torchvision.models.vision_transformer.VisionTransformer": _TORCHVISION,
+    "open_clip.transformer.VisionTransformer": _OPEN_CLIP,
     "transformers.models.vit.modeling_vit.ViTModel": _TRANSFORMERS,
     "transformers.models.deit.modeling_deit.DeiTModel": replace(_TRANSFORMERS, num_prefix_tokens=2),
     "transformers.models.dinov2.modeling_dinov2.Dinov2Model": _TRANSFORMERS,

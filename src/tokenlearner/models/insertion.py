@@ -260,7 +260,7 @@ def _check_positions(place: Place, points: dict[int, int], grid: Grid | None) ->
 
 def _check_v1(place: Place, points: dict[int, int], fuse: bool, grid: Grid | None) -> None:
     """Raises ValueError where V1's convolutions would not have all positions on a known grid."""
-    drop = getattr(place.host, "patch_drop", None)
+    drop = getattr(place.host, "patch_drop", getattr(place.host, "patch_dropout", None))
     if drop is not None and not isinstance(drop, nn.Identity):
         raise ValueError(
             "V1's convolutions need all positions, but patch_drop_rate drops some in training; "

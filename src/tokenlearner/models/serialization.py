@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..utils.io import atomic_write
+from ..utils.io import atomic_write, check_downloaded
+from ..utils.modules import check_plain
 from ..utils.validation import require, shortened
 from .features import wrapped_blocks
 from .insertion import get_insertion, insert, remove
@@ -83,6 +84,8 @@ def write_files(model: Any, path: Path, card: str | None = None) -> Path:
     Raises:
         ValueError: The model could not be built again.
     """
+    for key, value in model.state_dict().items():
+        check_plain(key, value, "save")
     state = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
     config, named_tokens = _config(model)
     file, texts, outer = weights_file(path), {}, path / CONFIG
@@ -155,6 +158,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_weights(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """Reads the config and the weights."""
+    check_downloaded(file)
     try:
         with safe_open(str(file), framework="pt") as opened:
             header = opened.metadata() or {}

@@ -22,7 +22,7 @@ from ..models.features import wrapped_blocks
 from ..models.hosts import Place, find_host
 from ..models.insertion import remove
 from ..models.outputs import first_tensor, summarize_tokens
-from ..utils.modules import clone_structure, eager_gradients, training_mode, uncompiled
+from ..utils.modules import check_plain, clone_structure, eager_gradients, training_mode, uncompiled
 from ..utils.validation import check_above_zero, check_count, check_flag
 from .distillation import (
     BlockOutputs,
@@ -86,7 +86,8 @@ def calibrate(
         report: Called with a `CalibrationRow` after every step.
 
     Raises:
-        ValueError: The model has no learned tokens, or a number does not fit.
+        ValueError: The model has no learned tokens, a number does not fit, or weights are quantized
+            so that they cannot be fitted or no gradient passes.
         RuntimeError: The loss is no longer finite.
 
     >>> import timm
@@ -209,6 +210,8 @@ class TeacherCache:
             ValueError: A number does not fit.
         """
         _check_numbers(steps, lr)
+        for parameter in parameters:
+            check_plain("a weight to fit", parameter, "calibrate")
         master = MasterWeights(parameters)
         optimizer = torch.optim.Adam(master.weights, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -220,6 +223,8 @@ class TeacherCache:
                 loss = torch.stack(self.losses(student, index)).sum()
                 _check_finite(value := loss.item(), step, steps)
                 loss.backward()
+                if step == 1 and value:
+                    _check_gradients(parameters)
                 master.step(optimizer)
                 schedule.step()
                 speed = step * len(index) / (time.perf_counter() - start)
@@ -271,6 +276,14 @@ def _check_finite(loss: float, step: int, steps: int) -> None:
         raise RuntimeError(
             f"the loss is {loss} at step {step} of {steps} of calibrating; insert anew, and try a "
             "lower lr"
+        )
+
+
+def _check_gradients(parameters: list[nn.Parameter]) -> None:
+    if not any(p.grad is not None and p.grad.any() for p in parameters):
+        raise ValueError(
+            "no gradient comes back to the learners through the blocks behind them, as where these "
+            "round their inputs to int8; calibrate the model before it is quantized"
         )
 
 

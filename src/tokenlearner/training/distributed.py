@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..utils.imports import require_package
+from ..utils.io import without_folders
 from ..utils.modules import pick_device
 from ..utils.random import derive_seed
 from ..utils.validation import require
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from .losses import Objective
+
+logger = logging.getLogger(__name__)
 
 
 class Distributed:
@@ -80,18 +84,30 @@ class Distributed:
         """Opens the trackers of the config in the folder `out`, and closes them."""
         if self.config.trackers:
             plain = {k: v for k, v in vars(self.config).items() if isinstance(v, (int, float, str))}
-            self.accelerator.init_trackers("tokenlearner", plain)
+            self.accelerator.init_trackers("tokenlearner", without_folders(plain))
         try:
             yield
         finally:
-            for tracker in self.accelerator.trackers:
-                tracker.finish()  # `end_training` would end the process group too
+            with self._without_trackers_if_they_fail():
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()  # `end_training` would end the process group too
 
     def track(self, row: Mapping[str, Any]) -> None:
         """Reports the numbers of a row that has a `step`."""
         if self.config.trackers:
             numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
-            self.accelerator.log(numbers, step=row["step"])
+            with self._without_trackers_if_they_fail():
+                self.accelerator.log(numbers, step=row["step"])
+
+    @contextmanager
+    def _without_trackers_if_they_fail(self) -> Iterator[None]:
+        """Lets the run go on where a tracker cannot write, as on a full disk."""
+        try:
+            yield
+        except OSError as error:
+            names = ", ".join(self.config.trackers or ())
+            logger.warning("%s cannot write (%s); the run goes on without", names, error)
+            self.accelerator.trackers = []
 
 
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:

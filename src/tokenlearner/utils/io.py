@@ -23,6 +23,9 @@ _REFUSED = (
 )
 
 
+_FOLDERS = re.compile(r"""(?<![^\s'"(=])~?(/[^/\s'"]+)+/(?=[^/\s'"])""")  # of an absolute path
+
+
 class WriteError(OSError):
     """A file that cannot be written, as on a full disk; what was there before is left."""
 
@@ -88,6 +91,23 @@ def unique_path(path: str | Path) -> Path:
     return candidate
 
 
+def without_folders(value: Any, root: str | Path = "") -> Any:
+    """Returns text, or what JSON holds, without the folders of absolute paths: others will see it.
+
+    Paths in `root` are relative to it. Subclasses of str, such as HTML that is ready, are left as
+    they are.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item, root) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(item, root) for item in value]
+    if type(value) is not str:
+        return value
+    if os.path.isabs(root):
+        value = value.replace(os.path.join(root, ""), "")
+    return f"…/{Path(value).name}" if os.path.isabs(value) else _FOLDERS.sub("…/", value)
+
+
 def is_model_path(name: str) -> bool:
     """Returns whether the name of a model is a path, or a place on the Hub."""
     return "/" in name or name.endswith(".safetensors") or Path(name).expanduser().exists()
@@ -147,6 +167,9 @@ def _check_place(folder: Path, given: str, size: int) -> None:
 def lock_folder(folder: str | Path) -> Iterator[None]:
     """Holds a folder, which is made, for this process while the block or the process lasts.
 
+    The file `.lock` stays: a process that has just opened it would else hold a file that is gone,
+    beside one that makes it anew. It names the holder, and is empty afterwards.
+
     Raises:
         ValueError: Another process holds it; it is named.
     """
@@ -168,7 +191,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            file.unlink(missing_ok=True)  # while it is held, so that it is nobody else's
+            file.write_text("")
         lock.release()
 
 
@@ -181,6 +204,20 @@ def _owner(file: Path) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
+
+
+def check_downloaded(path: Path) -> None:
+    """Checks that a file is not what often comes in its place.
+
+    Raises:
+        ValueError: It is a pointer of Git LFS, or a web page.
+    """
+    with path.open("rb") as file:
+        start = file.read(32).lower()
+    others = {b"version https://git-lfs": "a pointer of Git LFS, not the file itself"}
+    others |= dict.fromkeys((b"<!doctype", b"<html"), "a web page")
+    if found := next((what for sign, what in others.items() if start.startswith(sign)), None):
+        raise ValueError(f"{path} is {found}; download the file again")
 
 
 def check_regular(path: str | Path) -> None:

@@ -92,6 +92,20 @@ def clone_structure(model: nn.Module, device: str | None = None) -> nn.Module:
     return copy.deepcopy(model, memo)  # tensors of the memo are not copied
 
 
+def check_plain(name: str, tensor: torch.Tensor, what: str) -> None:
+    """Checks that a tensor is no subclass, as torchao's of quantized weights.
+
+    Raises:
+        ValueError: It is one; the message says to do `what` before.
+    """
+    kind = type(tensor.detach())
+    if kind is not torch.Tensor:
+        raise ValueError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}, no plain tensor; {what} the model "
+            "before it is quantized or shared out"
+        )
+
+
 def stream_dtype(block: nn.Module) -> torch.dtype:
     """Returns the dtype of the tokens that run through a block.
 

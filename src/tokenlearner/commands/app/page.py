@@ -15,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...utils.io import FULL, system_error
 from .inference import COST_HEADERS, Prediction, measure_cost, predict
 from .models import RANDOM, OfferedModel
 from .uploads import UploadLimits, read_upload
@@ -222,7 +223,9 @@ def _status(sentences: list[str], offered: OfferedModel) -> str:
 def _error(error: Exception) -> str:
     """Makes a message for the visitor; what nobody expected is printed in full in the terminal."""
     message = str(error)
-    if not isinstance(error, ValueError):
+    if system_error(error) in FULL:
+        message = "The server's disk is full; ask whoever runs the page to make room."
+    elif not isinstance(error, ValueError):
         _log(error)
         message = f"This went wrong on the server ({type(error).__name__}); try another file."
     return f'<strong role="alert">{escape(message)}</strong>'

@@ -8,12 +8,13 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 from ...models.serialization import WEIGHTS, weights_file
 from ...utils.imports import require_package
-from ...utils.io import atomic_write, check_output_file
+from ...utils.io import atomic_write, check_output_file, without_folders
 from ...utils.validation import check_count, require
 from .._console import show_progress
 from .confusion import Reevaluation, reevaluate
@@ -88,7 +89,8 @@ def write_report(
         with show_progress(f"evaluating the models of {contents.path} for the report"):
             results += _reevaluate_all(contents, images, device)
     problems = ["Left out, since images is 0."] if skipped else []
-    page = _page(title or default_title(contents), make_sections(contents, results, problems))
+    sections = make_sections(contents, results, problems)
+    page = _page(title or default_title(contents), sections, contents)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")  # names may be no UTF-8
     return path
@@ -129,7 +131,7 @@ def _host_name(source: ReportSource, run: Run) -> str:
     return models[0][0]["name"] if models and models[0] else f"host of {run.name}"
 
 
-def _page(title: str, sections: Sequence[Section]) -> str:
+def _page(title: str, sections: Sequence[Section], source: ReportSource) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     assets = Path(str(files("tokenlearner") / "assets" / "report"))
@@ -139,6 +141,7 @@ def _page(title: str, sections: Sequence[Section]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=partial(without_folders, root=source.path.parent),
     )
     names = dict.fromkeys(name for section in sections for name in section.legend)
     environment.filters["base64"] = lambda data: b64encode(data).decode()
