@@ -200,9 +200,9 @@ def test_without_msgpack_the_error_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "msgpack", None)
-    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[convert\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[convert\]'"):
         read_flax(CHECKPOINT)
-    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[convert\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[convert\]'"):
         write_flax(tmp_path / "file", {})
 
 

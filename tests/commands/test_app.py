@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tokenlearner.commands.app.models import (
     load_offered,
     offered_sources,
 )
-from tokenlearner.commands.app.server import AppConfig, serving
+from tokenlearner.commands.app.server import AppConfig, _reachable, serving
 from tokenlearner.commands.app.uploads import UploadLimits
 from tokenlearner.commands.app.view import map_images, map_notes, map_numbers
 from tokenlearner.commands.maps import compute_maps
@@ -352,11 +353,18 @@ def test_options_out_of_range_are_refused_and_by_default_only_this_computer_is_s
             replace(config, **{name: value})
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "127.0.0.1", "::1"])
+def test_the_address_that_is_printed_can_be_opened(host: str) -> None:
+    address = ip_address(_reachable(host).strip("[]").replace("localhost", "127.0.0.1"))
+    assert not address.is_unspecified
+    assert address.is_loopback or host in ("0.0.0.0", "::")
+
+
 def test_a_missing_package_or_a_port_that_is_taken_is_refused() -> None:
     for package in ("gradio", "matplotlib"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            with pytest.raises(ValueError, match=r"tokenlearner\[app\]"), serving(AppConfig()):
+            with pytest.raises(ValueError, match=r"'\.\[app\]'"), serving(AppConfig()):
                 pass
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from tokenlearner import create_model, insert, save_model
+from tokenlearner.commands._console import console
 from tokenlearner.commands._tables import filled_table
 from tokenlearner.commands.bench import run as bench_run
 from tokenlearner.commands.bench.config import BenchConfig, parse_bench_model
@@ -213,7 +213,7 @@ def test_latency_is_of_one_image_and_the_rest_of_the_batch_against_the_first_mod
     lines: list[str] = []
     config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=3, compile=True)
     result = bench(config, lines.append)
-    assert lines[2] == "latency at batch 1, ms, in 5 rounds"
+    assert lines[2] == "latency at batch 1, ms, in 3 rounds and 2 to warm up"
     for (shape, rounds, kwargs), batch_size in zip(watch.calls, (1, 4, 4), strict=True):
         assert (shape, rounds, kwargs["compiled"]) == ([batch_size, 1, 28, 28], 3, True)
     assert [kwargs["training"] for *_, kwargs in watch.calls] == [False, False, True]
@@ -223,6 +223,11 @@ def test_latency_is_of_one_image_and_the_rest_of_the_batch_against_the_first_mod
     assert [speed.value.median for speed in second.values()] == values
     assert {speed.speedup for speed in first.values()} == {Timing(1, 1, 1)}
     assert {speed.speedup for speed in second.values()} == {Timing(2, 2, 2)}
+
+
+def test_clips_are_not_called_images(watch: Stopwatch) -> None:
+    result = bench(BenchConfig(["vivit_mini_patch8x2_32"], batch_size=2, rounds=2))
+    assert [one.unit for one in result.measurements] == ["ms", "clips/s", "clips/s"]
 
 
 def test_a_row_has_what_is_counted(watch: Stopwatch) -> None:
@@ -294,7 +299,7 @@ def even(value: float) -> Timing:
 
 def text_of(*parts: Any, width: int = 80) -> str:
     out = io.StringIO()
-    Console(file=out, width=width, highlight=False).print(*parts, sep="\n")
+    console(file=out, width=width).print(*parts, sep="\n")
     return out.getvalue()
 
 

@@ -10,7 +10,13 @@ import pytest
 from rich.console import Console
 
 from tokenlearner.commands import _console
-from tokenlearner.commands._console import epoch_line, summary_table, training_progress
+from tokenlearner.commands._console import (
+    epoch_line,
+    show_progress,
+    summary_table,
+    training_progress,
+)
+from tokenlearner.commands._tables import filled_table
 from tokenlearner.utils.processors import is_main_process
 
 EPOCH = {
@@ -62,12 +68,38 @@ def test_an_epoch_is_a_line_that_counts_what_was_left_out() -> None:
     line = epoch_line(row)
     assert line.endswith(", 3 steps left out, 3 files cannot be read")
     assert "0.26 images/s" in line
+    assert "0.26 clips/s" in epoch_line(row, "clips")
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_warning_is_a_line_that_is_not_wrapped(terminal: bool) -> None:
     text = "[a/b] is left out, " * 20 + "too"
     assert f"run: {text}" in printed({"warning": text}, terminal=terminal)
+
+
+@pytest.mark.parametrize("name", ["runs/[/b]", "[red]x", ":cat:"])
+def test_names_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    table = filled_table({"model": str}, [name])
+    table.title = name
+    _console.console().print(name, table)
+    assert capsys.readouterr().out.count(name) == 3
+    assert name in printed({"warning": name}, terminal=True)
+
+
+@pytest.mark.parametrize("name", ["runs/[/b]", "a\x1b[2Jb"])
+def test_progress_is_on_a_terminal_only_and_shows_names_as_they_are(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for width, total in (("", 2), ("1", 2), ("1", None)):
+        monkeypatch.setenv("FORCE_COLOR", width)
+        with show_progress(f"drawing {name}", total) as advance:
+            advance()
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert ("drawing" in shown.err) == bool(width)
+        assert ("1/2" in shown.err) == bool(width and total)
+        assert name in shown.err or not width or "\x1b" in name
+        assert "\x1b[2Jb" not in shown.err
 
 
 # --- a log file ---------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_a_missing_package_is_named_before_any_work(
     package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"run pip install 'tokenlearner\[{extra}\]'"):
+    with pytest.raises(ValueError, match=rf"run pip install '\.\[{extra}\]'"):
         demo(DemoConfig(out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

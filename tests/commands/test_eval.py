@@ -14,6 +14,7 @@ from tokenlearner.commands._runs import run_options
 from tokenlearner.commands.eval import EvalConfig
 from tokenlearner.commands.main import main
 from tokenlearner.commands.train import train_options
+from tokenlearner.data import load_data
 
 SMALL_RUN = [
     *("--model", "vit_mini_patch4_28", "--epochs", "1", "--warmup_epochs", "0.1"),
@@ -42,15 +43,76 @@ def test_a_run_is_evaluated_as_it_was_in_training_and_broken_images_are_counted(
     [row] = map(json.loads, (images / "run" / "metrics.jsonl").read_text().splitlines())
     broken = images / "data" / "val" / "b" / "1.png"
     whole = broken.read_bytes()
-    outputs = []
+    outputs, printed = [], capsys.readouterr()
     for content in (whole, b"no image"):
         broken.write_bytes(content)
         capsys.readouterr()
         main(["eval", str(images / "run")])
-        outputs.append(capsys.readouterr().out.splitlines())
+        printed = capsys.readouterr()
+        outputs.append(printed.out.splitlines())
     broken.write_bytes(whole)
     assert outputs[0][:2] == ["images: 6", f"loss: {row['test_loss']:.4f}"]
     assert (len(outputs[0]), outputs[1][0], outputs[1][-1]) == (4, "images: 5", "broken: 1")
+    assert f"left out: {broken}" in printed.err
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_one_held_out_part_has_both_names(
+    split: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    main(["eval", str(images / "run"), "--split", split])
+    assert "images: 6" in capsys.readouterr().out
+    assert load_data("fashion-mnist-small", split).split == "test"
+
+
+def test_broken_files_are_named_in_the_metrics_and_the_report_of_a_training(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(images / "data", tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "a" / "0.png").write_bytes(b"no image")
+    data = ["--data", "folder", "--root", str(tmp_path / "data"), "--workers", "0"]
+    size = ["--img_size", "14", "--in_chans", "1", "--batch_size", "3"]
+    main(["train", *SMALL_RUN, *size, *data, "--out", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    [row] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    report = (tmp_path / "run" / "report.html").read_text()
+    for key, split in (("broken", "train"), ("test_broken", "val")):
+        name = f"{split}/a/0.png"
+        assert (row[key], len(row[f"{key}_files"])) == (1, 1)
+        assert name in row[f"{key}_files"][0]
+        assert name in report
+        assert f"left out: {tmp_path}/data/{name}" in out
+    assert "2 files cannot be read" in out
+
+
+def test_sizes_are_the_model_s_where_neither_options_nor_the_data_have_any(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", "folder", "--root", str(images / "data"), "--workers", "0"]
+    kwargs = {"embed_dim": 16, "depth": 2, "patch_size": 7, "img_size": 21}
+    small = ["--model", "vit_mini_patch4_28", "--model_kwargs", json.dumps(kwargs)]
+    more = ["--epochs", "1", "--batch_size", "3", "--out", str(tmp_path / "run")]
+    main(["train", *small, *data, *more])
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["img_size"] == 21
+    (tmp_path / "run" / "train.json").unlink()
+    main(["eval", str(tmp_path / "run"), *data])
+    assert "images: 6" in capsys.readouterr().out
+
+
+def test_a_message_on_sizes_ends_with_the_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = ["--data", "moving-photographs"]
+    for model, options, way_out in (
+        ("vit_tiny_patch16_224", [], "; pass --img_size 224"),
+        ("vivit_mini_patch8x2_32", [], "; take data of clips"),
+        ("vivit_mini_patch8x2_32", [*clips, "--frames", "4"], "; pass --frames 8"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--model", model, *options, "--out", str(tmp_path / "run")])
+        assert capsys.readouterr().err.endswith(f"{way_out}\n")
 
 
 def test_eval_s_options_go_before_those_of_the_run(
@@ -191,7 +253,7 @@ def test_a_damaged_train_json_is_named_and_options_out_of_range(tmp_path: Path) 
         (tmp_path / "train.json").write_text(text)
         with pytest.raises(ValueError, match=r"train\.json"):
             run_options(str(tmp_path))
-    options: dict[str, Any] = {"split": "val", "batch_size": 0, "workers": -1}
+    options: dict[str, Any] = {"split": "valid", "batch_size": 0, "workers": -1}
     for name, value in options.items():
         with pytest.raises(ValueError, match=f"{name} is {value!r}"):
             EvalConfig(checkpoint="x", **{name: value})

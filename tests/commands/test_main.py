@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert exit_code("train", "--model", "host", "--insert", "3") == 2
-    assert f"needs {package}; run pip install 'tokenlearner[train]'" in capsys.readouterr().err
+    assert f"needs {package}; run pip install '.[train]'" in capsys.readouterr().err
 
 
 def failing(error: BaseException) -> Callable[[str], Callable[..., None]]:

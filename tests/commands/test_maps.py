@@ -347,7 +347,7 @@ def test_a_folder_that_cannot_be_made_is_refused_and_a_video_without_pyav(
             run_on(mini, tmp_path, tmp_path / out)
     video = make_video(tmp_path / "a.mkv")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"needs av; run pip install 'tokenlearner\[video\]"):
+    with pytest.raises(ValueError, match=r"needs av; run pip install '\.\[video\]"):
         run_on(mini, video, tmp_path / "out")
 
 

@@ -73,7 +73,8 @@ def test_a_class_folder_may_be_a_link_and_a_link_that_leads_back_does_not_hang_o
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
 def test_the_held_out_split_may_have_any_usual_name_before_test(tmp_path: Path, name: str) -> None:
     make_folders(make_folders(tmp_path, test="test"), test=name)
-    assert f"/{name}/" in list_labeled_files(tmp_path, "test", ENDS)[0][0]
+    assert f"/{name}/" in list_labeled_files(tmp_path, "val", ENDS)[0][0]
+    assert "/test/" in list_labeled_files(tmp_path, "test", ENDS)[0][0]
 
 
 # Lists
@@ -141,7 +142,7 @@ LOOKED = "val/ or val.csv, valid/ or valid.csv, validation/ or validation.csv, t
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
-        (["train/a/0.png"], "test", f"nothing for split 'test', expected {LOOKED}; make train/"),
+        (["train/a/0.png"], "val", f"nothing for split 'val', expected {LOOKED}; make train/"),
         (["a/0.png", "b/0.png"], "train", "it holds a, b: if these are classes, make train/ and"),
         (["train/0.png"], "train", "train holds no folder; make one for each class"),
         (["train/a/0.png", "train/b/0.txt"], "train", r"train/b holds .* ends in \.png, \.jpg"),

@@ -211,13 +211,13 @@ def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_local_folder_is_read_by_datasets(folder: Path, tmp_path: Path) -> None:
-    """Its held-out split is validation before test; root is where datasets keeps what it makes."""
+    """Its split val is validation before test; root is where datasets keeps what it makes."""
     data = load(f"hfds/{folder}", root=tmp_path / "kept")
     assert sorted(values(data)) == [0, 10, 20, 30, 40, 50]
     assert data.labels.tolist() == [value // 30 for value in values(data)]
     assert (data.classes, data.name) == (("cat", "dog"), f"hfds/{folder}")
     assert list((tmp_path / "kept").rglob("*.arrow"))
-    assert len(load(f"hfds/{folder}", "test")) == 4
+    assert [len(load(f"hfds/{folder}", split)) for split in ("val", "test")] == [4, 2]
 
 
 def test_columns_are_found_by_their_kind_and_classes_by_that_of_the_labels(
@@ -242,7 +242,7 @@ def test_a_broken_image_of_datasets_is_named(folder: Path) -> None:
 
 
 def test_a_set_without_the_split_names_those_it_has(parquet: Path) -> None:
-    with pytest.raises(ValueError, match=r"no split 'test', expected validation .*its train"):
+    with pytest.raises(ValueError, match=r"no split 'test', expected test or valid.*its train"):
         load(f"hfds/{parquet}", "test")
 
 
@@ -270,7 +270,7 @@ def test_a_set_that_cannot_be_had_gives_the_librarys_reason(parquet: Path, kind:
 
 def test_without_datasets_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"needs datasets; run pip install 'tokenlearner\[data\]"):
+    with pytest.raises(ValueError, match=r"needs datasets; run pip install '\.\[data\]"):
         load("hfds/any")
 
 

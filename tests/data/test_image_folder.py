@@ -234,7 +234,7 @@ def test_all_kinds_that_pil_reads_are_taken_and_others_are_counted(
         save(gray(9).convert("RGB"), tmp_path / "train" / "a" / f"{number}.{end}")
     (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
     assert len(load(tmp_path)) == len(ends)
-    assert "1 files of other kinds are left out (.txt)" in caplog.text
+    assert "1 file of other kinds left out (.txt)" in caplog.text
 
 
 @pytest.mark.parametrize("image", [Image.new("L", (3000, 1)), Image.new("L", (1, 3000))])

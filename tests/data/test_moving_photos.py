@@ -199,7 +199,7 @@ def test_a_window_larger_than_a_photograph_is_refused_and_the_way_to_scikit_imag
     with pytest.raises(ValueError, match="img_size is 257, up to 256"):
         load_data("moving-photographs", img_size=257)
     monkeypatch.setitem(sys.modules, "skimage.data", None)
-    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[demo\]'"):
         load_data("moving-photographs")
 
 

@@ -498,7 +498,7 @@ def test_without_a_root_or_pyav_the_way_out_is_named(
     with pytest.raises(ValueError, match="root"):
         load_data("video-folder")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install 'tokenlearner\[video\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[video\]'"):
         load_data("video-folder", root=root)
 
 

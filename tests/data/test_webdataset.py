@@ -295,7 +295,7 @@ def test_an_info_file_that_does_not_fit_is_refused(root: Path, text: str, messag
 
 
 def test_missing_shards_name_what_was_looked_for(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"split 'test', expected val-\*\.tar, .*or an _info"):
+    with pytest.raises(ValueError, match=r"split 'test', expected test-\*\.tar, .*or an _info"):
         load(root, "test")
     with pytest.raises(ValueError, match="none is not a folder; pass the one"):
         load(tmp_path / "none")

@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -196,6 +196,23 @@ def test_a_checkpoint_from_before_an_option_was_added_goes_on(tmp_path: Path) ->
     assert read_checkpoint(config) is not None
     with pytest.raises(ValueError, match=r"onednn was False, is True"):
         read_checkpoint(recipe(tmp_path, onednn=True))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "goes_on"),
+    [
+        ({"img_size": None, "frames": 8}, {"img_size": 224, "frames": None}, True),  # version 0.4
+        ({"img_size": None, "frames": 8}, {"img_size": 96}, False),
+        ({"frames": 8}, {"frames": 6}, False),
+    ],
+)
+def test_sizes_that_were_not_given_are_those_that_were_used(
+    before: dict[str, Any], now: dict[str, Any], goes_on: bool, tmp_path: Path
+) -> None:
+    write_checkpoint(recipe(tmp_path, data="folder", **before), {"step": 1})
+    later = recipe(tmp_path, data="folder", resume="auto", **now)
+    with nullcontext() if goes_on else pytest.raises(ValueError, match="other options"):
+        assert read_checkpoint(later) is not None
 
 
 def damaged(path: Path) -> None:

@@ -65,7 +65,7 @@ def test_options_that_do_not_fit_the_machine_are_refused(
 
 def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ValueError, match=r"tokenlearner\[train\]"):
+    with pytest.raises(ValueError, match=r"'\.\[train\]'"):
         alone()
 
 

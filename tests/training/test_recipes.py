@@ -22,6 +22,7 @@ from PIL import Image
 from tokenlearner import calibrate, create_model, save_model, train
 from tokenlearner.commands.eval import EvalConfig, eval_options
 from tokenlearner.commands.main import main
+from tokenlearner.commands.predict import read_predict_config
 from tokenlearner.commands.train import train_options
 from tokenlearner.data.factory import list_data, load_data
 from tokenlearner.models.vit import VARIANTS
@@ -278,6 +279,8 @@ def test_the_page_s_commands_are_understood(
     arguments = [word for word in arguments if word != "--print_config"]
     if command == "train":
         assert TrainConfig(**train_options(arguments))
+    elif command == "predict":
+        assert read_predict_config(arguments)
     else:
         assert command == "eval"
         assert EvalConfig(**eval_options(arguments))

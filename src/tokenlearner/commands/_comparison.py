@@ -106,7 +106,7 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     if result.host is None:
         raise ValueError("there is no host to compare with; train with insert, or run the demo")
     require_package("matplotlib", "train", "drawing maps")
-    data = load_data(config, "test")
+    data = load_data(config, "val")
     models = {"host": result.host, f"{config.insert} learned tokens": result.model}
     comparison = compare_models(
         models, data, ([], result.history), (None, "."), _training(config, result)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from statistics import median
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.imports import require_package
 from ..utils.processors import is_main_process
+from ..utils.validation import counted, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,15 +31,35 @@ logger.setLevel(logging.INFO)
 def console(**options: Any) -> Console:
     """Returns rich's console, which is silent in all processes but the first.
 
+    Names are printed as they are: rich's markup, such as `[/b]`, and emoji codes mean nothing.
+
     Raises:
         ValueError: rich is missing.
     """
     rich = require_package("rich.console", "train", "the command")
-    return rich.Console(highlight=False, quiet=not is_main_process(), **options)
+    quiet = not is_main_process()
+    return rich.Console(highlight=False, markup=False, emoji=False, quiet=quiet, **options)
 
 
 @contextmanager
-def training_progress(title: str, to: Console | None = None) -> Iterator[Report]:
+def show_progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Shows on stderr what a command does, and how far it is, where that is a terminal.
+
+    Yields a function that counts one more of `total`, and takes what is done next.
+    """
+    with _progress(console(stderr=True), is_counted=total is not None) as bar:
+        task = bar.add_task(plain_text(title), total=total, status="")
+
+        def advance(next_title: str = title) -> None:
+            bar.update(task, advance=1, description=plain_text(next_title))
+
+        yield advance
+
+
+@contextmanager
+def training_progress(
+    title: str, to: Console | None = None, unit: str = "images"
+) -> Iterator[Report]:
     """Shows the current step, and a line for every epoch and every warning.
 
     Gives what `train` takes as `report`.
@@ -46,21 +67,22 @@ def training_progress(title: str, to: Console | None = None) -> Iterator[Report]
     Args:
         title: What the lines start with.
         to: The console; None is the usual one.
+        unit: What is trained on, images or clips.
     """
     out = to or console()
     handler, logged = _ConsoleHandler(out), time.monotonic()
     logger.addHandler(handler)
     with closing(handler), _progress(out) as bar:
-        task = bar.add_task(title, total=None, status="")
+        task = bar.add_task(plain_text(title), total=None, status="")
 
         def report(row: dict[str, Any]) -> None:
             nonlocal logged
             if "warning" in row:
                 logger.warning("%s: %s", title, row["warning"])
             elif "epoch" in row:
-                logger.info("%s: %s", title, epoch_line(row))
+                logger.info("%s: %s", title, epoch_line(row, unit))
             else:
-                line = _update(bar, task, row)
+                line = _update(bar, task, row, unit)
                 if not out.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
                     logged = time.monotonic()
                     logger.info("%s: %s", title, line)
@@ -76,24 +98,28 @@ class _ConsoleHandler(logging.Handler):
         self.out = out
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.out.print(self.format(record), markup=False, soft_wrap=True)
+        line = plain_text(self.format(record))
+        self.out.print(line, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         logger.removeHandler(self)
         super().close()
 
 
-def _progress(out: Console) -> Any:
+def _progress(out: Console, *, is_counted: bool = True) -> Any:
     """Returns rich's bar, which counts without being drawn where there is no terminal."""
     from rich import progress
 
-    return progress.Progress(
-        progress.SpinnerColumn(),
-        progress.TextColumn("{task.description}"),
+    bar = (
         progress.BarColumn(20),
         progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[status]}"),
+        progress.TextColumn("{task.fields[status]}", markup=False),
         progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+        *(bar if is_counted else [progress.TimeElapsedColumn()]),
         console=out,
         transient=True,
         disable=not out.is_terminal or out.quiet,
@@ -102,36 +128,38 @@ def _progress(out: Console) -> Any:
     )
 
 
-def _update(bar: Any, task: Any, row: dict[str, Any]) -> str:
+def _update(bar: Any, task: Any, row: dict[str, Any], unit: str) -> str:
     """Moves a bar to a step, and returns the same as a line with the time left, if it is known."""
     if row["step"] < bar.tasks[0].completed:  # training after calibrating
         bar.reset(task)
     rate = f"lr {row['lr']:.2g}" if "lr" in row else "calibrating"
-    status = f"loss {row['loss']:.3f}, {rate}, {_speed(row['images_per_second'])}"
+    status = f"loss {row['loss']:.3f}, {rate}, {_speed(row['images_per_second'], unit)}"
     bar.update(task, completed=row["step"], total=row["steps"], status=status)
     left = bar.tasks[0].time_remaining
     ending = "" if left is None else f", {_duration(left)} left"
     return f"step {row['step']} of {row['steps']}, {status}{ending}"
 
 
-def epoch_line(row: dict[str, Any]) -> str:
+def epoch_line(row: dict[str, Any], unit: str = "images") -> str:
     """Returns an epoch's metrics in one line."""
     parts = [
         f"epoch {row['epoch']}",
         f"loss {row['train_loss']:.3f}",
         f"held-out top-1 {row['test_top1_percent']:.1f} %",
-        _speed(row["images_per_second"]),
+        _speed(row["images_per_second"], unit),
         f"{row['waiting_percent']:.1f} % waiting for data",
     ]
-    return ", ".join(parts + [f"{count} {name}" for name, count in _left_out(row)])
+    left_out = (f"{counted(count, noun)} {how}" for noun, how, count in _left_out(row))
+    return ", ".join([*parts, *left_out])
 
 
-def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
+def summary_table(history: Sequence[dict[str, Any]], seconds: float, unit: str = "images") -> Table:
     """Returns a table with the main numbers of a run.
 
     Args:
         history: A row of metrics for every epoch, one at least.
         seconds: Duration of the command, with evaluating and saving.
+        unit: What was trained on, images or clips.
     """
     from rich.table import Table
 
@@ -142,11 +170,13 @@ def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
         "epochs": last["epoch"],
         "held-out top-1, last epoch": f"{last['test_top1_percent']:.2f} %",
         "held-out top-1, best epoch": f"{best['test_top1_percent']:.2f} % ({best['epoch']})",
-        "speed, median of epochs": _speed(median(row["images_per_second"] for row in history)),
+        "speed, median of epochs": _speed(
+            median(row["images_per_second"] for row in history), unit
+        ),
         "waiting for data": f"{waited / trained:.1f} %",
         "time of training steps": _duration(trained),
         "time of this command": _duration(seconds),
-        **dict(_left_out(last)),
+        **{f"{noun}s {how}": count for noun, how, count in _left_out(last)},
     }
     table = Table(show_header=False)
     table.add_column()
@@ -156,16 +186,15 @@ def summary_table(history: Sequence[dict[str, Any]], seconds: float) -> Table:
     return table
 
 
-def _left_out(row: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def _left_out(row: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
     if skipped := row.get("skipped_steps"):
-        yield "steps left out", skipped
+        yield "step", "left out", skipped
     if broken := row.get("broken", 0) + row.get("test_broken", 0):
-        yield "files cannot be read", broken
+        yield "file", "cannot be read", broken
 
 
-def _speed(images_per_second: float) -> str:
-    digits = 0 if images_per_second >= 10 else 2
-    return f"{images_per_second:.{digits}f} images/s"
+def _speed(per_second: float, unit: str) -> str:
+    return f"{per_second:.{0 if per_second >= 10 else 2}f} {unit}/s"
 
 
 def _duration(seconds: float) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..deploy.formats import SUFFIXES, load_exported
 from ..models.factory import create_model
 from ..models.hosts import find_host
 from ..models.hub import load_local
+from ..models.preprocessing import get_input_size
 from ..utils.io import is_model_path
 from ..utils.modules import pick_device
 
@@ -41,11 +44,15 @@ def load_sized(
                 f"create_model built with img_size={img_size}, and pass the file"
             )
         model.set_input_size((img_size, img_size))
-    channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-    channels = next((m.in_channels for m in convolutions), channels)
-    tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
-    frames = [model.num_frames * tubelet] if hasattr(model, "num_frames") else []
-    owner = getattr(model, "encoder", model)  # of a FrameViT
-    embed = getattr(owner, "patch_embed", getattr(owner, "stem", None))  # a Mixer's is its stem
-    return model.to(target), [channels, *frames, *(getattr(embed, "img_size", None) or size)]
+    return model.to(target), get_input_size(model)
+
+
+def load_checkpoint(path: str, device: str) -> nn.Module:
+    """Loads what `train`, `save_model` or `export` wrote, on a device as `pick_device` takes it.
+
+    Raises:
+        ValueError: There is no such model or device.
+    """
+    target = pick_device(device)
+    is_exported = Path(path).suffix in SUFFIXES
+    return load_exported(path, target) if is_exported else load_local(path).to(target)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..utils.validation import plain_text
+
 REALIZED = 0.95  # share of the theoretical speed-up below which a mark is set
 
 
@@ -29,7 +31,7 @@ def filled_table(columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any
     table = plain_table(columns)
     table.columns[0].justify, table.columns[0].overflow = "left", "fold"
     for row in rows:
-        table.add_row(*(Text(cell(row)) for cell in columns.values()))
+        table.add_row(*(Text(plain_text(cell(row))) for cell in columns.values()))
     return table
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ..data.config import DataConfig
 from ..data.factory import load_data
-from ..deploy.formats import SUFFIXES, load_exported
-from ..evaluation.accuracy import eval_batch_size, evaluate
-from ..models.hub import load_local
-from ..utils.modules import pick_device
-from ..utils.validation import check_count
+from ..evaluation.accuracy import eval_batch_size, evaluate, with_model_size
+from ..models.preprocessing import size_errors
+from ..utils.validation import check_count, plain_text
 from ._arguments import make_parser
+from ._console import show_progress
+from ._models import load_checkpoint
 from ._runs import TRAINING_ONLY, parse_with_run, preprocessed
 
 
@@ -24,7 +24,8 @@ class EvalConfig(DataConfig):
 
     Args:
         checkpoint: File or folder that `tokenlearner train` wrote.
-        split: train or test.
+        split: train, val, on which the training evaluated, or test; the two are the same where a
+            data set has one of them.
         batch_size: Images at a time, changes the speed only; None is up to 500, fewer of
             large ones.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
@@ -34,7 +35,7 @@ class EvalConfig(DataConfig):
     """
 
     checkpoint: str
-    split: Literal["train", "test"] = "test"
+    split: Literal["train", "val", "test"] = "val"
     batch_size: int | None = None
     device: str = "auto"
 
@@ -51,19 +52,16 @@ class EvalConfig(DataConfig):
 def eval_command(arguments: Sequence[str]) -> None:
     """Evaluates a checkpoint and prints the metrics."""
     config = EvalConfig(**eval_options(arguments))
-    device = pick_device(config.device)
-    if Path(config.checkpoint).suffix in SUFFIXES:
-        model: Any = load_exported(config.checkpoint, device)
-    else:
-        model = load_local(config.checkpoint).to(device)
+    model = load_checkpoint(config.checkpoint, config.device)
+    config = with_model_size(config, model)
     data = preprocessed(load_data(config, config.split), model, config, config.checkpoint)
-    try:
+    with (
+        size_errors(config.checkpoint, model, data.shape),
+        show_progress(f"evaluating {config.checkpoint} on {config.data}"),
+    ):
         metrics = asdict(evaluate(model, data, config.at_once(data.shape)))
-    except (AssertionError, RuntimeError) as error:  # timm's and torch's, where sizes differ
-        raise ValueError(
-            f"{config.checkpoint} does not take images of {list(data.shape)} ({error}); pass "
-            "img_size and the rest as in its training, or a smaller batch_size"
-        ) from error
+    for file in metrics.pop("broken_files"):
+        print(f"left out: {plain_text(file)}", file=sys.stderr)
     for name, value in metrics.items():
         if name != "broken" or value:
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

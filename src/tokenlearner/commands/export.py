@@ -16,9 +16,10 @@ from ..data.factory import load_data
 from ..deploy.exporting import BatchCheck, export
 from ..deploy.formats import check_target, load_exported
 from ..deploy.quantization import PrecisionRow, precision_rows, weights_mib
-from ..utils.validation import check_count, check_literals, require
+from ..models.preprocessing import get_preprocessing
+from ..utils.validation import check_count, check_literals, counted, require
 from ._arguments import read_config
-from ._console import console
+from ._console import console, show_progress
 from ._models import load_sized
 from ._runs import preprocessed
 from ._tables import filled_table
@@ -88,8 +89,10 @@ def export_table(config: ExportConfig) -> tuple[Any, ...]:
     device = next(model.parameters()).device
     data, images, source = _images(config, model, size)
     images = images.to(device)
-    exported = export(model, config.path, images, precision=config.precision, rounds=config.rounds)
-    setting = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    options: dict[str, Any] = {"precision": config.precision, "rounds": config.rounds}
+    with show_progress(f"writing {config.path} and comparing it with {config.model}"):
+        exported = export(model, config.path, images, **options)
+    setting = f"{device}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"
     printed: list[Any] = [
         f"{exported.path}: {exported.precision}, {exported.size_mib:.1f} MiB, takes "
         f"{_ends(exported.inputs)}, gives {_ends(exported.outputs)}",
@@ -104,7 +107,8 @@ def export_table(config: ExportConfig) -> tuple[Any, ...]:
     if data is not None:
         models = {"model": model.eval(), "file": load_exported(exported.path, device)}
         sizes = {"model": weights_mib(model), "file": exported.size_mib}
-        rows = precision_rows(models, sizes, data, images, config.rounds)
+        with show_progress(f"evaluating both on {data.name}"):
+            rows = precision_rows(models, sizes, data, images, config.rounds)
         note = f"Top-1 of the {len(data)} held-out images of {data.name}."
         printed += [filled_table(PRECISION_COLUMNS, rows), note]
     return tuple(printed)
@@ -125,7 +129,7 @@ def _images(
         kwargs: dict[str, Any] = {"img_size": height, "in_chans": channels, "workers": 0}
         kwargs |= {"frames": frames[0]} if frames else {}
         options = DataConfig(config.data, config.root, **kwargs)
-        data = evaluated = preprocessed(load_data(options, "test"), model, options, config.model)
+        data = evaluated = preprocessed(load_data(options, "val"), model, options, config.model)
         require(
             list(data.shape) == list(size),
             f"{config.data} gives {_times(data.shape)} and {config.model} takes {_times(size)}; "
@@ -133,7 +137,9 @@ def _images(
         )
     elif fits and not frames:
         bundled = load_data("fashion-mnist-small", "test").sample(config.batch_size)
-        data = preprocessed(bundled.resized(height, channels), model, DataConfig())
+        data = bundled.resized(height, channels)  # whose classes do not matter
+        if found := get_preprocessing(model, channels):
+            data = data.with_preprocessing(**found.to_kwargs())
     if data is None:
         return None, torch.randn(config.batch_size, *size), f"noise, {_times(size)}"
     images, _ = next(iter(data.batches(config.batch_size)))

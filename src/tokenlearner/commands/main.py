@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "train a small ViT with and without learned tokens on real images, and compare",
     "train": "train a named model on a named data set",
     "eval": "evaluate a checkpoint on a data set",
+    "predict": "label images or videos with a checkpoint",
     "plan": "list where tokens can be learned, and how many, within a budget",
     "bench": "measure models side by side: multiply-adds, memory, speed, training",
     "report": "write one HTML file about a training, a comparison or a benchmark",
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     name = _parse_command(arguments[:1])
     try:
-        extra = name if name in ("app", "convert") else "train"
+        extra = name if name in ("app", "convert", "demo") else "train"
         require_package("jsonargparse", extra, "the command")
         _load(name)(arguments[1:])
     except ValueError as error:

@@ -20,8 +20,8 @@ from ..evaluation.maps import attention_maps, has_gates
 from ..models.insertion import wrapped_blocks
 from ..utils.imports import require_package
 from ..utils.io import check_output_folder, without_folders, write_json
-from ..utils.validation import check_count, check_literals, require
-from ._console import console
+from ..utils.validation import check_count, check_literals, counted, require
+from ._console import console, show_progress
 from ._inputs import InputPipeline, MapInput, input_pipeline, is_video, list_inputs
 from ._models import load_sized
 from ._tables import plain_table
@@ -45,7 +45,7 @@ class MapsConfig:
 
     Args:
         model: A checkpoint that `train` or `save_model` wrote, or a model's name (random weights).
-        source: An image (png, jpg), a video, or a folder of them.
+        source: An image, a video, or a folder of them.
         out: Folder for the figures, the animations and maps.json.
         img_size: Height and width of the model's images; 0 leaves them as the model has them.
         frames: Frames of a video, for a model of images; None is 16.
@@ -176,15 +176,16 @@ def _draw_all(
     """Draws file by file; returns, for each, whether it is a video, and its maps; and errors."""
     drawn: list[tuple[bool, ImageMaps]] = []
     unreadable: list[str] = []
-    for name, path in paths.items():
-        try:
-            item = pipeline.read(path, name)
-        except UnreadableFile as error:
-            unreadable.append(str(error))
-            continue
-        maps = compute_maps(model, item)
-        _draw(item, maps, has_gates(model), config)
-        drawn.append((item.is_video, maps))
+    with show_progress("drawing maps", len(paths)) as advance:
+        for name, path in paths.items():
+            try:
+                item = pipeline.read(path, name)
+                maps = compute_maps(model, item)
+                _draw(item, maps, has_gates(model), config)
+                drawn.append((item.is_video, maps))
+            except UnreadableFile as error:
+                unreadable.append(str(error))
+            advance()
     require(bool(drawn), f"nothing in {config.source} can be read: {(unreadable or [''])[0]}")
     return drawn, unreadable
 
@@ -280,11 +281,6 @@ def stats_json(stats: StatsByKind) -> dict[str, Any]:
         for kind, by_block in stats.items()
         if by_block
     }
-
-
-def counted(n: int, noun: str) -> str:
-    """Returns a number and its noun, such as `2 videos`."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _two_digits(value: float | None) -> str:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 
 from ..evaluation.planning import Option, check_plan, plan
-from ..utils.validation import check_count, check_literals
+from ..utils.validation import check_count, check_literals, counted
 from ._arguments import read_config
-from ._console import console
+from ._console import console, show_progress
 from ._models import load_sized
 from ._tables import REALIZED, filled_table, realized_text
 
@@ -77,9 +77,16 @@ def plan_table(config: PlanConfig) -> tuple[Any, str]:
     model, size = load_sized(config.model, config.img_size, config.device, hosts_only=True)
     images = torch.randn(config.batch_size, *size).to(next(model.parameters()))
     names = ("budget", "measure", "num_tokens", "learner", "fuse", "rounds")
-    options = plan(model, images, **{name: getattr(config, name) for name in names})
-    setting = f"{images.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return filled_table(COLUMNS, options), (
+    with show_progress(f"measuring {config.model} with and without learned tokens"):
+        options = plan(model, images, **{name: getattr(config, name) for name in names})
+    setting = (
+        f"{images.device}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"
+    )
+    columns = {
+        "clips/s" if len(size) == 4 and name == "images/s" else name: text
+        for name, text in COLUMNS.items()
+    }
+    return filled_table(columns, options), (
         f"{config.model}: {config.batch_size} x {' x '.join(map(str, size))} on {setting}; medians "
         f"(quartiles) of {config.rounds} interleaved rounds. share: of the host's GMACs; realized: "
         f"the speed-up as a share of what the GMACs allow, * where it is below {REALIZED}."

@@ -23,18 +23,21 @@ def train_command(arguments: Sequence[str]) -> None:
     if config.insert:
         require_package("matplotlib", "train", "drawing maps")
     from ..training.run import train
+    from ..training.setup import with_sizes
     from ._comparison import compare_with_host
     from ._console import console, summary_table, training_progress
     from .report.render import write_report
 
-    with training_progress(f"training {config.model}") as report:
+    config = with_sizes(config)
+    with training_progress(f"training {config.model}", unit=config.unit) as report:
         result = train(config, report)
     if not is_main_process():
         return
     if config.insert:
         compare_with_host(config, result)
     else:
-        console().print(summary_table(result.history, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        console().print(summary_table(result.history, seconds, config.unit))
     print(f"The report is {write_report(config.out, device=config.device)}")
     print(f"The checkpoint is {result.checkpoint}")
 

@@ -14,7 +14,13 @@ from ..utils.preprocessing import NAMES
 from ..utils.processors import usable_processors
 from ..utils.validation import check_count, check_from_zero, check_literals, check_rate, require
 
+IMG_SIZE, FRAMES = 224, 8  # where neither the data set nor a model has a size
 OLD_NAMES = {"film": "video-folder"}  # of version 0.3, which still work
+
+
+def is_in_files(data: str) -> bool:
+    """Returns whether a data set is read from files, at any size."""
+    return data in ("folder", "video-folder") or "/" in data
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class DataConfig:
         root: Folder in which the data set is looked for.
         download: Fetch a data set that is missing, where torchvision can.
         images: Training images to use, drawn by the seed; 0 is all.
-        img_size: Height and width in pixels; None is the data set's own, or 224.
+        img_size: Height and width in pixels; None is the data set's own, or for files the model's,
+            or 224.
         in_chans: 3 for color, 1 for gray; None is the data set's own, or 3.
         crop_pct: Share of the resized image's side that is kept for evaluation. None is the
             model's, and 0.875 for one that is trained from scratch; so are the four that follow.
@@ -36,7 +43,7 @@ class DataConfig:
         interpolation: How images are resized; or bicubic.
         crop_mode: `center` keeps an image's shape and cuts its middle out, `squash` makes it a
             square, `border` keeps all of it between margins; or center. Clips have center.
-        frames: Frames of a clip.
+        frames: Frames of a clip; None is the model's, or 8 where there is none.
         stride: Frames of the video from one frame of a clip to the next; 0 spreads a clip over it.
         views: Clips of a video in evaluation, spread over its length; their logits are averaged.
         crops: Squares of each of them: 1 is the middle, 3 lie side by side.
@@ -61,7 +68,7 @@ class DataConfig:
     std: list[float] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
-    frames: int = 8
+    frames: int | None = None
     stride: int = 4
     views: int = 1
     crops: Literal[1, 3] = 1
@@ -108,8 +115,24 @@ class DataConfig:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(c, h, w)` of an image or a frame that is read from a file."""
-        size = self.img_size or 224
+        size = self.img_size or IMG_SIZE
         return self.in_chans or 3, size, size
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a clip."""
+        return self.frames or FRAMES
+
+    @property
+    def lacks_size(self) -> bool:
+        """Whether a size is missing that the data set has not itself, but a model may have."""
+        lacks_frames = self.unit == "clips" and self.frames is None
+        return (is_in_files(self.data) and self.img_size is None) or lacks_frames
+
+    @property
+    def unit(self) -> str:
+        """What the data set has: images or clips."""
+        return "clips" if self.data in ("video-folder", "moving-photographs") else "images"
 
     @property
     def reading_workers(self) -> int:

@@ -44,7 +44,7 @@ class _Labeled(ABC):
 
     Attributes:
         name: What the data set is called.
-        split: `"train"` or `"test"`.
+        split: `"train"`, `"val"` or `"test"`.
         classes: The name of each label.
         mean: Subtracted from images in [0, 1], one number a channel.
         std: Divided by, one number above 0 a channel.

@@ -19,7 +19,9 @@ from .moving_photos import load_moving_photos
 from .tensor_dataset import ImageDataset as ImageDataset
 from .video_folder import load_video_folder
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "val", "test")
+_TWO = {"val": "test"}  # of sets with two parts
+_WITH_VAL = ("folder", "video-folder", "hfds/", "hfids/", "wds/")  # may have both val and test
 
 
 def load_data(
@@ -47,7 +49,8 @@ def load_data(
     Args:
         name: One of `list_data()`; one that ends in `/` goes on with a name of that library's.
             Or a `DataConfig`, which has all options but the split.
-        split: `"train"` or `"test"`.
+        split: `"train"`, `"val"`, on which training evaluates, or `"test"`; the two are the same
+            where a set has one of them.
         root: Look in this folder and nowhere else.
         workers: Processes that read files for `batches`; None is one a processor.
         **options: `download=True` to fetch a set that is missing, `img_size=224`, and the other
@@ -72,7 +75,7 @@ def load_data(
     key = name if name in _LOADERS else name.partition("/")[0] + "/"
     require(key in _LOADERS, f"unknown data set {name!r}, expected one of: {names}")
     require(split in SPLITS, f"{name} has no split {split!r}, expected one of: {splits}")
-    return _LOADERS[key](name, split, config)
+    return _LOADERS[key](name, split if key in _WITH_VAL else _TWO.get(split, split), config)
 
 
 def list_data() -> tuple[str, ...]:

@@ -40,7 +40,11 @@ if TYPE_CHECKING:
 TORCH_SETS = ("cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist",
               "imagenet", "inaturalist", "places365")  # fmt: skip
 _OF_TOOLS = re.compile(r"(^|/)(\._[^/]*|__[^/]*__/.*|__MACOSX/.*)$")  # of macOS and WebDataset
-HELD_OUT = ("validation", "val", "valid", "test")  # the first that a set has is the split "test"
+HUB_SPLITS = {  # of each split, the first that a set has
+    "train": ("train",),
+    "val": ("validation", "val", "valid", "test"),
+    "test": ("test", "validation", "val", "valid"),
+}
 
 
 def load_library_dataset(
@@ -51,8 +55,8 @@ def load_library_dataset(
     `torch/cifar10` is a set of torchvision in the folder `config.root`. `hfds/NAME` is one of the
     Hugging Face Hub, fetched unless HF_HUB_OFFLINE=1, or a local folder (`hfds//data/birds`);
     `config.root` is where `datasets` keeps it. `hfids/NAME` is the same in a stream, and `wds/`
-    are WebDataset's tar files, see `load_shards`. The split "test" is the held-out part that
-    timm takes of a torchvision set; of others it is `validation` before `test`.
+    are WebDataset's tar files, see `load_shards`. Of a torchvision set the held-out part is that
+    which timm takes; of others the split "val" is `validation` before `test`, "test" the reverse.
 
     Raises:
         ValueError: A library, the set or the split is missing, or the library refuses it.
@@ -217,7 +221,7 @@ def _from_hub(
             f"datasets cannot load {name} ({error}); pass the name of a set on the Hub, or of a "
             "local folder after the stroke"
         ) from error
-    names = ("train",) if split == "train" else HELD_OUT
+    names = HUB_SPLITS[split]
     part = next((splits[known] for known in names if known in splits), None)
     require(
         part is not None,

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..utils.io import check_regular
 from ..utils.limits import VARIABLE, max_unpacked_bytes
 from ..utils.preprocessing import Preprocessing
-from ..utils.validation import require, shortened
+from ..utils.validation import counted, require, shortened
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
 from .loader import eval_batches
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 MAX_ASPECT = 100  # longer strips would be resized to gigabytes
 MAX_OPENED = 10  # images that are opened when a set is loaded, until one can be read
-FOLDERS = {"train": ("train",), "test": ("val", "valid", "validation", "test")}
+FOLDERS = {  # of each split, the first that is there
+    "train": ("train",),
+    "val": ("val", "valid", "validation", "test"),
+    "test": ("test", "val", "valid", "validation"),
+}
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # by another program, or not at all
 _LAYOUT = "make train/ and val/ with a folder a class, or write train.csv and val.csv"
@@ -250,11 +254,11 @@ def image_extensions() -> tuple[str, ...]:
 def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
     """Lists the images of a folder, `config.root`.
 
-    It holds `train` and one of `val`, `valid`, `validation` and `test`; the split "test" is the
-    first of these that is there, so `val` goes before `test`, as in timm. Each is a folder with a
-    folder a class, or a list such as train.csv, whose first line is `path,label` and whose paths
-    start at the root; a list goes before a folder. Classes are sorted as text, as in torchvision:
-    where they are numbers, write leading zeros.
+    It holds `train` and one or more of `val`, `valid`, `validation` and `test`; the split "val" is
+    the first of these that is there, the split "test" goes by `test` before the others. Each is a
+    folder with a folder a class, or a list such as train.csv, whose first line is `path,label` and
+    whose paths start at the root; a list goes before a folder. Classes are sorted as text, as in
+    torchvision: where they are numbers, write leading zeros.
 
     Raises:
         ValueError: Something is missing, classes differ between splits, or none of the first few
@@ -314,7 +318,7 @@ def list_labeled_files(
 
     Args:
         root: Holds folders of classes or lists, as `load_folder` says.
-        split: `"train"` or `"test"`.
+        split: `"train"`, `"val"` or `"test"`.
         extensions: Ends of file names that count, such as ".png", in lower case. What a list names
             counts whatever its name ends in.
 
@@ -325,7 +329,8 @@ def list_labeled_files(
         root.is_dir(),
         f"{root} is not a folder; pass root, the folder of the data; for a new one, {_LAYOUT}",
     )
-    source, other = (_find_source(root, name) for name in (split, *(FOLDERS.keys() - {split})))
+    others = "val" if split == "train" else "train"
+    source, other = (_find_source(root, name) for name in (split, others))
     if source is None:
         raise ValueError(_missing_split(root, split))
     files = _read_list(root, source) if source.suffix else _read_folder(source, extensions)
@@ -371,7 +376,7 @@ def _read_folder(folder: Path, extensions: Sequence[str]) -> list[tuple[str, str
     require(bool(classes), f"{folder} holds no folder; make one for each class")
     pairs, others, ends = [], list[str](), tuple(extensions)
     for name in classes:
-        found = list(_walk(folder / name))
+        found = list(walk_files(folder / name))
         files = [path for path in found if path.lower().endswith(ends)]
         others += [path for path in found if not path.lower().endswith(ends)]
         require(
@@ -380,16 +385,21 @@ def _read_folder(folder: Path, extensions: Sequence[str]) -> list[tuple[str, str
             "remove the folder",
         )
         pairs += [(path, name) for path in files]
-    if others:
-        kinds = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in others})
-        _LOGGER.warning(
-            "%s: %d files of other kinds are left out (%s)",
-            *(folder, len(others), shortened(kinds)),
-        )
+    warn_left_out(folder, others)
     return pairs
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def warn_left_out(folder: Path, others: Sequence[str]) -> None:
+    """Logs how many files of a folder are of other kinds, and of which, if there are any."""
+    if others:
+        kinds = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in others})
+        left_out = counted(len(others), "file")
+        _LOGGER.warning(
+            "%s: %s of other kinds left out (%s)", *(folder, left_out, shortened(kinds))
+        )
+
+
+def walk_files(folder: Path) -> Iterator[str]:
     """Yields files in the order of torchvision; each folder once, though links may lead back."""
     visited, files = set(), {}
     for path, folders, names in os.walk(folder, followlinks=True):

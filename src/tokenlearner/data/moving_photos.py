@@ -62,7 +62,7 @@ def load_moving_photos(name: str, split: str, config: DataConfig) -> ImageDatase
     labels = np.arange(MOVING_SIZES[split]) % len(MOTIONS)
     draw = np.random.default_rng(_SEEDS[split])
     shapes = np.array([photograph.shape for photograph in photographs])
-    which, places = _draw_paths(labels, shapes, config.frames, draw)
+    which, places = _draw_paths(labels, shapes, config.clip_frames, draw)
     clips = np.empty((*places.shape[:2], size, size), np.uint8)
     for number, photograph in enumerate(photographs):
         chosen = which == number

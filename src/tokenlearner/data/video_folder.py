@@ -62,7 +62,7 @@ class VideoFolderDataset(FromFiles, MapDataset):
     """One split of labeled videos, which are read one by one.
 
     Clips of the split `"train"` start at random, drawn from torch's global generator; with stride 0
-    one frame is drawn from each of `frames` equal parts of the video. Clips of the split `"test"`
+    one frame is drawn from each of `frames` equal parts of the video. Other clips
     lie at fixed places: one view in the middle, several from the start to the end; with stride 0
     in the middle of each part. A video that is too short goes on with its last frame.
 
@@ -70,7 +70,7 @@ class VideoFolderDataset(FromFiles, MapDataset):
 
     Args:
         name: What the data set is called.
-        split: `"train"` or `"test"`.
+        split: `"train"`, `"val"` or `"test"`.
         paths: The videos.
         labels: int64 `[n]`, 0 to `len(classes) - 1`.
         classes: The name of each label.
@@ -88,7 +88,7 @@ class VideoFolderDataset(FromFiles, MapDataset):
     def shape(self) -> tuple[int, ...]:
         """Returns the size of one clip, `(c, t, h, w)`."""
         c, h, w = self.config.image_shape
-        return c, self.config.frames, h, w
+        return c, self.config.clip_frames, h, w
 
     def load(self, index: int) -> Tensor:
         """Decodes a clip: uint8 `t c h w`, with several views or crops `v t c h w`.
@@ -147,11 +147,11 @@ class VideoFolderDataset(FromFiles, MapDataset):
 
     @property
     def _crops(self) -> int:
-        return self.config.crops if self.split == "test" else 1
+        return 1 if self.split == "train" else self.config.crops
 
     def _choose(self, n: int) -> Tensor:
         """The numbers of the frames of each view, `v t`, of a video of `n` frames."""
-        t, stride, views = self.config.frames, self.config.stride, self.config.views
+        t, stride, views = self.config.clip_frames, self.config.stride, self.config.views
         steps = torch.arange(t, dtype=torch.float64)
         if self.split == "train":
             drawn = torch.rand(1, 1 if stride else t, dtype=torch.float64)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .latency import benchmark as benchmark
     from .maps import attention_maps as attention_maps
     from .planning import plan as plan
+    from .prediction import Prediction as Prediction
+    from .prediction import predict as predict
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -30,5 +32,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "map_figures": (),
         "map_stats": (),
         "planning": ("plan",),
+        "prediction": ("Prediction", "predict"),
     },
 )

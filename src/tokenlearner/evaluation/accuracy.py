@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.config import DataConfig
 from ..data.dataset import Batch, IterableDataset, LabeledDataset, match_classes
 from ..data.loader import SampleKey, load_batches
 from ..models.outputs import predict_logits
-from ..models.preprocessing import get_classes, get_preprocessing
+from ..models.preprocessing import get_classes, get_input_size, get_preprocessing, has_fixed_size
 from ..utils.modules import stream_device, training_mode
-from ..utils.validation import check_count, require
+from ..utils.validation import check_count, require, shortened
 
+Config = TypeVar("Config", bound=DataConfig)
+MAX_NAMED = 20  # unreadable files whose names are kept
 _MAX_NUMBERS = 2**25  # that go into a model at a time, about
 
 
@@ -32,6 +35,8 @@ class Evaluation:
     top5_percent: float
     broken: int = 0
     """Files that could not be read; they are not among `images`."""
+    broken_files: tuple[str, ...] = ()
+    """Names of the first of them, with the reasons."""
 
 
 def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> Evaluation:
@@ -51,7 +56,9 @@ def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> E
             names of classes, another number of them; or no image can be read.
     """
     check_count("batch_size", batch_size)
-    return mean_metrics(sum_metrics(model, by_class_names(model, data), batch_size), data)
+    unreadable: list[str] = []
+    sums = sum_metrics(model, by_class_names(model, data), batch_size, unreadable=unreadable)
+    return mean_metrics(sums, data, unreadable)
 
 
 def by_class_names(model: nn.Module, data: LabeledDataset) -> LabeledDataset:
@@ -87,6 +94,24 @@ def preprocess_for(
     return data
 
 
+def with_model_size(config: Config, model: Any) -> Config:
+    """Returns a config with the model's size of images and clips, where none is given.
+
+    Args:
+        config: Of a data set; some have a size of their own.
+        model: One that takes images of any size changes nothing. Weights do not matter.
+    """
+    if not config.lacks_size:
+        return config
+    _, *frames, height, width = get_input_size(model)
+    is_fixed = has_fixed_size(model) and height == width
+    sizes = {"img_size": height if is_fixed else None, "frames": frames[0] if frames else None}
+    changes = {n: size for n, size in sizes.items() if getattr(config, n) is None}
+    if config.data == "moving-photographs":
+        changes.pop("img_size", None)
+    return replace(config, **changes)
+
+
 def _imagenet_names(count: int | None) -> tuple[str, ...] | None:
     from timm.data import ImageNetInfo
 
@@ -110,8 +135,11 @@ def sum_metrics(
     batch_size: int,
     process: int = 0,
     num_processes: int = 1,
+    unreadable: list[str] | None = None,
 ) -> Tensor:
     """Sums over one process's part of the data: images, unreadable files, loss, top-1, top-5.
+
+    Names of unreadable files, with the reasons, are appended to `unreadable`.
 
     Every process runs the model equally often, as sharded models need; one without an image left
     runs it on a blank.
@@ -122,10 +150,12 @@ def sum_metrics(
         for batch in _batches(data, batch_size, process, num_processes):
             images, labels = batch.images.to(device), batch.labels.to(device)
             sums[1] += len(batch.unreadable)
+            if unreadable is not None:
+                unreadable += batch.unreadable
             if not len(images):
                 predict_logits(model, torch.zeros(1, *data.shape, device="cpu"))
                 continue
-            logits = _logits(model, images, data)
+            logits = mean_logits(model, images, data)
             _check_classes(logits.shape[1], data)
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -136,15 +166,17 @@ def sum_metrics(
     return sums
 
 
-def mean_metrics(sums: Tensor, data: LabeledDataset) -> Evaluation:
-    """Makes means of the sums of all processes.
+def mean_metrics(sums: Tensor, data: LabeledDataset, unreadable: Sequence[str] = ()) -> Evaluation:
+    """Makes means of the sums of all processes, and names unreadable files.
 
     Raises:
         ValueError: No image could be read.
     """
     n, broken, loss, top1, top5 = sums.tolist()
-    require(n > 0, f"none of the {int(broken)} files of {data.name} can be read")
-    return Evaluation(int(n), loss / n, 100 * top1 / n, 100 * top5 / n, int(broken))
+    names = f"{data.name} has no file that can be read: {shortened(unreadable)}"
+    require(n > 0, names)
+    means = loss / n, 100 * top1 / n, 100 * top5 / n
+    return Evaluation(int(n), *means, int(broken), tuple(sorted(unreadable)[:MAX_NAMED]))
 
 
 def _batches(
@@ -162,7 +194,7 @@ def _batches(
     return load_batches(data, keys, workers=data.workers)
 
 
-def _logits(model: nn.Module, images: Tensor, data: LabeledDataset) -> Tensor:
+def mean_logits(model: nn.Module, images: Tensor, data: LabeledDataset) -> Tensor:
     """Returns `b classes` for images and clips, the mean over views if there are several."""
     if images.ndim == len(data.shape) + 1:
         return predict_logits(model, images)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..models.factory import create_model, list_models
+from ..models.preprocessing import get_input_size
 from .flops import count_macs
 
 _HEADER = ("model", "input", "parameters, M", "GMACs", "GFLOPs")
@@ -69,9 +70,6 @@ def _cells(row: CatalogRow) -> tuple[str, ...]:
 def _row(name: str) -> CatalogRow:
     with torch.device("meta"):
         model: Any = create_model(name).eval()
-        c, h, w = model.pretrained_cfg["input_size"]
-        tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
-        frames = getattr(model, "num_frames", None)
-        size = (c, h, w) if frames is None else (c, frames * tubelet, h, w)
+        size = tuple(get_input_size(model))
         gmacs = count_macs(model, torch.empty(1, *size)) / 1e9
     return CatalogRow(name, size, sum(p.numel() for p in model.parameters()), gmacs)

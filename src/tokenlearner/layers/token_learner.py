@@ -240,7 +240,7 @@ def _conv1x1(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 class TokenLearnerV11(_Learner):
-    """Learns tokens by an MLP and a softmax: V1.1 since March 2022, the official default.
+    """Learns tokens by an MLP and a softmax: V1.1 since March 2022, the default since May 2022.
 
     Every map is a distribution over the positions, whose number, order and arrangement do not
     matter.

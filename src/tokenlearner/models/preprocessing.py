@@ -7,7 +7,8 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from .pretrained import is_pretrained
 CLIPS = "bilinear"  # how torchvision resizes clips
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # of PIL
 _OF_CLASSES = ("label_names", "label_descriptions")  # in timm's configs
+_SIZE = (3, 224, 224)  # of a model that says nothing
 
 
 def get_preprocessing(model: nn.Module, channels: int = 3) -> Preprocessing | None:
@@ -109,6 +111,70 @@ def _local_processor(model: Any) -> Any:
         return AutoImageProcessor.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         return None
+
+
+def get_input_size(model: Any) -> list[int]:
+    """Returns the size of a model's images, `c h w`, or clips, `c t h w`.
+
+    Args:
+        model: Any; of a file that `export` wrote too. One that does not show it has the size of its
+            `pretrained_cfg`, or `3 224 224`.
+    """
+    for _, *size in getattr(model, "inputs", {}).values():  # of an exported file
+        if all(isinstance(axis, int) for axis in size):
+            return size
+    channels, *size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or _SIZE
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    channels = next((m.in_channels for m in convolutions), channels)
+    tubelet = getattr(model, "tubelet_size", 1)  # a FrameViT counts frames in tubelets
+    frames = [model.num_frames * tubelet] if hasattr(model, "num_frames") else []
+    return [channels, *frames, *(_embedded_size(model) or size)]
+
+
+def has_fixed_size(model: Any) -> bool:
+    """Returns whether a model is built for images of one size."""
+    return bool(getattr(model, "inputs", None) or _embedded_size(model))
+
+
+def _embedded_size(model: Any) -> Sequence[int] | None:
+    owner = getattr(model, "encoder", model)  # of a FrameViT
+    embed = getattr(owner, "patch_embed", getattr(owner, "stem", None))  # a Mixer's is its stem
+    return getattr(embed, "img_size", None)
+
+
+@contextmanager
+def size_errors(name: str, model: Any, shape: Sequence[int]) -> Iterator[None]:
+    """Explains an error in the block by the sizes of a model, if it is of other images than come.
+
+    Args:
+        name: Of the model.
+        model: Any.
+        shape: `c h w` of the images, or `c t h w` of the clips.
+
+    Raises:
+        ValueError: In place of the errors of timm, torch and our own models.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        hint = _size_hint(get_input_size(model), shape)
+        if isinstance(error, ValueError) and not hint:
+            raise
+        kind = "clips" if len(shape) == 4 else "images"
+        raise ValueError(
+            f"{name} does not take {kind} of {list(shape)} ({' '.join(str(error).split())}); "
+            f"{hint or 'take another model, or a smaller batch_size where memory is short'}"
+        ) from error
+
+
+def _size_hint(taken: Sequence[int], shape: Sequence[int]) -> str:
+    """Returns the options for images of another size; nothing where sizes are the same."""
+    if len(taken) != len(shape):
+        return f"take data of {'clips' if len(taken) == 4 else 'images'}"
+    names = ("--in_chans", *(["--frames"] if len(taken) == 4 else []), "--img_size")
+    pairs = zip(names, taken, shape, strict=False)
+    options = " ".join(f"{name} {size}" for name, size, given in pairs if size != given)
+    return f"pass {options}" if options else ""
 
 
 def set_preprocessing(

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..data.config import OLD_NAMES
+from ..data.config import FRAMES, IMG_SIZE, OLD_NAMES, is_in_files
 from ..models.serialization import WEIGHTS
 from ..utils.io import FULL, atomic_write, check_output_folder, lock_folder, system_error
 from ..utils.processors import is_main_process
@@ -215,7 +215,8 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} has format {version}, expected {_FORMAT}; it is of a newer version"
         )
-    now = json.loads(json.dumps(asdict(config)))
+    now = _with_sizes(json.loads(json.dumps(asdict(config))))
+    saved = _with_sizes(saved)
     changed = [
         name
         for name in now
@@ -227,6 +228,13 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
         pairs = ", ".join(f"{name} was {saved[name]!r}, is {now[name]!r}" for name in changed)
         raise ValueError(f"{path} is of a run with other options: {pairs}; pass another out")
     return state
+
+
+def _with_sizes(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of a run with the sizes that were used where they are None."""
+    size = IMG_SIZE if is_in_files(options["data"]) else None
+    sizes = {"frames": options["frames"] or FRAMES, "img_size": options["img_size"] or size}
+    return options | sizes
 
 
 def write_metrics(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> None:

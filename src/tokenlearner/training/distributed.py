@@ -73,6 +73,12 @@ class Distributed:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Returns a value of every process, in their order; all of them have to call this."""
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
     @contextmanager
     def trackers(self) -> Iterator[None]:
         """Opens the trackers of the config in the folder `out`, and closes them."""

@@ -36,6 +36,8 @@ class WarningRow(TypedDict):
 class _Counts(TypedDict, total=False):
     skipped_steps: int
     broken: int
+    broken_files: list[str]
+    test_broken_files: list[str]
 
 
 class EpochRow(_Counts):

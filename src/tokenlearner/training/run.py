@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..data.dataset import IterableDataset, require_order
-from ..data.factory import SPLITS, load_data
+from ..data.factory import load_data
 from ..evaluation.accuracy import Evaluation, eval_batch_size, mean_metrics, sum_metrics
 from ..models.factory import load_model, save_model
 from ..models.hub import model_card
@@ -36,7 +36,7 @@ from .config import TrainConfig
 from .distributed import Distributed
 from .meter import Report
 from .paths import absolute_options
-from .setup import TrainingSetup, calibrate_inserted, prepare, read_calibration
+from .setup import TrainingSetup, calibrate_inserted, prepare, read_calibration, with_sizes
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
         TrainingInterrupted: After SIGTERM or SIGINT; the run can be resumed. A RuntimeError too.
     """
     check_run_folder(config)
+    config = with_sizes(config)
     distributed = Distributed(config)
     with RunFolder(config, distributed.accelerator.is_main_process) as folder:
         return _train(config, report, distributed, folder)
@@ -97,7 +98,7 @@ def _train(
     config: TrainConfig, report: Report | None, distributed: Distributed, folder: RunFolder
 ) -> TrainResult:
     checkpoint = read_checkpoint(config)
-    data, held_out = (load_data(config, split) for split in SPLITS)
+    data, held_out = (load_data(config, split) for split in ("train", "val"))
     if config.images:
         ordered = require_order(data, f"draw {config.images} images")
         require(
@@ -169,7 +170,10 @@ class _Run:
 
     def _run_epoch(self) -> None:
         row = {"epoch": self.trainer.epochs_done + 1, **self.trainer.train_epoch()}
-        row |= {f"test_{name}": value for name, value in asdict(self._evaluate()).items()}
+        metrics = asdict(self._evaluate())
+        if not metrics["broken"]:
+            del metrics["broken_files"]
+        row |= {f"test_{name}": value for name, value in metrics.items()}
         self.history.append(row)
         self._write_model(self._save())
         self.distributed.track(row)
@@ -251,10 +255,13 @@ class _Run:
         data, model = self.held_out, self.trainer.eval_model
         batch_size = eval_batch_size(data.shape, self.config.views * self.config.crops)
         part = self.accelerator.process_index, self.accelerator.num_processes
-        sums = sum_metrics(model, data, batch_size, *part)
+        unreadable: list[str] = []
+        sums = sum_metrics(model, data, batch_size, *part, unreadable)
         if not isinstance(data, IterableDataset):  # of which every process evaluates all
             sums: Any = self.accelerator.reduce(sums.to(self.distributed.device), "sum")
-        return mean_metrics(sums.cpu(), data)
+            unreadable = [name for names in self.distributed.gather(unreadable) for name in names]
+        self.trainer.note_unreadable(unreadable)
+        return mean_metrics(sums.cpu(), data, unreadable)
 
     def _report(self, row: dict[str, Any]) -> None:
         if "step" in row:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoints.init_from import init_from
 from ..data.dataset import LabeledDataset, require_order
 from ..data.transforms import train_transform
-from ..evaluation.accuracy import preprocess_for
+from ..evaluation.accuracy import preprocess_for, with_model_size
 from ..models.factory import create_model
 from ..models.hub import load_local
 from ..models.insertion import insert
@@ -25,6 +25,7 @@ from ..models.preprocessing import (
     get_classes,
     get_preprocessing,
     set_preprocessing,
+    size_errors,
     without_classes,
 )
 from ..utils.modules import training_mode
@@ -86,6 +87,21 @@ def prepare(
         distillation = Distillation(teacher.to(device), kind, temperature)
         _measure(distillation, model.to(device), data, config)
     return TrainingSetup(model.to(device), host, distillation, data, held_out)
+
+
+def with_sizes(config: TrainConfig) -> TrainConfig:
+    """Returns a config with the sizes of its model, where none are given and the data have none.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    if not config.lacks_size:
+        return config
+    if config.is_trained:
+        return with_model_size(config, load_local(config.model))
+    kwargs = {k: v for k, v in (config.model_kwargs or {}).items() if k != "pretrained"}
+    with torch.device("meta"):
+        return with_model_size(config, create_model(config.model, **kwargs))
 
 
 def _measure(
@@ -225,13 +241,8 @@ def _check_recipe(config: TrainConfig, model: nn.Module, data: LabeledDataset) -
 def _check_model(name: str, model: nn.Module, data: LabeledDataset) -> None:
     """Runs a model on one image; refuses one that cannot take it or has other classes."""
     images, _ = next(data.batches(1))
-    try:
-        with torch.inference_mode():
-            logits = predict_logits(model.cpu().eval(), images)
-    except (AssertionError, RuntimeError) as error:
-        size = list(data.shape)
-        message = f"{name} does not take images of {size}, as {data.name} has ({error})"
-        raise ValueError(message) from error
+    with size_errors(name, model, data.shape), torch.inference_mode():
+        logits = predict_logits(model.cpu().eval(), images)
     if logits.shape[1] != len(data.classes):
         raise ValueError(
             f"{name} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}; "

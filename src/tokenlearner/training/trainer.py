@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..data.dataset import Batch, IterableDataset, LabeledDataset
 from ..data.loader import epoch_keys, load_batches
 from ..data.transforms import mixup_transform, train_transform
+from ..evaluation.accuracy import MAX_NAMED
 from ..layers.onednn import use_onednn
 from ..utils.random import random_states, set_random_states
-from ..utils.validation import require
+from ..utils.validation import require, shortened
 from .config import TrainConfig
 from .distillation import Distillation
 from .distributed import Distributed, full_state, set_full_state
@@ -68,6 +69,7 @@ class Trainer:
         self.mixup = mixup_transform(config, len(data.classes), config.seed)
         self.step = self.skipped_steps = 0
         self.unreadable: set[str] = set()
+        self._named: set[str] = set()  # files that a warning has named, held-out ones too
         self.after_step: Callable[[], None] = lambda: None
         self.meter = EpochMeter()
         self._unread: list[tuple[int, Tensor]] = []  # steps, with loss and norm on the device
@@ -110,7 +112,7 @@ class Trainer:
         start = time.perf_counter()
         for batch in self._batches():
             loaded = time.perf_counter()
-            self._note_unreadable(batch)
+            self._count_unreadable(batch)
             self._train_step(batch)
             if self.is_log_step:
                 self._read_losses()
@@ -140,7 +142,7 @@ class Trainer:
             "optimizer": optimizer,
             "average": self.average and copy.deepcopy(self.average.state_dict()),
             "scaler": self._scaler and self._scaler.state_dict(),
-            "random": self._gather(random_states()),
+            "random": self.distributed.gather(random_states()),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -297,6 +299,7 @@ class Trainer:
                 f"{self._last_checkpoint(self.step)}. Try a lower lr"
             )
         counts = {"skipped_steps": self.skipped_steps, "broken": len(self.unreadable)}
+        names = {"broken_files": sorted(self.unreadable)[:MAX_NAMED]} if self.unreadable else {}
         return {
             "step": self.step,
             "train_loss": meter.loss_sum / meter.finite_steps,
@@ -304,13 +307,20 @@ class Trainer:
             "waiting_percent": 100 * meter.data_seconds / meter.seconds,
             **self._rates(),
             **{name: count for name, count in counts.items() if count},
+            **names,
         }
 
-    def _note_unreadable(self, batch: Batch) -> None:
+    def note_unreadable(self, names: Iterable[str]) -> None:
+        """Warns of the files among these that no warning has named."""
+        new = set(names) - self._named
+        self._named |= new
+        if new:
+            logger.warning("left out: %s", shortened(sorted(new)))
+
+    def _count_unreadable(self, batch: Batch) -> None:
+        self.note_unreadable(batch.unreadable)
         new = set(batch.unreadable) - self.unreadable
         self.unreadable |= new
-        for sentence in new:
-            logger.info("left out: %s", sentence)
         if new and len(self.unreadable) > self.config.max_broken:
             first = "; ".join(sorted(self.unreadable)[:5])
             raise RuntimeError(
@@ -319,10 +329,4 @@ class Trainer:
             )
 
     def _all_unreadable(self) -> set[str]:
-        return set().union(*self._gather(self.unreadable))
-
-    def _gather(self, value: Any) -> list[Any]:
-        """Returns a value of every process, in their order."""
-        from accelerate.utils import gather_object
-
-        return gather_object([value])
+        return set().union(*self.distributed.gather(self.unreadable))

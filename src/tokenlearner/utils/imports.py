@@ -24,5 +24,7 @@ def require_package(name: str, extra: str, purpose: str = "this") -> Any:
         return import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        message = f"{purpose} needs {package}; run pip install 'tokenlearner[{extra}]'"
-        raise ValueError(message) from error
+        raise ValueError(
+            f"{purpose} needs {package}; run pip install '.[{extra}]' in the folder of "
+            "tokenlearner's repository"
+        ) from error

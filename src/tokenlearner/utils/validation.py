@@ -153,6 +153,11 @@ def plain_text(name: object) -> str:
     )
 
 
+def counted(n: int, noun: str) -> str:
+    """Returns a number and its noun, such as `2 videos`."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def shortened(names: Collection[str], most: int = 5) -> str:
     """Returns the first names for a message, with their number if there are more."""
     first = ", ".join(list(names)[:most])

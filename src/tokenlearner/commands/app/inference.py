@@ -18,9 +18,9 @@ from ...evaluation.map_stats import AttentionStats, map_stats
 from ...evaluation.maps import has_gates
 from ...models.insertion import remove
 from ...utils.modules import clone_structure
-from ...utils.validation import require
+from ...utils.validation import counted, require
 from .._inputs import MapInput
-from ..maps import compute_maps, counted, time_step_rows
+from ..maps import compute_maps, time_step_rows
 from .models import OfferedModel
 
 BATCH = 32  # that is measured besides a single image or clip

@@ -119,7 +119,7 @@ def _held_out(run: dict[str, Any], pipeline: InputPipeline, is_random: bool) -> 
     if pipeline.takes_clips:
         kwargs |= {"img_size": size, "in_chans": c, "frames": frames[0]}
     try:
-        data = load_data(name, "test", **kwargs)
+        data = load_data(name, "val", **kwargs)
     except ValueError:  # the set is not on this machine
         return None
     if root := kwargs.get("root"):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 
 from ...utils.imports import require_package
 from ...utils.validation import check_count, require
@@ -17,6 +18,10 @@ from .models import load_offered
 from .uploads import UploadLimits
 
 _VISITORS = 20  # whose last image is remembered
+_EVERYBODY = {  # hosts that stand for all addresses, and an address of documentation
+    "0.0.0.0": (socket.AF_INET, "192.0.2.1"),
+    "::": (socket.AF_INET6, "2001:db8::1"),
+}
 _ENVIRONMENT = {  # read by Gradio when it is imported or started
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_RUN_HISTORY": "False",
@@ -71,6 +76,9 @@ def app(config: AppConfig) -> None:
     try:
         with serving(config) as address:
             print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
+            if config.host in _EVERYBODY and not config.share:
+                port = urlsplit(address).port
+                print(f"On this computer it is at http://localhost:{port}/", flush=True)
             if config.host not in ("127.0.0.1", "localhost"):
                 print("Everyone who reaches this computer can open it, without a password")
             threading.Event().wait()
@@ -132,11 +140,12 @@ def _check_address(config: AppConfig) -> None:
 
 def _reachable(host: str) -> str:
     """Returns the address at which others find this computer, for 0.0.0.0; otherwise the host."""
-    if host != "0.0.0.0":
-        return f"[{host}]" if ":" in host else host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # an address of documentation; nothing is sent
-        except OSError:  # no network
-            return "127.0.0.1"
-        return probe.getsockname()[0]
+    if host in _EVERYBODY:
+        family, documented = _EVERYBODY[host]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((documented, 9))  # nothing is sent
+                host = probe.getsockname()[0]
+            except OSError:  # no network
+                host = "localhost"
+    return f"[{host}]" if ":" in host else host

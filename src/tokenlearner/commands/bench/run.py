@@ -40,7 +40,7 @@ class Measurement:
     Args:
         name: `latency`, `throughput` or `training`.
         batch_size: Images at a time.
-        unit: `ms` of a batch, or `images/s`.
+        unit: `ms` of a batch, `images/s` or `clips/s`.
     """
 
     name: str
@@ -104,19 +104,20 @@ def bench(config: BenchConfig, report: Callable[[str], object] = lambda line: No
     """
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     batch = config.batch_size
-    measurements = [Measurement("latency", 1, "ms"), Measurement("throughput", batch, "images/s")]
-    measurements += [Measurement("training", batch, "images/s")] if config.training else []
     with _threads(config.threads):
         report("building")
         models, axes = load_bench_models(config.parsed_models, config.img_size, device, dtype)
         images = torch.randn(batch, *axes).to(device, dtype)
+        unit = "clips/s" if len(axes) == 4 else "images/s"
+        measurements = [Measurement("latency", 1, "ms"), Measurement("throughput", batch, unit)]
+        measurements += [Measurement("training", batch, unit)] if config.training else []
         report("counting multiply-adds and memory")
         rows: list[BenchRow] = []
         for name, model in models.items():
             with _size_errors(name, config.img_size):
                 rows.append(_count(name, model, images, config.training, rows[:1]))
         for measurement in measurements:
-            report(f"{measurement.label}, in {config.rounds + 2} rounds")
+            report(f"{measurement.label}, in {config.rounds} rounds and 2 to warm up")
             seconds = time_models(
                 models,
                 images[: measurement.batch_size],

@@ -34,7 +34,6 @@ def bench_table(
     """
     for package in ("rich", "matplotlib") if config.plot else ("rich",):
         require_package(package, "train", "bench")
-    from rich.markup import escape
 
     result = bench(config, report)
     if config.json:
@@ -42,7 +41,7 @@ def bench_table(
     if config.plot:
         plot_bench(config.plot, result)
     speeds = (speed_table(result, one.name, one.label) for one in result.measurements)
-    return filled_table(SIZE_COLUMNS, result.rows), *speeds, escape(_summary(result))
+    return filled_table(SIZE_COLUMNS, result.rows), *speeds, _summary(result)
 
 
 SIZE_COLUMNS: dict[str, Callable[[BenchRow], str]] = {

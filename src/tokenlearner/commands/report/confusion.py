@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.dataset import LabeledDataset, MapDataset, require_order
-from ...evaluation.accuracy import eval_batch_size
+from ...evaluation.accuracy import eval_batch_size, with_model_size
 from ...models.insertion import wrapped_blocks
 from ...models.serialization import weights_file
 from ...utils.modules import pick_device, training_mode
@@ -167,6 +167,7 @@ def _load(run: Run, checkpoint: Path, device: str) -> tuple[nn.Module, MapDatase
         f"{config.data} may have to be fetched, which a report does not do",
     )
     model = load_model(weights).to(pick_device(device)).eval()
+    config = with_model_size(config, model)
     data = preprocessed(load_data(config, config.split), model, config, config.checkpoint)
     return model, require_order(data, "evaluate some of its images")
 

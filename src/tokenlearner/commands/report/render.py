@@ -16,6 +16,7 @@ from ...models.serialization import WEIGHTS, weights_file
 from ...utils.imports import require_package
 from ...utils.io import atomic_write, check_output_file, without_folders
 from ...utils.validation import check_count, require
+from .._console import show_progress
 from .confusion import Reevaluation, reevaluate
 from .figures import legend_svg
 from .reader import ReportSource, Run, read_source
@@ -83,7 +84,10 @@ def write_report(
     contents = read_source(source)
     path = _output_path(contents, out)
     skipped = bool(contents.finished_runs) and not images
-    results = [] if skipped else [*_reevaluate_all(contents, images, device)]
+    results: list[Reevaluation] = []
+    if not skipped and contents.finished_runs:
+        with show_progress(f"evaluating the models of {contents.path} for the report"):
+            results += _reevaluate_all(contents, images, device)
     problems = ["Left out, since images is 0."] if skipped else []
     sections = make_sections(contents, results, problems)
     page = _page(title or default_title(contents), sections, contents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,7 +124,17 @@ def _what_ran(source: ReportSource) -> Section:
     if source.files:
         names, facts = [*_by_label(source.files)], [*map(_file_facts, source.files)]
         tables.append(ReportTable.of_columns(names, facts, "Measurements", words=True))
-    return Section("ran", "What ran", lead, tables=tables, problems=source.problems)
+    problems = [*source.problems, *(p for run in source.runs for p in _unreadable_files(run))]
+    return Section("ran", "What ran", lead, tables=tables, problems=problems)
+
+
+def _unreadable_files(run: Run) -> Iterator[str]:
+    """Names the files that a training left out."""
+    last = run.history[-1] if run.history else {}
+    for key in ("broken_files", "test_broken_files"):
+        names = last.get(key)
+        for name in names if isinstance(names, list) else ():
+            yield f"{run.name} left out: {name}"
 
 
 def _run_facts(run: Run) -> dict[str, str]:

@@ -162,6 +162,7 @@ def _summary(history: Sequence[Row]) -> dict[str, float | None]:
     """Sums a training up in a few numbers; None where its rows do not have them."""
     last = history[-1]
     top1s, speeds = (numbers(history, key) for key in ("test_top1_percent", "images_per_second"))
+    broken = [finite(last.get(key)) or 0 for key in ("broken", "test_broken")]
     return {
         "epochs": finite(last.get("epoch")),
         "held-out top-1, last epoch, %": finite(last.get("test_top1_percent")),
@@ -171,7 +172,7 @@ def _summary(history: Sequence[Row]) -> dict[str, float | None]:
         "training images/s, median": median(speeds) if speeds else None,
         "seconds of training": _seconds(history),
         "steps left out": finite(last.get("skipped_steps")),
-        "files that cannot be read": finite(last.get("broken")),
+        "files that cannot be read": sum(broken) if any(broken) else None,
     }
 
 
