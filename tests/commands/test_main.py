@@ -117,6 +117,8 @@ def test_models_takes_a_pattern_or_none(capsys: pytest.CaptureFixture[str]) -> N
         (["train", "no_such"], ["'no_such'", "cifar"]),
         (["train", "fashion_mnist", "--epochs", "0"], ["epochs is 0"]),
         (["eval", "x", "--img_size", "0.5"], ['"img_size"']),
+        (["plan", "vit_mini_patch4_28", "--budget", "2"], ["tokenlearner plan: budget is 2.0"]),
+        (["plan", "vit_mini_patch4_28", "--tokens", "4,x"], ["plan: tokens is '4,x'"]),
         (["bench"], ["models"]),
         (["bench", "vit+insert(x)"], ["tokenlearner bench: 'vit+insert(x)' has 'x'"]),
         (["bench", "nothing_like_it"], ["tokenlearner bench:", "'nothing_like_it'"]),

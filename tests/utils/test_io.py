@@ -25,29 +25,21 @@ from tokenlearner.utils.io import (
 )
 
 
-def test_the_file_appears_only_when_the_block_ends(tmp_path: Path) -> None:
-    path = tmp_path / "some" / "folder" / "a.txt"
+@pytest.mark.parametrize("old", ["old", None])
+def test_the_file_appears_or_is_replaced_only_when_the_block_ends(
+    old: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "some" / "folder" / "a.png"
+    if old:
+        path.parent.mkdir(parents=True)
+        path.write_text(old)
     with atomic_write(path) as temporary:
         temporary.write_text("new")
-        assert not path.exists()
-        assert temporary.parent == path.parent
+        assert path.exists() == bool(old)
+        assert (temporary.parent, temporary.suffix) == (path.parent, ".png")
+        assert not old or path.read_text() == old
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with atomic_write(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-
-
-def test_the_temporary_file_has_the_files_ending(tmp_path: Path) -> None:
-    with atomic_write(tmp_path / "a.png") as temporary:
-        temporary.touch()
-        assert temporary.suffix == ".png"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
