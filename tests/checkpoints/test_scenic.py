@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -213,12 +211,6 @@ def test_learned_tokens_inserted_into_timms_model_are_converted() -> None:
     params = to_scenic(module)
     assert "Transformer/TokenFuser_2/Dense_0/kernel" in params
     assert states_equal(load_scenic(other, params), module)
-
-
-def test_converting_needs_no_timm() -> None:
-    code = "import sys, tokenlearner.convert; print('timm' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "False", result.stderr
 
 
 def test_flat_names_become_nested_dicts_unless_one_is_also_a_layer() -> None:

@@ -237,16 +237,7 @@ def test_each_map_is_shown_over_the_image_and_described_in_words(prediction: Pre
     words = f"row {row + 1} of 7, column {column + 1} of 7, {float(shown.max()):.1f} × even share"
     assert images[2][1] == f"token 2: {words}"
     assert map_numbers(prediction, block, 1)[1][1] == words
-
-
-def test_numbers_are_those_of_the_maps_with_a_warning_of_collapse(prediction: Prediction) -> None:
-    [(block, stats)] = prediction.stats.items()
-    rows = map_numbers(prediction, block, 1)
-    assert [row[2] for row in rows] == [f"{share:.0%}" for share in stats.effective_share]
-    assert stats.alike is not None
-    assert f"{stats.alike[0]:.2f}" in [row[3] for row in rows]
-    assert f"mean: {stats.overlap:.2f}." in map_notes(block, stats)
-    collapsed = replace(stats, pairs=[[1.0] * 4] * 4)
+    collapsed = replace(prediction.stats[block], pairs=[[1.0] * 4] * 4)
     assert "Warning: tokens 1, 2, 3, 4" in map_notes(block, collapsed)
 
 

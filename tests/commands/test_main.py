@@ -191,6 +191,7 @@ def test_train_then_eval_gives_the_same_accuracy(capsys: pytest.CaptureFixture[s
     assert top1 > 12  # guessing gets 10
 
 
+@pytest.mark.slow
 def test_train_with_insert_leaves_a_table_and_images(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

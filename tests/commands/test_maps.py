@@ -238,7 +238,6 @@ def test_models_of_images_have_maps_block_by_block(
     ("model", "options", "frames", "animation"),
     [
         ("vivit_mini_patch8x2_32", {"num_tokens": 1, "depth": 2}, 4, "gif"),
-        (VIVIT, {"input_format": "btchw", "in_chans": 1}, 4, "none"),
         (FRAMEVIT, {}, 6, "none"),
     ],
 )

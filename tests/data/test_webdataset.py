@@ -15,7 +15,6 @@ from PIL import Image
 from streams import batches, gray, png, seen
 from torch import Tensor
 
-from tokenlearner.data import iterable as streamed
 from tokenlearner.data.dataset import UnreadableFile, require_order
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.hub_datasets import MAX_MEMBER_BYTES, TarShards
@@ -81,21 +80,6 @@ def test_an_epoch_has_every_image_once_in_full_batches(root: Path, workers: int)
     assert sorted(seen(load(root), workers=workers)) == list(range(20))
     found = batches(load(root), size=6, workers=workers)
     assert [len(batch.labels) for batch in found] == [6] * 3
-
-
-def test_no_more_workers_are_started_than_there_are_shards(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started, real = [], streamed.DataLoader
-
-    def start(*args: object, num_workers: int, **options: object) -> object:
-        started.append(num_workers)
-        return real(*args, num_workers=0, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(streamed, "DataLoader", start)
-    batches(load(root), workers=9)
-    batches(load(root), workers=9, process=1, num_processes=3, size=1)
-    assert (started[0], started[1]) == (4, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -76,13 +76,6 @@ def files(pixels: list[int], labels: list[int], bad: Iterable[int] = (), views: 
     return Files(make_images(pixels, labels), bad, views)
 
 
-def test_files_are_evaluated_as_images_in_memory_are() -> None:
-    pixels, labels = [0, 1, 2, 3, 4], [0, 1, 2, 3, 0]
-    assert evaluate(Brightness(), files(pixels, labels), 2) == evaluate(
-        Brightness(), make_images(pixels, labels), 2
-    )
-
-
 def test_the_logits_of_views_are_averaged() -> None:
     """Two views say 2 and 3, with 9 / 2 each: both are above the rest, and as likely."""
     result = evaluate(Brightness(), files([2, 2], [2, 3], views=2), batch_size=2)

@@ -54,13 +54,6 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
     assert cost.training_peak_memory_mib > 4 * size  # all of them wait for the backward pass
 
 
-def test_mode_and_gradients_are_left_as_they_were() -> None:
-    model = Repeated(1).eval()
-    benchmark({"one": model}, torch.ones(4, 256), rounds=2)
-    assert not model.training
-    assert model.linear.weight.grad is None
-
-
 def test_a_timing_is_the_median_between_quartiles() -> None:
     assert Timing.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Timing(3, 2, 4)
 

@@ -51,20 +51,6 @@ def test_there_are_maps_on_the_grid_for_every_block_that_learns_tokens(
 
 
 @both_ways
-@pytest.mark.parametrize("learner", ["v11", "grouped"])
-def test_maps_of_v11_sum_to_1(learner: str, fuse: bool) -> None:
-    for maps in attention_maps(insert(vit(), 3, learner=learner, fuse=fuse), images()).values():
-        torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 3))
-        assert maps.min() >= 0
-
-
-@pytest.mark.parametrize("learner", ["v1", "v1-mean"])
-def test_maps_of_v1_are_gates(learner: str) -> None:
-    (maps,) = attention_maps(insert(vit(), 3, learner=learner), images()).values()
-    assert 0 < maps.min() < maps.max() < 1
-
-
-@both_ways
 @each_learner
 @torch.no_grad()
 def test_maps_are_those_of_what_the_block_was_given(learner: str, fuse: bool) -> None:

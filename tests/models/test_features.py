@@ -182,6 +182,7 @@ def test_what_is_set_aside_is_not_trained_until_the_learners_are_removed() -> No
 # --- threads and compilers -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["compile", "torch.compile"])
 def test_a_compiled_model_that_has_run_has_maps_and_can_be_calibrated(way: str) -> None:
     torch._dynamo.reset()

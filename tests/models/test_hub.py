@@ -22,7 +22,6 @@ from torch import nn
 from tokenlearner import create_model, load_model, push_to_hub, save_model
 from tokenlearner.models.hub import HubModel, model_card
 from tokenlearner.models.mixer import TokenLearnerMixer
-from tokenlearner.models.serialization import build_named
 from tokenlearner.models.vit import TokenLearnerViT
 from tokenlearner.models.vivit import ViViT
 
@@ -62,15 +61,6 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 # --- timm --------------------------------------------------------------------------------------
-
-
-def test_timm_loads_a_folder_of_ours_for_other_classes(tmp_path: Path) -> None:
-    model = small()
-    save_model(model, tmp_path)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
-    x = images_for(model)
-    assert loaded(x).shape == (2, 3)
-    assert torch.equal(loaded.forward_features(x), model.forward_features(x))
 
 
 def test_the_config_is_in_timms_form(tmp_path: Path) -> None:
@@ -206,26 +196,6 @@ def test_what_a_class_cannot_save_or_load_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="TokenLearnerViT"):
         TokenLearnerViT(**SHAPE).save_pretrained(tmp_path / "run")  # not made by its name
     assert not (tmp_path / "run").exists()
-
-
-class Deaf(nn.Module):
-    """A model that takes a pooling and does not heed it."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__()
-        self.global_pool, self.head = "avg", nn.Linear(2, 2)
-
-
-def test_what_building_does_not_bring_back_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timm, "is_model", lambda name: True)
-    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: Deaf(**kwargs))
-    model = build_named("deaf", {})
-    save_model(model, tmp_path / "a.safetensors")
-    model.global_pool = "max"
-    with pytest.raises(ValueError, match=r"global_pool .*'avg' to 'max'"):
-        save_model(model, tmp_path / "b.safetensors")
 
 
 # --- the Hub -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tiny import TIMM, drawn, inputs_of
 from torch import Tensor, nn
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11, insert, remove
-from tokenlearner.layers.blocks import FusedBlock, ReducedBlock
+from tokenlearner.layers.blocks import FusedBlock
 from tokenlearner.layers.token_learner import LEARNERS
 from tokenlearner.models.insertion import get_insertion, wrapped_blocks
 
@@ -76,11 +76,6 @@ def test_the_learner_stands_at_a_block_or_at_a_share_of_the_depth(
     assert list(wrapped_blocks(host)) == [index]
     assert (get_insertion(host) or {})["at"] == index
     assert remove(host) is host
-
-
-def test_the_default_is_8_tokens_half_way() -> None:
-    ((index, block),) = wrapped_blocks(insert(vit())).items()
-    assert (index, block.learner.num_tokens) == (2, 8)
 
 
 # --- several places ----------------------------------------------------------------------------
@@ -200,26 +195,15 @@ def test_get_insertion_returns_the_arguments_that_build_the_same_model(
 
 def test_insertion_is_none_without_learned_tokens_and_plain_for_one_place() -> None:
     assert get_insertion(vit()) is None
+    with pytest.raises(ValueError, match="no learned tokens"):
+        remove(vit())
+    ((index, block),) = wrapped_blocks(insert(vit())).items()
+    assert (index, block.learner.num_tokens) == (2, 8)  # the default: 8 tokens half-way
     assert get_insertion(remove(insert(vit(), 3))) is None
     assert get_insertion(insert(vit(), [3], at=[2])) == get_insertion(insert(vit(), 3, at=2))
 
 
-@torch.no_grad()
-def test_blocks_wrapped_by_hand_run_and_are_removed_but_say_no_arguments() -> None:
-    host, x = vit(), images()
-    expected = host(x)
-    host.blocks[2] = ReducedBlock(host.blocks[2], TokenLearnerV11(16, 3), num_prefix_tokens=1)
-    assert not torch.allclose(host(x), expected)
-    assert get_insertion(host) is None
-    torch.testing.assert_close(remove(host)(x), expected)
-
-
 # --- what is refused ---------------------------------------------------------------------------
-
-
-def test_nothing_can_be_removed_from_a_plain_host() -> None:
-    with pytest.raises(ValueError, match="no learned tokens"):
-        remove(vit())
 
 
 _AT = "expected a block from 0 to 3"

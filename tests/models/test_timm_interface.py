@@ -417,14 +417,12 @@ def test_logits_on_the_chosen_device_are_those_on_the_cpu(name: str, device: tor
     torch.testing.assert_close(model.to(device)(x.to(device)).cpu(), expected)
 
 
-QUICK = ("vit-any-size-v1-fuser", "mixer-v11", "vivit-v1-linear-fuser", "framevit-v11-tubelets")
-COMPILED = ("vit-any-size-v1-fuser", "mixer-v11")
-each_compiled = pytest.mark.parametrize(
-    "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+KINDS = ("vit-any-size-v1-fuser", "mixer-v11", "vivit-v1-linear-fuser", "framevit-v11-tubelets")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "mixer-v11" else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
 )
-
-
-@each_compiled
 def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
     depth = "num_blocks" if name.startswith("mixer") else "depth"
     x = inputs(name, batch=16)  # torch takes another convolution for fewer images
@@ -435,7 +433,7 @@ def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
 # Not with aot_eager: torch 2.15 expects the gradient of a LayerNorm, as in front of a fuser's mix,
 # to have the strides of the gradient that comes in, and the CPU's has others. Inductor has its own.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_a_compiled_model_are_those_of_the_plain_one(name: str) -> None:
     model, x = tiny(name).train(), inputs(name)
     parameters = list(model.parameters())

@@ -217,10 +217,7 @@ def test_the_size_of_a_frame_can_be_set_but_not_that_of_a_patch() -> None:
 def test_arguments_that_do_not_fit_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClipEmbed(**(SHAPE | {"num_frames": 4} | kwargs))
-
-
-def test_timms_arguments_in_their_neutral_state_are_taken() -> None:
-    ClipEmbed(**SHAPE, dynamic_img_pad=False, strict_img_size=True, output_fmt=None)
+    ClipEmbed(**SHAPE, dynamic_img_pad=False, strict_img_size=True, output_fmt=None)  # neutral
 
 
 @pytest.mark.parametrize(

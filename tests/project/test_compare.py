@@ -64,7 +64,8 @@ def test_every_contender_is_trained_and_evaluated(
     assert all(torch.equal(value, before[key]) for key, value in host.state_dict().items())
 
 
-@pytest.mark.parametrize("budget", ["half", pytest.param("third", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["half", "third"])
 def test_contenders_spend_about_the_same(
     scripts: dict[str, ModuleType], options: Namespace, host: nn.Module, budget: str
 ) -> None:

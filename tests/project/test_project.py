@@ -86,9 +86,10 @@ def test_imports_are_light() -> None:
         "import sys, tokenlearner\n"
         "loaded = lambda: [name in sys.modules for name in ('torch', 'tokenlearner.models')]\n"
         "print(loaded(), tokenlearner.TokenLearner and loaded())\n"
+        "import tokenlearner.checkpoints.scenic; print('timm' in sys.modules)\n"
         f"tokenlearner.insert; print(sorted({HEAVY} & set(sys.modules)))"
     )
-    assert run_python(code).splitlines() == ["[False, False] [True, False]", "[]"]
+    assert run_python(code).splitlines() == ["[False, False] [True, False]", "False", "[]"]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -96,7 +97,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         tokenlearner.tokens  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["tokenlearner", *MODULES])
+SLOWLY = {"tokenlearner.deploy.exporting", "tokenlearner.evaluation.planning"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOWLY else ())
+        for name in ("tokenlearner", *MODULES)
+    ],
+)
 def test_doctests_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)

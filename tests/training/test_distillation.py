@@ -166,11 +166,6 @@ def test_no_hooks_are_left_also_when_the_model_fails(name: str, channels: int) -
     assert hooks_of(model) == before
 
 
-def test_of_a_model_on_learned_tokens_the_wrappers_tokens_are_returned() -> None:
-    shapes = [x.shape[1] for x in forward_with_features(insert(vit(), 2, 1), images()).features]
-    assert shapes == [17, 3, 3]
-
-
 # --- outputs ------------------------------------------------------------------------------------
 
 

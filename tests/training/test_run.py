@@ -119,12 +119,6 @@ def test_a_card_that_was_edited_is_kept(config: TrainConfig) -> None:
     assert readme.read_text() == "Mine."
 
 
-def test_a_single_epoch_needs_no_option() -> None:
-    assert TrainConfig(epochs=1).warmup_epochs == 0.5
-    with pytest.raises(ValueError, match="warmup_epochs is 2"):
-        TrainConfig(epochs=1, warmup_epochs=2.0)
-
-
 def test_training_learns_what_the_images_show(config: TrainConfig) -> None:
     history = train(
         changed(config, model_kwargs=None, epochs=3, lr=3e-3, warmup_epochs=1.0)

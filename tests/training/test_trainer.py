@@ -220,17 +220,13 @@ def of_files(bad: set[int], **changes: Any) -> Trainer:
     return Trainer(config(workers=0, **changes), vit(), files)
 
 
-def test_unreadable_files_are_counted_once_also_where_a_run_goes_on() -> None:
+def test_unreadable_files_are_counted_once_and_more_than_are_allowed_stop_the_run() -> None:
     run, other = of_files({3, 7}, max_broken=2), of_files({3, 7})
     assert [run.train_epoch()["broken"] for _ in range(2)] == [2, 2]
     other.load_state(run.state())
     assert other.unreadable == {"3.jpg is empty", "7.jpg is empty"}
-
-
-def test_more_unreadable_files_than_are_allowed_stop_the_run_with_their_names() -> None:
-    run = of_files({3, 7}, max_broken=1)
     with pytest.raises(RuntimeError, match=r"max_broken is 1: 3\.jpg .*7\.jpg"):
-        run.train_epoch()
+        of_files({3, 7}, max_broken=1).train_epoch()
 
 
 # --- how weights change -------------------------------------------------------------------------

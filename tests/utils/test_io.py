@@ -75,6 +75,8 @@ def test_json_reads_back_as_it_was(tmp_path: Path) -> None:
     assert json.loads(text) == value
     assert "größer" in text
     assert text.endswith("}\n")
+    write_json(tmp_path / "a.json", {"root": "bird\udcff"})  # no UTF-8
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"root": "bird\udcff"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}], ids=str)
@@ -103,15 +105,10 @@ def test_what_json_has_no_form_for_is_refused_and_keeps_the_old_file(
 def test_a_free_folder_is_the_first_that_does_not_exist(
     tmp_path: Path, existing: list[str], free: str
 ) -> None:
-    for name in existing:
-        (tmp_path / name).mkdir()
+    for name, make in zip(existing, (Path.mkdir, Path.touch), strict=False):
+        make(tmp_path / name)
     assert unique_path(tmp_path / "run") == tmp_path / free
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(existing)
-
-
-def test_a_file_takes_the_name_of_a_folder_too(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()
-    assert unique_path(tmp_path / "run") == tmp_path / "run-2"
 
 
 def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +190,3 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(error: Exception, tmp_
     assert info.value.errno == errno.ENOSPC
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_json_holds_names_that_are_no_utf_8(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"root": "bird\udcff"})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"root": "bird\udcff"}
