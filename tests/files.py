@@ -4,18 +4,45 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tiny import randomized
+from torch import Tensor
 
 from tokenlearner import create_model, save_model
+from tokenlearner.data.dataset import MapDataset, UnreadableFile
+from tokenlearner.data.factory import ImageDataset
 from tokenlearner.utils.io import write_json
 
 MINI = "vit_mini_patch4_28"
 _PIXELS = {"mjpeg": "yuvj420p"}
+
+
+class Files(MapDataset):
+    """Images in memory as if in files: `bad` cannot be read, and each may have several views."""
+
+    def __init__(self, data: ImageDataset, bad: Iterable[int] = (), views: int = 1):
+        self.data, self.bad, self.views = data, set(bad), views
+        for name in ("name", "split", "labels", "classes", "mean", "std", "shape"):
+            setattr(self, name, getattr(data, name))
+
+    def load(self, index: int) -> Any:
+        if index in self.bad:
+            raise UnreadableFile(f"{index}.jpg is empty")
+        return self.data.load(index)
+
+    def eval_transform(self, raw: Any) -> Tensor:
+        image = self.data.eval_transform(raw)
+        shifted = [image + i / 255 for i in range(self.views)]
+        return torch.stack(shifted) if self.views > 1 else image
+
+    def select(self, indices: Tensor) -> Files:
+        return Files(self.data.select(indices), self.bad, self.views)
 
 
 def make_checkpoint(folder: Path, tokens: int, **run: Any) -> Path:
@@ -34,6 +61,19 @@ def make_image(
     pixels = np.broadcast_to(ramp[:, None], (height, width, 3)).copy()
     Image.fromarray(pixels).convert(mode).save(path, **options)
     return path
+
+
+def make_image_folder(
+    root: Path, classes: Iterable[str], splits: Iterable[str] = ("train", "val"), count: int = 1
+) -> Path:
+    """Splits of classes with some images each, the classes in different colors."""
+    for split in splits:
+        for shade, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                color = (60 + 40 * shade % 190, 90, 60 + 9 * i)
+                Image.new("RGB", (20, 18), color).save(root / split / name / f"{i}.png")
+    return root
 
 
 def make_video(

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torchvision
 import transformers
-from files import make_image
-from tiny import HF, TIMM, drawn
+from files import make_image_folder
+from tiny import HF, TIMM, drawn, torchvision_vit, transformers_vit
 from torch import Tensor, nn
 
 import tokenlearner as tl
@@ -38,12 +37,8 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "timm": VIT,
     "timm_positions": partial(VIT, class_token=False, global_pool="avg"),
     "timm_registers": partial(VIT, reg_tokens=2),
-    "torchvision": lambda: torchvision.models.VisionTransformer(
-        16, 4, 3, 2, 16, 32, num_classes=CLASSES
-    ),
-    "transformers": lambda: transformers.ViTForImageClassification(
-        transformers.ViTConfig(**HF, num_labels=CLASSES)
-    ),
+    "torchvision": torchvision_vit,
+    "transformers": transformers_vit,
     "transformers_bare": lambda: transformers.ViTModel(transformers.ViTConfig(**HF)),
     "ours": partial(tl.create_model, "vit_mini_patch4_28", in_chans=3, img_size=16, **OURS),
     "video": partial(tl.create_model, "vivit_mini_patch8x2_32", img_size=16, patch_size=4, **OURS),
@@ -53,6 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fused": {"num_tokens": 4, "at": 1, "fuse": True},
     "two": {"num_tokens": (4, 2), "at": (1, 2)},
 }
+PLACES = list(zip(HOSTS, cycle(WAYS), strict=False))  # each host, and each way with some
 DTYPES = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}
 
 
@@ -196,47 +192,47 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(((a - b).abs().max() / b.abs().max().clamp(min=0.1)).item() for a, b in pairs)
 
 
-def _check(call: str, host: str, way: str, dtype: torch.dtype, folder: Path) -> str:
+def _check(folder: Path, call: str, host: str, way: str, dtype: torch.dtype) -> str:
     """Returns why a cell is not right, or an empty text."""
-    try:
-        case = _case(host, way, dtype, folder)
-        exact = Case(copy.deepcopy(case.model).double(), case.x.double(), folder)
-        found = _run(call, case)
-        if isinstance(found, str):
-            return ""
-        expected = _run(call, exact)
-        if isinstance(expected, str):
-            return f"float64 says {expected}"
-        off = _difference(found, expected)
-        return "" if off <= DTYPES[dtype] else f"off by {off:.2g}"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:300]}"
+    case = _case(host, way, dtype, folder)
+    exact = Case(copy.deepcopy(case.model).double(), case.x.double(), folder)
+    found = _run(call, case)
+    if isinstance(found, str):
+        return ""
+    expected = _run(call, exact)
+    if isinstance(expected, str):
+        return f"float64 says {expected}"
+    off = _difference(found, expected)
+    return "" if off <= DTYPES[dtype] else f"off by {off:.2g}"
 
 
-def _sweep(cells: Any, folder: Path) -> None:
+def _sweep(check: Callable[..., str], cells: Iterable[tuple[Any, ...]]) -> None:
+    """Fails with the reasons of all cells that are not right, or raise what is not ours."""
     failed, count = [], 0
     for count, cell in enumerate(cells, 1):  # noqa: B007
-        if reason := _check(*cell, folder):
-            failed.append(f"{' x '.join(map(str, cell))}: {reason}")
+        try:
+            reason = check(*cell)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            failed.append(f"{' x '.join(map(str, cell))}: {reason[:300]}")
     print(f"{count} cells")
     assert not failed, f"{len(failed)} of {count} cells:\n" + "\n".join(failed)
 
 
 def test_a_diagonal_of_all_cells_is_right(tmp_path: Path) -> None:
-    hosts, ways, dtypes = list(HOSTS), list(WAYS), list(DTYPES)
-    diagonal = [
-        (c, hosts[i % 8], ways[i % 3], dtypes[i // 3 % 3])
-        for i, c in enumerate(CALLS)
-        if c != "export"
-    ]
-    _sweep(diagonal, tmp_path)
+    calls, dtypes = [call for call in CALLS if call != "export"], cycle(DTYPES)
+    diagonal = [(call, *PLACES[i % 8], next(dtypes)) for i, call in enumerate(calls)]
+    _sweep(partial(_check, tmp_path), diagonal)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_every_cell_of_a_call_is_right(call: str, tmp_path: Path) -> None:
-    dtypes = [torch.float32] if call in ("export", "plan") else DTYPES  # seconds a cell
-    _sweep(product([call], HOSTS, WAYS, dtypes), tmp_path)
+    cells = product([call], HOSTS, WAYS, DTYPES)
+    if call in ("export", "plan"):  # seconds a cell
+        cells = ((call, *place, torch.float32) for place in PLACES)
+    _sweep(partial(_check, tmp_path), cells)
 
 
 def test_every_public_name_and_command_is_swept_or_has_a_reason() -> None:
@@ -266,27 +262,21 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_what_is_set_around_a_call_changes_nothing(context: str, tmp_path: Path) -> None:
-    failed, calls = [], [call for call in CALLS if call != "export"]
-    cells = list(product(calls, ["timm", "transformers"], WAYS))
-    for call, host, way in cells:
-        if call == "Distillation" and context in ("no_grad", "inference_mode"):
-            continue  # it is differentiated
+    is_off = context in ("no_grad", "inference_mode")
+    calls = set(CALLS) - {"export"} - ({"Distillation"} if is_off else set())  # a loss to minimize
+
+    def check(call: str, host: str, way: str) -> str:
         case = _case(host, way, torch.float32, tmp_path)
         expected = _run(call, copy.deepcopy(case))
-        try:
-            with CONTEXTS[context]():
-                found = _run(call, case)
-            if isinstance(expected, str) or isinstance(found, str):
-                right = found == expected
-            else:
-                right = _difference(found, expected) < 1e-4
-            reason = "" if right else f"{found} is not {expected}"
-        except Exception as error:
-            reason = f"{type(error).__name__}: {str(error)[:300]}"
-        if reason:
-            failed.append(f"{call} x {host} x {way}: {reason[:300]}")
-    print(f"{len(cells)} cells")
-    assert not failed, "\n".join(failed)
+        with CONTEXTS[context]():
+            found = _run(call, case)
+        if isinstance(expected, str) or isinstance(found, str):
+            right = found == expected
+        else:
+            right = _difference(found, expected) < 1e-4
+        return "" if right else f"{found} is not {expected}"
+
+    _sweep(check, product(sorted(calls), ["timm", "transformers"], WAYS))
 
 
 @pytest.mark.slow
@@ -294,12 +284,9 @@ def test_what_is_set_around_a_call_changes_nothing(context: str, tmp_path: Path)
 def test_commands_run_on_every_saved_model(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failed = []
-    for split, name in product(("train", "val"), "abcde"):
-        (tmp_path / "data" / split / name).mkdir(parents=True)
-        make_image(tmp_path / "data" / split / name / "0.png", (24, 20))
-    cells = list(product(HOSTS, WAYS, DTYPES))
-    for host, way, dtype in cells:
+    make_image_folder(tmp_path / "data", "abcde")
+
+    def check(host: str, way: str, dtype: torch.dtype) -> str:
         case = _case(host, way, dtype, tmp_path)
         if command == "plan":
             tl.remove(case.model)
@@ -307,20 +294,11 @@ def test_commands_run_on_every_saved_model(
             file = case.saved()
         except ValueError as error:
             _ours(error)
-            continue
-        reason = ""
+            return ""
         try:
             main([command, *COMMAND_CALLS[command](file, str(tmp_path))])
-            if "nan" in capsys.readouterr().out:
-                reason = "nan"
         except SystemExit as end:
-            try:
-                _ours(end.__context__ or end)
-            except AssertionError as error:
-                reason = str(error)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
-            failed.append(f"{command} x {host} x {way} x {dtype}: {reason[:300]}")
-    print(f"{len(cells)} cells")
-    assert not failed, "\n".join(failed)
+            _ours(end.__context__ or end)
+        return "nan" if "nan" in capsys.readouterr().out else ""
+
+    _sweep(check, [(*place, dtype) for place in PLACES for dtype in DTYPES])

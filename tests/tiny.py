@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torchvision
+import transformers
 from torch import Tensor, nn
 
 TIMM: dict[str, Any] = {
@@ -29,6 +31,12 @@ HF: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
 }
+OBLONG: dict[str, Any] = {  # a grid of 4 x 6
+    "img_size": (8, 12),
+    "patch_size": 2,
+    "embed_dim": 16,
+    "num_classes": 5,
+}
 FRAMES: dict[str, Any] = {  # of a model for live video
     "img_size": 16,
     "patch_size": 4,
@@ -40,6 +48,14 @@ FRAMES: dict[str, Any] = {  # of a model for live video
     "num_tokens": 5,
     "num_classes": 7,
 }
+
+
+def torchvision_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(16, 4, 3, 2, 16, 32, num_classes=5)
+
+
+def transformers_vit() -> nn.Module:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=5))
 
 
 def drawn(module: nn.Module, std: float) -> Any:
@@ -62,6 +78,14 @@ def inputs_of(module: nn.Module, call: Callable[[], Any]) -> Tensor:
     hook.remove()
     (x,) = seen
     return x
+
+
+def snapshot(model: nn.Module) -> Any:
+    """Whatever a call could change: parts, their modes, parameters and their values, randomness."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+    kept = [(name, id(t), t.requires_grad, t.grad, t.dtype, t.tolist()) for name, t in tensors]
+    return modules, kept, torch.get_rng_state().tolist()
 
 
 def stem(model: Any) -> Any:

@@ -15,7 +15,6 @@ from tokenlearner import TokenFuser, TokenLearner, TokenLearnerModuleV11, TokenL
 from tokenlearner.checkpoints.scenic import load_scenic, nest, to_scenic
 from tokenlearner.checkpoints.scenic_config import describe, describe_learner
 from tokenlearner.models.vit import TokenLearnerViT
-from tokenlearner.models.vivit import ViViT
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -51,21 +50,6 @@ def test_scenics_models_are_described_as_they_were_built(file: str, golden: Gold
     assert describe(params_of(golden(file))) == EXPECTED[file]
 
 
-@pytest.mark.parametrize(
-    ("file", "more"),
-    [
-        ("vit_v11", {"img_size": 32, "at": 2}),
-        ("vit_v1_fuser_prelogits", {"img_size": 32}),
-        ("video_3dconv_fuser", {"img_size": 24, "num_frames": 6, "build": ViViT}),
-    ],
-)
-def test_the_described_model_takes_the_parameters(
-    file: str, more: dict[str, Any], golden: Golden
-) -> None:
-    params = params_of(golden(file))
-    load_scenic(rebuilt(describe(params), **more), params)
-
-
 @pytest.mark.parametrize("learner", ["v1", "v11", "grouped", "grouped-linear"])
 def test_linear_gates_and_every_learner_are_described(learner: str) -> None:
     model = small(num_tokens=4, at=1, fuse=True, learner=learner, fuser_bottleneck_dim=None)
@@ -74,21 +58,6 @@ def test_linear_gates_and_every_learner_are_described(learner: str) -> None:
     assert described["fuser_bottleneck_dim"] is None
     assert described["at"] == 1
     load_scenic(rebuilt(described, img_size=32), to_scenic(model))
-
-
-def test_patches_that_are_no_squares_are_described() -> None:
-    model = TokenLearnerViT(img_size=32, **(SHAPE | {"patch_size": (8, 16)}))
-    assert describe(to_scenic(model))["patch_size"] == (8, 16)
-
-
-def test_a_model_with_ambiguous_groups_needs_gelu() -> None:
-    wide = {"embed_dim": 1024, "depth": 1, "num_heads": 2, "mlp_ratio": 0.1, "patch_size": 16}
-    model = TokenLearnerViT(img_size=32, **wide, num_tokens=2, at=0, learner="grouped")
-    params = to_scenic(model)
-    with pytest.raises(ValueError, match="pass gelu=False"):
-        describe(params)
-    assert describe(params, gelu=True)["learner"] == "grouped"
-    assert describe(params, gelu=False)["learner"] == "grouped-linear"
 
 
 NEEDED = [

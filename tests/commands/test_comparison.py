@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.image import imread
 
 from tokenlearner import TrainConfig, create_model, evaluate, insert
 from tokenlearner.commands._comparison import (
@@ -27,6 +26,7 @@ from tokenlearner.evaluation.latency import Cost, Timing
 from tokenlearner.training.calibration import Calibration
 from tokenlearner.training.run import TrainResult
 
+MODULE = import_module("tokenlearner.commands._comparison")
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
 
 
@@ -110,21 +110,14 @@ def test_maps_are_drawn_of_gray_and_colored_images(
     c: int, learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = insert(create_model("vit_mini_patch4_28", **TINY, in_chans=c), 3, learner=learner)
-    inputs: list[torch.Tensor] = []
-    model.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    module = import_module("tokenlearner.commands._comparison")
-    draw_maps, drawn = module.draw_maps, []
-    spy = lambda path, *args: drawn.extend(args[:3]) or draw_maps(path, *args)  # noqa: E731
-    monkeypatch.setattr(module, "draw_maps", spy)
+    drawn: list[Any] = []
+    monkeypatch.setattr(MODULE, "draw_maps", lambda path, *shown: drawn.extend(shown))
     data = make_images(c)
-    path = held_out_images(tmp_path / "maps.png", model, data, [5, 2], "title")
-    images, maps, names = drawn
-    pixels = data.images[[5, 2]].float() / 255
-    torch.testing.assert_close(inputs[0], (pixels - 0.3) / 0.2)
-    assert torch.allclose(images, pixels, atol=1e-6)
+    held_out_images(tmp_path / "maps.png", model, data, [5, 2], "title")
+    images, maps, names, *_ = drawn
+    torch.testing.assert_close(images, data.images[[5, 2]].float() / 255)
     torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 3))  # V1's too
     assert names == [data.classes[label] for label in data.labels[[5, 2]]]
-    assert imread(path).shape[0] > 100
 
 
 # --- a host against what was made of it ---------------------------------------------------------
@@ -141,10 +134,9 @@ def trained(config: TrainConfig) -> TrainResult:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
-    module = import_module("tokenlearner.commands._comparison")
-    monkeypatch.setattr(module, "MAX_IMAGES", 1)
-    monkeypatch.setattr(module, "load_data", lambda *args, **options: make_images())
-    monkeypatch.setattr(module, "benchmark", lambda models, images: dict.fromkeys(models, cost(1)))
+    monkeypatch.setattr(MODULE, "MAX_IMAGES", 1)
+    monkeypatch.setattr(MODULE, "load_data", lambda *args, **options: make_images())
+    monkeypatch.setattr(MODULE, "benchmark", lambda models, images: dict.fromkeys(models, cost(1)))
     return TrainConfig(out=str(tmp_path), model="host", insert=3, teacher="host", epochs=4)
 
 

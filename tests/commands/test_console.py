@@ -17,7 +17,6 @@ from tokenlearner.commands._console import (
     training_progress,
 )
 from tokenlearner.commands._tables import filled_table
-from tokenlearner.utils.processors import is_main_process
 
 EPOCH = {
     "epoch": 2,
@@ -140,20 +139,6 @@ def test_a_terminal_shows_a_bar_with_lines_above_it_but_a_log_no_steps_of_a_quic
 
 
 # --- several processes --------------------------------------------------------------------------
-
-
-def test_only_the_first_process_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    for rank, is_first in ((None, True), ("0", True), ("1", False)):
-        if rank is not None:
-            monkeypatch.setenv("RANK", rank)
-        with training_progress("run") as report:
-            report(EPOCH)
-        _console.console().print("text")
-        out = capsys.readouterr().out
-        assert [is_main_process(), "epoch 2" in out, "text" in out] == [is_first] * 3
 
 
 # --- the end ------------------------------------------------------------------------------------

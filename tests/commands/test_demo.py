@@ -14,7 +14,7 @@ import torch
 from matplotlib.image import imread
 
 from tokenlearner import TrainConfig, load_model
-from tokenlearner.commands.demo import DemoConfig, demo, load_photographs
+from tokenlearner.commands.demo import DemoConfig, demo
 from tokenlearner.commands.report.render import write_report
 from tokenlearner.data import factory as data
 
@@ -67,13 +67,6 @@ def test_the_report_has_both_models_maps_and_confusions(made: Path) -> None:
     assert report.count("<img ") == 2
     assert [f"<h3>{name}</h3>" in report for name in ("ViT", "ViT, 2 learned tokens")] == [True] * 2
     assert 'class="problems"' not in report
-
-
-def test_the_photographs_are_squares_in_color() -> None:
-    for photograph in load_photographs().values():
-        assert photograph.shape == (3, 112, 112)
-        assert 0 <= photograph.min() < 0.2
-        assert 0.8 < photograph.max() <= 1
 
 
 def test_a_second_run_takes_another_folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

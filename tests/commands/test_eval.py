@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from files import make_image_folder
 
 from tokenlearner.commands._runs import run_options
 from tokenlearner.commands.eval import EvalConfig
@@ -26,11 +26,7 @@ SMALL_RUN = [
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two classes, and a run that was trained on it at 14 pixels, in gray."""
     tmp_path = tmp_path_factory.mktemp("eval")
-    for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
-        folder = tmp_path / "data" / split / name
-        folder.mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (20, 20), (80 * (name == "a"), 40 * i, 90)).save(folder / f"{i}.png")
+    make_image_folder(tmp_path / "data", "ab", count=3)
     size = ["--img_size", "14", "--in_chans", "1", "--batch_size", "3", "--workers", "0"]
     data = ["--data", "folder", "--root", str(tmp_path / "data")]
     main(["train", *SMALL_RUN, *size, *data, "--out", str(tmp_path / "run")])

@@ -117,6 +117,8 @@ def test_models_takes_a_pattern_or_none(capsys: pytest.CaptureFixture[str]) -> N
         (["train", "no_such"], ["'no_such'", "cifar"]),
         (["train", "fashion_mnist", "--epochs", "0"], ["epochs is 0"]),
         (["eval", "x", "--img_size", "0.5"], ['"img_size"']),
+        (["plan", "vit_mini_patch4_28", "--budget", "2"], ["tokenlearner plan: budget is 2.0"]),
+        (["plan", "vit_mini_patch4_28", "--tokens", "4,x"], ["plan: tokens is '4,x'"]),
         (["bench"], ["models"]),
         (["bench", "vit+insert(x)"], ["tokenlearner bench: 'vit+insert(x)' has 'x'"]),
         (["bench", "nothing_like_it"], ["tokenlearner bench:", "'nothing_like_it'"]),
@@ -189,6 +191,7 @@ def test_train_then_eval_gives_the_same_accuracy(capsys: pytest.CaptureFixture[s
     assert top1 > 12  # guessing gets 10
 
 
+@pytest.mark.slow
 def test_train_with_insert_leaves_a_table_and_images(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

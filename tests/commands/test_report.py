@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from importlib.metadata import version
-from itertools import dropwhile, pairwise, takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +18,12 @@ import numpy as np
 import pytest
 import torch
 from browser import chromium, complaints, requested
-from matplotlib import colormaps
 from PIL import Image
 from torch import nn
 
 from tokenlearner import TrainConfig, create_model, evaluate, load_data, load_model, save_model
 from tokenlearner.commands.main import main
 from tokenlearner.commands.report.confusion import Confusions, confusion_counts, reevaluate
-from tokenlearner.commands.report.figures import cell_ink, line_style
 from tokenlearner.commands.report.reader import read_source
 from tokenlearner.commands.report.render import ReportConfig, write_report
 from tokenlearner.commands.report.tables import value_text
@@ -165,7 +163,6 @@ def test_the_report_of_the_demo_has_every_section_and_the_numbers_of_the_files(p
         *("What ran", "Results", "Learning curves", "Accuracy against speed"),
         *("Where the learned tokens look", "Confusion matrix", "Environment", "All options"),
     ]
-    assert len(page.all("p", **{"class": "lead"})) == 8
     assert page.problems == ""
     assert page.texts("th", scope="col")[:2] == ["ViT", "ViT on tokens"]
     assert page.row("learned tokens") == ["–", "2 learned at 0.5"]
@@ -174,21 +171,12 @@ def test_the_report_of_the_demo_has_every_section_and_the_numbers_of_the_files(p
     assert page.row("images/s, inference") == ["100.0 (90.0–110.0)", "101.0 (90.9–111.1)", "1.01"]
     assert page.row("seconds of training") == ["3.000", "3.000", "1.00"]
     assert "A note." in page.texts("li")
-    assert page.row("threads") == ["7"]
     assert page.row("timm") == [version("timm")]
-    marked = page.texts("tr", **{"class": "marked"})
-    assert [text for text in marked if not text.startswith("out")] == ["num_tokens02"]
-
-
-def test_figures_have_the_numbers_of_the_files_as_alternative_text(page: Page) -> None:
     curves, [inference, _, *matrices] = page.figures[:6], page.figures[6:]
-    assert curves[0].startswith("Training loss, by epochs: training loss against epoch: ")
     assert "ViT from (1, 2.000) to (2, 1.000)" in curves[0]
-    assert {"training loss", "1", "1.2", "1.6"} <= {*page.texts("text")}  # as ticks
     assert "ViT on tokens from (1.500, 61.0) to (3.000, 62.0)" in curves[5]
     assert "held-out top-1, % against images/s, inference: ViT (100.0, 60.0); ViT on" in inference
-    titles = [f"Confusion matrix of {name}" for name in ("ViT", "ViT on tokens")]
-    assert [text.partition(".")[0] for text in matrices] == titles
+    assert len(matrices) == 2
     assert all("Ankle boot" in text for text in matrices)
 
 
@@ -208,6 +196,7 @@ def test_maps_are_kept_and_the_matrix_is_that_of_the_model(page: Page, demo: Pat
         assert f"{right:.1f} % are right" in remark
 
 
+@pytest.mark.slow
 def test_the_same_folder_gives_the_same_report(demo: Path, tmp_path: Path) -> None:
     again = write_report(demo, tmp_path / "again.html", images=FEW)
     assert again.read_bytes() == (demo / "report.html").read_bytes()  # on the same machine
@@ -235,12 +224,15 @@ def test_the_page_can_be_read_without_seeing_it(page: Page) -> None:
     assert len(page.all("svg")) == len(page.figures) + len(legends) == 10 + 4
     ids = Counter(attrs["id"] for _, attrs, _ in page.elements if attrs.get("id"))
     assert max(ids.values()) == 1
-    levels = [int(tag[1]) for tag, _, _ in page.elements if tag in ("h1", "h2", "h3")]
-    assert levels[0] == 1 == levels.count(1)
-    assert all(b - a <= 1 for a, b in pairwise(levels))
     links = {str(attrs["href"])[1:] for attrs, _ in page.all("a")}
-    assert links == {attrs["id"] for attrs, _ in page.all("section")}
-    assert {attrs["aria-labelledby"] for attrs, _ in page.all("section")} <= {*ids}
+    assert links == {attrs["id"] for attrs, _ in page.all("section")} <= {*ids}
+
+
+def luminance(color: str) -> float:
+    """Of a CSS color, `rgb(9, 99, 199)`."""
+    values = np.array([int(part.strip(" rgb()")) for part in color.split(",")]) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 @pytest.mark.slow
@@ -266,13 +258,11 @@ def test_chromium_renders_it_at_every_width_in_light_and_dark_without_a_request(
         for scheme, is_light in (("light", True), ("dark", False)):
             feature = {"name": "prefers-color-scheme", "value": scheme}
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-            colors = [
-                [int(part.strip(" rgb()")) for part in color.split(",")]
-                for color in browser.execute_script(script)
-            ]
-            ground, *inks = [np.array(color)[None] / 255 for color in colors]
-            assert (luminance(ground)[0] > 0.5) == is_light
-            assert all(contrast(ground, ink)[0] >= 4.5 for ink in inks)
+            ground, *inks = map(luminance, browser.execute_script(script))
+            assert (ground > 0.5) == is_light
+            for ink in inks:
+                low, high = sorted((ground, ink))
+                assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 # --- what users write -------------------------------------------------------------------------
@@ -335,10 +325,6 @@ def test_the_host_of_an_inserted_model_is_evaluated_too(tmp_path: Path) -> None:
     page = Page(write_report(folder, images=FEW))
     assert page.texts("h3") == ["host", "2 learned tokens"]
     assert page.row("learned tokens") == ["2 inserted at 0.5"]
-    swatches = [item.split("</li>")[0] for item in page.source.split("<li><span")[1:]]
-    colors = {name: {one for one in ("--c0", "--c1") if one in swatch}
-              for swatch in swatches for name in [swatch.rpartition("</span>")[2]]}  # fmt: skip
-    assert colors == {"2 learned tokens": {"--c0"}, "host": {"--c1"}}
 
 
 @pytest.mark.usefixtures("sketches")
@@ -386,24 +372,17 @@ def test_a_bench_has_tables_and_a_chart(tmp_path: Path) -> None:
     page = Page(tmp_path / "speed.html")
     assert page.texts("h2")[:3] == ["What ran", "Results", "Speed against multiply-adds"]
     assert page.row("b+insert(8)") == ["5.00", "2.000", "2.00", "3.500", "–"]
-    cells = page.texts("td")
-    timed = ["5.000 (4.375–5.625)", "1.60 (1.44–1.76)", "0.80"]
-    assert cells[cells.index(timed[0]) :][:3] == timed
+    assert {"5.000 (4.375–5.625)", "1.60 (1.44–1.76)", "0.80"} <= {*page.texts("td")}
     assert page.row("command") == [content["command"]]
     assert "b gains less." in page.texts("li")
     assert page.row("memory read, 1e9 bytes/s") == ["12.5"]
     assert page.row("accelerator") == []
     [text] = page.figures
     assert "times as fast against times fewer multiply-adds: a (1.000, 1.000); b+insert" in text
-    assert "(2.000, 1.600)." in text
-
-
-def test_rows_of_any_benchmark_are_a_table(tmp_path: Path) -> None:
     rows = [{"data": "x", "top1_percent": [1.0, 3.0, 2.0]}, {"data": "y", "odd": None}]
     (tmp_path / "one.json").write_text(json.dumps({"rows": rows, "command": "python one.py"}))
-    page = Page(write_report(tmp_path / "one.json"))
-    assert page.row("x") == ["2.000 (1.000–3.000)", "–"]
-    assert page.row("y") == ["–", "–"]
+    page = Page(write_report(tmp_path / "one.json"))  # of any benchmark
+    assert (page.row("x"), page.row("y")) == (["2.000 (1.000–3.000)", "–"], ["–", "–"])
 
 
 @pytest.mark.usefixtures("sketches")
@@ -444,7 +423,6 @@ def test_a_comparison_of_an_older_version_has_gaps(tmp_path: Path) -> None:
     page = Page(write_report(write_comparison(tmp_path, content)))
     assert page.row("top-1 on held-out images, %") == ["–", "61.0", ""]
     assert page.row("images/s, inference") == ["100.0 (90.0–110.0)", "–", ""]
-    assert not page.all("ul", **{"class": "notes"})
 
 
 @pytest.mark.usefixtures("sketches")
@@ -518,31 +496,9 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
 # --- figures and matrices ---------------------------------------------------------------------
 
 
-def luminance(colors: np.ndarray) -> np.ndarray:
-    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
-    return linear @ [0.2126, 0.7152, 0.0722]
-
-
-def contrast(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    low, high = np.sort([luminance(a), luminance(b)], axis=0)
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_numbers_of_a_matrix_can_be_read_and_a_dozen_lines_look_different() -> None:
-    shares = np.linspace(0, 1, 101)
-    inks = np.array([[float(cell_ink(share) == "white")] * 3 for share in shares])
-    assert contrast(colormaps["cividis"](shares)[:, :3], inks).min() >= 4.5
-    looks = [line_style(number) for number in range(12)]
-    assert len({(look["color"], look["marker"]) for look in looks}) == 12
-    assert looks[0]["linestyle"] != looks[1]["linestyle"]
-
-
-def test_a_matrix_has_shares_of_rows_of_the_classes_with_the_most_mistakes(tmp_path: Path) -> None:
+def test_a_matrix_has_shares_of_rows_of_the_classes_with_the_most_mistakes() -> None:
     counts = torch.tensor([[6, 2, 0], [0, 4, 0], [5, 0, 0]])
     matrix = Confusions("m", counts, ("a", "b", "c"), "data, test", 17)
-    (tmp_path / "a.html").write_text(matrix.svg("salt"))
-    texts = Page(tmp_path / "a.html").texts("text")
-    assert texts == ["a", "b", "c", "a", "b", "c", "75", "25", "100", "100"]
     rows = [["c taken for a", "5", "100"], ["a taken for b", "2", "25"]]
     assert matrix.most_frequent.rows == rows
     assert matrix.remark == "17 images (data, test); 58.8 % are right."
@@ -551,7 +507,6 @@ def test_a_matrix_has_shares_of_rows_of_the_classes_with_the_most_mistakes(tmp_p
     matrix.counts[29, 7] = 3
     assert matrix.shares.shape == (20, 20)
     assert {29, 7} <= {*matrix.selected}
-    assert "20 of 30" in matrix.remark
 
 
 def test_the_mean_of_several_views_is_evaluated() -> None:

@@ -104,17 +104,13 @@ def test_batches_are_in_order_and_leave_out_what_cannot_be_read(root: Path, work
 # Samples
 
 
-def test_a_smaller_sample_is_the_first_of_a_larger_one_and_keeps_labels(root: Path) -> None:
-    three, five = load(root).sample(3, seed=1), load(root).sample(5, seed=1)
-    assert values(three) == values(five)[:3]
-    assert five.labels.tolist() == [value // 30 for value in values(five)]
-    assert set(values(three.sample(2, seed=5))) < set(values(three))
-
-
 def test_a_sample_is_drawn_by_its_seed_each_image_once(root: Path) -> None:
     one, two = (values(load(root).sample(6, seed)) for seed in (0, 1))
     assert sorted(one) == sorted(two) == values(load(root))
     assert one != two
+    three = load(root).sample(3, seed=1)
+    assert values(three) == two[:3]
+    assert three.labels.tolist() == [value // 30 for value in two[:3]]
 
 
 # Kinds of images
@@ -146,12 +142,6 @@ def test_images_of_any_mode_become_color_or_gray(
     image: Image.Image, options: dict[str, Any], expected: object
 ) -> None:
     assert pixel(image, **options) == expected
-
-
-def test_cmyk_becomes_color() -> None:
-    red, green, blue = pixel(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind="JPEG")  # type: ignore[misc]
-    assert red > 230
-    assert max(green, blue) < 50
 
 
 def test_images_are_turned_upright_by_exif() -> None:

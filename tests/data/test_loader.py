@@ -5,17 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from files import Files
 
 from tokenlearner import TrainConfig
-from tokenlearner.data.dataset import Batch, MapDataset, UnreadableFile
+from tokenlearner.data.dataset import Batch
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.data.loader import (
     MAX_TRIES,
@@ -34,28 +33,6 @@ def make_images(n: int = 12) -> ImageDataset:
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     classes = tuple(map(str, range(n)))
     return ImageDataset("noise", "train", images, torch.arange(n), classes, (0.5,) * 3, (0.2,) * 3)
-
-
-class Files(MapDataset):
-    """Images as if in files, some of which are unreadable."""
-
-    name, split = "files", "train"
-
-    def __init__(self, data: ImageDataset, bad: Iterable[int] = ()):
-        self.data, self.bad = data, set(bad)
-        for name in ("labels", "classes", "mean", "std", "shape"):
-            setattr(self, name, getattr(data, name))
-
-    def load(self, index: int) -> Any:
-        if index in self.bad:
-            raise UnreadableFile(f"{index}.jpg is empty")
-        return self.data.load(index)
-
-    def eval_transform(self, raw: Any) -> Tensor:
-        return self.data.eval_transform(raw)
-
-    def select(self, indices: Tensor) -> Files:
-        return Files(self.data.select(indices))
 
 
 def files(n: int = 12, bad: Iterable[int] = ()) -> Any:
@@ -205,14 +182,9 @@ def test_in_judging_a_broken_one_is_left_out(workers: int) -> None:
 @pytest.mark.parametrize(("n", "bad"), [(MAX_TRIES + 5, MAX_TRIES), (12, 12)])
 def test_as_many_broken_in_a_row_as_are_tried_or_there_are_are_refused(n: int, bad: int) -> None:
     data = files(n, bad=range(bad))
-    message = f"{bad} images of files in a row cannot be read, the first: 0.jpg is empty"
+    message = f"{bad} images of noise in a row cannot be read, the first: 0.jpg is empty"
     with pytest.raises(ValueError, match=message):
         next(load_batches(data, [[SampleKey(0)]], replace_unreadable=True))
-
-
-def test_the_last_that_is_tried_takes_the_place() -> None:
-    data, keys = files(MAX_TRIES + 5, bad=range(MAX_TRIES)), [[SampleKey(1)]]
-    assert next(load_batches(data, keys, replace_unreadable=True)).labels.tolist() == [MAX_TRIES]
 
 
 def test_an_image_that_takes_a_place_is_changed_by_that_places_seed() -> None:
@@ -220,10 +192,3 @@ def test_an_image_that_takes_a_place_is_changed_by_that_places_seed() -> None:
     filled = next(load_batches(bad, [[SampleKey(3, 7)]], change, replace_unreadable=True))
     own = next(load_batches(files(), [[SampleKey(4, 7)]], change))
     assert torch.equal(filled.images, own.images)
-
-
-def test_a_batch_of_clips_is_a_stack_of_clips() -> None:
-    images = torch.randint(0, 256, (4, 3, 2, 8, 8)).byte()
-    data: Any = Files(replace(make_images(4), images=images))
-    (batch,) = load_batches(data, [[SampleKey(1), SampleKey(2)]])
-    torch.testing.assert_close(batch.images, (images[1:3].float() / 255 - 0.5) / 0.2)

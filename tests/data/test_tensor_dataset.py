@@ -42,12 +42,6 @@ def test_an_image_is_read_as_an_image_and_a_clip_as_frames() -> None:
     assert torch.equal(frames, clips.images[2].transpose(0, 1))
 
 
-def test_a_set_that_is_as_wanted_stays_and_clips_keep_their_size() -> None:
-    data, clips = make_images(), make_images(1, 4)
-    assert torch.equal(data.resized().images, data.images)
-    assert torch.equal(clips.resized(4).images, clips.images)
-
-
 def test_images_are_resized_whole() -> None:
     data = make_images(3)
     fitted = data.resized(4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +114,7 @@ def root(tmp_path: Path) -> Path:
 # Which frames
 
 
-def test_a_training_clip_strides_from_wherever_it_fits_and_from_nowhere_else(
+def test_a_training_clip_lies_wherever_it_fits_and_nowhere_else(
     long_video: Path,
 ) -> None:
     data = video_set([long_video], "train", frames=5, stride=6)  # 25 frames of 30
@@ -123,16 +122,10 @@ def test_a_training_clip_strides_from_wherever_it_fits_and_from_nowhere_else(
     starts = Counter(data._choose(N)[0, 0].item() for _ in range(600))
     assert sorted(starts) == [0, 1, 2, 3, 4, 5]
     assert min(starts.values()) > 60
-
-
-def test_a_training_clip_with_stride_0_has_one_frame_of_each_part_drawn_one_by_one(
-    long_video: Path,
-) -> None:
-    data = video_set([long_video], "train", frames=5, stride=0)
+    data = video_set([long_video], "train", frames=5, stride=0)  # one frame of each part
     drawn = np.array([data._choose(N)[0].tolist() for _ in range(200)])
-    assert [sorted(set(part)) for part in drawn.T] == [
-        list(range(6 * i, 6 * i + 6)) for i in range(5)
-    ]
+    for i, part in enumerate(drawn.T):
+        assert sorted(set(part)) == list(range(6 * i, 6 * i + 6))
     assert len(set(np.diff(numbers(data.load(0))))) > 1
 
 
@@ -183,18 +176,17 @@ def test_clips_lie_at_fixed_places(
 
 
 @pytest.mark.parametrize(
-    ("split", "crops", "views", "shape"),
+    ("split", "crops", "views", "stride", "shape"),
     [
-        ("test", 1, 1, (4, 3, 8, 10)),
-        ("test", 1, 2, (2, 4, 3, 8, 10)),
-        ("test", 3, 1, (1, 4, 3, 8, 10)),
-        ("test", 3, 2, (2, 4, 3, 8, 10)),
-        ("train", 3, 4, (4, 3, 8, 10)),
+        ("test", 1, 1, 2, (4, 3, 8, 10)),
+        ("test", 1, 2, 0, (2, 4, 3, 8, 10)),
+        ("test", 3, 1, 2, (1, 4, 3, 8, 10)),
+        ("train", 3, 4, 0, (4, 3, 8, 10)),
+        ("train", 1, 1, 2, (4, 3, 8, 10)),
     ],
 )
-@pytest.mark.parametrize("stride", [0, 2])
 def test_a_clip_is_bytes_with_views_in_front_and_drawn_only_for_training(
-    long_video: Path, split: str, crops: int, views: int, shape: tuple[int, ...], stride: int
+    long_video: Path, split: str, crops: int, views: int, stride: int, shape: tuple[int, ...]
 ) -> None:
     before = torch.get_rng_state()
     clip = video_set([long_video], split, crops=crops, views=views, stride=stride).load(0)
@@ -208,12 +200,9 @@ KINDS = {
     "b_frames.mp4": ("libx264", {"bf": "3"}),
     "open_gops.mp4": ("libx264", {"bf": "3", "x264-params": "open-gop=1"}),
     "b_frames.mkv": ("libx264", {"bf": "3"}),
-    "short_gops.mp4": ("libx264", {"bf": "3", "g": "3"}),
     "hidden.webm": ("libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16"}),
-    "b_frames.avi": ("libx264", {"bf": "3"}),
     "simple.avi": ("mpeg4", {"bf": "2"}),
     "b_frames.mpg": ("mpeg2video", {"bf": "2"}),
-    "phone.m4v": ("mpeg4", {}),
 }
 
 
@@ -281,13 +270,6 @@ def test_a_video_that_is_marked_as_turned_is_turned_upright(
 # What a model is given
 
 
-def test_mean_and_std_are_timm_s_and_of_gray_the_mean_of_these() -> None:
-    color, gray = video_set([]), video_set([], in_chans=1)
-    assert (color.mean, color.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    assert gray.mean == pytest.approx([np.mean(IMAGENET_DEFAULT_MEAN)])
-    assert gray.std == pytest.approx([np.mean(IMAGENET_DEFAULT_STD)])
-
-
 def test_a_plain_clip_is_float32_of_the_shape_that_is_told_and_normalized(
     long_video: Path,
 ) -> None:
@@ -297,6 +279,11 @@ def test_a_plain_clip_is_float32_of_the_shape_that_is_told_and_normalized(
     expected = (torch.tensor([12, 14, 16, 18])[:, None, None] / 255 - mean) / std
     assert clip.shape == data.shape == (3, 4, 8, 8)
     torch.testing.assert_close(clip, expected.expand(data.shape))
+    assert (data.mean, data.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    gray = video_set([long_video], in_chans=1)
+    assert gray.mean == pytest.approx([np.mean(IMAGENET_DEFAULT_MEAN)])
+    assert gray.load(0)[:, 0, 0, 0].tolist() == pytest.approx([12, 14, 16, 18], abs=2)
+    assert gray.eval_transform(gray.load(0)).shape == gray.shape == (1, 4, 8, 8)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (37, 81), (100, 100)])
@@ -322,24 +309,6 @@ def test_three_crops_lie_from_one_end_of_the_longer_side_to_the_other(tall: bool
     ]
 
 
-def test_the_crops_of_a_view_follow_one_another_and_show_the_whole_shorter_side() -> None:
-    raw = torch.zeros(2, 4, 3, 16, 48, dtype=torch.uint8)
-    raw[1, ..., :2, :] = 255
-    clips = video_set([], crops=3, views=2).eval_transform(raw)
-    assert clips.shape == (6, 3, 4, 8, 8)
-    assert [bool((clip[:, :, 0] > 0).all()) for clip in clips] == [False] * 3 + [True] * 3
-
-
-def test_gray_clips_have_one_channel_as_bright_as_color(tmp_path: Path) -> None:
-    images = [np.full((16, 16, 3), value, np.uint8) for value in (0, 128, 255)]
-    path = write_video(tmp_path / "video.mp4", images, "libx264", "yuv420p", qp="0")
-    data = video_set([path], in_chans=1, frames=3, stride=1)
-    gray = data.load(0)
-    assert gray.shape == (3, 1, 16, 16)
-    assert gray[:, 0, 0, 0].tolist() == pytest.approx([0, 128, 255], abs=2)
-    assert data.eval_transform(gray).shape == data.shape == (1, 3, 8, 8)
-
-
 # Many of them
 
 
@@ -361,22 +330,9 @@ def test_batches_have_views_behind_them_and_of_a_training_split_are_always_the_s
 ) -> None:
     data, before = video_set([long_video] * 2, "train", views=2, crops=3), torch.get_rng_state()
     first, second = (next(data.batches(2))[0] for _ in range(2))
-    assert first.shape == (2, 6, 3, 4, 8, 8)
+    assert first.shape == (2, 6, 3, 4, 8, 8)  # the crops of a view follow one another
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_fewer_of_a_sample_are_the_first_of_more_with_their_labels(tmp_path: Path) -> None:
-    data = video_set([tmp_path / f"{i}" for i in range(50)])
-    five, ten = data.sample(5, seed=3), data.sample(10, seed=3)
-    assert five.paths == ten.paths[:5]
-    assert len(set(ten.paths)) == 10
-    assert [int(Path(path).name) % 2 for path in ten.paths] == ten.labels.tolist()
-
-
-def test_a_pickled_data_set_reads_the_same(long_video: Path) -> None:
-    data = video_set([long_video])
-    assert torch.equal(pickle.loads(pickle.dumps(data)).load(0), data.load(0))
 
 
 # Broken files

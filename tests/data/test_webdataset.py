@@ -14,7 +14,6 @@ from PIL import Image
 from streams import PER_SHARD, batches, gray, png, seen, write_shard, write_shards, write_tar
 from torch import Tensor
 
-from tokenlearner.data import iterable as streamed
 from tokenlearner.data.dataset import UnreadableFile, require_order
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.hub_datasets import TarShards
@@ -57,21 +56,6 @@ def test_an_epoch_has_every_image_once_in_full_batches(root: Path, workers: int)
     assert [len(batch.labels) for batch in found] == [6] * 3
 
 
-def test_no_more_workers_are_started_than_there_are_shards(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started, real = [], streamed.DataLoader
-
-    def start(*args: object, num_workers: int, **options: object) -> object:
-        started.append(num_workers)
-        return real(*args, num_workers=0, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(streamed, "DataLoader", start)
-    batches(load(root), workers=9)
-    batches(load(root), workers=9, process=1, num_processes=3, size=1)
-    assert (started[0], started[1]) == (4, 1)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_image_and_epoch_has_changes_of_its_own_the_same_every_time(
     root: Path, workers: int
@@ -105,11 +89,6 @@ def test_processes_share_the_shards_without_overlap(root: Path, workers: int) ->
     ]
     assert [len(part) for part in parts] == [10, 10]
     assert sorted(parts[0] + parts[1]) == list(range(20))
-
-
-def test_processes_get_other_shards_in_another_epoch(root: Path) -> None:
-    asked = {"size": 5, "process": 0, "num_processes": 2}
-    assert len({frozenset(seen(load(root), epoch=i, **asked)) for i in range(6)}) > 1
 
 
 @pytest.mark.parametrize("process", range(3))
@@ -228,14 +207,6 @@ def test_a_last_batch_of_none_but_broken_images_is_not_judged_but_reported(root:
 # What a stream tells
 
 
-def test_a_stream_tells_what_it_is(root: Path) -> None:
-    data = load(root, in_chans=1)
-    assert (data.name, data.split, data.shape) == ("wds/", "train", (1, 8, 8))
-    assert data.classes == tuple(map(str, range(20)))
-    assert len(data) == 20
-    assert next(data.batches(3))[0].shape == (3, 1, 8, 8)
-
-
 def test_info_tells_the_length_the_files_and_which_field_of_a_json_file_is_the_label(
     root: Path,
 ) -> None:
@@ -271,13 +242,6 @@ def test_what_needs_an_order_is_refused_with_a_hint(root: Path) -> None:
         require_order(load(root), "draw 3 images")
 
 
-def test_a_batch_size_below_1_is_refused_at_once(root: Path) -> None:
-    data = load(root)
-    for read in (data.batches, data.eval_batches):
-        with pytest.raises(ValueError, match="batch_size is 0, expected an integer of 1"):
-            read(0)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -301,11 +265,6 @@ def test_missing_shards_name_what_was_looked_for(root: Path, tmp_path: Path) -> 
         load(tmp_path / "none")
     with pytest.raises(ValueError, match=r"wds/ needs the folder .*; pass root"):
         load_data("wds/")
-
-
-def test_a_record_that_is_broken_is_raised(root: Path) -> None:
-    with pytest.raises(UnreadableFile, match="why"):
-        load(root).image(UnreadableFile("why"))
 
 
 @pytest.mark.parametrize(

@@ -39,20 +39,16 @@ def rounded(model: nn.Module) -> set[str]:
     return {name for name, m in linear.items() if type(m.weight) is not nn.Parameter}
 
 
-def test_int8_rounds_wide_linear_layers_but_no_learner_and_no_fuser(vit: Any) -> None:
+def test_int8_rounds_wide_linear_layers_but_no_narrow_one_no_learner_and_no_fuser(vit: Any) -> None:
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     expected = {f"blocks.{i}.{'block.' if i else ''}{name}" for i in range(2) for name in layers}
     assert rounded(quantize(vit, "int8").model) == {*expected, "head"}
-
-
-def test_int8_leaves_narrow_layers(vit: Any) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 31), nn.Linear(31, 32), nn.Linear(32, 32))
-    assert rounded(quantize(model, "int8").model) == {"3"}
+    narrow = nn.Sequential(nn.Flatten(), nn.Linear(784, 31), nn.Linear(31, 32), nn.Linear(32, 32))
+    assert rounded(quantize(narrow, "int8").model) == {"3"}
 
 
 def test_int8_leaves_the_attention_of_torchvision_and_runs() -> None:
-    shape = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 2}
-    model = insert(VisionTransformer(**shape, hidden_dim=32, mlp_dim=64, num_classes=5), 2)
+    model = insert(VisionTransformer(16, 4, 2, 2, 32, 64, num_classes=5), 2)
     copy = quantize(model, "int8")
     assert {name.rpartition("mlp.")[1] for name in rounded(copy.model)} == {"mlp."}
     assert copy(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
@@ -103,12 +99,6 @@ def test_precisions_are_compared_with_the_first_in_size_output_and_accuracy(vit:
     assert half.top1_percent == evaluate(quantize(vit, "bfloat16"), data).top1_percent
 
 
-def test_without_data_there_is_no_accuracy() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
-    [row] = compare_precisions(model, None, IMAGES, ["bfloat16"], rounds=2)
-    assert row.top1_percent is None
-
-
 class Named(nn.Module):
     """Returns logits by name, as transformers' models do."""
 
@@ -118,8 +108,11 @@ class Named(nn.Module):
         return ImageClassifierOutput(logits=images.mean((1, 2, 3))[:, None])
 
 
-def test_the_logits_of_transformers_are_taken() -> None:
+def test_the_logits_of_transformers_are_taken_and_without_data_there_is_no_accuracy() -> None:
     assert quantize(Named(), "float32")(IMAGES).shape == (4, 1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
+    [row] = compare_precisions(model, None, IMAGES, ["bfloat16"], rounds=2)
+    assert row.top1_percent is None
 
 
 # --- errors -------------------------------------------------------------------------------------

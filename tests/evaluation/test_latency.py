@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenlearner import benchmark, create_model
 from tokenlearner.evaluation.flops import count_macs
-from tokenlearner.evaluation.latency import Timing, peak_memory_mib, time_interleaved, time_models
+from tokenlearner.evaluation.latency import Timing, time_interleaved, time_models
 
 
 class Repeated(nn.Module):
@@ -54,22 +54,8 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
     assert cost.training_peak_memory_mib > 4 * size  # all of them wait for the backward pass
 
 
-def test_mode_and_gradients_are_left_as_they_were() -> None:
-    model = Repeated(1).eval()
-    benchmark({"one": model}, torch.ones(4, 256), rounds=2)
-    assert not model.training
-    assert model.linear.weight.grad is None
-
-
 def test_a_timing_is_the_median_between_quartiles() -> None:
     assert Timing.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Timing(3, 2, 4)
-
-
-def test_learned_tokens_cut_macs_and_training_memory() -> None:
-    models = {str(k): create_model("vit_mini_patch4_28", num_tokens=k) for k in (0, 8)}
-    plain, learned = benchmark(models, torch.ones(8, 1, 28, 28), rounds=2).values()
-    assert learned.gmacs < 0.6 * plain.gmacs
-    assert learned.training_peak_memory_mib < 0.7 * plain.training_peak_memory_mib
 
 
 def test_too_few_rounds_and_nothing_to_measure_are_refused() -> None:
@@ -113,19 +99,6 @@ def test_a_training_step_goes_backward_and_leaves_no_gradients() -> None:
     assert model.linear.weight.grad is None
 
 
-def test_the_same_module_under_two_names_gets_its_mode_back() -> None:
-    model = Recorder().train()
-    time_models({"one": model, "two": model}, torch.ones(3, 4), 2)
-    assert model.training
-
-
-def test_memory_is_of_inference_or_of_a_training_step() -> None:
-    model, images = Repeated(4), torch.ones(512, 256)
-    cost = benchmark({"four": model}, images, rounds=2)["four"]
-    assert peak_memory_mib(model, images) == cost.peak_memory_mib
-    assert peak_memory_mib(model, images, training=True) == cost.training_peak_memory_mib
-
-
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of `torch.compile`; the graphs run as they are, which takes no time."""
@@ -166,17 +139,6 @@ def test_a_model_is_compiled_once_before_anything_is_counted() -> None:
 def test_models_are_compiled_only_on_demand(compilations: list[dict[str, Any]]) -> None:
     time_models({"one": Recorder()}, torch.ones(3, 4), 2)
     assert not compilations
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # of the compiler
-@pytest.mark.parametrize("training", [False, True])
-def test_a_vit_with_learned_tokens_is_compiled_as_one_graph(training: bool) -> None:
-    model = create_model("vit_mini_patch4_28", depth=2, num_tokens=4, at=1)
-    seconds = time_models(
-        {"one": model}, torch.ones(2, 1, 28, 28), 2, training=training, compiled=True
-    )
-    assert len(seconds["one"]) == 2
 
 
 class Accelerator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ from tokenlearner import TokenFuser, TokenLearner, TokenLearnerV11
 from tokenlearner.checkpoints.scenic import load_scenic, to_scenic
 from tokenlearner.layers.blocks import (
     FusedBlock,
-    PatchGrid,
     PositionArgs,
     PositionFreeBlock,
     ReducedBlock,
@@ -134,16 +132,6 @@ def test_a_fused_block_gives_positions_plus_what_the_fuser_makes_of_the_blocks_t
     torch.testing.assert_close(wrapped(x), x + spread)
 
 
-@pytest.mark.parametrize("frames", [1, 2])
-@torch.no_grad()
-def test_a_new_fused_block_leaves_positions_exactly_as_they_are(frames: int) -> None:
-    wrapped = wrap(timm_block(), fuse=True, num_prefix_tokens=1, frames=frames)
-    x = torch.randn(2, 1 + frames * N, C)
-    out = wrapped(x)
-    assert torch.equal(out[:, 1:], x[:, 1:])
-    assert not torch.equal(out[:, :1], x[:, :1])
-
-
 # --- frames ------------------------------------------------------------------------------------
 
 
@@ -237,25 +225,6 @@ def test_a_mask_is_refused_by_its_name_and_in_its_place(kind: str) -> None:
             wrap(timm_block(), fuse=kind == "fused")(x, **named)
 
 
-@every_wrapper
-def test_unwrap_puts_the_same_parameter_back(kind: str) -> None:
-    block = Positioned()
-    table = block.attn.table
-    wrapped = WRAPPERS[kind](block)
-    assert wrapped.state_dict()["table"].data_ptr() == table.data_ptr()
-    assert wrapped.unwrap() is block
-    assert block.attn.table is table
-    assert list(block.state_dict()) == ["attn.table"]
-    assert "table" not in wrapped.state_dict()
-
-
-def test_a_parameter_that_a_block_does_not_have_is_no_matter() -> None:
-    block = Positioned()
-    wrapped = PositionFreeBlock(block, PositionArgs(parameters=("attn.missing",)))
-    assert list(wrapped.state_dict()) == ["block.attn.table"]
-    assert wrapped.unwrap().attn.missing is None
-
-
 def test_the_rest_of_what_a_block_returns_is_passed_on() -> None:
     x = torch.randn(1, N, C)
     tokens, weights = wrap(Positioned())(x)
@@ -292,11 +261,6 @@ def test_while_it_is_exported_a_mask_that_the_host_made_is_left_out(strict: bool
         host.block(x, torch.ones(N, N))
 
 
-def test_learners_come_before_the_block_when_parameters_are_counted() -> None:
-    names = [name.partition(".")[0] for name, _ in wrap(timm_block()).named_parameters()]
-    assert names == sorted(names, key=["learner", "block"].index)
-
-
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("num_prefix_tokens", -1), ("num_prefix_tokens", True), ("frames", 0), ("frames", 1.0)],
@@ -318,13 +282,6 @@ class Patches(nn.Module):
         self.weight = nn.Parameter(torch.ones(3))
 
 
-class Host(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = Patches((2, 8))
-        self.block = wrap(timm_block(), "v1", grid=self.patches)
-
-
 @torch.no_grad()
 def test_the_grid_is_asked_of_its_module_at_every_call() -> None:
     patches, x = Patches((2, 8)), torch.randn(2, N, C)
@@ -339,23 +296,6 @@ def test_a_grid_that_does_not_fit_is_refused_by_v1_alone() -> None:
     assert wrap(Recorder(), "v11", grid=(3, 3))(x).shape == (1, K, C)
     with pytest.raises(ValueError, match="16 positions do not fit a 3 x 3 grid"):
         wrap(Recorder(), "v1", grid=(3, 3))(x)
-
-
-def test_a_patch_grid_knows_the_grid_of_every_image() -> None:
-    wrapped = wrap(Recorder(), "v1", grid=PatchGrid((32, 48), (8, 16)))
-    assert (wrapped.grid, wrapped.grid_of((16, 64))) == ((4, 3), (2, 4))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda host: pickle.loads(pickle.dumps(host))])
-def test_the_module_that_knows_the_grid_is_registered_once_and_copied_with_its_host(
-    copied: Callable[[Host], Host],
-) -> None:
-    host = Host()
-    assert [key for key in host.state_dict() if "patches" in key] == ["patches.weight"]
-    assert [module for module in host.block.modules() if isinstance(module, Patches)] == []
-    other = copied(host)
-    other.patches.grid_size = (4, 4)
-    assert (host.block.grid, other.block.grid) == ((2, 8), (4, 4))
 
 
 @each_wrapper

@@ -12,22 +12,15 @@ import pytest
 import reference
 import torch
 from learners import LEARNERS, Golden, Make, check_golden, half_dtypes, randomized, uneven
-from torch import Tensor, nn
+from torch import nn
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from tokenlearner.layers.functional import chunks
 
 SOFTMAX = {name: make for name, make in LEARNERS.items() if name.startswith("v11")}
-SIGMOID = {name: make for name, make in LEARNERS.items() if name.startswith("v1_")}
 
 each_learner = pytest.mark.parametrize("make", LEARNERS.values(), ids=LEARNERS)
 each_softmax_learner = pytest.mark.parametrize("make", SOFTMAX.values(), ids=SOFTMAX)
-each_sigmoid_learner = pytest.mark.parametrize("make", SIGMOID.values(), ids=SIGMOID)
-
-
-def last_layer(learner: nn.Module) -> Tensor:
-    """The weight that makes the logits, one row a map."""
-    return [p for p in learner.attention_maps.parameters() if p.ndim > 1][-1]
 
 
 # --- equal to the small port (to scenic: tests/checkpoints/test_scenic.py) ---------------------
@@ -77,23 +70,6 @@ def test_tokens_and_maps_follow_the_equations(name: str, shape: tuple[int, ...])
 # --- what the maps promise ---------------------------------------------------------------------
 
 
-@each_softmax_learner
-@torch.no_grad()
-def test_v11_ignores_the_order_of_positions(make: Make) -> None:
-    learner = randomized(make(9, 4).double())
-    x = uneven(2, 30, 9)
-    torch.testing.assert_close(learner(x[:, torch.randperm(30)]), learner(x))
-
-
-@each_sigmoid_learner
-@torch.no_grad()
-def test_v1_does_not_ignore_the_order_of_positions_and_tells_height_from_width(make: Make) -> None:
-    learner = randomized(make(9, 4).double())
-    x = uneven(2, 36, 9)
-    assert not torch.allclose(learner(x.flip(1)), learner(x), rtol=1e-3)
-    assert not torch.allclose(learner(x, grid=(4, 9)), learner(x, grid=(9, 4)), rtol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 4e-3)],
@@ -105,53 +81,6 @@ def test_every_map_of_v11_sums_to_1(make: Make, dtype: torch.dtype, tolerance: f
     maps = randomized(make(9, 4)).to(dtype).attention(torch.randn(2, 7, 5, 9).to(dtype))
     sums = maps.double().sum((-2, -1))
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=tolerance)
-
-
-@each_sigmoid_learner
-@torch.no_grad()
-def test_maps_of_v1_are_gates_between_0_and_1(make: Make) -> None:
-    learner = make(9, 4)
-    last_layer(learner).mul_(30)
-    maps = learner.attention(torch.randn(2, 7, 5, 9))
-    assert 0 < maps.min() < 0.3
-    assert 0.7 < maps.max() < 1
-
-
-@torch.no_grad()
-def test_sum_pooling_is_mean_pooling_times_the_positions() -> None:
-    mean, total = TokenLearner(9, 4).double(), TokenLearner(9, 4, use_sum_pooling=True).double()
-    total.load_state_dict(mean.state_dict())
-    x = uneven(2, 5, 7, 9)
-    torch.testing.assert_close(total(x), 35 * mean(x))
-
-
-@pytest.mark.parametrize("j", [0, 2, 4])
-@each_learner
-@torch.no_grad()
-def test_map_j_depends_on_column_j_of_the_logits_alone(make: Make, j: int) -> None:
-    learner = randomized(make(9, 5).double())
-    x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
-    maps, tokens = learner.attention(x), learner(x)
-    last_layer(learner)[j] += 0.5 * torch.randn_like(last_layer(learner)[j])
-    for before, after in ((maps, learner.attention(x)), (tokens, learner(x))):
-        change = (after - before).abs().transpose(0, 1).flatten(1).amax(1)
-        assert change[j] > 1e-3
-        change[j] = 0
-        assert change.max() < 1e-12
-
-
-@each_learner
-@torch.no_grad()
-def test_tokens_are_sums_of_the_values_weighted_by_the_maps(make: Make) -> None:
-    learner = randomized(make(9, 4).double())
-    x = torch.randn(2, 5, 7, 9, dtype=torch.float64)
-    values = x
-    if isinstance(learner, TokenLearnerModuleV11):
-        values = learner.feat_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    tokens = torch.einsum("bkhw,bhwc->bkc", learner.attention(x), values)
-    if isinstance(learner, TokenLearner) and not learner.use_sum_pooling:
-        tokens /= 35
-    torch.testing.assert_close(learner(x), tokens)
 
 
 # --- shapes ------------------------------------------------------------------------------------
@@ -257,15 +186,6 @@ def test_thousands_of_positions_are_pooled_exactly(
 
 
 @torch.no_grad()
-def test_maps_of_v11_sum_to_1_with_dropout() -> None:
-    learner = randomized(TokenLearnerV11(9, 4, dropout_rate=0.5)).train()
-    x = torch.randn(2, 5, 7, 9)
-    maps = learner.attention(x)
-    assert not torch.allclose(maps, learner.eval().attention(x))
-    torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 4))
-
-
-@torch.no_grad()
 def test_dropout_of_v11_sets_logits_to_0_before_the_softmax() -> None:
     learner = TokenLearnerV11(9, 4, dropout_rate=0.5).train()
     _, _, _, logits, _ = learner.attention_maps
@@ -363,16 +283,6 @@ def test_parameters_are_as_many_as_in_the_official_modules(
     }
     found = {k: sum(p.numel() for p in m.parameters()) for k, m in learners.items()}
     assert found == counts
-
-
-@each_learner
-def test_a_call_leaves_nothing_behind_in_the_module(make: Make) -> None:
-    learner = make(9, 4)
-    before = {name: set(vars(module)) for name, module in learner.named_modules()}
-    learner.attention(torch.randn(2, 5, 7, 9))
-    learner(torch.randn(2, 5, 7, 9)).sum().backward()
-    assert {name: set(vars(module)) for name, module in learner.named_modules()} == before
-    assert not list(learner.buffers())
 
 
 # --- machines ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
+from tiny import HF, TIMM
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -28,17 +28,8 @@ from transformers import (
 from tokenlearner import attention_maps, calibrate, insert, remove
 from tokenlearner.models.hosts import find_host
 
-SHAPE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2, "num_classes": 5}
-HF: dict[str, Any] = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
-IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-CLIPS = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+CLIPS = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TRANSFORMERS: dict[str, tuple[Callable[[], Any], torch.Tensor]] = {
     "vit": (lambda: ViTModel(ViTConfig(**HF)), IMAGES),
     "dinov2": (lambda: Dinov2Model(Dinov2Config(**HF)), IMAGES),
@@ -52,7 +43,7 @@ TRANSFORMERS: dict[str, tuple[Callable[[], Any], torch.Tensor]] = {
 
 def timms(**options: Any) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(**SHAPE, embed_dim=24, depth=3, **options).eval()
+    return VisionTransformer(**TIMM, **options).eval()
 
 
 # --- feature maps and hidden states ------------------------------------------------------------
@@ -115,14 +106,6 @@ def test_attributes_of_a_wrapped_block_are_the_blocks() -> None:
         vit.blocks[1].nothing  # noqa: B018
 
 
-def test_timms_layer_decay_counts_a_wrapped_block_and_its_learner_as_one() -> None:
-    vit = insert(timms(), 4, at=1)
-    groups = param_groups_layer_decay(vit, layer_decay=0.5)
-    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    block = [scales[id(p)] for p in vit.blocks[1].parameters()]
-    assert set(block) == {0.25}
-
-
 @pytest.mark.parametrize(
     ("num_tokens", "at"),
     [(np.int64(8), np.int64(1)), (8, np.float32(0.5)), (np.array([8, 4]), np.array([1, 2]))],
@@ -151,7 +134,7 @@ def test_a_host_of_integer_weights_gets_learners_of_floats() -> None:
     model = ViTModel(ViTConfig(**HF)).eval()
     attention: Any = find_host(model).blocks[1].attention
     layer = next(m for m in attention.modules() if isinstance(m, nn.Linear))
-    layer.weight = nn.Parameter(torch.zeros(24, 24, dtype=torch.int8), requires_grad=False)
+    layer.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
     insert(model, 4, at=1)
     block: Any = find_host(model).blocks[1]
     assert {p.dtype for p in block.learner.parameters()} == {torch.float32}
@@ -173,7 +156,7 @@ def test_inserting_and_calibrating_do_not_need_gradients_around_them(context: An
     vit = timms()
     with context():
         insert(vit, 4, at=1)
-        done = calibrate(vit, torch.rand(8, 3, 32, 32), steps=5)
+        done = calibrate(vit, torch.rand(8, 3, 16, 16), steps=5)
     assert done.error_after < done.error_before
     vit(IMAGES).sum().backward()  # its parameters can still be trained
 
@@ -182,14 +165,14 @@ def test_half_precision_is_calibrated_by_float32_copies() -> None:
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
         vit = insert(timms(), 4, at=1).to(dtype)
-        images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
         errors[dtype] = calibrate(vit, images.to(dtype), steps=40).error_after
     assert errors[torch.bfloat16] == pytest.approx(errors[torch.float32], rel=0.15)
 
 
 def test_what_is_set_aside_is_not_trained_until_the_learners_are_removed() -> None:
     """Processes that train together wait for the gradient of every parameter that is trained."""
-    beit: Any = Beit(**SHAPE, embed_dim=24, depth=3, use_rel_pos_bias=True)
+    beit: Any = Beit(**TIMM, use_rel_pos_bias=True)
     insert(beit, 4, at=1)
     beit(IMAGES).sum().backward()
     assert [n for n, p in beit.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -199,6 +182,7 @@ def test_what_is_set_aside_is_not_trained_until_the_learners_are_removed() -> No
 # --- threads and compilers -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["compile", "torch.compile"])
 def test_a_compiled_model_that_has_run_has_maps_and_can_be_calibrated(way: str) -> None:
     torch._dynamo.reset()
@@ -211,7 +195,7 @@ def test_a_compiled_model_that_has_run_has_maps_and_can_be_calibrated(way: str) 
     with torch.no_grad():
         vit(IMAGES)
     torch.testing.assert_close(attention_maps(vit, IMAGES)[1], expected)
-    assert calibrate(vit, torch.rand(8, 3, 32, 32), steps=2).steps == 2
+    assert calibrate(vit, torch.rand(8, 3, 16, 16), steps=2).steps == 2
 
 
 def test_two_threads_have_each_the_maps_of_their_own_images() -> None:

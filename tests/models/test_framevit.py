@@ -9,7 +9,6 @@ import torch
 from tiny import FRAMES, randomized
 
 from tokenlearner.evaluation.maps import attention_maps
-from tokenlearner.layers.blocks import ReducedBlock
 from tokenlearner.layers.token_learner import LEARNERS
 from tokenlearner.models.framevit import FrameViT
 
@@ -38,29 +37,6 @@ def test_it_is_an_encoder_in_a_loop_over_frames_and_blocks_on_all_tokens(
         x = block(x)
     expected = model.head(model.norm(x).mean(1))
     torch.testing.assert_close(model(clip), expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_tubelets_are_embedded_one_by_one() -> None:
-    model, clip = live(tubelet_size=2), torch.randn(2, 3, 6, 16, 16)
-    parts = [model.encode(clip[:, :, i : i + 2]) for i in (0, 2, 4)]
-    torch.testing.assert_close(model.encode(clip), torch.cat(parts, dim=1))
-
-
-@torch.no_grad()
-def test_the_newest_frame_has_the_last_time_embedding() -> None:
-    model, clip = live(), torch.randn(1, 3, 2, 16, 16)
-    before = model(clip)
-    model.time_embed[:, :2] = 9
-    assert torch.equal(model(clip), before)
-    model.time_embed[:, 3] = 9
-    assert not torch.equal(model(clip), before)
-
-
-def test_the_blocks_keep_the_numbers_of_the_whole_network() -> None:
-    names = dict(FrameViT(**FRAMES).named_modules())
-    assert isinstance(names["encoder.blocks.3"], ReducedBlock)
-    assert {n for n in names if n.count(".") == 1 and n.startswith("blocks.")} == {"blocks.3"}
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Learned tokens in every family of models that `hosts.py` knows, and a reason for the others.
 
 A family is a row in `FAMILIES`; all tests marked `each_family` then run on it. In this table every
-plain host compiles as one graph and exports, strict and not; `test_the_plain_host_...` holds that.
+plain host compiles as one graph and exports; `test_the_plain_host_...` holds that.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
-from tiny import check_compiled, drawn, inputs_of
+from tiny import HF, TIMM, check_compiled, drawn, inputs_of, torchvision_vit
 from torch import Tensor, nn
 
 from tokenlearner import attention_maps, insert, remove
@@ -34,36 +35,12 @@ from tokenlearner.models.insertion import get_insertion, wrapped_blocks
 from tokenlearner.models.mixer import TokenLearnerMixer
 from tokenlearner.models.vivit import ViViT
 
-K, AT = 3, 1
-TIMM: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 3,
-    "num_heads": 2,
-    "mlp_ratio": 2,
-    "num_classes": 5,
-}
-ROTARY: dict[str, Any] = TIMM | {"use_rot_pos_emb": True}
-DINOV3: dict[str, Any] = ROTARY | {
-    "attn_type": "rope",
-    "rope_type": "dinov3",
-    "num_reg_tokens": 4,
-    "use_abs_pos_emb": False,
-}
-HF: dict[str, Any] = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-WIDE = HF | {"intermediate_size": 48}
+K, AT, C = 3, 1, 16
 TEXT = {
-    "hidden_size": 24,
+    "hidden_size": C,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
-    "intermediate_size": 24,
+    "intermediate_size": C,
     "vocab_size": 20,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -78,13 +55,13 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = VisionTransformer(**TIMM | {"num_classes": 0})
-        self.head = nn.Linear(24, 5)
+        self.head = nn.Linear(C, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x))
 
 
-def images(h: int = 32, w: int = 32) -> Tensor:
+def images(h: int = 16, w: int = 16) -> Tensor:
     return torch.randn(2, 3, h, w)
 
 
@@ -109,154 +86,90 @@ class Family:
 
     def inputs(self, model: nn.Module) -> dict[str, Any]:
         if self.frames > 1 and isinstance(model, ViViT):
-            return {"x": torch.randn(2, 3, 4, 32, 32)}
+            return {"x": torch.randn(2, 3, 4, 16, 16)}
         if self.frames > 1:
-            return {"pixel_values": torch.randn(2, 4, 3, 32, 32)}
+            return {"pixel_values": torch.randn(2, 4, 3, 16, 16)}
         if isinstance(model, transformers.CLIPModel | transformers.SiglipModel):
             return {"pixel_values": images(), "input_ids": torch.tensor([[0, 5, 1], [0, 7, 1]])}
         is_hf = isinstance(model, transformers.PreTrainedModel)
         return {"pixel_values" if is_hf else "x": images()}
 
 
-def hf(model: str, config: str, values: dict[str, Any] = WIDE, **more: Any) -> Any:
+def hf(model: str, values: dict[str, Any] = HF, **more: Any) -> Any:
+    """Builds a model of transformers; the part of its name in front says its config."""
+
     def build() -> nn.Module:
-        made = getattr(transformers, config)(**values, **more)
-        return getattr(transformers, model)(made)
+        config = getattr(transformers, re.split("Model|For|Backbone", model)[0] + "Config")
+        return getattr(transformers, model)(config(**values, **more))
 
     return build
 
 
+vit, eva, beit = partial(VisionTransformer, **TIMM), partial(Eva, **TIMM), partial(Beit, **TIMM)
+rotary = partial(eva, use_rot_pos_emb=True)
+dinov3 = partial(
+    rotary, attn_type="rope", rope_type="dinov3", num_reg_tokens=4, use_abs_pos_emb=False
+)
+SCALED = {"init_values": 1e-5}  # LayerScale
+WITHOUT_CLASS = {"class_token": False}
+SHARED = {"use_shared_rel_pos_bias": True}
 ANY: dict[str, Any] = {}
 INTERPOLATE = {"interpolate_pos_encoding": True}
 MLP = HF | {"mlp_ratio": 2}
+FIVE = {"num_labels": 5}
+TWO: dict[str, Any] = {"vision_config": HF | {"projection_dim": 8}, "text_config": TEXT}
 FAMILIES: dict[str, Family] = {
-    "timm_vit": Family(lambda: VisionTransformer(**TIMM, init_values=1e-5), 1),
-    "timm_vit_any_size": Family(
-        lambda: VisionTransformer(**TIMM, dynamic_img_size=True), 1, sizes=ANY
-    ),
-    "timm_deit": Family(lambda: VisionTransformerDistilled(**TIMM), 2),
-    "timm_deit3": Family(
-        lambda: VisionTransformer(**TIMM, no_embed_class=True, init_values=1e-5), 1
-    ),
-    "timm_dinov2": Family(
-        lambda: VisionTransformer(**TIMM, init_values=1e-5, reg_tokens=4, no_embed_class=True), 5
-    ),
-    "timm_siglip": Family(
-        lambda: VisionTransformer(**TIMM, class_token=False, global_pool="map"), 0
-    ),
-    "timm_average": Family(
-        lambda: VisionTransformer(**TIMM, class_token=False, global_pool="avg"), 0
-    ),
-    "eva": Family(lambda: Eva(**TIMM, qkv_fused=False), 1),
-    "eva02": Family(lambda: Eva(**ROTARY, swiglu_mlp=True, scale_mlp=True), 1),
-    "eva_any_size": Family(lambda: Eva(**ROTARY, dynamic_img_size=True), 1, sizes=ANY),
-    "dinov3": Family(lambda: Eva(**DINOV3, init_values=1e-5), 5),
-    "dinov3_any_size": Family(lambda: Eva(**DINOV3, dynamic_img_size=True), 5, sizes=ANY),
-    "rope_mixed": Family(lambda: Eva(**ROTARY, attn_type="rope", rope_type="mixed"), 1),
-    "beit": Family(
-        lambda: Beit(**TIMM, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1),
-        1,
-    ),
-    "beit_shared": Family(lambda: Beit(**TIMM, use_shared_rel_pos_bias=True), 1),
-    "beit_both": Family(
-        lambda: Beit(**TIMM, use_shared_rel_pos_bias=True, use_rel_pos_bias=True), 1
-    ),
-    "torchvision": Family(
-        lambda: torchvision.models.VisionTransformer(32, 8, 3, 2, 24, 48, num_classes=5),
-        1,
-    ),
-    "hf_vit": Family(hf("ViTModel", "ViTConfig"), 1, sizes=INTERPOLATE),
-    "hf_vit_eager": Family(
-        hf("ViTModel", "ViTConfig", attn_implementation="eager"), 1, sizes=INTERPOLATE
-    ),
-    "hf_vit_classes": Family(
-        hf("ViTForImageClassification", "ViTConfig", num_labels=5), 1, "vit", sizes=INTERPOLATE
-    ),
-    "hf_deit": Family(hf("DeiTModel", "DeiTConfig"), 2, sizes=INTERPOLATE),
+    "timm_vit": Family(partial(vit, **SCALED), 1),
+    "timm_vit_any_size": Family(partial(vit, dynamic_img_size=True), 1, sizes=ANY),
+    "timm_deit": Family(partial(VisionTransformerDistilled, **TIMM), 2),
+    "timm_deit3": Family(partial(vit, no_embed_class=True, **SCALED), 1),
+    "timm_dinov2": Family(partial(vit, reg_tokens=4, no_embed_class=True, **SCALED), 5),
+    "timm_siglip": Family(partial(vit, **WITHOUT_CLASS, global_pool="map"), 0),
+    "timm_average": Family(partial(vit, **WITHOUT_CLASS, global_pool="avg"), 0),
+    "eva": Family(partial(eva, qkv_fused=False), 1),
+    "eva02": Family(partial(rotary, swiglu_mlp=True, scale_mlp=True), 1),
+    "eva_any_size": Family(partial(rotary, dynamic_img_size=True), 1, sizes=ANY),
+    "dinov3": Family(partial(dinov3, **SCALED), 5),
+    "dinov3_any_size": Family(partial(dinov3, dynamic_img_size=True), 5, sizes=ANY),
+    "rope_mixed": Family(partial(rotary, attn_type="rope", rope_type="mixed"), 1),
+    "beit": Family(partial(beit, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1), 1),
+    "beit_shared": Family(partial(beit, **SHARED), 1),
+    "beit_both": Family(partial(beit, **SHARED, use_rel_pos_bias=True), 1),
+    "torchvision": Family(torchvision_vit, 1),
+    "hf_vit": Family(hf("ViTModel"), 1, sizes=INTERPOLATE),
+    "hf_vit_eager": Family(hf("ViTModel", attn_implementation="eager"), 1, sizes=INTERPOLATE),
+    "hf_vit_classes": Family(hf("ViTForImageClassification", **FIVE), 1, "vit", sizes=INTERPOLATE),
+    "hf_deit": Family(hf("DeiTModel"), 2, sizes=INTERPOLATE),
     "hf_deit_classes": Family(
-        hf("DeiTForImageClassification", "DeiTConfig", num_labels=5), 2, "deit", sizes=INTERPOLATE
+        hf("DeiTForImageClassification", **FIVE), 2, "deit", sizes=INTERPOLATE
     ),
-    "hf_deit_teacher": Family(
-        hf("DeiTForImageClassificationWithTeacher", "DeiTConfig", num_labels=5), 2, "deit"
-    ),
-    "hf_dinov2": Family(hf("Dinov2Model", "Dinov2Config", MLP), 1, sizes=ANY),
+    "hf_deit_teacher": Family(hf("DeiTForImageClassificationWithTeacher", **FIVE), 2, "deit"),
+    "hf_dinov2": Family(hf("Dinov2Model", MLP), 1, sizes=ANY),
     "hf_dinov2_classes": Family(
-        hf("Dinov2ForImageClassification", "Dinov2Config", MLP, num_labels=5),
-        1,
-        "dinov2",
-        sizes=ANY,
+        hf("Dinov2ForImageClassification", MLP, **FIVE), 1, "dinov2", sizes=ANY
     ),
     "hf_dinov2_registers": Family(
-        hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", MLP, num_register_tokens=3),
-        4,
-        sizes=ANY,
+        hf("Dinov2WithRegistersModel", MLP, num_register_tokens=3), 4, sizes=ANY
     ),
     "hf_dinov2_registers_classes": Family(
-        hf("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", MLP),
-        5,
-        "dinov2_with_registers",
-        sizes=ANY,
+        hf("Dinov2WithRegistersForImageClassification", MLP), 5, "dinov2_with_registers", sizes=ANY
     ),
-    "hf_siglip": Family(hf("SiglipVisionModel", "SiglipVisionConfig"), 0, sizes=INTERPOLATE),
+    "hf_siglip": Family(hf("SiglipVisionModel"), 0, sizes=INTERPOLATE),
     "hf_siglip_classes": Family(
-        hf(
-            "SiglipForImageClassification",
-            "SiglipConfig",
-            {},
-            vision_config=WIDE,
-            text_config=TEXT,
-            num_labels=5,
-        ),
-        0,
-        "vision_model",
-        sizes=INTERPOLATE,
+        hf("SiglipForImageClassification", TWO, **FIVE), 0, "vision_model", sizes=INTERPOLATE
     ),
-    "hf_siglip_text": Family(
-        hf("SiglipModel", "SiglipConfig", {}, vision_config=WIDE, text_config=TEXT),
-        0,
-        "vision_model",
-        sizes=INTERPOLATE,
-    ),
-    "hf_clip": Family(hf("CLIPVisionModel", "CLIPVisionConfig"), 1, sizes=INTERPOLATE),
+    "hf_siglip_text": Family(hf("SiglipModel", TWO), 0, "vision_model", sizes=INTERPOLATE),
+    "hf_clip": Family(hf("CLIPVisionModel"), 1, sizes=INTERPOLATE),
     "hf_clip_projection": Family(
-        hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=8),
-        1,
-        "vision_model",
-        sizes=INTERPOLATE,
+        hf("CLIPVisionModelWithProjection", projection_dim=8), 1, "vision_model", sizes=INTERPOLATE
     ),
-    "hf_clip_classes": Family(
-        hf(
-            "CLIPForImageClassification",
-            "CLIPConfig",
-            {},
-            vision_config=WIDE,
-            text_config=TEXT,
-            num_labels=5,
-        ),
-        1,
-        "vision_model",
-    ),
+    "hf_clip_classes": Family(hf("CLIPForImageClassification", TWO, **FIVE), 1, "vision_model"),
     "hf_clip_text": Family(
-        hf(
-            "CLIPModel",
-            "CLIPConfig",
-            {},
-            vision_config=WIDE | {"projection_dim": 8},
-            text_config=TEXT,
-            projection_dim=8,
-        ),
-        1,
-        "vision_model",
-        sizes=INTERPOLATE,
+        hf("CLIPModel", TWO, projection_dim=8), 1, "vision_model", sizes=INTERPOLATE
     ),
-    "hf_videomae": Family(
-        hf("VideoMAEModel", "VideoMAEConfig", num_frames=4), 0, frames=2, is_bare=True
-    ),
+    "hf_videomae": Family(hf("VideoMAEModel", num_frames=4), 0, frames=2, is_bare=True),
     "hf_videomae_classes": Family(
-        hf("VideoMAEForVideoClassification", "VideoMAEConfig", num_frames=4, num_labels=5),
-        0,
-        "videomae",
-        frames=2,
+        hf("VideoMAEForVideoClassification", num_frames=4, **FIVE), 0, "videomae", frames=2
     ),
     "our_video": Family(lambda: ViViT(**TIMM, num_frames=4, tubelet_size=2), 0, frames=2),
     "nested": Family(Net, 1, "backbone"),
@@ -271,19 +184,14 @@ both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduce", "fuse"
 
 
 each_family_both_ways = pytest.mark.parametrize(
-    ("name", "fuse"),
-    [
-        pytest.param(n, fuse, marks=pytest.mark.slow if fuse and n not in KINDS else [])
-        for fuse in (False, True)
-        for n in FAMILIES
-    ],
+    ("name", "fuse"), [*((n, False) for n in FAMILIES), *((n, True) for n in KINDS)]
 )
 
 
 def graphs(*quick: str) -> pytest.MarkDecorator:
-    """Every family, those named in the default run too."""
+    """One of each kind, those named in the default run too."""
     return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=[] if n in quick else pytest.mark.slow) for n in FAMILIES]
+        "name", [pytest.param(n, marks=[] if n in quick else pytest.mark.slow) for n in KINDS]
     )
 
 
@@ -321,7 +229,7 @@ def test_a_host_is_found_with_what_insertion_needs(with_tokens: bool, name: str)
     place = find_host(model)
     assert place.name in (family.host, f"{family.host}.vision_model".strip("."))  # transformers 4
     found = (place.width, place.num_prefix_tokens, place.frames, len(place.blocks))
-    assert found == (24, family.prefix, family.frames, 3)
+    assert found == (C, family.prefix, family.frames, 3)
     assert tuple(place.grid.grid_size) == (4, 4)
 
 
@@ -460,7 +368,7 @@ def test_images_of_any_size_run_where_the_host_takes_them(fuse: bool, name: str)
     inputs = FAMILIES[name].inputs(model)
     key = "x" if "x" in inputs else "pixel_values"
     shape = run(model, inputs).shape
-    for h, w in [(48, 24), (16, 64)]:
+    for h, w in [(24, 12), (8, 32)]:
         asked = inputs | {key: images(h, w)} | (FAMILIES[name].sizes or {})
         assert run(model, asked).shape == shape
 
@@ -469,7 +377,7 @@ def test_images_of_any_size_run_where_the_host_takes_them(fuse: bool, name: str)
     ("name", "image"),
     [
         *((n, None) for n in ("dinov3", "beit_both", "torchvision", "hf_vit", "hf_videomae")),
-        *((n, (48, 24)) for n in ("eva_any_size", "hf_dinov2")),
+        *((n, (24, 12)) for n in ("eva_any_size", "hf_dinov2")),
     ],
 )
 def test_maps_have_the_grid_of_the_image(name: str, image: tuple[int, int] | None) -> None:
@@ -525,10 +433,9 @@ def test_torch_export_gives_the_same(name: str) -> None:
 @of_transformers
 @pytest.mark.slow
 @one_of_each_kind
-@both_ways
 @torch.no_grad()
-def test_strict_torch_export_gives_the_same(fuse: bool, name: str) -> None:
-    model = inserted(name, fuse)
+def test_strict_torch_export_of_a_fused_model_gives_the_same(name: str) -> None:
+    model = inserted(name, fuse=True)
     inputs = FAMILIES[name].inputs(model)
     program = exported(model, inputs, strict=True)
     torch.testing.assert_close(run(program, inputs), run(model, inputs), rtol=1e-4, atol=1e-4)
@@ -541,8 +448,7 @@ def test_strict_torch_export_gives_the_same(fuse: bool, name: str) -> None:
 def test_the_plain_host_compiles_and_exports(name: str) -> None:
     model = FAMILIES[name].model()
     inputs = FAMILIES[name].inputs(model)
-    for strict in (False, True):
-        assert run(exported(model, inputs, strict), inputs).isfinite().all()
+    assert run(exported(model, inputs, strict=True), inputs).isfinite().all()
     assert run(compiled(model), inputs).isfinite().all()
 
 
@@ -567,7 +473,7 @@ def test_blocks_on_tokens_are_not_rotated_and_those_before_are(name: str, fuse: 
 @torch.no_grad()
 def test_beits_blocks_on_tokens_have_no_bias(name: str) -> None:
     model = inserted(name)
-    x, bias = torch.randn(2, 1 + K, 24), torch.randn(1, 2, 17, 17)
+    x, bias = torch.randn(2, 1 + K, C), torch.randn(1, 2, 17, 17)
     later = model.blocks[2]
     attention = later.block.attn
     assert attention.relative_position_bias_table is None
@@ -594,12 +500,9 @@ def test_beits_table_has_a_name_of_its_own_while_tokens_are_learned() -> None:
 
 
 def test_only_hosts_whose_blocks_are_told_positions_have_later_blocks_wrapped() -> None:
-    kinds = {
-        n: type(find_host(inserted(n)).blocks[2])
-        for n in ("timm_vit", "torchvision", "beit", "eva")
-    }
-    wrapped = {name for name, kind in kinds.items() if kind is PositionFreeBlock}
-    assert wrapped == {"beit", "eva"}
+    for name in ("timm_vit", "torchvision", "beit", "eva"):
+        later = find_host(inserted(name)).blocks[2]
+        assert isinstance(later, PositionFreeBlock) == (name in ("beit", "eva"))
 
 
 # --- larger models -----------------------------------------------------------------------------
@@ -633,23 +536,13 @@ def test_of_several_hosts_none_is_guessed(call: Callable[[nn.Module], Any]) -> N
         call(two_towers())
 
 
-def test_one_of_several_hosts_can_be_passed() -> None:
+def test_one_of_several_hosts_can_be_passed_and_one_that_is_used_twice_is_one() -> None:
     towers = two_towers()
     insert(towers["right"], K, AT)
     assert wrapped_blocks(towers["left"]) == {}
     assert list(wrapped_blocks(towers["right"])) == [AT]
-
-
-def test_a_host_that_is_used_twice_is_one() -> None:
     host = FAMILIES["timm_vit"].model()
     assert find_host(nn.Sequential(nn.Sequential(host), nn.Sequential(host))).host is host
-
-
-def test_keys_of_torchvisions_blocks_survive() -> None:
-    model = inserted("torchvision")
-    assert list(dict(find_host(model).blocks.named_children())) == [
-        f"encoder_layer_{i}" for i in range(3)
-    ]
 
 
 # --- masks -------------------------------------------------------------------------------------
@@ -667,26 +560,24 @@ def test_a_mask_over_positions_is_refused_by_timms_hosts(name: str, fuse: bool) 
 def test_a_mask_over_positions_is_refused_by_transformers_hosts(name: str, fuse: bool) -> None:
     block, mask = find_host(inserted(name, fuse)).blocks[AT], torch.zeros(2, 1, 33, 33)
     with pytest.raises(ValueError, match="attention_mask"):
-        block(torch.randn(2, 33, 24), attention_mask=mask)
+        block(torch.randn(2, 33, C), attention_mask=mask)
     if name in ("hf_clip", "hf_siglip"):  # which take it in its place too
         with pytest.raises(ValueError, match="attention_mask"):
-            block(torch.randn(2, 33, 24), mask)
+            block(torch.randn(2, 33, C), mask)
 
 
 # --- what is refused ---------------------------------------------------------------------------
 
 
 def hf_swin() -> nn.Module:
-    config = transformers.SwinConfig(
-        image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4
-    )
-    return transformers.SwinModel(config)
+    shape = {"depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    return hf("SwinModel", {"image_size": 32, "patch_size": 4, "embed_dim": 12}, **shape)()
 
 
-def timm_named(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+def timm_named(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         with torch.device("meta"):
-            return timm.create_model(name, **kwargs)
+            return timm.create_model(name)
 
     return build
 
@@ -695,11 +586,6 @@ WINDOWS = "attends in windows of the grid"
 MIXES = "mixes tokens with weights whose size depends on the count of tokens"
 REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "timm_swin": (timm_named("swin_tiny_patch4_window7_224"), rf"SwinTransformer is .*{WINDOWS}"),
-    "timm_swin2": (timm_named("swinv2_tiny_window8_256"), rf"SwinTransformerV2 is .*{WINDOWS}"),
-    "timm_maxvit": (
-        timm_named("maxvit_rmlp_pico_rw_256", depths=(1, 1, 1, 1)),
-        rf"MaxxVit is .*{WINDOWS}",
-    ),
     "timm_hiera": (timm_named("hiera_tiny_224"), rf"Hiera is .*{WINDOWS}"),
     "timm_sam": (timm_named("samvit_base_patch16"), rf"VisionTransformerSAM is .*{WINDOWS}"),
     "timm_pvt": (timm_named("pvt_v2_b0"), r"PyramidVisionTransformerV2 is .*pools or convolves"),
@@ -722,9 +608,9 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: FrameViT(img_size=32, embed_dim=24, num_heads=2, depth=2),
         "FrameViT is .*learns tokens already",
     ),
-    "backbone": (hf("Dinov2Backbone", "Dinov2Config", MLP), "Dinov2Backbone .*feature maps"),
+    "backbone": (hf("Dinov2Backbone", MLP), "Dinov2Backbone .*feature maps"),
     "backbone_registers": (
-        hf("Dinov2WithRegistersBackbone", "Dinov2WithRegistersConfig", MLP),
+        hf("Dinov2WithRegistersBackbone", MLP),
         "Dinov2WithRegistersBackbone is .*feature maps",
     ),
     "compiled": (lambda: torch.compile(Net()), "OptimizedModule is .*insert into that model first"),
@@ -751,9 +637,9 @@ NEEDING: dict[str, Callable[[], nn.Module]] = {
     "FeatureGetterNet": lambda: timm.create_model(
         "vit_tiny_patch16_224", features_only=True, img_size=32, embed_dim=24, depth=4, num_heads=2
     ),
-    "ViTForMaskedImageModeling": hf("ViTForMaskedImageModeling", "ViTConfig", encoder_stride=8),
-    "DeiTForMaskedImageModeling": hf("DeiTForMaskedImageModeling", "DeiTConfig", encoder_stride=8),
-    "VideoMAEForPreTraining": hf("VideoMAEForPreTraining", "VideoMAEConfig", num_frames=4),
+    "ViTForMaskedImageModeling": hf("ViTForMaskedImageModeling", encoder_stride=8),
+    "DeiTForMaskedImageModeling": hf("DeiTForMaskedImageModeling", encoder_stride=8),
+    "VideoMAEForPreTraining": hf("VideoMAEForPreTraining", num_frames=4),
 }
 
 
@@ -794,6 +680,6 @@ def test_v1_learns_on_the_grid_of_hosts_with_one_size(name: str) -> None:
 
 def test_v1_is_refused_where_positions_are_dropped_and_v11_learns_from_the_rest() -> None:
     with pytest.raises(ValueError, match="patch_drop_rate"):
-        insert(Eva(**ROTARY, patch_drop_rate=0.5), K, learner="v1")
-    model = insert(Eva(**ROTARY, patch_drop_rate=0.5), K, AT).train()
+        insert(rotary(patch_drop_rate=0.5), K, learner="v1")
+    model = insert(rotary(patch_drop_rate=0.5), K, AT).train()
     assert model(images()).shape == (2, 5)

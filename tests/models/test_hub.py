@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +19,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny import images_for, randomized
 from torch import nn
 
-from tokenlearner import benchmark, create_model, load_model, push_to_hub, save_model
+from tokenlearner import create_model, load_model, push_to_hub, save_model
 from tokenlearner.models.hub import HubModel, model_card
-from tokenlearner.models.insertion import get_insertion
 from tokenlearner.models.mixer import TokenLearnerMixer
-from tokenlearner.models.serialization import build_named
 from tokenlearner.models.vit import TokenLearnerViT
 from tokenlearner.models.vivit import ViViT
 
@@ -66,15 +63,6 @@ def config_of(folder: Path) -> dict[str, Any]:
 # --- timm --------------------------------------------------------------------------------------
 
 
-def test_timm_loads_a_folder_of_ours_for_other_classes(tmp_path: Path) -> None:
-    model = small()
-    save_model(model, tmp_path)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
-    x = images_for(model)
-    assert loaded(x).shape == (2, 3)
-    assert torch.equal(loaded.forward_features(x), model.forward_features(x))
-
-
 def test_the_config_is_in_timms_form(tmp_path: Path) -> None:
     save_model(changed(small(), 3, (20, 28)), tmp_path)
     config = config_of(tmp_path)
@@ -98,14 +86,6 @@ def test_the_config_names_no_source_of_other_weights(tmp_path: Path) -> None:
     assert cfg["label_names"] == ["a"] * 5
     save_model(changed(model, 4), tmp_path)
     assert "label_names" not in config_of(tmp_path)["pretrained_cfg"]
-
-
-def test_a_folder_brings_back_how_images_were_prepared(tmp_path: Path) -> None:
-    model = small()
-    model.pretrained_cfg |= {"mean": (0.25,), "std": (0.5,), "crop_pct": 1.0}
-    save_model(model, tmp_path)
-    loaded: Any = load_model(tmp_path)
-    assert (loaded.pretrained_cfg["mean"], loaded.default_cfg["crop_pct"]) == ([0.25], 1.0)
 
 
 # --- folders -----------------------------------------------------------------------------------
@@ -165,20 +145,6 @@ def test_an_error_in_the_middle_leaves_the_old_folder(
     assert same(model, load_model(tmp_path))
 
 
-def test_weights_take_their_place_first_and_the_config_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order, replace = [], Path.replace
-
-    def recorded(path: Path, target: Path) -> Path:
-        order.append(Path(target).name)
-        return replace(path, target)
-
-    monkeypatch.setattr(Path, "replace", recorded)
-    save_model(small(), tmp_path)
-    assert order == ["model.safetensors", "README.md", "config.json"]
-
-
 # --- classes -----------------------------------------------------------------------------------
 
 CLASSES: dict[str, tuple[type[HubModel], Callable[[], Any]]] = {
@@ -230,33 +196,6 @@ def test_what_a_class_cannot_save_or_load_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="TokenLearnerViT"):
         TokenLearnerViT(**SHAPE).save_pretrained(tmp_path / "run")  # not made by its name
     assert not (tmp_path / "run").exists()
-
-
-def test_none_is_an_argument_for_the_fusers_and_otherwise_left_out() -> None:
-    kwargs = {"num_tokens": 3, "fuse": True, "fuser_bottleneck_dim": None, "num_classes": None}
-    model = build_named(PLAIN, SHAPE | kwargs)
-    assert (get_insertion(model) or {})["fuser_bottleneck_dim"] == 0
-    assert model.num_classes == 10
-
-
-class Deaf(nn.Module):
-    """A model that takes a pooling and does not heed it."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__()
-        self.global_pool, self.head = "avg", nn.Linear(2, 2)
-
-
-def test_what_building_does_not_bring_back_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timm, "is_model", lambda name: True)
-    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: Deaf(**kwargs))
-    model = build_named("deaf", {})
-    save_model(model, tmp_path / "a.safetensors")
-    model.global_pool = "max"
-    with pytest.raises(ValueError, match=r"global_pool .*'avg' to 'max'"):
-        save_model(model, tmp_path / "b.safetensors")
 
 
 # --- the Hub -----------------------------------------------------------------------------------
@@ -328,19 +267,18 @@ def test_timm_loads_our_names_from_the_hub(hub: Hub, monkeypatch: pytest.MonkeyP
     assert same(model, timm.create_model("hf-hub:me/mini", pretrained=True).eval())
 
 
-def test_a_class_goes_to_the_hub_and_comes_back(hub: Hub) -> None:
-    model = small()
-    model.push_to_hub("me/mini", branch="dev", create_pr=True, commit_message="One")
-    told = {key: hub.uploads[0][key] for key in ("revision", "create_pr", "commit_message")}
-    assert told == {"revision": "dev", "create_pr": True, "commit_message": "One"}
-    assert same(model, TokenLearnerViT.from_pretrained("me/mini"))
-
-
-def test_saving_can_push_under_the_folders_name(hub: Hub, tmp_path: Path) -> None:
+def test_a_class_pushes_itself_or_saves_and_pushes_under_the_folders_name(
+    hub: Hub, tmp_path: Path
+) -> None:
     url = small().save_pretrained(tmp_path / "tiny", push_to_hub=True, measured={"a": {"b": 2}})
     assert url == "https://huggingface.co/me/tiny/commit/1"
     assert b"| b | 2 |" in hub.uploads[0]["files"]["README.md"]
     assert (tmp_path / "tiny" / "config.json").is_file()
+    model = small()
+    model.push_to_hub("me/mini", branch="dev", create_pr=True, commit_message="One")
+    asked = {key: hub.uploads[1][key] for key in ("revision", "create_pr", "commit_message")}
+    assert asked == {"revision": "dev", "create_pr": True, "commit_message": "One"}
+    assert same(model, TokenLearnerViT.from_pretrained("me/mini"))
 
 
 def test_a_readme_on_the_hub_and_a_folder_here_go_before(hub: Hub, tmp_path: Path) -> None:
@@ -451,28 +389,6 @@ def test_the_code_on_a_card_runs(tmp_path: Path) -> None:
         names: dict[str, Any] = {}
         exec(part, names)
         assert same(model, names["model"])
-
-
-def test_a_table_has_a_column_for_each_model() -> None:
-    spread = {"median": 1234.5, "low": 0.25, "high": 12345.6}
-    measured = {"a|b": {"x": 1.23456, "y": spread}, "c": {"y": 12345, "z": {"k": True}}}
-    lines = model_card(small(), measured).splitlines()
-    assert lines[-5:] == [
-        "|  | a\\|b | c |",
-        "| --- | --: | --: |",
-        "| x | 1.235 |  |",
-        "| y | 1234 (0.25 to 12,346) | 12,345 |",
-        "| z |  | k True |",
-    ]
-
-
-def test_a_benchmark_goes_into_the_card(tmp_path: Path) -> None:
-    model = small()
-    cost = benchmark({"ours": model}, images_for(model), rounds=2)["ours"]
-    save_model(model, tmp_path, measured={"ours": asdict(cost)})
-    card = (tmp_path / "README.md").read_text()
-    assert f"| parameters | {cost.parameters:,} |" in card
-    assert "| images_per_second | " in card
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,15 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny import drawn, inputs_of
+from tiny import TIMM, drawn, inputs_of
 from torch import Tensor, nn
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11, insert, remove
-from tokenlearner.layers.blocks import FusedBlock, ReducedBlock
+from tokenlearner.layers.blocks import FusedBlock
 from tokenlearner.layers.token_learner import LEARNERS
 from tokenlearner.models.insertion import get_insertion, wrapped_blocks
 
-TINY: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 4,
-    "num_heads": 3,
-    "num_classes": 5,
-}
+TINY = TIMM | {"depth": 4}
 each_learner = pytest.mark.parametrize("learner", LEARNERS)
 both_ways = pytest.mark.parametrize("fuse", [False, True], ids=["reduce", "fuse"])
 
@@ -41,7 +34,7 @@ def randomized(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
-def images(h: int = 32, w: int = 32, b: int = 2) -> Tensor:
+def images(h: int = 16, w: int = 16, b: int = 2) -> Tensor:
     return torch.randn(b, 3, h, w)
 
 
@@ -52,7 +45,7 @@ def images(h: int = 32, w: int = 32, b: int = 2) -> Tensor:
 def test_layer_scale_and_qk_norm_take_part_in_the_wrapped_block() -> None:
     host = vit(init_values=1e-5, qk_norm=True)
     block = host.blocks[2]
-    wrapped, x = insert(host, 3, at=2).blocks[2], torch.randn(2, 17, 24)
+    wrapped, x = insert(host, 3, at=2).blocks[2], torch.randn(2, 17, 16)
     tokens = torch.cat([x[:, :1], wrapped.learner(x[:, 1:])], dim=1)
     normed = block.ls1(block.attn(block.norm1(tokens))) + tokens
     expected = normed + block.ls2(block.mlp(block.norm2(normed)))
@@ -85,19 +78,6 @@ def test_the_learner_stands_at_a_block_or_at_a_share_of_the_depth(
     assert remove(host) is host
 
 
-def test_the_default_is_8_tokens_half_way() -> None:
-    ((index, block),) = wrapped_blocks(insert(vit())).items()
-    assert (index, block.learner.num_tokens) == (2, 8)
-
-
-@torch.no_grad()
-def test_forward_intermediates_of_a_fused_model_keep_the_grid() -> None:
-    host, x = randomized(insert(vit(img_size=(32, 48)), 3, fuse=True)), images(32, 48)
-    final, maps = host.forward_intermediates(x)
-    assert [one.shape for one in maps] == [(2, 24, 4, 6)] * 4
-    torch.testing.assert_close(final, host.forward_features(x))
-
-
 # --- several places ----------------------------------------------------------------------------
 
 
@@ -106,7 +86,7 @@ def test_at_a_second_place_tokens_are_learned_from_the_first_ones() -> None:
     host, x = randomized(insert(vit(reg_tokens=4), (6, 2), at=(0.25, 0.75))), images()
     first, second = wrapped_blocks(host).values()
     into = inputs_of(second, lambda: host(x))
-    assert into.shape == (2, 5 + 6, 24)
+    assert into.shape == (2, 5 + 6, 16)
     expected = torch.cat([into[:, :5], second.learner(into[:, 5:])], dim=1)
     assert torch.equal(inputs_of(second.block, lambda: host(x)), expected)
     assert first.learner.num_tokens == 6
@@ -152,14 +132,14 @@ def test_learners_have_the_official_numbers(learner: str) -> None:
 def test_learners_run_on_the_grid_of_an_image_that_is_not_square(
     resized: bool, learner: str
 ) -> None:
-    host = insert(vit(img_size=(32, 32) if resized else (16, 64)), 3, learner=learner)
+    host = insert(vit(img_size=(16, 16) if resized else (8, 32)), 3, learner=learner)
     if resized:
-        host.set_input_size((16, 64))  # 16 positions as before, but on another grid
+        host.set_input_size((8, 32))  # 16 positions as before, but on another grid
     (block,) = wrapped_blocks(host).values()
-    x = torch.randn(2, 1 + 16, 24)
+    x = torch.randn(2, 1 + 16, 16)
     tokens = inputs_of(block.block, lambda: block(x))[:, 1:]
     torch.testing.assert_close(tokens, block.learner(x[:, 1:].unflatten(1, (2, 8))))
-    assert host(images(16, 64)).shape == (2, 5)
+    assert host(images(8, 32)).shape == (2, 5)
 
 
 @both_ways
@@ -176,52 +156,11 @@ def test_new_parameters_take_dtype_device_and_mode_of_the_block(learner: str, fu
             assert (out.shape, out.dtype) == ((2, 5), dtype)
 
 
-def without_gradient(model: VisionTransformer) -> set[str]:
-    """New parameters that a loss of all tokens does not move.
-
-    Two biases are left out, as nothing depends on them: a softmax over positions takes no notice
-    of that of V1.1's logits, and a LayerNorm over channels none of that of the fuser's mix.
-    """
-    model.zero_grad()
-    model.forward_features(images()).square().sum().backward()
-    sizes = {
-        name: 0.0 if parameter.grad is None else parameter.grad.abs().max().item()
-        for name, parameter in model.named_parameters()
-        if (".learner." in name or ".fuser." in name)
-        and not name.endswith(("learner.attention_maps.3.bias", "fuser.mix.bias"))
-    }
-    return {name for name, size in sizes.items() if size <= 1e-6 * max(sizes.values())}
-
-
-@both_ways
-@each_learner
-def test_every_new_parameter_is_trained_if_fused_after_one_step(learner: str, fuse: bool) -> None:
-    host = insert(vit(), 3, learner=learner, fuse=fuse)
-    names = [name for name, _ in host.named_parameters(remove_duplicate=False)]
-    assert len(names) == len(list(host.parameters()))
-    # without a GELU a shift in front of the maps is one of the logits, which softmax ignores
-    ignored = {n for n in names if n.endswith("learner.norm.bias") and learner == "grouped-linear"}
-    if fuse:
-        assert without_gradient(host) > ignored
-        torch.optim.SGD(host.parameters(), lr=1e-3).step()
-    assert without_gradient(host) == ignored
-
-
 # --- what a model goes through -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("learner", "fuse"), [("v11", False), ("v1", True)])
-@torch.no_grad()
-def test_torch_export_gives_the_same_and_leaves_the_model_alone(learner: str, fuse: bool) -> None:
-    host, x = randomized(insert(vit(depth=2), 3, learner=learner, fuse=fuse)), images()
-    before = host(x)
-    exported = torch.export.export(host, (x,))
-    torch.testing.assert_close(exported.module()(x), before, rtol=1e-5, atol=1e-5)
-    assert torch.equal(host(x), before)
-
-
 @pytest.mark.parametrize("learner", ["v1", "v1-mean"])
-@pytest.mark.parametrize("size", [(16, 32), (16, 64)])  # the second has as many positions
+@pytest.mark.parametrize("size", [(8, 16), (8, 32)])  # the second has as many positions
 @torch.no_grad()
 def test_v1_never_runs_on_the_grid_of_another_image(size: tuple[int, int], learner: str) -> None:
     with pytest.raises(ValueError, match=r"8 positions do not fit a 4 x 4 grid|dynamic_img_size"):
@@ -256,46 +195,24 @@ def test_get_insertion_returns_the_arguments_that_build_the_same_model(
 
 def test_insertion_is_none_without_learned_tokens_and_plain_for_one_place() -> None:
     assert get_insertion(vit()) is None
+    with pytest.raises(ValueError, match="no learned tokens"):
+        remove(vit())
+    ((index, block),) = wrapped_blocks(insert(vit())).items()
+    assert (index, block.learner.num_tokens) == (2, 8)  # the default: 8 tokens half-way
     assert get_insertion(remove(insert(vit(), 3))) is None
     assert get_insertion(insert(vit(), [3], at=[2])) == get_insertion(insert(vit(), 3, at=2))
 
 
-def test_each_host_in_a_model_keeps_its_insertion() -> None:
-    towers = nn.ModuleDict({"left": vit(), "right": insert(vit(), 3, at=1)})
-    assert get_insertion(towers["left"]) is None
-    assert (get_insertion(towers) or {})["at"] == 1
-    insert(towers["left"], 5)
-    remove(towers["right"])
-    assert (get_insertion(towers) or {})["num_tokens"] == 5
-
-
-@torch.no_grad()
-def test_blocks_wrapped_by_hand_run_and_are_removed_but_say_no_arguments() -> None:
-    host, x = vit(), images()
-    expected = host(x)
-    host.blocks[2] = ReducedBlock(host.blocks[2], TokenLearnerV11(24, 3), num_prefix_tokens=1)
-    assert not torch.allclose(host(x), expected)
-    assert get_insertion(host) is None
-    torch.testing.assert_close(remove(host)(x), expected)
-
-
 # --- what is refused ---------------------------------------------------------------------------
-
-
-def test_nothing_can_be_removed_from_a_plain_host() -> None:
-    with pytest.raises(ValueError, match="no learned tokens"):
-        remove(vit())
 
 
 _AT = "expected a block from 0 to 3"
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_tokens": 17}, "num_tokens is 17"),
     ({"num_tokens": 0}, "num_tokens is 0"),
-    ({"num_tokens": -1}, "num_tokens is -1"),
     ({"num_tokens": 2.0}, r"num_tokens is 2\.0"),
     ({"num_tokens": True}, "num_tokens is True"),
     ({"at": True}, f"at is True, {_AT}"),
-    ({"at": -1}, f"at is -1, {_AT}"),
     ({"at": 4}, f"at is 4, {_AT}"),
     ({"at": 1.0}, rf"at is 1\.0, {_AT}"),
     ({"at": -0.5}, rf"at is -0\.5, {_AT}"),
@@ -312,7 +229,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_tokens": (3, 2), "at": (2, 0.6)}, r"at is \(2, 0\.6\)"),
     ({"num_tokens": (2, 3), "at": (1, 2)}, r"num_tokens is \(2, 3\)"),
     ({"num_tokens": (17, 3), "at": (1, 2)}, "num_tokens is 17"),
-    ({"num_tokens": (3, 0), "at": (1, 2)}, "num_tokens is 0, expected"),
     ({"num_tokens": (3, 2), "at": (1, 4)}, f"at is 4, {_AT}"),
     (
         {"num_tokens": (3, 2), "at": (1, 2), "learner": "v1-mean"},
@@ -322,7 +238,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"fuse": "no"}, "fuse is 'no'"),
     ({"grid": (3, 5)}, "16 positions do not fit a 3 x 5 grid of 15"),
     ({"grid": 4}, r"grid is 4, expected \(height, width\)"),
-    ({"grid": (16,)}, r"grid is \(16,\), expected \(height, width\)"),
 ]
 
 
@@ -341,7 +256,7 @@ def test_a_bad_argument_is_refused_and_leaves_the_model_as_it_was(
 def test_tokens_inserted_on_the_chosen_device_give_what_they_give_on_the_cpu(
     fuse: bool, device: torch.device
 ) -> None:
-    host, images = vit().double().to(device), torch.randn(2, 3, 32, 32).double()
+    host, images = vit().double().to(device), torch.randn(2, 3, 16, 16).double()
     insert(host, 4, fuse=fuse)
     assert {p.device.type for p in host.parameters()} == {device.type}
     on_device = host(images.to(device)).cpu()

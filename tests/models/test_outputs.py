@@ -8,23 +8,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import torchvision
 import transformers
 from timm.models.vision_transformer import VisionTransformer
+from tiny import torchvision_vit, transformers_vit
 from torch import nn
 
 from tokenlearner.models.hosts import find_host
 from tokenlearner.models.outputs import output_tensor, outputs_logits, summarize_tokens
 
-CONFIG = transformers.ViTConfig(**tiny.HF, num_labels=5)
-
 
 def vit(**changes: Any) -> VisionTransformer:
     return VisionTransformer(**tiny.TIMM | changes)
-
-
-def torchvision_vit() -> nn.Module:
-    return torchvision.models.VisionTransformer(16, 4, 3, 2, 16, 32, num_classes=5)
 
 
 def test_the_summary_is_the_prefix_or_else_the_mean_or_both_for_heads_that_pool() -> None:
@@ -77,8 +71,8 @@ def test_of_an_output_of_transformers_the_last_that_was_made_is_taken(
         (lambda: vit(num_classes=0), 16, False),
         (torchvision_vit, 5, True),
         (torchvision_vit, 16, False),  # its heads were replaced by nothing
-        (lambda: transformers.ViTForImageClassification(CONFIG), 5, True),
-        (lambda: transformers.ViTModel(CONFIG), 16, False),
+        (transformers_vit, 5, True),
+        (lambda: transformers.ViTModel(transformers.ViTConfig(**tiny.HF)), 16, False),
         (lambda: nn.Linear(3, 5), 5, True),
     ],
     ids=["timm", "timm features", "tv", "tv features", "hf", "hf features", "somebody's"],

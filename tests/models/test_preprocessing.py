@@ -136,18 +136,30 @@ def test_names_of_a_head_that_was_replaced_are_not_the_models() -> None:
     assert get_classes(vit) is None
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of images, and a run that was trained on it from scratch."""
+    folder = tmp_path_factory.mktemp("trained")
+    root = make_folder(folder / "abc", "abc")
+    options: dict[str, Any] = {"mean": [*HALF], "std": [0.25] * 3, "crop_pct": 0.9}
+    fit(root, folder / "run", **options, interpolation="bilinear")
+    return root, folder / "run"
+
+
+@pytest.mark.parametrize("exported", [(), pytest.param((".onnx", ".pt2"), marks=pytest.mark.slow)])
 def test_training_from_scratch_writes_what_it_used_and_everything_reads_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: tuple[str, ...],
+    trained: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The command, timm's own transform and the exported file agree on every image."""
-    root = make_folder(tmp_path / "abc", "abc")
-    options: dict[str, Any] = {"mean": [*HALF], "std": [0.25] * 3, "crop_pct": 0.9}
-    fit(root, tmp_path / "run", **options, interpolation="bilinear")
-    model: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    root, run = trained
+    model: Any = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     said = timm.data.resolve_model_data_config(model)
     assert (tuple(said["mean"]), tuple(said["std"])) == (HALF, (0.25,) * 3)
     assert (said["crop_pct"], said["interpolation"]) == (0.9, "bilinear")
-    ours = load_model(tmp_path / "run")
+    ours = load_model(run)
     assert get_classes(ours) == ("a", "b", "c")
     transform: Any = timm.data.create_transform(**said)
     files = sorted((root / "val").rglob("*.png"))
@@ -157,25 +169,28 @@ def test_training_from_scratch_writes_what_it_used_and_everything_reads_it(
     ]
     accuracy = 100 * sum(right) / len(right)
     assert accuracy > 80
-    eval_command([str(tmp_path / "run"), "--workers", "0"])
+    eval_command([str(run), "--workers", "0"])
     assert f"top1_percent: {accuracy:.4f}" in capsys.readouterr().out
-    for name in ("m.onnx", "m.pt2"):
-        export(ours, tmp_path / name, torch.rand(2, 3, 32, 32), rounds=2)
-        assert get_preprocessing(load_exported(tmp_path / name)) == get_preprocessing(ours)
+    for suffix in exported:
+        path = export(ours, tmp_path / f"m{suffix}", torch.rand(2, 3, 32, 32), rounds=2).path
+        assert get_preprocessing(load_exported(path)) == get_preprocessing(ours)
         words = ["--data", "folder", "--root", str(root), "--img_size", "32", "--workers", "0"]
-        eval_command([str(tmp_path / name), *words])
+        eval_command([str(path), *words])
         assert f"top1_percent: {accuracy:.4f}" in capsys.readouterr().out
 
 
-def test_labels_go_by_name_where_a_folder_lacks_a_class_or_has_another(tmp_path: Path) -> None:
-    model = fit(make_folder(tmp_path / "abc", "abc"), tmp_path / "run")
-    few = load_data(
-        "folder", "test", root=make_folder(tmp_path / "bc", "bc", ("val",)), img_size=32
+def test_labels_go_by_name_where_a_folder_lacks_a_class_or_has_another(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = load_model(trained[1])
+    few, other = (
+        load_data("folder", "test", root=make_folder(tmp_path / s, s, ("val",)), img_size=32)
+        for s in ("bc", "ax")
     )
+    preprocessing = get_preprocessing(model)
+    assert preprocessing is not None
+    few = few.with_preprocessing(**preprocessing.to_kwargs())
     assert evaluate(model, few).top1_percent > 80
-    other = load_data(
-        "folder", "test", root=make_folder(tmp_path / "x", "ax", ("val",)), img_size=32
-    )
     with pytest.raises(ValueError, match="x"):
         evaluate(model, other)
     nameless = create_model("vit_tiny_patch16_224", **SMALL, num_classes=1000)

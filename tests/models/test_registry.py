@@ -76,12 +76,6 @@ def test_a_class_of_ones_own_gets_names_that_timm_builds() -> None:
         build("my_vit_28", pretrained=True)
 
 
-def test_a_sized_model_has_the_usual_depth_or_the_one_that_is_given() -> None:
-    expected = {"img_size": 384, "patch_size": 32, "embed_dim": 384, "num_heads": 6, "depth": 12}
-    assert sized("small", 32, 384) == expected
-    assert sized("small", 32, 384, 22) == expected | {"depth": 22}
-
-
 @each_class
 def test_timm_and_tokenlearner_build_the_same_model(name: str) -> None:
     torch.manual_seed(7)

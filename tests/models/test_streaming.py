@@ -117,12 +117,9 @@ def test_frames_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str
         TokenStream(live()).push(torch.randn(shape))
 
 
-def test_a_model_whose_frames_attend_to_each_other_early_is_refused() -> None:
+def test_a_model_whose_frames_attend_to_each_other_early_or_that_is_compiled_is_refused() -> None:
     model = ViViT(img_size=16, patch_size=4, num_frames=4, embed_dim=24, depth=2, num_heads=3)
     with pytest.raises(ValueError, match="model is a ViViT, expected a FrameViT"):
         TokenStream(model)
-
-
-def test_a_compiled_model_is_refused_as_compiled() -> None:
     with pytest.raises(ValueError, match="model is compiled"):
         TokenStream(torch.compile(FrameViT(**FRAMES)))  # type: ignore[arg-type]

@@ -122,9 +122,6 @@ def test_layer_norms_and_gelus_have_the_official_numbers(name: str) -> None:
 
 # --- the paper's rows --------------------------------------------------------------------------
 
-
-# --- the paper's rows --------------------------------------------------------------------------
-
 GMACS = {  # of matrix products, convolutions and attention alone; the gigaflops that are printed
     "vit_small_patch32_gap_384": (3.419, None),
     "vit_base_patch16_gap_384": (55.378, 55.6),
@@ -293,13 +290,6 @@ def narrow(name: str) -> Any:
     return randomized(timm.create_model(name, **kwargs))
 
 
-@pytest.mark.slow
-@each_name
-def test_every_parameter_is_trained_at_full_depth(name: str) -> None:
-    model = narrow(name)
-    check_trained(model, images_for(model))
-
-
 def kind(name: str) -> tuple[Any, ...]:
     options = {"num_tokens": 0, "learner": "v11", "fuse": False} | CATALOG[name]
     return name.split("_")[0], bool(options["num_tokens"]), options["learner"], options["fuse"]
@@ -314,7 +304,9 @@ SHALLOWEST = {kind(name): name for name in DEEPEST_FIRST}.values()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHALLOWEST)
-def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
+def test_every_parameter_is_trained_and_torch_compile_takes_the_whole_graph(name: str) -> None:
     model = narrow(name)
+    images = images_for(model)
     input_name = "clips" if name in framevit.FRAMES else "x"
-    check_compiled(model, {input_name: images_for(model)}, "aot_eager")
+    check_compiled(model, {input_name: images}, "aot_eager")
+    check_trained(model, images)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny import HF
 from torch import nn
 
 from tokenlearner import insert
@@ -14,14 +15,7 @@ from tokenlearner.models.hosts import find_host
 from tokenlearner.models.insertion import get_insertion
 
 IMAGE, K, AT = 39, 4, 1
-VISION: dict[str, Any] = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
+VISION = HF | {"hidden_size": 24, "intermediate_size": 48}
 CLIP = VISION | {"model_type": "clip_vision_model", "projection_dim": 8}
 SIGLIP = VISION | {"model_type": "siglip_vision_model", "projection_dim": 24}
 TEXT: dict[str, Any] = {
@@ -39,9 +33,9 @@ GEMMA3 = GEMMA | {"model_type": "gemma3_text"}
 EVA: dict[str, Any] = {
     "model_type": "timm_wrapper",
     "architecture": "vit_pe_core_tiny_patch16_384",
-    "model_args": {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 32},
+    "model_args": {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 16, "patch_size": 4},
 }
-PINPOINTS = {"image_grid_pinpoints": [[32, 32]]}
+PINPOINTS = {"image_grid_pinpoints": [[16, 16]]}
 COUNTING: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "Llava": (CLIP, TEXT, {"image_token_index": IMAGE}),
     "VipLlava": (CLIP, TEXT, {"image_token_index": IMAGE, "vision_feature_layers": [-1, -2]}),
@@ -60,7 +54,7 @@ FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "Idefics3": (VISION, TEXT, {"image_token_id": IMAGE}),
     "SmolVLM": (VISION, TEXT, {"image_token_id": IMAGE}),
     "InternVL": (
-        VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
+        VISION | {"image_size": [16, 16], "patch_size": [4, 4]},
         TEXT,
         {"image_token_id": IMAGE},
     ),
@@ -100,7 +94,7 @@ def test_a_model_whose_tower_is_no_host_is_refused(name: str, fuse: bool) -> Non
 def test_fused_tokens_give_such_a_model_all_its_positions() -> None:
     model = insert(built("Llava"), K, AT, fuse=True)
     text = torch.tensor([[1, *[IMAGE] * 16, 5]])
-    images = torch.rand(2, 1, 3, 32, 32)
+    images = torch.rand(2, 1, 3, 16, 16)
     one, other = (model(input_ids=text, pixel_values=image).logits for image in images)
     assert one.shape == (1, 18, 40)
     assert not torch.allclose(one, other)
@@ -113,4 +107,4 @@ def test_its_tower_alone_runs_on_learned_tokens(name: str) -> None:
     insert(tower, K, AT)
     prefix = find_host(tower).num_prefix_tokens
     assert get_insertion(tower) is not None
-    assert tower(torch.rand(1, 3, 32, 32)).last_hidden_state.shape == (1, prefix + K, 24)
+    assert tower(torch.rand(1, 3, 16, 16)).last_hidden_state.shape == (1, prefix + K, 24)

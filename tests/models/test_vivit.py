@@ -7,24 +7,15 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
-from tiny import randomized
-from torch import Tensor, nn
+from tiny import OBLONG, randomized
+from torch import Tensor
 
 from tokenlearner.layers.blocks import ReducedBlock
 from tokenlearner.layers.token_learner import LEARNERS
-from tokenlearner.models.insertion import get_insertion, insert, remove
 from tokenlearner.models.vit import TokenLearnerViT
 from tokenlearner.models.vivit import ViViT
 
-SHAPE: dict[str, Any] = {
-    "img_size": (8, 12),
-    "patch_size": 2,
-    "num_frames": 6,
-    "embed_dim": 16,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 5,
-}
+SHAPE = OBLONG | {"depth": 4, "num_heads": 2, "num_frames": 6}
 TINY = SHAPE | {"num_tokens": 4, "at": 2}
 T, GRID, N = 3, (4, 6), 24
 each_learner = pytest.mark.parametrize("learner", LEARNERS)
@@ -112,31 +103,6 @@ def test_one_frame_is_an_image() -> None:
     torch.testing.assert_close(model(torch.stack([image, image], 2)), image_model(image))
 
 
-@torch.no_grad()
-def test_arguments_of_the_clip_reach_the_embedding() -> None:
-    kwargs: dict[str, Any] = {"tubelet_size": 3, "tubelet_init": "average", "in_chans": 1}
-    model = ViViT(**TINY, **kwargs)
-    embed: Any = model.patch_embed
-    assert (model.num_frames, embed.frames, embed.tubelet_size) == (6, 2, 3)
-    weight = embed.proj.weight
-    assert weight.shape == (16, 1, 3, 2, 2)
-    assert torch.equal(weight[:, :, 0], weight[:, :, 2])
-    assert model(torch.randn(2, 1, 6, 8, 12)).shape == (2, 5)
-    assert model.pos_embed is not None
-    assert model.pos_embed.shape == (1, 2 * N, 16)
-
-
-@torch.no_grad()
-def test_a_new_model_sees_the_middle_frames_with_a_head_of_0() -> None:
-    model, x = ViViT(**TINY).eval(), clips()
-    other = x.clone()
-    other[:, :, ::2] = 9.0  # the middle of two frames is the second
-    assert torch.equal(model.forward_features(x), model.forward_features(other))
-    assert model(x).abs().max() == 0
-    assert isinstance(model.pos_embed, nn.Parameter)
-    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
-
-
 # --- features ----------------------------------------------------------------------------------
 
 
@@ -211,24 +177,3 @@ def test_a_model_without_position_embeddings_can_be_resized() -> None:
 
 
 # --- learners in and out -----------------------------------------------------------------------
-
-
-@both_ways
-@each_learner
-@torch.no_grad()
-def test_learners_can_be_inserted_in_a_plain_model_and_run_on_each_frame(
-    learner: str, fuse: bool
-) -> None:
-    model, x = tiny(num_tokens=0), clips()
-    before = model(x)
-    randomized(insert(model, 4, 2, learner=learner, fuse=fuse))
-    assert {b.frames for b in model.blocks if isinstance(b, ReducedBlock)} == {T}
-    tokens = model.norm(tokens_by_blocks(model, x)[-1])
-    torch.testing.assert_close(model(x), model.head(tokens.mean(1)))
-    built = ViViT(**TINY, learner=learner, fuse=fuse).eval()
-    built.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(built(x), model(x))
-    assert get_insertion(built) == get_insertion(model)
-    remove(model)
-    assert get_insertion(model) is None
-    assert model(x).shape == before.shape

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import av
-import numpy as np
 import pytest
 import torch
+from files import make_image, make_video
 from markdown_blocks import (
     ROOT,
     assert_options_exist,
@@ -21,9 +18,7 @@ from markdown_blocks import (
     blocks,
     commands_named,
     run_python_blocks,
-    shell_commands,
 )
-from PIL import Image
 
 import draw_docs
 import tokenlearner
@@ -37,9 +32,9 @@ README = ROOT / "README.md"
 WRITTEN = sorted(DOCS.rglob("*.md"))
 ROOT_PAGES = [ROOT / name for name in PAGES]
 CODE = [page for page in [README, *WRITTEN] if any(b.language == "python" for b in blocks(page))]
-SLOW = {"export.md"}  # it exports in all precisions
-MAX_NOT_RUN = 6
+SLOW = {"export.md", "tools.md", "bench.md", "choosing.md"}  # seconds each
 SHELLS = [README, *WRITTEN, *ROOT_PAGES]
+MAX_NOT_RUN = 6
 
 
 def id_of(path: Path) -> str:
@@ -66,14 +61,12 @@ def test_few_blocks_are_not_run() -> None:
     assert len([b for page in SHELLS for b in blocks(page) if b.not_run]) <= MAX_NOT_RUN
 
 
-@pytest.mark.parametrize("words", commands_named("tokenlearner", SHELLS), ids=shlex.join)
-def test_commands_and_their_options_exist(words: list[str]) -> None:
-    assert_options_exist(words)
-
-
-@pytest.mark.parametrize("words", commands_named("make", SHELLS), ids=shlex.join)
-def test_make_targets_exist(words: list[str]) -> None:
-    assert_targets_exist(words)
+@pytest.mark.parametrize("page", SHELLS, ids=id_of)
+def test_commands_options_and_targets_of_a_page_exist(page: Path) -> None:
+    for words in commands_named("tokenlearner", [page]):
+        assert_options_exist(words)
+    for words in commands_named("make", [page]):
+        assert_targets_exist(words)
 
 
 def source_of(script: str) -> str:
@@ -104,41 +97,42 @@ def test_extras_that_a_page_names_exist(page: Path) -> None:
     assert named <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [README, DOCS / "index.md"], ids=id_of)
-def test_the_commands_of_a_first_page_run_one_after_the_other(page: Path, tmp_path: Path) -> None:
-    commands = commands_named("tokenlearner", [page], to_run=True)
-    assert commands
-    for words in commands:
-        command = [sys.executable, "-m", "tokenlearner", *words]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, f"{shlex.join(words)}\n{result.stderr}"
-
-
-SHORT = {  # what makes a guide's command short; the numbers on its page took longer
-    "bench": ["--rounds", "2", "--batch_size", "2"],
+SHORT = {  # what makes a page's command short; the numbers on the page took longer
+    "bench": ["--rounds", "2", "--batch_size", "2", "--training", "false"],
     "export": ["--rounds", "2"],
     "plan": ["--rounds", "2"],
-    "train": ["--epochs", "1", "--images", "128", "--warmup_epochs", "0.1"],
+    "train": shlex.split("--epochs 1 --images 128 --warmup_epochs 0.1 --calibrate 16"),
 }
-ELSEWHERE = {"index.md", "training.md", "app.md"}  # run above, in test_recipes, in test_app_page
+FIRST_PAGES = [README, DOCS / "index.md"]
+ELSEWHERE = {"training.md", "app.md"}  # in test_recipes and in test_app_page
 GUIDES = [
     page
     for page in WRITTEN
-    if page.name not in ELSEWHERE and commands_named("tokenlearner", [page], to_run=True)
+    if page not in FIRST_PAGES
+    and page.name not in ELSEWHERE
+    and commands_named("tokenlearner", [page], to_run=True)
 ]
 
 
 def run_short(words: list[str]) -> None:
     """Runs a command in this process, with what makes it short unless it only prints."""
-    more = [] if "--print_config" in words else SHORT.get(words[0], [])
-    given = {word for word in words if word.startswith("--")}
-    pairs = zip(more[::2], more[1::2], strict=True)
     try:
-        main([*words, *(part for pair in pairs if pair[0] not in given for part in pair)])
+        main([*words, *([] if "--print_config" in words else SHORT.get(words[0], []))])
     except SystemExit as end:
         if end.code:
             raise AssertionError(shlex.join(words)) from end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", FIRST_PAGES, ids=id_of)
+def test_the_commands_of_a_first_page_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = commands_named("tokenlearner", [page], to_run=True)
+    assert commands
+    for words in commands:
+        run_short(words)
 
 
 @pytest.fixture(scope="module")
@@ -156,43 +150,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree("runs/reduced", "tokenlearner-demo")
         run_short(["bench", "runs/host", "runs/reduced", "--json", "speed.json"])
         Path("images").mkdir()
-        Image.effect_noise((40, 30), 60).save("images/noise.png")
-        with av.open("clip.mkv", "w") as container:
-            stream = container.add_stream("ffv1", rate=8)
-            stream.width, stream.height, stream.pix_fmt = 48, 40, "gray"
-            for _ in range(12):
-                pixels = np.random.randint(0, 255, (40, 48), dtype=np.uint8)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="gray")))
-            container.mux(stream.encode())
+        make_image(Path("images/ramp.png"))
+        make_video(Path("clip.mkv"), (48, 40))
     return folder
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_guides_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
+    above = commands_named("tokenlearner", FIRST_PAGES, to_run=True)
     for words in commands_named("tokenlearner", GUIDES, to_run=True):
+        if words in above:
+            continue
         if words[0] == "train":  # a run is not written over
             out = words[words.index("--out") + 1] if "--out" in words else f"runs/{words[1]}"
             shutil.rmtree(out, ignore_errors=True)
         run_short(words)
-
-
-def test_shell_commands_are_read_from_a_readme(tmp_path: Path) -> None:
-    text = (
-        "```console\n$ tokenlearner demo --seed 1 \\\n    --fast  # quick\nmake: output\n```\n"
-        "```bash\npip install . && make test\n```\n```text\nmake nothing\n```\n"
-    )
-    (tmp_path / "README.md").write_text(text)
-    commands = [shlex.join(words) for words in shell_commands(tmp_path / "README.md")]
-    assert commands == ["tokenlearner demo --seed 1 --fast", "pip install .", "make test"]
-
-
-def test_a_block_not_run_needs_a_reason(tmp_path: Path) -> None:
-    text = "Text.\n\n<!-- not run: needs a GPU -->\n```python\na\n```\n\n```python\nb\n```\n"
-    (tmp_path / "README.md").write_text(text)
-    first, second = blocks(tmp_path / "README.md")
-    assert first == ("python", "a\n", 5, "needs a GPU")
-    assert second == ("python", "b\n", 9, "")
 
 
 # --- what the pages say ------------------------------------------------------------------------
@@ -239,19 +212,11 @@ def test_costs_beside_the_papers_are_those_of_the_named_models() -> None:
 # --- the drawings ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("drawings")
-    draw_docs.main(folder)
-    return folder
-
-
-def test_the_drawings_are_those_that_are_kept(drawn: Path) -> None:
+@pytest.mark.slow
+def test_every_drawing_is_kept_and_shown_on_a_page(tmp_path: Path) -> None:
+    draw_docs.main(tmp_path)
     kept = {path.name for path in (DOCS / "drawings").iterdir()}
-    assert {path.name for path in drawn.iterdir()} == kept
-
-
-def test_every_drawing_is_shown_on_a_page() -> None:
+    assert {path.name for path in tmp_path.iterdir()} == kept
     text = "".join(page.read_text(encoding="utf-8") for page in WRITTEN)
     assert [name for name in draw_docs.DRAWINGS if f"(drawings/{name}.svg)" not in text] == []
 

@@ -16,7 +16,6 @@ import pytest
 from markdown_blocks import ROOT
 
 from check_site import check_site
-from docs_hooks import site_links
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +107,3 @@ def test_a_broken_page_is_named(body: str, target: str, tmp_path: Path) -> None:
     [problem] = check_site(write_site(tmp_path, body))
     assert problem.startswith("a.html ")
     assert target in problem
-
-
-def test_links_lead_to_the_pages_of_the_site() -> None:
-    text = "[a](../benchmarks/README.md#killpy) ![b](../docs/compare.png) [c](maps.md)"
-    assert site_links(text, "docs/training.md", "training.md") == (
-        "[a](benchmarks.md#killpy) ![b](compare.png) [c](maps.md)"
-    )
-    text = "![b](../docs/segmentation.png) [d](results/kill.json) [e](https://x.org) [f](#kill)"
-    assert site_links(text, "benchmarks/README.md", "benchmarks.md") == (
-        "![b](segmentation.png) d [e](https://x.org) [f](#kill)"
-    )
-
-
-def test_a_link_to_a_file_that_does_not_exist_is_a_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert site_links("[a](../no.py)", "docs/maps.md", "maps.md") == "a"
-    assert caplog.messages == ["docs/maps.md links to no.py, which does not exist"]

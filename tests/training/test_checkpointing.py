@@ -18,6 +18,7 @@ import pytest
 import running
 import torch
 from safetensors.torch import load_file
+from tiny import same
 
 from tokenlearner import TrainConfig, calibrate, train
 from tokenlearner.training.checkpointing import (
@@ -47,10 +48,6 @@ def recipe(out: Path, **changes: Any) -> TrainConfig:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:

@@ -95,6 +95,10 @@ def test_labels_count_unless_there_is_a_teacher(options: dict[str, Any], weight:
     assert TrainConfig(**options).label_weight == weight
 
 
+def test_a_single_epoch_needs_no_option() -> None:
+    assert TrainConfig(epochs=1).warmup_epochs == 0.5
+
+
 @pytest.mark.parametrize(
     ("workers", "share", "reading"),
     [(3, "4", 3), (0, "1", 0), (None, "1", 8), (None, "4", 2), (None, "16", 1)],

@@ -27,29 +27,21 @@ from tokenlearner.utils.io import (
 )
 
 
-def test_the_file_appears_only_when_the_block_ends(tmp_path: Path) -> None:
-    path = tmp_path / "some" / "folder" / "a.txt"
+@pytest.mark.parametrize("old", ["old", None])
+def test_the_file_appears_or_is_replaced_only_when_the_block_ends(
+    old: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "some" / "folder" / "a.png"
+    if old:
+        path.parent.mkdir(parents=True)
+        path.write_text(old)
     with atomic_write(path) as temporary:
         temporary.write_text("new")
-        assert not path.exists()
-        assert temporary.parent == path.parent
+        assert path.exists() == bool(old)
+        assert (temporary.parent, temporary.suffix) == (path.parent, ".png")
+        assert not old or path.read_text() == old
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with atomic_write(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-
-
-def test_the_temporary_file_has_the_files_ending(tmp_path: Path) -> None:
-    with atomic_write(tmp_path / "a.png") as temporary:
-        temporary.touch()
-        assert temporary.suffix == ".png"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -85,6 +77,8 @@ def test_json_reads_back_as_it_was(tmp_path: Path) -> None:
     assert json.loads(text) == value
     assert "größer" in text
     assert text.endswith("}\n")
+    write_json(tmp_path / "a.json", {"root": "bird\udcff"})  # no UTF-8
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"root": "bird\udcff"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}], ids=str)
@@ -113,15 +107,10 @@ def test_what_json_has_no_form_for_is_refused_and_keeps_the_old_file(
 def test_a_free_folder_is_the_first_that_does_not_exist(
     tmp_path: Path, existing: list[str], free: str
 ) -> None:
-    for name in existing:
-        (tmp_path / name).mkdir()
+    for name, make in zip(existing, (Path.mkdir, Path.touch), strict=False):
+        make(tmp_path / name)
     assert unique_path(tmp_path / "run") == tmp_path / free
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(existing)
-
-
-def test_a_file_takes_the_name_of_a_folder_too(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()
-    assert unique_path(tmp_path / "run") == tmp_path / "run-2"
 
 
 def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
