@@ -113,6 +113,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
 }
 COMMAND_CALLS: dict[str, Callable[[str, str], list[str]]] = {
     "eval": lambda file, out: ["--checkpoint", file, "--data", "folder", "--root", f"{out}/data"],
+    "predict": lambda file, out: [file, f"{out}/data"],
     "plan": lambda file, out: f"--model {file} --budget 0.99 --tokens 2 --rounds 2".split(),
     "bench": lambda file, out: ["--models", file, "--rounds", "2", "--batch_size", "2"],
     "export": lambda file, out: ["--model", file, "--out", f"{out}/x.pt2", "--rounds", "2"],
