@@ -16,6 +16,7 @@ from ..utils.imports import require_package
 from ..utils.io import check_output_file
 from ..utils.preprocessing import NAMES
 from ..utils.validation import check_choice, require
+from .programs import read_program
 from .quantization import PRECISIONS
 
 SUFFIXES = (".onnx", ".pt2")
@@ -215,7 +216,7 @@ def quantize_onnx(source: Path, target: Path) -> None:
 
 def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
     files = {_METADATA: ""}
-    program = torch.export.load(path, extra_files=files)
+    program = read_program(path, files)
     nodes = {node.name: node for node in program.graph.nodes}
     signature = program.graph_signature
     [input_], [output] = signature.user_inputs, signature.user_outputs

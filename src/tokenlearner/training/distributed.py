@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import logging
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Distributed:
     """This process, among those that train together.
 
@@ -42,6 +48,8 @@ class Distributed:
         device = None if config.device == "auto" else pick_device(config.device)
         self.accelerator = _accelerator(config, on_cpu=device is not None and device.type == "cpu")
         several = self.accelerator.num_processes > 1
+        if several:  # a process that ends with threads of the group may abort
+            atexit.register(_leave_group)
         self.device = self.accelerator.device if device is None or several else device
         _check_config(config, self.device, self.accelerator.num_processes)
 
