@@ -99,6 +99,11 @@ def test_processes_yield_as_many_batches_when_shards_do_not_divide(
     assert len(batches(load(root), size=2, process=process, num_processes=3)) == 3
 
 
+def test_processes_get_other_shards_in_another_epoch(root: Path) -> None:
+    asked = {"size": 5, "process": 0, "num_processes": 2}
+    assert len({frozenset(seen(load(root), epoch=i, **asked)) for i in range(6)}) > 1
+
+
 def test_fewer_shards_than_processes_are_refused_by_every_process(root: Path) -> None:
     with pytest.raises(ValueError, match="wds/ has too few shards for 5 processes; write more"):
         load(root).train_batches(None, 2, epoch=0, seed=0, workers=0, process=0, num_processes=5)

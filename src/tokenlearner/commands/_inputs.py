@@ -82,6 +82,21 @@ class InputPipeline:
         )
 
     @property
+    def mean(self) -> tuple[float, ...]:
+        """Subtracted from pixels in [0, 1], one number a channel."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Divided by, one number a channel."""
+        return self.preprocessing.std
+
+    @property
+    def crop_pct(self) -> float:
+        """Share of the resized image's side that is kept."""
+        return self.preprocessing.crop_pct
+
+    @property
     def takes_clips(self) -> bool:
         """Returns whether the model takes clips rather than images."""
         return len(self.size) == 4
@@ -107,7 +122,7 @@ class InputPipeline:
 
     def _normalized(self, pixels: Tensor, name: str, *, is_video: bool) -> MapInput:
         """Normalizes frames in [0, 1], `t c h w`, and puts their axes in the model's order."""
-        mean, std = torch.tensor([self.preprocessing.mean, self.preprocessing.std])[..., None, None]
+        mean, std = torch.tensor([self.mean, self.std])[..., None, None]
         taken = (pixels - mean) / std
         if self.takes_clips:
             taken = taken[None] if self.time_first else taken.transpose(0, 1)[None]
@@ -136,13 +151,12 @@ class InputPipeline:
         if self.preprocessing.crop_mode != "center":
             images = [self._plain(TF.to_pil_image(frame)) for frame in frames]
             return torch.stack(images).float() / 255
-        crop_pct = self.preprocessing.crop_pct
         (h, w), (tall, wide) = self.size[-2:], frames.shape[-2:]
         if h / tall >= w / wide:
-            new_h = round(h / crop_pct)
+            new_h = round(h / self.crop_pct)
             size = [new_h, max(w, int(new_h * wide / tall))]
         else:
-            new_w = round(w / crop_pct)
+            new_w = round(w / self.crop_pct)
             size = [max(h, int(new_w * tall / wide)), new_w]
         return TF.center_crop(TF.resize(frames, size, antialias=True), [h, w]).float() / 255
 
