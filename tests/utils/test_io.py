@@ -212,13 +212,13 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(error: Exception, tmp_
         ("/home/me/my data", "…/my data"),
         ("~/data/a.png is no image", "…/a.png is no image"),
         ("there is no '/home/me/x', and no x/y", "there is no '…/x', and no x/y"),
-        ("/work/of/me/runs/a.json cannot be read (1/2)", "runs/a.json cannot be read (1/2)"),
+        ("/data/of/me/runs/a.json cannot be read (1/2)", "runs/a.json cannot be read (1/2)"),
         ("12 images/s from https://a.org/b/c", "12 images/s from https://a.org/b/c"),
         ({"a": ["/b/c", 1, None]}, {"a": ["…/c", 1, None]}),
     ],
 )
 def test_what_is_shared_has_no_folders(text: Any, expected: Any) -> None:
-    assert without_folders(text, "/work/of/me") == expected
+    assert without_folders(text, "/data/of/me") == expected
 
 
 def test_json_holds_names_that_are_no_utf_8(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import copy
 import csv
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -376,9 +376,8 @@ def _read_folder(folder: Path, extensions: Sequence[str]) -> list[tuple[str, str
     require(bool(classes), f"{folder} holds no folder; make one for each class")
     pairs, others, ends = [], list[str](), tuple(extensions)
     for name in classes:
-        found = list(walk_files(folder / name))
-        files = [path for path in found if path.lower().endswith(ends)]
-        others += [path for path in found if not path.lower().endswith(ends)]
+        files, left_out = split_by_suffix(walk_files(folder / name), ends)
+        others += left_out
         require(
             bool(files),
             f"{folder / name} holds no file that ends in {', '.join(ends)}; put some there, or "
@@ -387,6 +386,15 @@ def _read_folder(folder: Path, extensions: Sequence[str]) -> list[tuple[str, str
         pairs += [(path, name) for path in files]
     warn_left_out(folder, others)
     return pairs
+
+
+def split_by_suffix(paths: Iterable[str], ends: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Returns the paths that end in one of these, in lower case, and the others."""
+    fitting: list[str] = []
+    others: list[str] = []
+    for path in paths:
+        (fitting if path.lower().endswith(ends) else others).append(path)
+    return fitting, others
 
 
 def warn_left_out(folder: Path, others: Sequence[str]) -> None:

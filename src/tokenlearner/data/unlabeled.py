@@ -15,6 +15,7 @@ from .image_folder import (
     ImageFileDataset,
     ImagePaths,
     image_extensions,
+    split_by_suffix,
     walk_files,
     warn_left_out,
 )
@@ -40,13 +41,12 @@ def list_files(sources: Sequence[str | Path], *, videos: bool = False) -> list[s
         if not path.is_dir():
             files.append(str(path))
             continue
-        found = list(walk_files(path))
-        fitting = [file for file in found if file.lower().endswith(tuple(ends))]
+        fitting, others = split_by_suffix(walk_files(path), tuple(ends))
         require(
             bool(fitting),
             f"{source} holds no {kind}, a file that ends in {', '.join(ends)}; pass another folder",
         )
-        warn_left_out(path, [file for file in found if not file.lower().endswith(tuple(ends))])
+        warn_left_out(path, others)
         files += fitting
     return list(dict.fromkeys(files))
 

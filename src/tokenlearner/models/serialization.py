@@ -84,9 +84,10 @@ def write_files(model: Any, path: Path, card: str | None = None) -> Path:
     Raises:
         ValueError: The model could not be built again.
     """
-    for key, value in model.state_dict().items():
+    weights = model.state_dict()
+    for key, value in weights.items():
         check_plain(key, value, "save")
-    state = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
+    state = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
     config, named_tokens = _config(model)
     file, texts, outer = weights_file(path), {}, path / CONFIG
     if file != path and (not outer.exists() or read_config(outer)):
