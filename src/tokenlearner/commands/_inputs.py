@@ -21,7 +21,7 @@ from ..data.factory import load_data
 from ..data.image_folder import decoded, image_extensions, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..models.preprocessing import get_preprocessing
-from ..utils.io import check_regular
+from ..utils.files import open_image
 from ..utils.preprocessing import Preprocessing
 from ..utils.validation import require
 from ._runs import run_options
@@ -109,7 +109,7 @@ class InputPipeline:
         """
         if is_video(path):
             return self.from_frames(self._video(path), name)
-        return self.from_image(decoded(partial(_open, path), str(path), self.size[0]), name)
+        return self.from_image(decoded(partial(open_image, path), str(path), self.size[0]), name)
 
     def from_image(self, image: Image.Image, name: str) -> MapInput:
         """Resizes, cuts and normalizes an image that is decoded."""
@@ -258,10 +258,3 @@ def _of_config(run: dict[str, Any], model: nn.Module, c: int) -> tuple[Preproces
     if found := get_preprocessing(model, c):
         return found, f"{run['data']}, on which it was trained" if run else "its timm configuration"
     return Preprocessing(*imagenet_mean_std(c)), "ImageNet, as it has no configuration"
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image
-
-    check_regular(path)
-    return Image.open(path)

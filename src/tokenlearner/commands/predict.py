@@ -31,6 +31,7 @@ class PredictConfig:
     Args:
         checkpoint: File or folder that train, save_model or export wrote.
         sources: Files, and folders that are searched with all that is in them.
+        follow_links: Take files out of a folder too, where links in it lead there.
         out: CSV file to write; without it a table is printed, or CSV where that is no terminal.
         top: Classes of each file, the most probable first.
         img_size: Height and width of the images; None is the model's.
@@ -46,6 +47,7 @@ class PredictConfig:
 
     checkpoint: str
     sources: list[str]
+    follow_links: bool = False
     out: str | None = None
     top: int = 1
     img_size: int | None = None
@@ -99,7 +101,7 @@ def _predict(config: PredictConfig) -> Iterator[Prediction]:
     clips = len(size) == 4
     if clips:
         require_package("av", "video", "reading videos")
-    files = list_files(config.sources, videos=clips)
+    files = list_files(config.sources, videos=clips, follow_links=config.follow_links)
     taken = input_pipeline(model, size, config.checkpoint, stride=config.stride)
     options: dict[str, Any] = taken.preprocessing.to_kwargs() | {"stride": taken.stride}
     options |= {name: run[name] for name in ("views", "crops") if clips and name in run}

@@ -30,6 +30,7 @@ class DataConfig:
     Args:
         data: A name that `load_data` knows.
         root: Folder in which the data set is looked for.
+        follow_links: Read files out of root too, where links or lists in it lead there.
         download: Fetch a data set that is missing, where torchvision can.
         images: Training images to use, drawn by the seed; 0 is all.
         img_size: Height and width in pixels; None is the data set's own, or for files the model's,
@@ -59,6 +60,7 @@ class DataConfig:
 
     data: str = "fashion-mnist-small"
     root: str | None = None
+    follow_links: bool = False
     download: bool = False
     images: int = 0
     img_size: int | None = None

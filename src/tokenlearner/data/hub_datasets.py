@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from ..utils.files import check_regular, open_image, read_json
 from ..utils.imports import require_package
-from ..utils.io import check_regular
 from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
-from .image_folder import FOLDERS, ImageFileDataset, file_dataset
+from .image_folder import FOLDERS, ImageFileDataset, check_inside, file_dataset
 from .iterable import SHUFFLE_BUFFER, Record, StreamDataset, check_stream
 
 if TYPE_CHECKING:
@@ -267,17 +267,14 @@ def _classes(labels: Tensor, names: Sequence[Any] | None, config: DataConfig) ->
 
 def _opened(cell: Any) -> Image.Image:
     """Opens what a column of images holds: bytes, or where they are."""
-    from PIL import Image
-
     if cell["bytes"]:
-        return Image.open(BytesIO(cell["bytes"]))
+        return open_image(BytesIO(cell["bytes"]))
     if "://" not in cell["path"]:
-        check_regular(cell["path"])
-        return Image.open(cell["path"])
+        return open_image(cell["path"])
     import fsspec
 
     with fsspec.open(cell["path"], "rb") as file:
-        return Image.open(BytesIO(file.read()))  # type: ignore[union-attr]
+        return open_image(BytesIO(file.read()))  # type: ignore[union-attr]
 
 
 def load_shards(name: str, split: str, config: DataConfig) -> StreamDataset:
@@ -297,6 +294,9 @@ def load_shards(name: str, split: str, config: DataConfig) -> StreamDataset:
     if root is None:
         raise ValueError(f"{name} needs the folder that holds the tar files; pass root")
     info = _find_shards(root, split)
+    if not config.follow_links:
+        for path in info.paths:
+            check_inside(path, root)
     require(
         config.num_classes is not None,
         f"{name} has an unknown number of classes; pass num_classes",
@@ -452,16 +452,13 @@ def _read_info(root: Path, split: str) -> _Info | None:
     if not path.is_file():
         return None
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        splits = read_json(path)["splits"]
         info = next((splits[name] for name in FOLDERS[split] if name in splits), None)
         if info is None:
             return None
         paths = tuple(str(root / name) for name in info["filenames"])
         return _Info(paths, int(info["num_samples"]), info.get("alt_label", ""))
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError),
-        *(OverflowError, RecursionError),
-    ) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         message = f"{path} is not as timm writes it ({error!r}); correct it or take it away"
         raise ValueError(message) from error
 

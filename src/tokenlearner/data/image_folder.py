@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.io import check_regular
+from ..utils.files import image_formats, open_image, read_text
 from ..utils.limits import VARIABLE, max_unpacked_bytes
 from ..utils.preprocessing import Preprocessing
 from ..utils.validation import counted, require, shortened
@@ -39,7 +40,6 @@ FOLDERS = {  # of each split, the first that is there
     "test": ("test", "val", "valid", "validation"),
 }
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
-_NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # by another program, or not at all
 _LAYOUT = "make train/ and val/ with a folder a class, or write train.csv and val.csv"
 
 
@@ -149,10 +149,7 @@ class ImagePaths:
 
     def open(self, number: int) -> Image.Image:
         """Opens the file."""
-        from PIL import Image
-
-        check_regular(self.paths[number])
-        return Image.open(self.paths[number])
+        return open_image(self.paths[number])
 
     def where(self, number: int) -> str:
         """Names the file."""
@@ -246,9 +243,8 @@ def image_extensions() -> tuple[str, ...]:
     """Returns the ends of names of image files that PIL reads, such as ".png", in lower case."""
     from PIL import Image
 
-    Image.init()
-    kinds = Image.registered_extensions()
-    return tuple(end for end, kind in kinds.items() if kind in Image.OPEN and kind not in _NOT_READ)
+    formats = image_formats()
+    return tuple(end for end, kind in Image.registered_extensions().items() if kind in formats)
 
 
 def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
@@ -266,7 +262,9 @@ def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
     """
     if config.folder is None:
         raise ValueError(f"{name} needs the folder that holds the images; pass root")
-    paths, labels, classes = list_labeled_files(config.folder, split, image_extensions())
+    paths, labels, classes = list_labeled_files(
+        config.folder, split, image_extensions(), config.follow_links
+    )
     return file_dataset(name, split, config, ImagePaths(paths), torch.tensor(labels), classes)
 
 
@@ -312,7 +310,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def list_labeled_files(
-    root: Path, split: str, extensions: Sequence[str]
+    root: Path, split: str, extensions: Sequence[str], follow_links: bool = False
 ) -> tuple[list[str], list[int], tuple[str, ...]]:
     """Lists the files of a split, their labels and the classes; opens none of them.
 
@@ -321,9 +319,11 @@ def list_labeled_files(
         split: `"train"`, `"val"` or `"test"`.
         extensions: Ends of file names that count, such as ".png", in lower case. What a list names
             counts whatever its name ends in.
+        follow_links: Take files that are not in the root, where links or lists lead to them.
 
     Raises:
-        ValueError: Something is missing, or the classes are not those of the other split.
+        ValueError: Something is missing, the classes are not those of the other split, or a file
+            is not in the root.
     """
     require(
         root.is_dir(),
@@ -333,7 +333,12 @@ def list_labeled_files(
     source, other = (_find_source(root, name) for name in (split, others))
     if source is None:
         raise ValueError(_missing_split(root, split))
-    files = _read_list(root, source) if source.suffix else _read_folder(source, extensions)
+    top = None if follow_links else root
+    files = _read_list(root, source) if source.suffix else _read_folder(source, extensions, top)
+    if source.suffix and top:
+        for folder in {os.path.dirname(path) for path, _ in files}:
+            check_inside(folder, top)
+        check_links((path for path, _ in files), top)
     classes = sorted({label for _, label in files})
     if other is not None:
         listed = {label for _, label in _read_list(root, other)} if other.suffix else ()
@@ -371,12 +376,14 @@ def _check_same_classes(
     )
 
 
-def _read_folder(folder: Path, extensions: Sequence[str]) -> list[tuple[str, str]]:
+def _read_folder(
+    folder: Path, extensions: Sequence[str], top: Path | None
+) -> list[tuple[str, str]]:
     classes = _folders(folder)
     require(bool(classes), f"{folder} holds no folder; make one for each class")
     pairs, others, ends = [], list[str](), tuple(extensions)
     for name in classes:
-        files, left_out = split_by_suffix(walk_files(folder / name), ends)
+        files, left_out = split_by_suffix(walk_files(folder / name, top), ends)
         others += left_out
         require(
             bool(files),
@@ -407,17 +414,46 @@ def warn_left_out(folder: Path, others: Sequence[str]) -> None:
         )
 
 
-def walk_files(folder: Path) -> Iterator[str]:
-    """Yields files in the order of torchvision; each folder once, though links may lead back."""
+def walk_files(folder: Path, top: Path | None) -> Iterator[str]:
+    """Yields files in the order of torchvision; each folder once, though links may lead back.
+
+    Raises:
+        ValueError: A link leads out of the folder `top`; with None it is followed.
+    """
     visited, files = set(), {}
     for path, folders, names in os.walk(folder, followlinks=True):
+        if top is not None:
+            check_inside(path, top)
         stat = os.stat(path)
         key = (stat.st_dev, stat.st_ino)
         folders[:] = [n for n in folders if key not in visited and not n.startswith(".")]
         if key not in visited:
             files[path] = sorted(name for name in names if not name.startswith("."))
         visited.add(key)
-    return (os.path.join(path, name) for path in sorted(files) for name in files[path])
+    found = [os.path.join(path, name) for path in sorted(files) for name in files[path]]
+    if top is not None:
+        check_links(found, top)
+    return iter(found)
+
+
+def check_links(paths: Iterable[str], top: Path) -> None:
+    """Checks that those of the files that are links stay in a folder; see `check_inside`."""
+    for path in filter(os.path.islink, paths):
+        check_inside(path, top)
+
+
+def check_inside(path: str, top: Path) -> None:
+    """Checks that a path stays in a folder when its links are followed.
+
+    Raises:
+        ValueError: It does not.
+    """
+    target, folder = os.path.realpath(path), os.path.realpath(top)
+    require(
+        os.path.commonpath([target, folder]) == folder,
+        f"{path} leads to {target}, which is not in {top}; pass follow_links if it is meant to be "
+        "read",
+    )
 
 
 def _read_list(root: Path, path: Path) -> list[tuple[str, str]]:
@@ -438,10 +474,9 @@ def _read_list(root: Path, path: Path) -> list[tuple[str, str]]:
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """Returns the number and the cells of every line that is not empty."""
     try:
-        check_regular(path)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            return [(reader.line_num, cells) for cells in reader if cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = StringIO(read_text(path, "utf-8-sig"), newline="")
+        reader = csv.reader(lines, skipinitialspace=True)
+        return [(reader.line_num, cells) for cells in reader if cells]
+    except (OSError, ValueError, csv.Error) as error:
         message = f"{path} cannot be read as a list ({error}); save it as CSV in UTF-8"
         raise ValueError(message) from error

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.files import open_video
 from ..utils.imports import require_package
-from ..utils.io import check_regular
 from ..utils.random import fixed_seed
 from ..utils.validation import require
 from .config import DataConfig
@@ -50,7 +50,9 @@ def load_video_folder(name: str, split: str, config: DataConfig) -> VideoFolderD
     require_package("av", "video", name)
     if config.folder is None:
         raise ValueError(f"{name} needs the folder that holds the videos; pass root")
-    paths, labels, classes = list_labeled_files(config.folder, split, VIDEO_EXTENSIONS)
+    paths, labels, classes = list_labeled_files(
+        config.folder, split, VIDEO_EXTENSIONS, config.follow_links
+    )
     data = VideoFolderDataset(name, split, tuple(paths), torch.tensor(labels), classes, config)
     with fixed_seed(0):
         first_read((partial(data.load, i) for i in range(len(data))), f"{name} {split}")
@@ -257,10 +259,7 @@ class _Video:
         return container.demux(container.streams[self.index])
 
     def _open(self) -> InputContainer:
-        import av
-
-        check_regular(self.path)
-        container = self.files.enter_context(av.open(self.path, metadata_errors="ignore"))
+        container = self.files.enter_context(open_video(self.path))
         streams = [s for s in container.streams.video if not s.disposition & _COVER]
         require(len(streams) > 0, "it has no video stream")
         stream = streams[0]

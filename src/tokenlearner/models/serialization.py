@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..utils.io import atomic_write, check_downloaded
+from ..utils.files import check_downloaded, read_json
+from ..utils.io import atomic_write
 from ..utils.modules import check_plain
 from ..utils.validation import require, shortened
 from .features import wrapped_blocks
@@ -151,8 +152,8 @@ def weights_file(path: Path) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a `config.json`; returns an empty dict if it is not one of ours."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = read_json(path)
+    except ValueError:
         return {}
     return content if isinstance(content, dict) and _KEY in content else {}
 
