@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, groupby
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..utils.files import open_video
 from ..utils.imports import require_package
+from ..utils.limits import SECONDS, check_unpacked, max_seconds
 from ..utils.random import fixed_seed
 from ..utils.validation import require
 from .config import DataConfig
@@ -189,6 +191,7 @@ class _Video:
 
     def __init__(self, files: ExitStack, path: str):
         self.files, self.path = files, path
+        self.until = monotonic() + max_seconds()
         self.container = self._open()
         displayed = (p for p in self._packets(self.container) if p.size and not p.is_discard)
         packets = [(p.pts, p.is_keyframe) for p in displayed]
@@ -256,7 +259,13 @@ class _Video:
                         yield time, frame
 
     def _packets(self, container: InputContainer) -> Iterator[Any]:
-        return container.demux(container.streams[self.index])
+        for packet in container.demux(container.streams[self.index]):
+            require(
+                monotonic() < self.until,
+                f"its clip takes more than {max_seconds():g} s; if it is meant to be so long, set "
+                f"{SECONDS} in the environment",
+            )
+            yield packet
 
     def _open(self) -> InputContainer:
         container = self.files.enter_context(open_video(self.path))
@@ -265,6 +274,7 @@ class _Video:
         stream = streams[0]
         self.index = stream.index
         require(stream.codec_context is not None, "there is no decoder for it")
+        check_unpacked("each of its frames has", 3 * stream.width * stream.height)
         # With threads a clip took as long or longer; videos are read by several processes instead.
         stream.thread_type = "NONE"
         return container
