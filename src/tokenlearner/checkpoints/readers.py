@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..utils.files import check_downloaded, read_json
+from ..utils.files import check_downloaded, read_json, read_torch
 from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .flax_msgpack import as_tensor, check_file, find_params, read_flax, without_params
@@ -90,7 +89,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors ({_reason(error)}), and reading that would execute "

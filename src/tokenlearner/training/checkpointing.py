@@ -21,6 +21,7 @@ from torch import nn
 
 from ..data.config import FRAMES, IMG_SIZE, OLD_NAMES, is_in_files
 from ..models.serialization import WEIGHTS
+from ..utils.files import read_torch
 from ..utils.io import FULL, atomic_write, check_output_folder, lock_folder, system_error
 from ..utils.processors import is_main_process
 from .config import TrainConfig
@@ -214,7 +215,7 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     if config.resume is None or not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_torch(path)
         saved = asdict(TrainConfig()) | json.loads(state["config"])
         version = state["format"]
         saved["data"] = OLD_NAMES.get(saved["data"], saved["data"])

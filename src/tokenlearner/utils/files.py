@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
+import zipfile
 from collections.abc import Sequence
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .limits import check_unpacked
+from .validation import require
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -75,6 +78,27 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
+
+
+def read_torch(file: str | Path | BytesIO) -> Any:
+    """Reads what `torch.save` wrote to the CPU, and runs no code of it.
+
+    Raises:
+        ValueError: It is an archive that unpacks to more than its size, which torch's do not.
+        Exception: Of many kinds; torch raises them on damaged files, and on code.
+    """
+    import torch
+
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = sum(entry.compress_size for entry in entries)
+            plain = all(entry.file_size == entry.compress_size for entry in entries)
+            size = len(file.getbuffer()) if isinstance(file, BytesIO) else os.path.getsize(file)
+        require(plain and packed <= size, "its files are compressed, as torch's are not")
+    if isinstance(file, BytesIO):
+        file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @cache
