@@ -31,8 +31,9 @@ from tokenlearner import create_model, load_model, save_model
 from tokenlearner.checkpoints import read_flax, read_weights, write_flax
 from tokenlearner.data.config import DataConfig
 from tokenlearner.data.dataset import UnreadableFile
+from tokenlearner.data.file_lists import _read_list
 from tokenlearner.data.hub_datasets import TarShards, _read_info
-from tokenlearner.data.image_folder import ImagePaths, _read_list, decoded
+from tokenlearner.data.image_folder import ImagePaths, decoded
 from tokenlearner.data.video_folder import VideoFolderDataset
 from tokenlearner.utils.limits import VARIABLE
 

@@ -91,6 +91,15 @@ def test_the_table_and_the_metrics_hold_all_numbers(
     assert [epoch["train_seconds"] for epoch in second["epochs"]] == [1.5, 1.5]
 
 
+def test_clips_are_called_clips(tmp_path: Path) -> None:
+    write_comparison(tmp_path, replace(comparison(), unit="clips"), {})
+    table = (tmp_path / "table.txt").read_text()
+    assert row(table, "clips/s, inference")[0] == "10.0"
+    assert row(table, "GMACs a clip")[0] == "2.0000"
+    assert "10000 clips" in table
+    assert "image" not in table
+
+
 # --- the images -------------------------------------------------------------------------------
 
 

@@ -301,6 +301,23 @@ def test_a_run_with_tokens_gets_maps_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("sketches")
+def test_speeds_of_clips_are_of_clips(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", data="video-folder")
+    make_run(tmp_path / "other", data="moving-photographs")
+    page = Page(write_report(tmp_path, images=FEW))
+    assert page.row("training clips/s, median") == ["150.0", "150.0", "1.00"]
+    assert "images/s" not in page.source
+    make_run(tmp_path / "mixed")
+    page = Page(write_report(tmp_path, images=FEW))
+    assert "training images or clips/s, median" in page.source
+    content = comparison(ViT=epochs(), other=epochs())
+    content["config"]["data"] = "video-folder"
+    page = Page(write_report(write_comparison(tmp_path / "compared", content), images=FEW))
+    assert page.row("GMACs a clip")
+    assert "images/s" not in page.source
+
+
+@pytest.mark.usefixtures("sketches")
 def test_runs_in_one_folder_are_side_by_side(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", rows=epochs(start=55.0), lr=0.5)

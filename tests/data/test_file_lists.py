@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
-from tokenlearner.data.image_folder import list_labeled_files
+from tokenlearner.data.file_lists import list_labeled_files
 
 ENDS = (".png", ".jpg")
 
@@ -58,6 +58,30 @@ def test_other_extensions_and_what_is_hidden_or_beside_the_classes_are_left_out(
     touch(*(tmp_path / "train" / name for name in names))
     paths, _, classes = list_labeled_files(tmp_path, "train", ENDS)
     assert ([Path(path).name for path in paths], classes) == (["0.PNG"], ("a",))
+
+
+def test_folders_that_systems_make_are_no_classes_and_hold_no_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = ("__MACOSX", "@eaDir", "lost+found")
+    names = [*(f"{name}/0.png" for name in made), *(f"a/{name}/0.png" for name in made)]
+    touch(*(tmp_path / "train" / name for name in (*names, "a/1.png")))
+    paths, _, classes = list_labeled_files(tmp_path, "train", ENDS)
+    assert ([Path(path).name for path in paths], classes) == (["1.png"], ("a",))
+    assert "@eaDir, __MACOSX, lost+found left out" in caplog.text
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # one name, as Linux and as macOS write it
+
+
+def test_names_of_classes_count_in_one_form_of_unicode(tmp_path: Path) -> None:
+    make_lists(tmp_path, f"path,label\na.png,{COMPOSED}\nb.png,{DECOMPOSED}\n")
+    touch(tmp_path / "val" / DECOMPOSED / "0.png")
+    for split in ("train", "val"):
+        _, labels, classes = list_labeled_files(tmp_path, split, ENDS)
+        assert ({*labels}, classes) == ({0}, (COMPOSED,))
+    touch(tmp_path / "val" / COMPOSED / "0.png")
+    refused(tmp_path, r"cafe\\u0301' and 'caf\\xe9' are one name", "val")
 
 
 def test_a_link_that_leads_back_does_not_hang_or_repeat(tmp_path: Path) -> None:
@@ -142,6 +166,16 @@ def test_a_list_goes_before_a_folder_of_its_name_and_the_other_split_may_be_a_fo
 )
 def test_a_list_that_is_not_one_is_refused(tmp_path: Path, text: str, message: str) -> None:
     refused(make_lists(tmp_path, text), re.escape(str(tmp_path / "train.csv")) + f" .*{message}")
+
+
+def test_a_file_listed_twice_is_counted_or_with_two_labels_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_lists(tmp_path, "path,label\na.png,cat\nb.png,dog\n./a.png,cat\n")
+    assert list_labeled_files(tmp_path, "train", ENDS)[1] == [0, 1, 0]
+    assert "lists 1 file more than once" in caplog.text
+    make_lists(tmp_path, "path,label\na.png,cat\nb.png,dog\n./a.png,dog\n")
+    refused(tmp_path, r"a\.png as 'cat' \(line 2\) and as 'dog' \(line 4\)")
 
 
 # Refusals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from files import png_bomb
 from PIL import Image
 from timm.data import create_transform
 
+from tokenlearner.data import image_folder
 from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.image_folder import ImageFileDataset, ImagePaths, decoded
@@ -148,6 +150,33 @@ def test_images_are_turned_upright_by_exif() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     assert decoded(as_file(gray(0, h=4, w=8), "JPEG", exif=exif), "it", 3).size == (4, 8)
+
+
+def test_dark_gray_of_16_bits_is_named_once_and_bits_of_a_tag_count(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_folder, "_dark", [])
+    dark = Image.fromarray(np.full((4, 4), 4000, np.uint16))
+    assert pixel(DEEP) == (128,) * 3
+    assert caplog.text == ""
+    for _ in range(2):
+        assert pixel(dark) == (15,) * 3
+    assert caplog.text.count("values end at 4000") == 1
+    buffer = io.BytesIO()
+    packed = Image.frombytes("L", (6, 4), bytes.fromhex("fa0fa0" * 8))  # 4 values of 12 bits a row
+    packed.save(buffer, "TIFF", tiffinfo={274: 6})  # to be turned by 90 degrees
+    raw = buffer.getvalue()
+    for tag, new in ((256, 4), (258, 12)):  # width and bits
+        entry = raw.index(struct.pack("<HHI", tag, 4 if tag == 256 else 3, 1))
+        raw = raw[: entry + 8] + struct.pack("<I", new) + raw[entry + 12 :]
+    for orientation in (6, 1):
+        turned = raw.replace(
+            struct.pack("<HHII", 274, 3, 1, 6), struct.pack("<HHII", 274, 3, 1, orientation)
+        )
+        assert (
+            decoded(lambda t=turned: Image.open(io.BytesIO(t)), "it", 3).getpixel((0, 0))
+            == (250,) * 3
+        )
 
 
 # Broken files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,17 @@ def load(root: Path, split: str = "train", **wanted: object) -> StreamDataset:
 
 def noise(image: Image.Image) -> Tensor:
     return torch.rand(3, 8, 8)
+
+
+def test_an_image_that_is_packed_as_a_link_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train-0.tar", [("0.png", png(0)), ("0.cls", b"0")])
+    with tarfile.open(path, "a") as tar:
+        entry = tarfile.TarInfo("1.png")
+        entry.type, entry.linkname = tarfile.LNKTYPE, "0.png"
+        tar.addfile(entry)
+    first, error = TarShards((str(path),)).records(0, 1, None)
+    assert not isinstance(first, UnreadableFile)
+    assert re.search(r"holds 1\.png as a link; pack it with .* --hard-dereference", str(error))
 
 
 # Training

@@ -401,3 +401,13 @@ def test_what_is_no_table_or_has_no_place_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="measured"):
         save_model(small(), tmp_path / path, measured)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    model = small().half()
+    torch.nn.init.constant_(model.blocks[1].attn.qkv.bias, 60000.0)  # a sum beyond half precision
+    load_model(save_model(model, tmp_path))
+    model.norm.weight.data[3] = value
+    with pytest.raises(ValueError, match=r"NaN or infinity in norm\.weight"):
+        load_model(save_model(model, tmp_path))

@@ -11,6 +11,7 @@ import timm
 import torch
 import transformers
 from PIL import Image
+from tiny import transformers_vit
 
 from tokenlearner import (
     TrainConfig,
@@ -230,3 +231,14 @@ def test_a_name_that_two_classes_have_is_no_label() -> None:
     set_preprocessing(vit, Preprocessing((0.5,), (0.5,)), [*data.classes, data.classes[0]])
     with pytest.raises(ValueError, match=data.classes[0]):
         evaluate(vit, data)
+
+
+def test_a_model_that_says_nothing_of_its_images_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data, model = load_data("fashion-mnist-small", "test"), transformers_vit()
+    preprocess_for(model, data, {"mean": (0.5,), "std": (0.5,)})
+    assert caplog.text == ""
+    assert preprocess_for(model, data).mean == data.mean
+    assert "set_preprocessing" in caplog.text
+    assert str(data.mean) in caplog.text

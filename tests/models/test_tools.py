@@ -327,3 +327,16 @@ def test_a_plain_class_refuses_a_folder_with_learned_tokens(name: str, tmp_path:
     remove(model).save_pretrained(tmp_path)
     _, info = plain.from_pretrained(tmp_path, output_loading_info=True)
     assert [*info["missing_keys"], *info["unexpected_keys"]] == []
+
+
+def test_a_classifier_whose_inside_got_tokens_is_refused_by_its_plain_class(tmp_path: Path) -> None:
+    plain, config = SAVED["vit"]
+    model: Any = plain(config)
+    insert(model.vit, 4, at=1)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        plain.from_pretrained(tmp_path)
+    remove(model.vit)
+    model.save_pretrained(tmp_path)
+    _, info = plain.from_pretrained(tmp_path, output_loading_info=True)
+    assert [*info["missing_keys"], *info["unexpected_keys"]] == []

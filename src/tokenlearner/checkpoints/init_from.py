@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ..utils.validation import Grid, check_choice, check_pair, require, shortened
+from ..utils.validation import (
+    Grid,
+    check_choice,
+    check_pair,
+    find_not_finite,
+    require,
+    shortened,
+)
 from .readers import read_weights
 from .scenic import state_from_scenic
 
@@ -90,8 +97,10 @@ def init_from(
     if _PATCHES in adapted:
         adapted[_PATCHES] = _kernel(adapted[_PATCHES], target[_PATCHES], tubelet_init)
     _check_shapes(adapted, target)
-    broken = [key for key, value in adapted.items() if value.isnan().any()]
-    require(not broken, f"the weights are not numbers in {shortened(broken)}; take another file")
+    broken = find_not_finite(adapted)
+    require(
+        not broken, f"the weights are NaN or infinite in {shortened(broken)}; take another file"
+    )
     for key, value in adapted.items():
         target[key].copy_(value)
     same = {k for k, v in adapted.items() if v is source[k] or torch.equal(v, source[k])}

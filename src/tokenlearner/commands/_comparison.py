@@ -24,7 +24,7 @@ from ..utils.imports import require_package
 from ..utils.io import atomic_write, write_json
 from ..utils.modules import pick_device
 from ._console import console
-from ._tables import plain_table
+from ._tables import in_unit, plain_table
 
 BATCH_SIZE = 64  # images that speed and memory are measured on
 MAX_IMAGES = 6  # on a figure of maps, each of another class
@@ -62,11 +62,13 @@ class ModelComparison:
         pair: The two.
         images: Number of held-out images that both classified.
         remarks: Notes on how they were trained.
+        unit: What was classified, images or clips.
     """
 
     pair: tuple[Candidate, Candidate]
     images: int
     remarks: Sequence[str] = ()
+    unit: str = "images"
 
     @property
     def notes(self) -> list[str]:
@@ -74,7 +76,7 @@ class ModelComparison:
         shares = [candidate.top1_percent / 100 for candidate in self.pair]
         margin = 196 * math.sqrt(sum(p * (1 - p) / self.images for p in shares))
         gap = 100 * (shares[1] - shares[0])
-        error = f"chance is within ±{margin:.1f} (95 %, {self.images} images, one seed)"
+        error = f"chance is within ±{margin:.1f} (95 %, {self.images} {self.unit}, one seed)"
         return [f"Accuracy: {gap:+.1f} points; {error}.", *self.remarks]
 
 
@@ -114,7 +116,7 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     out = Path(config.out)
     write_comparison(out, comparison, asdict(config))
     data = require_order(data, "list its labels")
-    title = "Where the learned tokens look: held-out images"
+    title = f"Where the learned tokens look: held-out {config.unit}"
     held_out_images(out / "maps.png", result.model, data, one_of_each(data), title)
     return comparison
 
@@ -143,7 +145,11 @@ def compare_models(
         Candidate(name, _top1(model, data, history), costs[name], history, run)
         for (name, model), history, run in zip(models.items(), histories, runs, strict=True)
     )
-    return ModelComparison((first, second), len(data), remarks)
+    return ModelComparison((first, second), len(data), remarks, _unit(images))
+
+
+def _unit(images: Tensor) -> str:
+    return "clips" if images.ndim > 4 else "images"
 
 
 def _top1(model: nn.Module, data: LabeledDataset, history: Sequence[dict[str, Any]]) -> float:
@@ -158,7 +164,7 @@ def write_comparison(out: Path, comparison: ModelComparison, config: Mapping[str
         comparison: The two models and their numbers.
         config: Options that both were made by, for `metrics.json`.
     """
-    table, notes = comparison_table(comparison.pair, str(out)), comparison.notes
+    table, notes = comparison_table(comparison, str(out)), comparison.notes
     console().print(table, *notes, sep="\n")
     with atomic_write(out / "table.txt") as temporary, temporary.open("w", encoding="utf-8") as to:
         console(file=to, width=100).print(table, *notes, sep="\n")
@@ -179,11 +185,12 @@ def write_comparison(out: Path, comparison: ModelComparison, config: Mapping[str
     )
 
 
-def comparison_table(pair: tuple[Candidate, Candidate], title: str) -> Any:
+def comparison_table(comparison: ModelComparison, title: str) -> Any:
     """Returns a table for rich: a row for each number, a column for each model, and ratios.
 
     The ratios of speeds are medians of interleaved rounds, with their quartiles.
     """
+    pair = comparison.pair
     table = plain_table(("", *(candidate.name for candidate in pair), "ratio"))
     table.title, table.columns[0].justify = title, "left"
     speedups = {
@@ -195,7 +202,7 @@ def comparison_table(pair: tuple[Candidate, Candidate], title: str) -> Any:
         ratio = f"{second / first:.2f}" if first and second and "top-1" not in label else ""
         if label in speedups:
             ratio = f"{speedups[label]:.2f}"
-        table.add_row(label, _number(first), _number(second), ratio)
+        table.add_row(in_unit(label, comparison.unit), _number(first), _number(second), ratio)
     return table
 
 
@@ -235,16 +242,16 @@ def denormalized(images: Tensor, data: LabeledDataset) -> Tensor:
 
 def _training(config: TrainConfig, result: TrainResult) -> list[str]:
     """Returns notes on how a model with inserted tokens was trained."""
-    notes = []
+    notes, unit = [], config.unit
     if done := result.calibration:
         notes.append(
-            f"Calibration: {done.images} images without labels, {done.seconds:.0f} s; unexplained "
+            f"Calibration: {done.images} {unit} without labels, {done.seconds:.0f} s; unexplained "
             f"variance of the host's features {done.error_before:.0%} before, "
             f"{done.error_after:.0%} after."
         )
     teacher = f", distilled from {config.teacher}" if config.teacher else ""
     labels = "with labels" if config.label_weight else "without labels"
-    epochs = f"{config.epochs} epochs of {result.images} images"
+    epochs = f"{config.epochs} epochs of {result.images} {unit}"
     return [*notes, f"Training: {epochs}{teacher}, {labels}."]
 
 

@@ -5,7 +5,6 @@ Axes: `t` frames, `c h w`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..data.config import DataConfig
 from ..data.factory import load_data
+from ..data.file_lists import walk_files
 from ..data.image_folder import decoded, image_extensions, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..models.preprocessing import get_preprocessing
@@ -166,13 +166,13 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 
-def list_inputs(source: str) -> dict[str, Path]:
+def list_inputs(source: str, follow_links: bool = False) -> dict[str, Path]:
     """Lists the images and videos of a folder, or the one file, each with a different name.
 
     Hidden files and unknown suffixes are left out.
 
     Raises:
-        ValueError: There is no image and no video.
+        ValueError: There is no image and no video, or a link leads out of the folder.
     """
     root = Path(source).expanduser()
     require(root.exists(), f"there is no file or folder {source!r}; pass an image, video or folder")
@@ -182,9 +182,9 @@ def list_inputs(source: str) -> dict[str, Path]:
         require(suffix in known, f"{source} ends in {suffix!r}, expected one of {', '.join(known)}")
         return {root.stem: root}
     named: dict[str, Path] = {}
-    for path in sorted(Path(at) / name for at, _, names in os.walk(root) for name in names):
-        parts = path.relative_to(root).parts
-        if path.suffix.lower() in known and not any(part.startswith(".") for part in parts):
+    for path in sorted(map(Path, walk_files(root, None if follow_links else root))):
+        if path.suffix.lower() in known:
+            parts = path.relative_to(root).parts
             named[_new_name("-".join(parts), path.suffix, named)] = path
     require(bool(named), f"{source} holds no image or video, of any of {', '.join(known)}")
     return named

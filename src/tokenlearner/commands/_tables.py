@@ -35,6 +35,11 @@ def filled_table(columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any
     return table
 
 
+def in_unit(text: str, unit: str) -> str:
+    """Returns a text on images, in which these are clips where the unit is."""
+    return text if unit == "images" else text.replace("an image", "a clip").replace("images", unit)
+
+
 def realized_text(share: float) -> str:
     """Formats the share of a theoretical speed-up, with a mark where it is below `REALIZED`."""
     return f"{share:.2f}" if share >= REALIZED else f"* {share:.2f}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
 
 from ..training.config import TrainConfig
-from ..training.recipes import find_recipe, list_recipes
+from ..training.recipes import check_recipe, find_recipe, list_recipes
 from ..utils.imports import require_package
 from ..utils.processors import is_main_process
 from ._arguments import complain, make_parser
@@ -55,8 +57,12 @@ def train_options(arguments: Sequence[str]) -> dict[str, Any]:
     recipe = None
     if arguments and not arguments[0].startswith("-"):
         recipe = path = find_recipe(arguments[0])
+        check_recipe(path)
         complain(parser, lambda: parser.parse_path(path), f"{path}: ")
         arguments = [f"--config={path}", *moved_options(path), *arguments[1:]]
+    for option, value in pairwise([*arguments, ""]):
+        if option.partition("=")[0] == "--config":
+            check_recipe(Path(option.partition("=")[2] or value))
     options = parse_with_run(parser, arguments, "model")
     if recipe:
         check_root(options, str(recipe))

@@ -18,6 +18,11 @@ IMG_SIZE, FRAMES = 224, 8  # where neither the data set nor a model has a size
 OLD_NAMES = {"film": "video-folder"}  # of version 0.3, which still work
 
 
+def unit_of(data: object) -> str:
+    """Returns what a data set of that name has: images or clips."""
+    return "clips" if data in ("video-folder", "moving-photographs", "film") else "images"
+
+
 def is_in_files(data: str) -> bool:
     """Returns whether a data set is read from files, at any size."""
     return data in ("folder", "video-folder") or "/" in data
@@ -134,7 +139,7 @@ class DataConfig:
     @property
     def unit(self) -> str:
         """What the data set has: images or clips."""
-        return "clips" if self.data in ("video-folder", "moving-photographs") else "images"
+        return unit_of(self.data)
 
     @property
     def reading_workers(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -204,6 +205,11 @@ class IterableDataset(_Labeled):
 LabeledDataset = MapDataset | IterableDataset
 
 
+def normalized(name: str) -> str:
+    """Returns the name of a class in Unicode's NFC, since computers write é in two ways."""
+    return unicodedata.normalize("NFC", name)
+
+
 def match_classes(data: LabeledDataset, classes: Sequence[str]) -> Any:
     """Returns a data set whose labels are numbered as these names are.
 
@@ -215,23 +221,24 @@ def match_classes(data: LabeledDataset, classes: Sequence[str]) -> Any:
         ValueError: It has a class of another name or of one that two classes have, or is a stream
             and would have to be renumbered.
     """
-    if data.classes == tuple(classes):
+    classes, ours = [*map(normalized, classes)], [*map(normalized, data.classes)]
+    if ours == classes:
         return data
-    number, known = {name: i for i, name in enumerate(classes)}, set(data.classes)
-    twice = [name for name, times in Counter(classes).items() if times > 1 and name in known]
+    number = {name: i for i, name in enumerate(classes)}
+    twice = [name for name, times in Counter(classes).items() if times > 1 and name in ours]
     require(
         not twice,
         f"{data.name} has the classes {shortened(twice)}, which the model has twice; give its "
         "classes names of their own by tokenlearner.models.set_preprocessing",
     )
-    unknown = [name for name in data.classes if name not in number]
+    unknown = [name for name in ours if name not in number]
     require(
         not unknown,
         f"{data.name} has classes that the model does not know, {shortened(unknown)}; it knows "
         f"{shortened(list(classes))}: rename the folders or labels as it was trained",
     )
     data = require_order(data, "be renumbered by the names of the model's classes")
-    order = torch.tensor([number[name] for name in data.classes], device="cpu")
+    order = torch.tensor([number[name] for name in ours], device="cpu")
     changed: Any = copy.copy(data)
     object.__setattr__(changed, "labels", order[data.labels])
     object.__setattr__(changed, "classes", tuple(classes))

@@ -31,7 +31,8 @@ from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
-from .image_folder import FOLDERS, ImageFileDataset, check_inside, file_dataset
+from .file_lists import FOLDERS, check_inside
+from .image_folder import ImageFileDataset, file_dataset
 from .iterable import SHUFFLE_BUFFER, Record, StreamDataset, check_stream
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 TORCH_SETS = ("cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist",
               "imagenet", "inaturalist", "places365")  # fmt: skip
-_OF_TOOLS = re.compile(r"(^|/)(\._[^/]*|__[^/]*__/.*|__MACOSX/.*)$")  # of macOS and WebDataset
+_OF_TOOLS = re.compile(
+    r"(^|/)(\._[^/]*|__[^/]*__/.*|(__MACOSX|@eaDir)/.*)$"
+)  # of systems and WebDataset
 HUB_SPLITS = {  # of each split, the first that a set has
     "train": ("train",),
     "val": ("validation", "val", "valid", "test"),
@@ -378,7 +381,12 @@ def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFil
                 tar.members = []  # it would keep all of them
                 check_unpacked(f"{entry.name} has", entry.size)
                 stem, end = os.path.splitext(entry.name)
-                if not entry.isreg() or not end or _OF_TOOLS.search(entry.name):
+                if not end or _OF_TOOLS.search(entry.name):
+                    continue
+                if entry.islnk() or entry.issym():
+                    reason = f"{path} holds {entry.name} as a link; pack it with --dereference"
+                    unreadable.append(f"{reason} --hard-dereference")
+                if not entry.isreg():
                     continue
                 if f"{stem}.".startswith(f"{key}.") or f"{key}.".startswith(f"{stem}."):
                     key = min(key, stem, key=len)

@@ -6,26 +6,24 @@ The files of a folder are listed and never opened, so a million of them take sec
 from __future__ import annotations
 
 import copy
-import csv
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.files import image_formats, open_image, read_text
+from ..utils.files import image_formats, open_image
 from ..utils.limits import VARIABLE, max_unpacked_bytes
 from ..utils.preprocessing import Preprocessing
-from ..utils.validation import counted, require, shortened
+from ..utils.validation import require
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
+from .file_lists import list_labeled_files
 from .loader import eval_batches
 
 if TYPE_CHECKING:
@@ -34,13 +32,8 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 MAX_ASPECT = 100  # longer strips would be resized to gigabytes
 MAX_OPENED = 10  # images that are opened when a set is loaded, until one can be read
-FOLDERS = {  # of each split, the first that is there
-    "train": ("train",),
-    "val": ("val", "valid", "validation", "test"),
-    "test": ("test", "val", "valid", "validation"),
-}
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
-_LAYOUT = "make train/ and val/ with a folder a class, or write train.csv and val.csv"
+_FEW_VALUES = 2**12  # of 16 bits: what cameras and scanners of 12 bits leave
 
 
 def imagenet_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -197,7 +190,7 @@ def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Ima
     """Decodes an image and returns it in RGB, or with `in_chans` 1 in gray.
 
     It is turned upright as its EXIF data say. Transparent images are laid on white, 16-bit grays
-    keep their upper 8 bits.
+    keep their upper 8 bits, and a log says once where they use only the lower 12.
 
     Raises:
         UnreadableFile: PIL raises something, the image is a thin strip, or its values have no
@@ -214,7 +207,11 @@ def decoded(opened: Callable[[], Image.Image], where: str, in_chans: int) -> Ima
                 long <= MAX_ASPECT * short,
                 f"{long} x {short} pixels, more than {MAX_ASPECT} times as long as wide",
             )
-            return _in_mode(ImageOps.exif_transpose(image), "L" if in_chans == 1 else "RGB")
+            mode = "L" if in_chans == 1 else "RGB"
+            bits = _bits_per_sample(image)
+            if image.mode.startswith("I") and not bits:
+                _warn_dark(image, where)
+            return _in_mode(ImageOps.exif_transpose(image), mode, bits or 16)
     except Exception as error:  # what PIL raises on damaged bytes is anything from OSError on
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, Image.DecompressionBombError):
@@ -254,7 +251,9 @@ def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
     the first of these that is there, the split "test" goes by `test` before the others. Each is a
     folder with a folder a class, or a list such as train.csv, whose first line is `path,label` and
     whose paths start at the root; a list goes before a folder. Classes are sorted as text, as in
-    torchvision: where they are numbers, write leading zeros.
+    torchvision: where they are numbers, write leading zeros. Their names are in Unicode's NFC,
+    whatever form a computer wrote. Hidden folders and those that systems make (`__MACOSX`,
+    `@eaDir`, ...) are no classes.
 
     Raises:
         ValueError: Something is missing, classes differ between splits, or none of the first few
@@ -289,12 +288,32 @@ def file_dataset(
     return data
 
 
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+def _bits_per_sample(image: Image.Image) -> int:
+    """Returns the bits that a tag of TIFF says are used, 0 without one."""
+    return getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (0,))[0]
+
+
+_dark: list[str] = []  # images of which a log has said so
+
+
+def _warn_dark(image: Image.Image, where: str) -> None:
+    """Logs for the first of gray images of 16 bits without a tag that it may be one of fewer."""
+    most = np.asarray(image).max()
+    if 0 < most < _FEW_VALUES and not _dark:
+        _dark.append(where)
+        _LOGGER.warning(
+            "%s is gray of 16 bits whose values end at %d, and is taken as it is, nearly black; if "
+            "it is of a camera of %d bits, save it and its like with 8 bits",
+            *(where, most, max(8, int(most).bit_length())),
+        )
+
+
+def _in_mode(image: Image.Image, mode: str, bits: int) -> Image.Image:
+    """Returns an image in a mode; of gray of more than 8 bits the upper 8 of these bits."""
     from PIL import Image
 
     require(image.mode != "F", "its values are floats of an unknown range; save it with 8 bits")
     if image.mode.startswith("I"):  # gray of 16 bits, which PIL would clip at 255
-        [bits, *_] = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
         values = np.asarray(image).astype(np.int64)
         least, most = values.min(), values.max()
         require(
@@ -307,176 +326,3 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), drawn)
     color = image.convert("RGB")
     return color if mode == "RGB" else color.convert(mode)
-
-
-def list_labeled_files(
-    root: Path, split: str, extensions: Sequence[str], follow_links: bool = False
-) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Lists the files of a split, their labels and the classes; opens none of them.
-
-    Args:
-        root: Holds folders of classes or lists, as `load_folder` says.
-        split: `"train"`, `"val"` or `"test"`.
-        extensions: Ends of file names that count, such as ".png", in lower case. What a list names
-            counts whatever its name ends in.
-        follow_links: Take files that are not in the root, where links or lists lead to them.
-
-    Raises:
-        ValueError: Something is missing, the classes are not those of the other split, or a file
-            is not in the root.
-    """
-    require(
-        root.is_dir(),
-        f"{root} is not a folder; pass root, the folder of the data; for a new one, {_LAYOUT}",
-    )
-    others = "val" if split == "train" else "train"
-    source, other = (_find_source(root, name) for name in (split, others))
-    if source is None:
-        raise ValueError(_missing_split(root, split))
-    top = None if follow_links else root
-    files = _read_list(root, source) if source.suffix else _read_folder(source, extensions, top)
-    if source.suffix and top:
-        for folder in {os.path.dirname(path) for path, _ in files}:
-            check_inside(folder, top)
-        check_links((path for path, _ in files), top)
-    classes = sorted({label for _, label in files})
-    if other is not None:
-        listed = {label for _, label in _read_list(root, other)} if other.suffix else ()
-        _check_same_classes(source, classes, other, sorted(listed or _folders(other)))
-    number = {label: i for i, label in enumerate(classes)}
-    return [path for path, _ in files], [number[label] for _, label in files], tuple(classes)
-
-
-def _find_source(root: Path, split: str) -> Path | None:
-    """Returns the list or the folder of a split."""
-    paths = [root / f"{name}{suffix}" for name in FOLDERS[split] for suffix in (".csv", "")]
-    return next((p for p in paths if (p.is_file() if p.suffix else p.is_dir())), None)
-
-
-def _missing_split(root: Path, split: str) -> str:
-    expected = ", ".join(f"{name}/ or {name}.csv" for name in FOLDERS[split])
-    others = [name for name in _folders(root) if name not in sum(FOLDERS.values(), ())]
-    hint = f"it holds {shortened(others)}: if these are classes, " if others else ""
-    return f"{root} has nothing for split {split!r}, expected {expected}; {hint}{_LAYOUT}"
-
-
-def _folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def _check_same_classes(
-    source: Path, classes: Sequence[str], other: Path, others: Sequence[str]
-) -> None:
-    pairs = (other, set(classes) - set(others)), (source, set(others) - set(classes))
-    missing = [f"{path} lacks {shortened(sorted(names))}" for path, names in pairs if names]
-    require(
-        not missing,
-        f"{source} and {other} have different classes: {'; '.join(missing)}; both need the same",
-    )
-
-
-def _read_folder(
-    folder: Path, extensions: Sequence[str], top: Path | None
-) -> list[tuple[str, str]]:
-    classes = _folders(folder)
-    require(bool(classes), f"{folder} holds no folder; make one for each class")
-    pairs, others, ends = [], list[str](), tuple(extensions)
-    for name in classes:
-        files, left_out = split_by_suffix(walk_files(folder / name, top), ends)
-        others += left_out
-        require(
-            bool(files),
-            f"{folder / name} holds no file that ends in {', '.join(ends)}; put some there, or "
-            "remove the folder",
-        )
-        pairs += [(path, name) for path in files]
-    warn_left_out(folder, others)
-    return pairs
-
-
-def split_by_suffix(paths: Iterable[str], ends: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Returns the paths that end in one of these, in lower case, and the others."""
-    fitting: list[str] = []
-    others: list[str] = []
-    for path in paths:
-        (fitting if path.lower().endswith(ends) else others).append(path)
-    return fitting, others
-
-
-def warn_left_out(folder: Path, others: Sequence[str]) -> None:
-    """Logs how many files of a folder are of other kinds, and of which, if there are any."""
-    if others:
-        kinds = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in others})
-        left_out = counted(len(others), "file")
-        _LOGGER.warning(
-            "%s: %s of other kinds left out (%s)", *(folder, left_out, shortened(kinds))
-        )
-
-
-def walk_files(folder: Path, top: Path | None) -> Iterator[str]:
-    """Yields files in the order of torchvision; each folder once, though links may lead back.
-
-    Raises:
-        ValueError: A link leads out of the folder `top`; with None it is followed.
-    """
-    visited, files = set(), {}
-    for path, folders, names in os.walk(folder, followlinks=True):
-        if top is not None:
-            check_inside(path, top)
-        stat = os.stat(path)
-        key = (stat.st_dev, stat.st_ino)
-        folders[:] = [n for n in folders if key not in visited and not n.startswith(".")]
-        if key not in visited:
-            files[path] = sorted(name for name in names if not name.startswith("."))
-        visited.add(key)
-    found = [os.path.join(path, name) for path in sorted(files) for name in files[path]]
-    if top is not None:
-        check_links(found, top)
-    return iter(found)
-
-
-def check_links(paths: Iterable[str], top: Path) -> None:
-    """Checks that those of the files that are links stay in a folder; see `check_inside`."""
-    for path in filter(os.path.islink, paths):
-        check_inside(path, top)
-
-
-def check_inside(path: str, top: Path) -> None:
-    """Checks that a path stays in a folder when its links are followed.
-
-    Raises:
-        ValueError: It does not.
-    """
-    target, folder = os.path.realpath(path), os.path.realpath(top)
-    require(
-        os.path.commonpath([target, folder]) == folder,
-        f"{path} leads to {target}, which is not in {top}; pass follow_links if it is meant to be "
-        "read",
-    )
-
-
-def _read_list(root: Path, path: Path) -> list[tuple[str, str]]:
-    (_, header), *rows = _read_rows(path) or [(0, [])]
-    require(
-        [cell.strip() for cell in header] == ["path", "label"],
-        f"{path} does not start with the line path,label; write it there",
-    )
-    odd = [f"line {line}" for line, cells in rows if len(cells) != 2 or not all(cells)]
-    require(not odd, f"{path} has {shortened(odd)} without a path and a label; write path,label")
-    require(bool(rows), f"{path} lists no file; write a line path,label for each")
-    files = [(line, os.path.join(root, name), label) for line, (name, label) in rows]
-    gone = [f"{name} (line {line})" for line, name, _ in files if not os.path.isfile(name)]
-    require(not gone, f"{path} lists files that do not exist: {shortened(gone)}; correct the paths")
-    return [(name, label) for _, name, label in files]
-
-
-def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Returns the number and the cells of every line that is not empty."""
-    try:
-        lines = StringIO(read_text(path, "utf-8-sig"), newline="")
-        reader = csv.reader(lines, skipinitialspace=True)
-        return [(reader.line_num, cells) for cells in reader if cells]
-    except (OSError, ValueError, csv.Error) as error:
-        message = f"{path} cannot be read as a list ({error}); save it as CSV in UTF-8"
-        raise ValueError(message) from error

@@ -11,14 +11,8 @@ from ..utils.imports import require_package
 from ..utils.validation import require
 from .config import DataConfig
 from .dataset import MapDataset
-from .image_folder import (
-    ImageFileDataset,
-    ImagePaths,
-    image_extensions,
-    split_by_suffix,
-    walk_files,
-    warn_left_out,
-)
+from .file_lists import split_by_suffix, walk_files, warn_left_out
+from .image_folder import ImageFileDataset, ImagePaths, image_extensions
 from .video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 
 

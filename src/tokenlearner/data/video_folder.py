@@ -26,7 +26,8 @@ from ..utils.random import fixed_seed
 from ..utils.validation import require
 from .config import DataConfig
 from .dataset import MapDataset, UnreadableFile
-from .image_folder import FromFiles, first_read, list_labeled_files
+from .file_lists import list_labeled_files
+from .image_folder import FromFiles, first_read
 from .loader import eval_batches
 
 if TYPE_CHECKING:

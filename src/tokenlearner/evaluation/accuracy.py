@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from ..utils.modules import stream_device, training_mode
 from ..utils.validation import check_count, require, shortened
 
 Config = TypeVar("Config", bound=DataConfig)
+_LOGGER = logging.getLogger(__name__)
 MAX_NAMED = 20  # unreadable files whose names are kept
 _MAX_NUMBERS = 2**25  # that go into a model at a time, about
 
@@ -88,9 +90,15 @@ def preprocess_for(
         data: Any.
         options: Mean, std, crop_pct, interpolation or crop_mode that are taken before the model's.
     """
-    data = by_class_names(model, data)
+    data, given = by_class_names(model, data), dict(options or {})
     if found := get_preprocessing(model, data.shape[0]):
-        return data.with_preprocessing(**found.to_kwargs() | dict(options or {}))
+        return data.with_preprocessing(**found.to_kwargs() | given)
+    if not {"mean", "std"} <= given.keys():
+        _LOGGER.warning(
+            "this %s does not say how its images are normalized; %s takes mean %s and std %s: if "
+            "it was trained with others, write them to it by tokenlearner.models.set_preprocessing",
+            *(type(model).__name__, f"{data.name} {data.split}", tuple(data.mean), tuple(data.std)),
+        )
     return data
 
 

@@ -235,7 +235,8 @@ def load_model(
         local_files_only: Take files of the Hub only where they are kept already.
 
     Raises:
-        ValueError: There is no such model here or on the Hub, or it is not one of `save_model`'s.
+        ValueError: There is no such model here or on the Hub, it is not one of `save_model`'s, or
+            its weights are NaN or infinite.
     """
     local, repo = Path(path).expanduser(), _REPO.fullmatch(path) if isinstance(path, str) else None
     if repo and not local.exists() and local.suffix not in (".safetensors", *_PICKLES):

@@ -7,6 +7,7 @@ sizes differ, which `from_pretrained` refuses. A class that inserts does not kno
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 from typing import Any
@@ -60,9 +61,22 @@ def _patterns(model: nn.Module) -> set[str]:
     return {rf"(^|\.){re.escape(name)}$" for name in _names(model)}
 
 
+def _outer(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules that hold a model, and those that hold them: a module does not know."""
+    known = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    found = [model]
+    for part in found:
+        found += [m for m in known if m not in found and part in m._modules.values()]
+    return found[1:]
+
+
 def guard_saving(model: nn.Module) -> None:
-    """Lets the models of transformers in this one save what a plain class refuses to read."""
-    for part in model.modules():
+    """Lets the models of transformers in this one save what a plain class refuses to read.
+
+    So do those that it is a part of, as a classifier of which `classifier.vit` was given.
+    """
+    outer = _outer(model) if is_pretrained(model) else []
+    for part in (*model.modules(), *outer):
         if is_pretrained(part) and (patterns := _patterns(part)):
             setattr(part, _METHOD, SavePretrained(part))
             setattr(part, _IGNORED, {*(getattr(part, _IGNORED, None) or ()), *patterns})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..utils.files import check_downloaded, read_json
 from ..utils.io import atomic_write
 from ..utils.modules import check_plain
-from ..utils.validation import require, shortened
+from ..utils.validation import find_not_finite, require, shortened
 from .features import wrapped_blocks
 from .insertion import get_insertion, insert, remove
 from .preprocessing import without_classes
@@ -111,7 +111,8 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
         config_file: The folder's `config.json`, which has to describe the same model.
 
     Raises:
-        ValueError: The files are damaged, of two models, or of another kind.
+        ValueError: The files are damaged, of two models, or of another kind, or weights are NaN
+            or infinite.
     """
     config, state = _read_weights(file)
     outer = read_config(config_file) if config_file else {}
@@ -125,6 +126,12 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
     _check_shapes(state, empty, f"{file} does not fit the model it names")
     model = _build(file, config, len(state))
     model.load_state_dict(state, assign=True)  # with the dtype that was saved
+    broken = find_not_finite(dict(model.named_parameters()))
+    require(
+        not broken,
+        f"{file} has NaN or infinity in {shortened(broken)}, as after a training that failed; take "
+        "an earlier one, or read its weights with tokenlearner.checkpoints.read_weights",
+    )
     if isinstance(data := outer.get("pretrained_cfg"), dict):
         sources = {k: v for k, v in model.pretrained_cfg.items() if k in _OF_SOURCE}
         model.pretrained_cfg = model.default_cfg = sources | data

@@ -7,12 +7,17 @@ source, command, hardware, time and results.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any
 
-from ..utils.validation import require
+from ..utils.files import read_text
+from ..utils.validation import require, shortened
+
+_MAX_SIZE, _MAX_NODES = 2**20, 10_000  # of a recipe: bytes, and values with those of aliases
 
 
 def list_recipes() -> dict[str, str]:
@@ -35,6 +40,41 @@ def find_recipe(name: str) -> Path:
         f"there is no recipe {name!r}, expected a YAML file or one of: {', '.join(shipped)}{hint}",
     )
     return path
+
+
+def check_recipe(path: Path) -> None:
+    """Checks that a file is YAML with options, each once, and of a size that options have.
+
+    Raises:
+        ValueError: It is not; aliases may make a small file a huge one.
+    """
+    import yaml
+
+    try:
+        size = path.stat().st_size
+        require(size <= _MAX_SIZE, f"it has {size:,} bytes, recipes at most {_MAX_SIZE:,}")
+        root = yaml.compose(read_text(path, "utf-8-sig"), Loader=yaml.SafeLoader)
+        require(isinstance(root, yaml.MappingNode), "it holds no options")
+        nodes = sum(1 for _ in islice(_walk(root), _MAX_NODES))
+        require(nodes < _MAX_NODES, f"its aliases stand for more than {_MAX_NODES:,} values")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is no recipe ({reason}); write a line `option: value` each"
+        ) from error
+
+
+def _walk(node: Any) -> Iterator[Any]:
+    """Yields the nodes of a YAML file, those behind an alias each time."""
+    yield node
+    inner = [] if node.id == "scalar" else node.value
+    if node.id == "mapping":
+        keys = Counter(key.value for key, _ in inner if key.id == "scalar")
+        twice = [key for key, times in keys.items() if times > 1]
+        require(not twice, f"it gives {shortened(twice)} twice")
+        inner = [part for pair in inner for part in pair]
+    for part in inner:
+        yield from _walk(part)
 
 
 def header_lines(path: Path) -> Iterator[str]:

@@ -146,6 +146,17 @@ def _autocast_mixes(x: Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and x.dtype != torch.float64
 
 
+def find_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of floating point tensors that hold NaN or infinity."""
+    return [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point()
+        and not value.float().sum().isfinite()  # one pass without a copy; the sum keeps NaN
+        and not value.double().isfinite().all()
+    ]
+
+
 def plain_text(name: object) -> str:
     """Returns a name for a figure or a terminal: without control characters, such as escapes."""
     return "".join(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .reader import ResultFile, Run
+from .._tables import in_unit
+from .reader import ResultFile, Run, common_unit
 from .tables import Row, finite, get_nested, measurements, number_text, numbers
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def comparison_charts(file: ResultFile) -> list[Chart]:
             (model["name"], get_nested(model, "cost", key), model.get("top1_percent"))
             for model in file.models
         ]
-        labels = (f"Top-1 against {title}", x_label, "held-out top-1, %")
+        labels = (f"Top-1 against {title}", in_unit(x_label, file.unit), "held-out top-1, %")
         charts.append(Chart(*labels, _single_points(models)))
     return [chart for chart in charts if len(chart.lines) > 1]
 
@@ -229,7 +230,8 @@ def runs_charts(runs: Sequence[Run]) -> list[Chart]:
         )
         if speeds and top1s:
             trained.append((run.name, median(speeds), top1s[-1]))
-    labels = ("Top-1 against training speed", "training images/s, median of epochs")
+    x_label = in_unit("training images/s, median of epochs", common_unit(runs))
+    labels = ("Top-1 against training speed", x_label)
     chart = Chart(*labels, "held-out top-1, %", _single_points(trained))
     return [chart] if len(chart.lines) > 1 else []
 

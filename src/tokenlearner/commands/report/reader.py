@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ...data.config import unit_of
 from ...models.serialization import WEIGHTS
 from ...training.checkpointing import METRICS
 from ...training.paths import found_paths
@@ -47,6 +48,11 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: str = ""
 
+    @property
+    def unit(self) -> str:
+        """What it trained on, images or clips."""
+        return unit_of(self.options.get("data"))
+
 
 @dataclass(frozen=True)
 class ResultFile:
@@ -76,6 +82,12 @@ class ResultFile:
         """The command's conclusions, in sentences."""
         notes = self.content.get("notes")
         return [str(note) for note in notes] if isinstance(notes, list) else []
+
+    @property
+    def unit(self) -> str:
+        """What a comparison is of, images or clips."""
+        config = self.content.get("config")
+        return unit_of(config.get("data") if isinstance(config, Mapping) else None)
 
     @property
     def written(self) -> str:
@@ -144,6 +156,11 @@ def read_source(source: str | Path) -> ReportSource:
             prefix = f"{file.path.parent.resolve().name}: "
             files[files.index(file)] = replace(file, prefix=prefix)
     return ReportSource(path, _join(runs, files), files, problems)
+
+
+def common_unit(runs: Sequence[Run]) -> str:
+    """Returns what runs trained on: images, clips, or both."""
+    return " or ".join(sorted({run.unit for run in runs}, reverse=True))
 
 
 def read_object(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from .reader import ResultFile, Run
+from .._tables import in_unit
+from .reader import ResultFile, Run, common_unit
 
 Row = Mapping[str, Any]
 
@@ -122,29 +123,37 @@ def comparison_table(file: ResultFile) -> ReportTable:
         | {"seconds of training": _seconds(model.get("epochs"))}
         for model in file.models
     ]
-    return _value_table(
-        [model["name"] for model in file.models], columns, (*_COSTS, "seconds of training")
-    )
+    names, optional = [model["name"] for model in file.models], (*_COSTS, "seconds of training")
+    return _value_table(names, columns, file.unit, optional)
 
 
 def runs_table(runs: Sequence[Run]) -> ReportTable:
     """Makes the table of trainings; of two with their ratio."""
-    return _value_table([run.name for run in runs], [_summary(run.history) for run in runs])
+    names, columns = [run.name for run in runs], [_summary(run.history) for run in runs]
+    return _value_table(names, columns, common_unit(runs))
 
 
 def _value_table(
-    names: Sequence[str], columns: Sequence[Row], optional: Sequence[str] = _OPTIONAL
+    names: Sequence[str],
+    columns: Sequence[Row],
+    unit: str,
+    optional: Sequence[str] = _OPTIONAL,
 ) -> ReportTable:
     """Makes a table of values; one of `optional` that nobody has is left out."""
     rows = {label: [column[label] for column in columns] for label in (columns or [{}])[0]}
     left_out = {k for k in rows if k in optional and all(value is None for value in rows[k])}
     texts = [
-        {label: value_text(value) for label, value in column.items() if label not in left_out}
+        {
+            in_unit(label, unit): value_text(value)
+            for label, value in column.items()
+            if label not in left_out
+        }
         for column in columns
     ]
     if len(columns) != 2:
         return ReportTable.of_columns(names, texts)
-    ratios = {label: _ratio(label, rows[label]) for label in texts[0]}
+    kept = [label for label in rows if label not in left_out]
+    ratios = {in_unit(label, unit): _ratio(label, rows[label]) for label in kept}
     return ReportTable.of_columns([*names, "ratio"], [*texts, ratios])
 
 
