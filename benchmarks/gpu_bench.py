@@ -114,7 +114,7 @@ class Bench:
         self.device, self.sizes = device, sizes
         self._key: object = None
         self._contenders: dict[str, Contender] = {}
-        self._compiled: dict[object, Callable[[Tensor], Tensor]] = {}
+        self._compiled: dict[object, tuple[Callable[[Tensor], Tensor], float]] = {}
 
     def contenders(self, host: str, size: int, dtype: torch.dtype) -> dict[str, Contender]:
         """All models of a comparison, the plain one first; those of the last call are kept."""
@@ -124,10 +124,13 @@ class Bench:
             self._key = key
         return self._contenders
 
-    def compiled(self, key: object, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What torch.compile makes of a model, once for a key."""
+    def compiled(
+        self, key: object, model: nn.Module, first_run: Callable[[Callable[[Tensor], Tensor]], Run]
+    ) -> tuple[Callable[[Tensor], Tensor], float]:
+        """What torch.compile makes of a model, once for a key, and the seconds of its first run."""
         if key not in self._compiled:
-            self._compiled[key] = compiled(model)
+            forward = compiled(model)
+            self._compiled[key] = forward, self.seconds_of(first_run(forward))
         return self._compiled[key]
 
     def forget(self) -> None:

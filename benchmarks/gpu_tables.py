@@ -254,9 +254,10 @@ def compiled_rows(bench: Bench, host: str, batch: int, labels: tuple[str, ...]) 
     for label in labels:
         model, images = contenders[label].model, contenders[label].images(batch)
         eager[label] = inference(model, images)
-        forward = bench.compiled((host, batch, label), model)
+        forward, compile_seconds[label] = bench.compiled(
+            (host, batch, label), model, partial(inference, model, images)
+        )
         made[label] = inference(model, images, forward)
-        compile_seconds[label] = bench.seconds_of(made[label])
     forms: dict[str, Callable[[], dict[str, Run]]] = {"compiled": lambda: made}
     if bench.device.type == "cuda":
         forms["eager, CUDA graph"] = lambda: {k: graphed(run) for k, run in eager.items()}
@@ -310,27 +311,27 @@ def training_rows(bench: Bench, host: str, batch: int, is_compiled: bool = False
     contenders = bench.contenders(host, bench.sizes.image, TF32)
     used = {k: contenders[k] for k in (BOTH if is_compiled else contenders)}
     runs = {
-        k: training_step(
-            c, batch, bench.compiled(("training", host, batch, k), c.model) if is_compiled else None
-        )
+        k: training_step(c, batch, compiled(c.model) if is_compiled else c.model)
         for k, c in used.items()
     }
     seconds = bench.time(runs)
-    peaks = {k: bench.peak_mib(run) for k, run in runs.items()}
     name = f"{host} at {bench.sizes.image}" + ", compiled" * is_compiled
-    for row in compared({"model": name, "batch": batch}, used, seconds, batch):
+    rows = list(compared({"model": name, "batch": batch}, used, seconds, batch))
+    for row in rows:
         del row["TFLOP/s"]
-        peak = peaks[row["tokens"]]
-        yield row | {"peak MiB": peak, "of plain's": peak / peaks["plain"]}
+        if not is_compiled or bench.device.type == "cuda":
+            row["peak MiB"] = bench.peak_mib(runs[row["tokens"]])
+            row["of plain's"] = row["peak MiB"] / rows[0]["peak MiB"]
+    yield from rows
 
 
-def training_step(one: Contender, batch: int, forward: Form | None) -> Run:
+def training_step(one: Contender, batch: int, forward: Form) -> Run:
     model, images = one.model.train(), one.images(batch)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
     def run() -> None:
         with torch.autocast(images.device.type, torch.bfloat16):
-            loss = (forward or model)(images).square().mean()
+            loss = forward(images).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
