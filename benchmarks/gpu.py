@@ -29,6 +29,10 @@ from gpu_tables import TABLES, Job, Row, Table
 from measured import add_device, closing, machine, write_results
 
 
+class OutOfTime(BaseException):
+    """A job took too long. Compilers go on after an `Exception`."""
+
+
 class Results:
     """All tables so far; written to a file whenever a job ends, if there is one."""
 
@@ -59,7 +63,7 @@ class Results:
                 for row in job.rows():
                     json.dumps(row, allow_nan=False)
                     new.append(row)
-        except Exception as error:  # whatever it is, the next job may work
+        except (Exception, OutOfTime) as error:  # the next job may work
             table["failed"][job.name] = f"{type(error).__name__}: {error}"[:2000]
             table.setdefault("tracebacks", {})[job.name] = traceback.format_exc()[-4000:]
         seconds = time.perf_counter() - start
@@ -102,7 +106,7 @@ def run_all(results: Results, bench: Bench, total: float) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer, where signals can do that."""
+    """Raises OutOfTime in what takes longer, where signals can do that, until it has ended."""
     if (
         not hasattr(signal, "setitimer")
         or threading.current_thread() is not threading.main_thread()
@@ -111,10 +115,10 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(_: int, __: FrameType | None) -> None:
-        raise TimeoutError(f"stopped after {seconds:.0f} s")
+        raise OutOfTime(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
     try:
         yield
     finally:

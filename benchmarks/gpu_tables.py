@@ -389,12 +389,12 @@ TABLES = {
     "ceilings": Table("What the device does at best", 0.03, ceilings),
     "modules": Table("Learners and the fuser", 0.11, modules),
     "models": Table("Models, eager", 0.19, models),
-    "compiled": Table("Models, compiled and as CUDA graphs", 0.27, compiled_models),
     "training": Table("Training steps", 0.12, training),
     "tf32": Table("Models in TF32", 0.05, models_in_tf32),
     "larger": Table("Larger images", 0.08, larger_images),
     "stream": Table("TokenStream", 0.03, streams),
     "calibrate": Table("Calibrating", 0.06, calibrating),
+    "compiled": Table("Models, compiled and as CUDA graphs", 0.27, compiled_models),
     "compiled-modules": Table("Learners and the fuser, compiled", 0.06, compiled_modules),
     "compiled-training": Table("Training steps, compiled", 0.0, compiled_training),
 }
