@@ -404,8 +404,8 @@ def test_copies_and_a_strict_round_trip_give_the_same_numbers(name: str) -> None
 
 @each_model
 @torch.no_grad()
-def test_bfloat16_is_close_to_float32(name: str) -> None:
-    model, x = MODELS[name]().eval(), inputs(name)
+def test_bfloat16_is_close_to_float32(name: str, device: torch.device) -> None:
+    model, x = MODELS[name]().eval().to(device), inputs(name).to(device)
     nn.init.normal_(model.head.weight)
     for block in model.blocks:
         if isinstance(block, FusedBlock):
