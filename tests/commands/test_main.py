@@ -250,9 +250,9 @@ def test_what_print_config_prints_and_the_train_json_of_a_run_are_recipes(
         ("lr: 0.1\nlerning: 3\n", "lerning"),
         ("epochs: many\n", '"epochs"'),
         ("mixed_precision: no\n", '"mixed_precision"'),  # a truth value in YAML
-        ("epochs: [3\n", "config"),
-        ("- epochs\n", "config"),
-        ("", "config"),
+        ("epochs: [3\n", "recipe"),
+        ("- epochs\n", "recipe"),
+        ("", "recipe"),
     ],
 )
 def test_a_recipe_with_a_mistake_is_named(
