@@ -262,7 +262,7 @@ def test_a_recipe_with_a_mistake_is_named(
     path.write_text(text)
     assert exit_code("train", str(path), "--out", "out") == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"tokenlearner train: {path}: ")
+    assert err.startswith(f"tokenlearner train: {path}")
     assert word in err
     assert err.count("\n") == 1
     assert [*here.iterdir()] == [path]
