@@ -354,6 +354,12 @@ def test_a_repository_without_weights_and_two_revisions_are_refused(hub: Hub) ->
 # --- the card ----------------------------------------------------------------------------------
 
 
+def test_a_card_shows_names_as_text() -> None:
+    card = model_card(small(), {"<b>[x](y)|\x1b[31m`": {"$a_b$": 0.5}})
+    assert r"\<b\>\[x\](y)\|\\x1b\[31m\`" in card
+    assert r"| \$a_b\$ | 0.5 |" in card
+
+
 def test_a_card_says_what_the_model_is() -> None:
     model = small()
     card = ModelCard(model_card(model))

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..utils.modules import uncompiled
+from ..utils.text import plain_text
 from .insertion import get_insertion
 from .serialization import (
     CARD,
@@ -38,6 +39,7 @@ CODE = "https://github.com/google-research/scenic/tree/main/scenic/projects/toke
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 
 _HUB = "hf-hub:"
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$&]")  # of Markdown and HTML, in a cell
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _REPO = re.compile(r"(?:hf-hub:)?(\w[\w.-]*/\w[\w.-]*)(?:@([^@]+))?")
 
@@ -182,7 +184,7 @@ def _cell(value: object) -> str:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return _MARKUP.sub(r"\\\g<0>", plain_text(" ".join(str(value).split())))
 
 
 def save_model(model: nn.Module, path: str | Path, measured: Measured | None = None) -> Path:
