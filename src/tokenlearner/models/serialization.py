@@ -24,7 +24,7 @@ from ..utils.modules import check_plain
 from ..utils.validation import require, shortened
 from .features import wrapped_blocks
 from .insertion import get_insertion, insert, remove
-from .preprocessing import without_classes
+from .preprocessing import check_input_size, get_input_size, take_config, without_classes
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # in a model's folder
 
@@ -124,9 +124,11 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
     _check_shapes(state, empty, f"{file} does not fit the model it names")
     model = _build(file, config, len(state))
     model.load_state_dict(state, assign=True)  # with the dtype that was saved
-    if isinstance(data := outer.get("pretrained_cfg"), dict):
+    check_input_size(get_input_size(model))
+    if (data := outer.get("pretrained_cfg")) is not None:
         sources = {k: v for k, v in model.pretrained_cfg.items() if k in _OF_SOURCE}
-        model.pretrained_cfg = model.default_cfg = sources | data
+        taken = take_config(data, str(config_file), model.pretrained_cfg)
+        model.pretrained_cfg = model.default_cfg = sources | taken
     return model.eval()
 
 
