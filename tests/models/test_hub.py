@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +87,39 @@ def test_the_config_names_no_source_of_other_weights(tmp_path: Path) -> None:
     assert cfg["label_names"] == ["a"] * 5
     save_model(changed(model, 4), tmp_path)
     assert "label_names" not in config_of(tmp_path)["pretrained_cfg"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("crop_pct", value) for value in (1e-5, "1", 3, float("nan"))],
+        *[("mean", value) for value in ("abc", [float("inf")], 1)],
+        *[("std", value) for value in ([0.0], [-1.0], [[1]])],
+        *[("input_size", value) for value in ([1, 200_000, 200_000], [28], "1", [1, 28, 0.5])],
+        *[("interpolation", "x"), ("crop_mode", 3), ("license", ["x"] * 9)],
+        *[("label_names", value) for value in ("abc", [["a"]], ["a" * 10**6], 3)],
+    ],
+)
+def test_a_config_out_of_bounds_is_refused_by_name(key: str, value: Any, tmp_path: Path) -> None:
+    save_model(small(), tmp_path)
+    config = config_of(tmp_path)
+    config["pretrained_cfg"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config\.json: {key} is "):
+        load_model(tmp_path)
+
+
+def test_a_config_gives_no_orders(tmp_path: Path) -> None:
+    save_model(small(), tmp_path)
+    config = config_of(tmp_path)
+    orders = {"url": "http://x", "file": "/x", "hf_hub_id": "a/b", "custom_load": True, "x": 1}
+    config["pretrained_cfg"] |= orders | {"first_conv": "evil", "crop_pct": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model: Any = load_model(tmp_path)
+    taken = {key: model.pretrained_cfg.get(key) for key in (*orders, "first_conv")}
+    plain: Any = small()
+    assert taken == {key: plain.pretrained_cfg.get(key) for key in (*orders, "first_conv")}
+    assert model.pretrained_cfg["crop_pct"] == 0.5
 
 
 # --- folders -----------------------------------------------------------------------------------
@@ -331,6 +365,28 @@ def test_other_paths_are_never_asked_of_the_hub(path: str | Path, hub: Hub) -> N
     with pytest.raises(ValueError, match=r"mini|a/b/c"):
         load_model(path)
     assert hub.calls == []
+
+
+def test_a_name_in_a_folder_here_is_not_asked_of_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cwd" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    with pytest.raises(ValueError, match=r"no runs/x, .* hf-hub:runs/x"):
+        load_model("runs/x")
+    assert hub.calls == []
+    with pytest.raises(ValueError, match="from the Hub"):
+        load_model("hf-hub:runs/x")
+    assert len(hub.calls) == 1
+
+
+def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = Event()
+    monkeypatch.setattr("tokenlearner.models.hub.hf_hub_download", lambda *_, **__: ends.wait(60))
+    monkeypatch.setattr("tokenlearner.models.hub._SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"within 0\.1 seconds"):
+        load_model("hf-hub:me/mini")
+    ends.set()
 
 
 @pytest.mark.parametrize("config", ['{"architecture": "resnet18"}', "[]", "{"])
