@@ -9,6 +9,7 @@ from typing import Any
 from .validation import check_choice, is_number, require
 
 MIN_CROP_PCT = 0.05  # an image is enlarged by what is cut off
+_MOST_CROP_PCT = 1.25  # of models; timm's VOLO have 1.15, margins
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 NAMES = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # timm's words
@@ -40,7 +41,7 @@ class Preprocessing:
         for name in ("mean", "std"):
             check_channels(name, getattr(self, name))
         require(min(self.std) > 0, f"std is {self.std!r}, expected above 0")
-        check_crop_pct(self.crop_pct)
+        check_crop_pct(self.crop_pct, _MOST_CROP_PCT)
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         check_choice("crop_mode", self.crop_mode, CROP_MODES)
 
@@ -66,11 +67,11 @@ class Preprocessing:
         return create_transform((c, h, w), **self.to_kwargs(), normalize=normalize)
 
 
-def check_crop_pct(value: Any) -> None:
+def check_crop_pct(value: Any, most: float = 1.0) -> None:
     """Checks a share of an image's side."""
     require(
-        is_number(value) and MIN_CROP_PCT <= value <= 1,
-        f"crop_pct is {value!r}, expected a share from {MIN_CROP_PCT} to 1",
+        is_number(value) and MIN_CROP_PCT <= value <= most,
+        f"crop_pct is {value!r}, expected a share from {MIN_CROP_PCT} to {most:g}",
     )
 
 

@@ -7,7 +7,7 @@ import socket
 EVERY_ADDRESS = ""  # among the hosts of a server that listens at all addresses
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EVERYBODY = {  # hosts that stand for all addresses, and an address of documentation
-    "0.0.0.0": (socket.AF_INET, "192.0.2.1"),
+    "0.0.0.0": (socket.AF_INET, "192.0.2.1"),  # noqa: S104, what it means is known here
     "::": (socket.AF_INET6, "2001:db8::1"),
 }
 
