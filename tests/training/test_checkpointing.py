@@ -169,6 +169,21 @@ def test_a_second_interrupt_interrupts_and_afterwards_signals_mean_what_they_mea
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_sigterm_ends_the_process_unless_it_is_the_first_sent_on(
+    first: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, ended = [0.0], list[tuple[int, Any]]()
+    monkeypatch.setattr("tokenlearner.training.checkpointing.monotonic", lambda: now[0])
+    monkeypatch.setattr(signal, "raise_signal", lambda n: ended.append((n, signal.getsignal(n))))
+    with handle_signals() as stop:
+        for now[0], number in ((0.0, first), (0.5, signal.SIGTERM), (5.0, signal.SIGTERM)):
+            assert ended == []
+            os.kill(os.getpid(), number)
+            assert stop.signal
+    assert ended == [(signal.SIGTERM, signal.SIG_DFL)]
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,7 @@ _FREE = {  # options that may change from one part of a run to the next
     *("download", "log_interval", "license"),
 }
 _FORMAT = 1
+_SECOND = 1.0  # seconds after which another SIGTERM is meant as one
 METRICS = "metrics.jsonl"
 _WRITTEN = ("checkpoint.pt", "model.safetensors", "metrics.jsonl", "train.json", "calibration.json")
 
@@ -53,12 +55,20 @@ class StopSignal:
 
 @contextmanager
 def handle_signals() -> Iterator[StopSignal]:
-    """Records SIGTERM and SIGINT in place of dying of them; a second SIGINT interrupts."""
-    stop, before = StopSignal(), {}
+    """Records SIGTERM and SIGINT in place of dying of them; a second one ends the process.
+
+    That counts where a step does not come to its end. Of SIGTERM it has to come a second later:
+    torchrun sends on what it gets itself, so that a process may get one twice.
+    """
+    stop, before, times = StopSignal(), {}, list[float]()
 
     def record(number: int, frame: FrameType | None) -> None:
+        times.append(monotonic())
         if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if stop.signal and times[-1] - times[0] >= _SECOND:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         stop.signal = number
 
     for number in (signal.SIGTERM, signal.SIGINT):
