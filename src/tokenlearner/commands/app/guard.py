@@ -83,14 +83,15 @@ class Guard:
             await JSONResponse(content, refusal.status, headers)(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        most = self._mib * 2**20
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
         elif not scope["path"].rstrip("/").endswith(f"{_ROOT}upload"):
             body = await self._receive(scope, receive, _EVENT_BYTES)
             _check_files(body, self.folder)
             await self.app(scope, _replay(body, receive), send)
+            delete_oldest(self.folder, MAX_UPLOADS * most)
         else:
-            most = self._mib * 2**20
             async with self._receiving:
                 body = await self._receive(scope, receive, most + _EVENT_BYTES)
                 async with self._writing:
