@@ -12,7 +12,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -263,6 +266,32 @@ def test_strangers_get_nothing_leave_nothing_and_make_the_server_fetch_nothing(
     assert "looks up" not in errors
     with server(room, MINI):
         assert [*room.glob("*/files/*/a.png")] == []
+
+
+def test_a_page_of_another_site_neither_writes_here_nor_becomes_this_one(tmp_path: Path) -> None:
+    room, resolved = tmp_path / "room", "--host-resolver-rules=MAP evil.test 127.0.0.1"
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with (
+        server(room, MINI) as (address, _),
+        ThreadingHTTPServer(("127.0.0.1", 0), handler) as other,
+        chromium(1200, 900, resolved) as browser,
+    ):
+        Thread(target=other.serve_forever, daemon=True).start()
+        browser.get(f"http://evil.test:{other.server_port}/")
+        sent = browser.execute_async_script(
+            "const [url, done] = arguments, form = new FormData();"
+            "form.append('files', new File(['a'.repeat(1e5)], 'a.png'));"
+            "fetch(url, {method: 'POST', mode: 'no-cors', body: form}).then("
+            "answer => done(answer.type), error => done(String(error)))",
+            f"{address}gradio_api/upload",
+        )
+        assert sent == "opaque"  # it arrived, and was refused
+        assert [path for path in room.glob("*/files/**/*") if path.is_file()] == []
+        browser.get(address.replace("127.0.0.1", "evil.test"))
+        assert "does not answer under this name" in browser.execute_script(TEXT)
+        browser.get(address.replace("127.0.0.1", "localhost"))
+        until(browser, lambda text: "T-shirt/top: " in text)
+        other.shutdown()
 
 
 # --- for everybody ------------------------------------------------------------------------------
