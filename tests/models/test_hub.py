@@ -269,6 +269,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     api = "huggingface_hub.HfApi"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenlearner.models.hub.hf_hub_download", hub.download)
+    monkeypatch.setattr("tokenlearner.models.hub_access._is_reachable", lambda: True)
     monkeypatch.setattr(f"{api}.create_repo", lambda *a, **k: hub.create_repo(*a, **k))
     monkeypatch.setattr(f"{api}.upload_folder", lambda *a, **k: hub.upload_folder(*a, **k))
     monkeypatch.setattr(f"{api}.file_exists", lambda *a, **k: hub.readme)
@@ -384,6 +385,7 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch)
     ends = Event()
     monkeypatch.setattr("tokenlearner.models.hub.hf_hub_download", lambda *_, **__: ends.wait(60))
     monkeypatch.setattr("tokenlearner.models.hub._SECONDS", 0.1)
+    monkeypatch.setattr("tokenlearner.models.hub_access._is_reachable", lambda: True)
     with pytest.raises(ValueError, match=r"within 0\.1 seconds"):
         load_model("hf-hub:me/mini")
     ends.set()

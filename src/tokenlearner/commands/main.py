@@ -72,7 +72,7 @@ def _load(name: str) -> Callable[[Sequence[str]], None]:
 
 def _complain(command: str, error: Exception, code: int) -> int:
     """Prints an error; of several processes that make the same mistake only the first one does."""
-    process, message = os.environ.get("RANK", "0"), plain_text(error, "\n\t")
+    process, message = os.environ.get("RANK", "0"), plain_text(str(error) or repr(error), "\n\t")
     if process == "0":
         print(f"tokenlearner {command}: {message}", file=sys.stderr)
     elif code == 1:  # an error on the way may be this process's alone

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Thread
 from typing import Any
 
 from huggingface_hub import (
@@ -24,6 +22,7 @@ from torch import nn
 
 from ..utils.modules import uncompiled
 from ..utils.text import plain_text
+from .hub_access import hub_or_cache, within
 from .insertion import get_insertion
 from .serialization import (
     CARD,
@@ -253,7 +252,8 @@ def load_model(
             _check_no_folder(local)
         options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         options |= {"revision": repo[2] or revision, "force_download": force_download}
-        return read_files(*_download(repo[1], options))
+        with nullcontext() if local_files_only else hub_or_cache():
+            return read_files(*_download(repo[1], options))
     _check_kind(local)
     file, config_file = weights_file(local), local / CONFIG
     if not file.is_file():
@@ -353,7 +353,7 @@ def _download_file(repo_id: str, name: str, options: Mapping[str, Any]) -> Path:
     """Downloads a file; the config, which comes first, within some seconds."""
     download = partial(hf_hub_download, repo_id, name, library_name=LIBRARY, **options)
     try:
-        return Path(_within(_SECONDS, download) if name == CONFIG else download())
+        return Path(within(_SECONDS, download) if name == CONFIG else download())
     except Exception as error:  # the Hub's, the network's and the disk's are of many kinds
         where = f" at {options['revision']}" if options["revision"] else ""
         raise ValueError(
@@ -361,22 +361,3 @@ def _download_file(repo_id: str, name: str, options: Mapping[str, Any]) -> Path:
             f"from the Hub ({type(error).__name__}: {str(error).strip()}); correct the path or the "
             "name, connect, or log in with `hf auth login` if it is private"
         ) from error
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Returns what a call does; one that takes longer goes on alone, and ends with the process."""
-    done: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except Exception as error:
-            done.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    try:
-        return done.result(seconds)
-    except FutureTimeout:
-        if done.done():  # a timeout of the call itself
-            raise
-        raise TimeoutError(f"no answer within {seconds} seconds") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..utils.io import atomic_write, check_downloaded
 from ..utils.modules import check_plain
 from ..utils.validation import require, shortened
 from .features import wrapped_blocks
+from .hub_access import hub_or_cache
 from .insertion import get_insertion, insert, remove
 from .preprocessing import check_input_size, get_input_size, take_config, without_classes
 
@@ -63,9 +64,17 @@ def build_named(name: str, kwargs: Mapping[str, Any]) -> Any:
         raise ValueError(f"there is no model {name!r}; {hint}")
     linear = {"fuser_bottleneck_dim": 0} if "fuser_bottleneck_dim" in kwargs else {}
     given: dict[str, Any] = linear | {k: value for k, value in kwargs.items() if value is not None}
-    model: Any = timm.create_model(name, **given)  # which would leave out a None
+    with hub_or_cache() if _is_of_hub(given) else nullcontext():
+        model: Any = timm.create_model(name, **given)  # which would leave out a None
     model.tokenlearner_config = {"name": name, "kwargs": given}
     return model
+
+
+def _is_of_hub(kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether weights are taken that may have to be fetched."""
+    configs = [kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")]
+    said = {key for config in configs if isinstance(config, Mapping) for key in config}
+    return bool(kwargs.get("pretrained")) and not said & {"file", "state_dict", "url"}
 
 
 def write_files(model: Any, path: Path, card: str | None = None) -> Path:
