@@ -73,6 +73,12 @@ def load_library_dataset(
     return _KINDS[kind](name, split, config)
 
 
+def is_of_hub(name: str) -> bool:
+    """Returns whether a data set is one of the Hub, and no folder on this computer."""
+    kind, _, inner = name.partition("/")
+    return kind in ("hfds", "hfids") and not Path(inner).expanduser().exists()
+
+
 @dataclass(frozen=True)
 class LibraryImages:
     """Numbered images of another library.
@@ -338,12 +344,12 @@ class TarShards:
         """Reads one tar file after the other."""
         paths = list(self.paths)
         if seed is not None:
-            random.Random(seed).shuffle(paths)
+            _rng(seed).shuffle(paths)
         paths, worker = paths[process::num_processes], get_worker_info()
         if worker:
             paths = paths[worker.id :: worker.num_workers]
         records = chain.from_iterable(map(self._read_shard, paths))
-        return records if seed is None else _shuffled(records, random.Random(seed))
+        return records if seed is None else _shuffled(records, _rng(seed))
 
     def _read_shard(self, path: str) -> Iterator[Record | UnreadableFile]:
         """Yields the images up to the end, or to where the tar file is damaged, and why."""
@@ -364,6 +370,10 @@ class TarShards:
             expected = f"a .json file with {key!r}" if key else "a .cls file with a number"
             return UnreadableFile(f"{where} has no label ({error!r}), expected {expected}")
         return Record(where, partial(_opened, {"bytes": images[0]}), label)
+
+
+def _rng(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311, an order of images and no secret
 
 
 def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFile]]:

@@ -1,6 +1,7 @@
 """Files that visitors of the page upload: checked before they are decoded, then cut for a model.
 
-The content decides what a file is, not its name. Nothing of it is kept on the disk.
+The content decides what a file is, not its name. Nothing is kept on the disk of a file that is
+refused, and of others what the page received.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _ANIMATED = ("PNG", "WEBP", "GIF")
 _CONTAINERS = "mov,matroska,avi"  # FFmpeg's names; it opens no playlist and no list of files
 _KINDS = "an image (PNG, JPEG, WebP, GIF, BMP, TIFF) or a clip (MP4, MOV, WebM, MKV, AVI)"
+
+
+class WrongModel(ValueError):
+    """A file that another model may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ def read_upload(
         The image or clip, and remarks on what was left out or added.
 
     Raises:
+        WrongModel: The model takes no images.
         ValueError: It is of another kind, too large, damaged, or not what the model takes.
     """
     mib, most = path.stat().st_size / 2**20, limits.max_upload_mib
@@ -78,6 +84,13 @@ def read_upload(
     )
     image = _open_image(path, limits)
     return _read_video(path, pipeline, limits) if image is None else _decode(image, path, pipeline)
+
+
+def delete_upload(path: Path) -> None:
+    """Deletes a file, and the folder that was made for it."""
+    with suppress(OSError):
+        path.unlink()
+        path.parent.rmdir()
 
 
 def _open_image(path: Path, limits: UploadLimits) -> Image.Image | None:
@@ -106,11 +119,11 @@ def _open_image(path: Path, limits: UploadLimits) -> Image.Image | None:
 
 def _decode(image: Image.Image, path: Path, pipeline: InputPipeline) -> tuple[MapInput, list[str]]:
     with image:
-        require(
-            not pipeline.takes_clips,
-            f"{path.name} is an image, but this model takes clips of {pipeline.frames} frames; "
-            "choose a clip, or another model",
-        )
+        if pipeline.takes_clips:
+            raise WrongModel(
+                f"{path.name} is an image, but this model takes clips of {pipeline.frames} frames; "
+                "choose a clip, or another model"
+            )
         animated = image.format in _ANIMATED and getattr(image, "is_animated", False)
         channels = pipeline.size[0]
         upright = decoded(lambda: image, path.name, channels)
