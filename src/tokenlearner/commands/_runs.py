@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from ..data.hub_datasets import is_of_hub
 from ..evaluation.accuracy import preprocess_for
 from ..training.checkpointing import CHECKPOINT
 from ..training.paths import candidate_paths, found_paths
+from ..utils.files import read_json
 from ..utils.processors import is_main_process
 from ..utils.validation import is_integer, require
 from ._arguments import parse
@@ -124,9 +124,9 @@ def _run_file(checkpoint: str) -> Path | None:
 def _read(path: Path) -> dict[str, Any]:
     """Reads the options of a run."""
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         require(isinstance(run, dict), f"it is a {type(run).__name__}, expected an object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _not_as_written(path, error) from error
     return run
 

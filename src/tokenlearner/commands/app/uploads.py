@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.dataset import UnreadableFile
 from ...data.image_folder import decoded
+from ...utils.files import open_image, open_video
 from ...utils.imports import require_package
 from ...utils.validation import check_count, require
 from .._inputs import InputPipeline, MapInput
@@ -98,7 +99,7 @@ def _open_image(path: Path, limits: UploadLimits) -> Image.Image | None:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(path, formats=IMAGE_FORMATS)
+        image = open_image(path, IMAGE_FORMATS)
     except UnidentifiedImageError:
         with path.open("rb") as file:
             head = file.read(12)
@@ -159,10 +160,9 @@ def _check_video(file: Path, name: str, limits: UploadLimits) -> int:
         ValueError: It has no frames, too many or too large ones, or cannot be read.
     """
     av = require_package("av", "video", f"{name} is no image that can be read, and a clip")
-    options = {"format_whitelist": _CONTAINERS}
     count, sizes = 0, set[tuple[int, int]]()
     try:
-        with av.open(str(file), metadata_errors="ignore", container_options=options) as container:
+        with open_video(file, _CONTAINERS) as container:
             stream, size = _check_header(container, name, limits)
             for packet in container.demux(stream):
                 count += packet.size > 0
