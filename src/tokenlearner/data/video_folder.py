@@ -262,6 +262,7 @@ class _Video:
 
         check_regular(self.path)
         container = self.files.enter_context(av.open(self.path, metadata_errors="ignore"))
+        require(not container.format.name.endswith("_pipe"), "it is an image")
         streams = [s for s in container.streams.video if not s.disposition & _COVER]
         require(len(streams) > 0, "it has no video stream")
         stream = streams[0]
