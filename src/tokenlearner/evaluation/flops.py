@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from ..utils.modules import training_mode
 
-
 _ONE_AT_A_TIME = threading.Lock()  # the form of attention is one for all threads
 
 
@@ -27,9 +26,9 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # loads triton, where there is one
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _int8_flops})
-    with _ONE_AT_A_TIME, training_mode(model, False), torch.inference_mode():
-        with sdpa_kernel(SDPBackend.MATH), counter:
-            model(images)
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with _ONE_AT_A_TIME, training_mode(model, False), torch.inference_mode(), plain, counter:
+        model(images)
     return counter.get_total_flops() // 2
 
 
