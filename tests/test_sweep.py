@@ -157,8 +157,8 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "convert": _convert,
     "export .onnx": partial(_export, ".onnx"),
 }
-SECONDS = ("export", "export .onnx", "plan")  # a cell takes
-SLOW = (*SECONDS, "maps", "app", "convert")
+SECONDS = ("export", "export .onnx", "plan", "maps")  # a cell takes
+SLOW = (*SECONDS, "app", "convert")
 TRAIN = "--data=folder --epochs=1 --batch_size=4 --workers=0 --device=cpu"
 COMMAND_CALLS: dict[str, Callable[[str, str], list[str]]] = {
     "train": lambda file, out: [
@@ -325,7 +325,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def test_what_is_set_around_a_call_changes_nothing(context: str, tmp_path: Path) -> None:
     is_off = context in ("no_grad", "inference_mode")
     calls = (
-        set(CALLS) - {*SLOW[:2], *SLOW[3:]} - ({"Distillation"} if is_off else set())
+        set(CALLS) - ({*SLOW} - {"plan"}) - ({"Distillation"} if is_off else set())
     )  # a loss to minimize
 
     def check(call: str, host: str, way: str) -> str:
