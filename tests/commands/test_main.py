@@ -244,15 +244,23 @@ def test_what_print_config_prints_and_the_train_json_of_a_run_are_recipes(
     assert options["scale"] == [0.08, 1.0]
 
 
+BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
         ("lr: 0.1\nlerning: 3\n", "lerning"),
         ("epochs: many\n", '"epochs"'),
         ("mixed_precision: no\n", '"mixed_precision"'),  # a truth value in YAML
-        ("epochs: [3\n", "recipe"),
-        ("- epochs\n", "recipe"),
-        ("", "recipe"),
+        ("epochs: [3\n", "config"),
+        ("- epochs\n", "config"),
+        ("", "config"),
+        ("lr: 0.1\nlr: 0.2\n", "lr twice"),
+        ("model_kwargs: {depth: 2, depth: 3}\n", "depth twice"),
+        ("lr: " + "[" * 5000, "config"),
+        (BOMB, "aliases stand for more"),
+        ("model_kwargs: &a {x: *a}\n", "config"),
     ],
 )
 def test_a_recipe_with_a_mistake_is_named(
@@ -262,7 +270,7 @@ def test_a_recipe_with_a_mistake_is_named(
     path.write_text(text)
     assert exit_code("train", str(path), "--out", "out") == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"tokenlearner train: {path}")
+    assert err.startswith(f"tokenlearner train: {path}: ")
     assert word in err
     assert err.count("\n") == 1
     assert [*here.iterdir()] == [path]

@@ -158,7 +158,7 @@ def test_dark_gray_of_16_bits_is_named_once_and_bits_of_a_tag_count(
     monkeypatch.setattr(image_folder, "_dark", [])
     dark = Image.fromarray(np.full((4, 4), 4000, np.uint16))
     assert pixel(DEEP) == (128,) * 3
-    assert caplog.text == ""
+    assert "values end" not in caplog.text
     for _ in range(2):
         assert pixel(dark) == (15,) * 3
     assert caplog.text.count("values end at 4000") == 1

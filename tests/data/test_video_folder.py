@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from files import make_video
+from files import make_image, make_video
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
@@ -368,6 +368,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda path: None, "No such file"),
     "a folder": (lambda path: path.mkdir(), "directory|Permission"),
     "sound only": (partial(sound, has_video=False), "it has no video stream"),
+    "an image": (lambda path: make_image(path, format="JPEG"), "no video in one of"),
     "no frames": (partial(sound, has_video=True), "it has no frames"),
     "cut off": (
         damaged(".mp4", "libx264", "yuv420p", lambda raw: raw[: len(raw) // 2]),

@@ -47,6 +47,17 @@ def noise(image: Image.Image) -> Tensor:
     return torch.rand(3, 8, 8)
 
 
+def test_a_folder_that_was_packed_as_a_point_is_read(tmp_path: Path) -> None:
+    members = [
+        (f"./{i}.{end}", png(i) if end == "png" else b"%d" % i)
+        for i in range(3)
+        for end in ("png", "cls")
+    ]
+    path = write_tar(tmp_path / "train-0.tar", members)
+    records = TarShards((str(path),)).records(0, 1, None)
+    assert [getattr(record, "label", record) for record in records] == [0, 1, 2]
+
+
 def test_an_image_that_is_packed_as_a_link_is_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "train-0.tar", [("0.png", png(0)), ("0.cls", b"0")])
     with tarfile.open(path, "a") as tar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -163,3 +164,14 @@ def test_an_accelerator_is_waited_for_before_and_after_each_run(
     monkeypatch.setattr(torch, "accelerator", Accelerator(there, done))
     time_interleaved({"a": lambda: done.append("run")}, rounds=1)
     assert done == (["wait", "run", "wait"] if there else ["run"]) * 3
+
+
+def test_multiply_adds_are_the_same_in_every_thread() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model, x = Attention(), torch.ones(2, 4, 9, 8)
+    with ThreadPoolExecutor(4) as pool:
+        found = {*pool.map(lambda _: count_macs(model, x), range(40))}
+    assert found == {2 * 2 * 4 * 9 * 9 * 8}

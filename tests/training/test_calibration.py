@@ -401,6 +401,7 @@ def test_models_without_learners_or_of_single_frames_are_refused() -> None:
         ({"lr": float("inf")}, "lr is inf"),
         ({"images": torch.zeros(1, 3, 16, 16)}, r"images is \[1, 3, 16, 16\]"),
         ({"images": [1, 2]}, "images is list"),
+        ({"images": torch.zeros(4, 3, 16, 16)}, "images are all the same"),
     ],
 )
 def test_nonsense_is_refused_and_changes_nothing(options: dict[str, Any], named: str) -> None:

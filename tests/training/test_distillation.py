@@ -218,6 +218,12 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut_into_parts(kind: str, fu
         torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
+def test_features_of_one_image_all_the_time_are_no_measure() -> None:
+    same = images(1).expand(8, -1, -1, -1)
+    with pytest.raises(ValueError, match="features are those of one image"):
+        Distillation(vit(), "feature").measure(insert(vit(), 2, 1), [same])
+
+
 def test_measured_on_a_batch_the_loss_of_that_batch_is_as_by_its_own_variance() -> None:
     host, student, x = vit(), insert(vit(), 2, 1), images(8)
     distillation = Distillation(host, "feature")

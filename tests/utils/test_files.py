@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
 import pytest
 from files import make_image, make_video
 from PIL import Image, UnidentifiedImageError
@@ -51,7 +50,7 @@ def test_no_video_opens_another_file(tmp_path: Path) -> None:
     for name, text in lists.items():
         path = tmp_path / f"{name}.mp4"
         path.write_text(text.format(secret.name))
-        with pytest.raises(av.FFmpegError):
+        with pytest.raises(OSError, match="no video"):
             open_video(path)
     for end in ("mp4", "mkv", "avi", "mov", "mpg"):
         codec = "mpeg1video" if end == "mpg" else "mpeg4"

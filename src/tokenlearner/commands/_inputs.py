@@ -5,6 +5,7 @@ Axes: `t` frames, `c h w`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 VIDEO_FRAMES = 16  # that a model of images looks at, one by one
 STRIDE = 4  # as `tokenlearner train` has it
+_LONGEST = 200  # bytes of a name of figures, to which ends are added; systems allow 255
 
 
 @dataclass(frozen=True)
@@ -191,9 +193,12 @@ def list_inputs(source: str, follow_links: bool = False) -> dict[str, Path]:
 
 
 def _new_name(name: str, suffix: str, taken: Collection[str]) -> str:
-    """Returns the name without its suffix, or with it, or with a number."""
-    numbered = (f"{name}-{number}" for number in count(2))
-    return next(x for x in chain((name.removesuffix(suffix), name), numbered) if x not in taken)
+    """Returns the name without its suffix, or with it, or with a number; cut to what files have."""
+    short = name.removesuffix(suffix)
+    if len(os.fsencode(short)) > _LONGEST:
+        short = short[: _LONGEST // 4]
+    numbered = (f"{short}-{number}" for number in count(2))
+    return next(x for x in chain((short, f"{short}{suffix}"), numbered) if x not in taken)
 
 
 def input_pipeline(

@@ -398,7 +398,8 @@ def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFil
                     unreadable.append(f"{reason} --hard-dereference")
                 if not entry.isreg():
                     continue
-                if f"{stem}.".startswith(f"{key}.") or f"{key}.".startswith(f"{stem}."):
+                ends = f"{stem}.", f"{key}."
+                if group and (ends[0].startswith(ends[1]) or ends[1].startswith(ends[0])):
                     key = min(key, stem, key=len)
                 else:
                     if group:

@@ -230,6 +230,7 @@ def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
 def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
     import onnxruntime
 
+    str(path).encode()  # onnxruntime takes names in UTF-8
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     available = onnxruntime.get_available_providers()

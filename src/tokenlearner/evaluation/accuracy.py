@@ -94,12 +94,17 @@ def preprocess_for(
     if found := get_preprocessing(model, data.shape[0]):
         return data.with_preprocessing(**found.to_kwargs() | given)
     if not {"mean", "std"} <= given.keys():
-        _LOGGER.warning(
-            "this %s does not say how its images are normalized; %s takes mean %s and std %s: if "
-            "it was trained with others, write them to it by tokenlearner.models.set_preprocessing",
-            *(type(model).__name__, f"{data.name} {data.split}", tuple(data.mean), tuple(data.std)),
-        )
+        warn_assumed(model, data)
     return data
+
+
+def warn_assumed(model: nn.Module, data: LabeledDataset) -> None:
+    """Logs how images are normalized for a model that does not say it."""
+    _LOGGER.warning(
+        "this %s does not say how its images are normalized; %s takes mean %s and std %s: if "
+        "it was trained with others, write them to it by tokenlearner.models.set_preprocessing",
+        *(type(model).__name__, f"{data.name} {data.split}", tuple(data.mean), tuple(data.std)),
+    )
 
 
 def with_model_size(config: Config, model: Any) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..utils.modules import training_mode
 
+_ONE_AT_A_TIME = threading.Lock()  # the form of attention is one for all threads
+
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
     """Counts the multiply-adds of matrix products, convolutions and attention in one forward pass.
@@ -23,7 +26,8 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # loads triton, where there is one
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _int8_flops})
-    with training_mode(model, False), torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with _ONE_AT_A_TIME, training_mode(model, False), torch.inference_mode(), plain, counter:
         model(images)
     return counter.get_total_flops() // 2
 

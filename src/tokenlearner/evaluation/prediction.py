@@ -17,7 +17,7 @@ from ..data.unlabeled import list_files, load_unlabeled
 from ..models.preprocessing import get_classes, get_input_size, get_preprocessing, size_errors
 from ..utils.modules import training_mode
 from ..utils.validation import check_count, require
-from .accuracy import eval_batch_size, mean_logits
+from .accuracy import eval_batch_size, mean_logits, warn_assumed
 
 _BATCH = 64  # files at most that are read by one process, then run together
 
@@ -75,6 +75,8 @@ def predict(
     config = DataConfig(**known)
     files = list_files(sources, videos=bool(frames), follow_links=config.follow_links)
     data = load_unlabeled(files, config, videos=bool(frames))
+    if not found and not {"mean", "std"} <= options.keys():
+        warn_assumed(model, data)
     most = min(_BATCH, eval_batch_size(data.shape, config.views * config.crops))
     return _predictions(model, data, config, top, batch_size or most)
 

@@ -23,7 +23,7 @@ from ..models.hosts import Place, find_host
 from ..models.insertion import remove
 from ..models.outputs import first_tensor, summarize_tokens
 from ..utils.modules import check_plain, clone_structure, eager_gradients, training_mode, uncompiled
-from ..utils.validation import check_above_zero, check_count, check_flag
+from ..utils.validation import check_above_zero, check_count, check_flag, require
 from .distillation import (
     BlockOutputs,
     HostFinder,
@@ -161,6 +161,7 @@ class TeacherCache:
         if not isinstance(images, Tensor) or len(images) < 2:
             got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images is {got}, expected a tensor of 2 images or more, b c h w")
+        require(bool((images != images[:1]).any()), "images are all the same; pass different ones")
         self.images = images.clone() if images.is_inference() else images
         self.first, self.whole = first, whole
         self.batch_size, self.parts = (

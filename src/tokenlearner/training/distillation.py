@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..layers.blocks import ReducedBlock
 from ..models.hosts import Place, find_host
 from ..models.outputs import first_tensor, output_tensor, outputs_logits, summarize_tokens
-from ..utils.validation import check_above_zero, check_choice
+from ..utils.validation import check_above_zero, check_choice, require
 
 DistillType = Literal["logit", "feature", "logit+feature"]
 DISTILL_TYPES = get_args(DistillType)
@@ -273,6 +273,13 @@ class Distillation(nn.Module):
             count += len(images)
         pairs = [(total / count).unbind() for total in sums]
         variances = [(square - mean**2).clamp(min=0) for mean, square in pairs]
+        require(
+            all(
+                v.mean() > 1e-12 * square.mean()
+                for v, (_, square) in zip(variances, pairs, strict=True)
+            ),
+            "the teacher's features are those of one image all the time; measure different images",
+        )
         self.variances = [variance[None].float() for variance in variances]
 
     def _features(

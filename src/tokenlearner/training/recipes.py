@@ -59,9 +59,8 @@ def check_recipe(path: Path) -> None:
         require(nodes < _MAX_NODES, f"its aliases stand for more than {_MAX_NODES:,} values")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is no recipe ({reason}); write a line `option: value` each"
-        ) from error
+        message = f"{path}: no config ({reason}); write a line `option: value` for each option"
+        raise ValueError(message) from error
 
 
 def _walk(node: Any) -> Iterator[Any]:

@@ -136,11 +136,14 @@ def open_video(path: str | Path, containers: str = VIDEO_CONTAINERS) -> InputCon
         containers: FFmpeg's names of those that are taken, with commas.
 
     Raises:
-        OSError: As in `check_regular`.
-        av.FFmpegError: It is of no such kind, or damaged.
+        OSError: As in `check_regular`, or it is in no such container.
+        av.FFmpegError: It is damaged.
     """
     import av
 
     check_regular(path)
     options = {"format_whitelist": containers, "protocol_whitelist": "file"}
-    return av.open(str(path), metadata_errors="ignore", container_options=options)
+    try:
+        return av.open(str(path), metadata_errors="ignore", container_options=options)
+    except av.ArgumentError as error:  # of the whitelist
+        raise OSError(f"it is no video in one of the containers {containers}") from error

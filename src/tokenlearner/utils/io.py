@@ -45,7 +45,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         WriteError: The system refuses to write, or no space is left.
     """
     path = Path(path).expanduser()
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    stem = path.stem if len(os.fsencode(path.name)) < 200 else f"{hash(path.name):x}"
+    temporary = path.with_name(f".{stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
