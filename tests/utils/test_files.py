@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from files import make_image, make_video
 from PIL import Image, UnidentifiedImageError
@@ -50,7 +51,7 @@ def test_no_video_opens_another_file(tmp_path: Path) -> None:
     for name, text in lists.items():
         path = tmp_path / f"{name}.mp4"
         path.write_text(text.format(secret.name))
-        with pytest.raises(OSError, match="no video"):
+        with pytest.raises((OSError, av.FFmpegError)):
             open_video(path)
     for end in ("mp4", "mkv", "avi", "mov", "mpg"):
         codec = "mpeg1video" if end == "mpg" else "mpeg4"
