@@ -22,6 +22,7 @@ PAGES = {  # files of the repository that are pages of the site
     "benchmarks/README.md": "benchmarks.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
 }
 WIDE = ("migrating.md",)  # pages that show code side by side, where a table of contents would be
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")

@@ -27,7 +27,7 @@ MISSING = "Chromium and its driver are missing; run apt-get install chromium chr
 
 
 @contextmanager
-def chromium(width: int = 1200, height: int = 900) -> Iterator[webdriver.Chrome]:
+def chromium(width: int = 1200, height: int = 900, *flags: str) -> Iterator[webdriver.Chrome]:
     """Starts the browser; CI has to have one, elsewhere the test is skipped without."""
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     driver = shutil.which("chromedriver")
@@ -35,7 +35,7 @@ def chromium(width: int = 1200, height: int = 900) -> Iterator[webdriver.Chrome]
         (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in (*FLAGS, f"--window-size={width},{height}"):
+    for flag in (*FLAGS, *flags, f"--window-size={width},{height}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))

@@ -43,10 +43,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch device for the tests that take one")
 
 
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
+def pytest_configure(config: pytest.Config) -> None:
+    """Any warning is an error in CI; elsewhere, with versions we have not seen, those of our code.
+
+    What `filterwarnings` in pyproject.toml says comes after it, and counts more.
+    """
+    every, ours = "error", "error:::tokenlearner"
+    config.getini("filterwarnings").insert(0, every if os.environ.get("CI") else ours)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets `-m device` choose the tests that run on the device named by --device."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
     """The device named by --device; the test is skipped when this machine lacks it."""
-    device = torch.device(request.config.getoption("--device"))
+    device = torch.device(pytestconfig.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return device

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,19 @@ def test_a_damaged_file_is_refused_by_name(suffix: str, data: bytes, tmp_path: P
     file.write_bytes(data)
     with pytest.raises(ValueError, match=f"{file} .*(cut off|damaged|read)"):
         read_weights(file)
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2**20)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["a"].numel() == 2**20
+    with pytest.raises(ValueError, match="compressed"):
+        read_weights(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, torch.ones(2), [torch.ones(2)], {}], ids=str)

@@ -21,6 +21,7 @@ from tiny import randomized
 from tokenlearner import attention_maps, create_model, load_data, remove
 from tokenlearner.commands._inputs import InputPipeline
 from tokenlearner.commands.app import inference
+from tokenlearner.commands.app.addresses import reachable
 from tokenlearner.commands.app.inference import Prediction, measure_cost, predict
 from tokenlearner.commands.app.models import (
     WITHOUT_CHECKPOINT,
@@ -28,7 +29,7 @@ from tokenlearner.commands.app.models import (
     load_offered,
     offered_sources,
 )
-from tokenlearner.commands.app.server import AppConfig, _reachable, serving
+from tokenlearner.commands.app.server import AppConfig, serving
 from tokenlearner.commands.app.uploads import UploadLimits
 from tokenlearner.commands.app.view import map_images, map_notes, map_numbers
 from tokenlearner.commands.maps import compute_maps
@@ -103,7 +104,7 @@ def test_the_models_of_a_folder_or_of_paths_are_offered_and_a_missing_one_is_ref
     monkeypatch.chdir(demo.parent)
     assert [*offered_sources([])] == [*expected]
     same_name = [str(demo / "vit"), str(shutil.copytree(demo / "vit", tmp_path / "vit"))]
-    assert [*offered_sources(same_name).values()] == same_name
+    assert offered_sources(same_name) == dict(zip(("vit", "vit (2)"), same_name, strict=True))
     with pytest.raises(ValueError, match="nowhere"):
         load_offered(["nowhere"], "cpu")
 
@@ -288,6 +289,32 @@ def test_of_a_broken_file_a_message_is_all_that_is_shown(page: AppPage, tmp_path
     assert [*page.measure(shown[page.state])] == [page.cost_notes]
 
 
+def test_a_file_that_is_refused_is_deleted_unless_another_model_may_take_it(
+    page: AppPage, clips: OfferedModel, tmp_path: Path
+) -> None:
+    broken, whole = tmp_path / "a" / "a.png", tmp_path / "b" / "b.png"
+    for path in (broken, whole):
+        path.parent.mkdir()
+    broken.write_bytes(b"no image")
+    assert page.look(TL4, str(broken), None)[page.file] is None
+    assert not broken.parent.exists()
+    for_clips = make_page(clips)
+    assert for_clips.file not in for_clips.look("clips", str(make_image(whole)), None)
+    assert whole.exists()
+
+
+def test_no_folder_of_the_server_is_in_a_message(
+    page: AppPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError(f"{tmp_path}/inner/mine.png cannot be read")
+
+    monkeypatch.setattr("tokenlearner.commands.app.page.predict", fail)
+    status = page.look(TL4, None, None)[page.status]
+    assert str(tmp_path) not in status
+    assert "mine.png cannot be read" in status
+
+
 def test_an_unexpected_error_is_printed_to_the_terminal_only(
     page: AppPage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,7 +360,7 @@ def test_options_out_of_range_are_refused_and_by_default_only_this_computer_is_s
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "127.0.0.1", "::1"])
 def test_the_address_that_is_printed_can_be_opened(host: str) -> None:
-    address = ip_address(_reachable(host).strip("[]").replace("localhost", "127.0.0.1"))
+    address = ip_address(reachable(host).strip("[]").replace("localhost", "127.0.0.1"))
     assert not address.is_unspecified
     assert address.is_loopback or host in ("0.0.0.0", "::")
 

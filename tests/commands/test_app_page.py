@@ -12,7 +12,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -49,7 +52,7 @@ app(AppConfig(sys.argv[1:], max_upload_mib=1, max_pixels=1_000_000))
 @contextmanager
 def server(room: Path, *models: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A page in a process of its own, whose temporary files are in a folder; and its address."""
-    room.mkdir()
+    room.mkdir(exist_ok=True)
     with subprocess.Popen(
         [sys.executable, "-c", SERVER, *map(str, models)],
         env=os.environ | {"TMPDIR": str(room)},
@@ -207,26 +210,88 @@ def test_a_bad_file_gives_a_message_and_the_page_goes_on(page: Any, tmp_path: Pa
     assert all(source.startswith(("http://127.0.0.1", "data:")) for source in sources)
 
 
-def test_files_of_the_server_are_neither_served_nor_passed_off_as_uploads(address: str) -> None:
-    for file in ("/etc/passwd", __file__, "pyproject.toml"):
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(f"{address}gradio_api/file={file}")
-        caught.value.close()
-        assert caught.value.code in (403, 404)
+def send(url: str, body: bytes | None = None, **headers: str) -> int:
+    """Sends a request as another program or site would; returns the answer's status."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, named), timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def event_of(address: str, path: str) -> bytes:
+    """What the page sends when a file was uploaded."""
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)
     [uploading] = [
         one for one in config["dependencies"] if any(t[1] == "upload" for t in one["targets"])
     ]
-    golden = str(Path(__file__).parents[1] / "golden")
-    path = {"path": golden, "meta": {"_type": "gradio.FileData"}}
-    body = {"data": ["learned", path, None], "fn_index": uploading["id"], "session_hash": "x"}
-    kind, join = {"Content-Type": "application/json"}, f"{address}gradio_api/queue/join"
-    urllib.request.urlopen(urllib.request.Request(join, json.dumps(body).encode(), kind)).close()
-    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=x") as events:
-        events_data = [json.loads(line[6:]) for line in events if line.startswith(b"data: ")]
-    [done] = [one for one in events_data if one["msg"] == "process_completed"]
-    assert done["success"] is False
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    data = {"data": ["learned", file, None], "fn_index": uploading["id"], "session_hash": "x"}
+    return json.dumps(data).encode()
+
+
+def multipart(content: bytes) -> tuple[bytes, dict[str, str]]:
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    return head + content + b"\r\n--x--\r\n", {"Content_Type": "multipart/form-data; boundary=x"}
+
+
+def test_strangers_get_nothing_leave_nothing_and_make_the_server_fetch_nothing(
+    tmp_path: Path,
+) -> None:
+    room = tmp_path / "room"
+    with server(room, MINI) as (address, process):
+        join, upload = (f"{address}gradio_api/{path}" for path in ("queue/join", "upload"))
+        for file in ("/etc/passwd", __file__, "pyproject.toml", "http://192.0.2.1/a.png"):
+            assert send(f"{address}gradio_api/file={file}") == 404
+        golden = str(Path(__file__).parents[1] / "golden")
+        json_type = {"Content_Type": "application/json"}
+        for path in ("http://192.0.2.1/a.png", "https://example.org/a.png", golden):
+            assert send(join, event_of(address, path), **json_type) == 403
+        body, kind = multipart(b"small")
+        for name in ("Host", "Origin"):
+            stranger = {name: "evil.test" if name == "Host" else "http://evil.test"}
+            assert send(upload, body, **kind, **stranger) == 403
+        assert send(f"{address}config", Host="evil.test") == 403
+        too_large, kind = multipart(bytes(2**20 + 1))
+        assert send(upload, too_large, **kind) == 413
+        assert [path for path in room.glob("*/files/**/*") if path.is_file()] == []
+        assert send(upload, body, **kind) == 200
+        assert len([*room.glob("*/files/*/a.png")]) == 1
+        process.kill()
+        _, errors = process.communicate(timeout=SECONDS)
+    assert "connects" not in errors
+    assert "looks up" not in errors
+    with server(room, MINI):
+        assert [*room.glob("*/files/*/a.png")] == []
+
+
+def test_a_page_of_another_site_neither_writes_here_nor_becomes_this_one(tmp_path: Path) -> None:
+    room, resolved = tmp_path / "room", "--host-resolver-rules=MAP evil.test 127.0.0.1"
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with (
+        server(room, MINI) as (address, _),
+        ThreadingHTTPServer(("127.0.0.1", 0), handler) as other,
+        chromium(1200, 900, resolved) as browser,
+    ):
+        Thread(target=other.serve_forever, daemon=True).start()
+        browser.get(f"http://evil.test:{other.server_port}/")
+        sent = browser.execute_async_script(
+            "const [url, done] = arguments, form = new FormData();"
+            "form.append('files', new File(['a'.repeat(1e5)], 'a.png'));"
+            "fetch(url, {method: 'POST', mode: 'no-cors', body: form}).then("
+            "answer => done(answer.type), error => done(String(error)))",
+            f"{address}gradio_api/upload",
+        )
+        assert sent == "opaque"  # it arrived, and was refused
+        assert [path for path in room.glob("*/files/**/*") if path.is_file()] == []
+        browser.get(address.replace("127.0.0.1", "evil.test"))
+        assert "does not answer under this name" in browser.execute_script(TEXT)
+        browser.get(address.replace("127.0.0.1", "localhost"))
+        until(browser, lambda text: "T-shirt/top: " in text)
+        other.shutdown()
 
 
 # --- for everybody ------------------------------------------------------------------------------
@@ -277,7 +342,7 @@ def test_the_server_ends_cleanly_leaves_nothing_and_connects_nowhere(
         until(browser, lambda text: "T-shirt/top: " in text)
         upload(browser, mine)
         until(browser, lambda text: "mine.jpg:" in text)
-        assert len([*room.glob("*/*/mine.jpg")]) == 1
+        assert len([*room.glob("*/files/*/mine.jpg")]) == 1
         time.sleep(3)  # what is asked of other servers may be asked from a thread
         process.send_signal(number)
         said, errors = process.communicate(timeout=SECONDS)

@@ -84,14 +84,31 @@ def test_names_of_classes_count_in_one_form_of_unicode(tmp_path: Path) -> None:
     refused(tmp_path, r"cafe\\u0301' and 'caf\\xe9' are one name", "val")
 
 
-def test_a_class_folder_may_be_a_link_and_a_link_that_leads_back_does_not_hang_or_repeat(
-    tmp_path: Path,
-) -> None:
+def test_a_link_that_leads_back_does_not_hang_or_repeat(tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere" / "0.png")
     (tmp_path / "train").mkdir()
     os.symlink(tmp_path / "elsewhere", tmp_path / "train" / "a")
     os.symlink(tmp_path / "train" / "a", tmp_path / "elsewhere" / "again")
     assert len(list_labeled_files(tmp_path, "train", ENDS)[0]) == 1
+
+
+@pytest.mark.parametrize("what", ["a folder", "a file", "a list", "a list of links"])
+def test_files_out_of_the_root_are_taken_on_request_only(what: str, tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside" / "0.png"
+    touch(outside, root / "train" / "b" / "1.png")
+    if what == "a folder":
+        os.symlink(outside.parent, root / "train" / "a")
+    else:
+        (root / "train" / "a").mkdir()
+        os.symlink(outside, root / "train" / "a" / "0.png")
+    if what.startswith("a list"):
+        named = outside if what == "a list" else "train/a/0.png"
+        make_lists(root, f"path,label\n{named},a\ntrain/b/1.png,b\n")
+    os.symlink(root, tmp_path / "moved")  # the root itself may be a link
+    for place in (root, tmp_path / "moved"):
+        with pytest.raises(ValueError, match=f"{outside.parent}.*follow_links"):
+            list_labeled_files(place, "train", ENDS)
+        assert len(list_labeled_files(place, "train", ENDS, follow_links=True)[0]) == 2
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])

@@ -230,7 +230,9 @@ def test_only_one_image_is_opened_when_a_set_is_loaded(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, real = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path: (opened.append(path), real(path))[1])
+    monkeypatch.setattr(
+        Image, "open", lambda path, **options: (opened.append(path), real(path, **options))[1]
+    )
     load(root)
     assert len(opened) == 1
 

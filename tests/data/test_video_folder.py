@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from files import make_image
+from files import make_image, make_video
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
@@ -26,6 +26,7 @@ from tokenlearner.data.config import DataConfig
 from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.video_folder import VideoFolderDataset
+from tokenlearner.utils.limits import SECONDS, VARIABLE
 
 N = 30  # frames of a numbered video
 SMALL = {"img_size": 8, "frames": 4, "stride": 2}
@@ -485,3 +486,17 @@ def test_a_picture_that_belongs_to_a_file_of_sound_is_no_video(tmp_path: Path) -
             container.mux(cover.encode())
     with pytest.raises(ValueError, match="no video stream"):
         load_data("video-folder", root=tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize(("variable", "value"), [(VARIABLE, "0.000001"), (SECONDS, "1e-8")])
+def test_huge_and_endless_videos_are_unreadable_unless_the_limit_is_raised(
+    variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(tmp_path / "0.mp4")
+    data = VideoFolderDataset("v", "test", (str(path),), torch.zeros(1), ("",), DataConfig())
+    clip = data.load(0)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UnreadableFile, match=variable):
+        data.load(0)
+    monkeypatch.setenv(variable, "60")
+    assert data.load(0).equal(clip)

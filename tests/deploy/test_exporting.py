@@ -176,6 +176,16 @@ def test_saving_a_model_leaves_it_as_it_was(vit: Any, tmp_path: Path) -> None:
     assert snapshot(vit) == before
 
 
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=slow)])
+def test_a_model_on_the_chosen_device_is_exported(
+    suffix: str, tmp_path: Path, device: torch.device
+) -> None:
+    model, images = small_vit(num_tokens=2).to(device), torch.randn(3, 1, 28, 28, device=device)
+    made = export(model, tmp_path / f"model{suffix}", images, tolerance=1e-2, rounds=2)
+    out = load_exported(made.path, device)(images)
+    torch.testing.assert_close(out.to(device), logits(model, images), rtol=1e-2, atol=1e-2)
+
+
 def test_the_model_runs_in_evaluation_mode_and_is_left_in_its_own(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Dropout(0.9), Affine().requires_grad_(False), nn.Linear(2, 2).eval())
     before = snapshot(model)

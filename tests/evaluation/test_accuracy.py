@@ -47,9 +47,9 @@ def test_the_numbers_are_the_share_of_images_that_are_right_and_the_mean_cross_e
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 500])
-def test_the_batch_size_changes_nothing(batch_size: int) -> None:
+def test_the_batch_size_changes_nothing(batch_size: int, device: torch.device) -> None:
     data = make_images([0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 0, 1])
-    result = evaluate(Brightness(), data, batch_size)
+    result = evaluate(Brightness().to(device), data, batch_size)
     assert (result.images, result.top1_percent) == (7, pytest.approx(500 / 7))
 
 

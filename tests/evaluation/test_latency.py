@@ -33,12 +33,13 @@ def test_macs_of_a_product_are_its_three_sizes() -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_macs_count_attention_whether_it_is_fused_or_not(fused: bool) -> None:
-    model = create_model("vit_mini_patch4_28", depth=1)
+def test_macs_count_attention_whether_it_is_fused_or_not(fused: bool, device: torch.device) -> None:
+    model = create_model("vit_mini_patch4_28", depth=1).to(device)
     model.blocks[0].attn.fused_attn = fused
     n, c = 49, 64
     block = 12 * n * c * c + 2 * n * n * c
-    assert count_macs(model, torch.ones(1, 1, 28, 28)) == 16 * n * c + block + 10 * c
+    images = torch.ones(1, 1, 28, 28, device=device)
+    assert count_macs(model, images) == 16 * n * c + block + 10 * c
 
 
 def test_a_model_that_does_more_is_slower_and_the_first_is_1() -> None:
@@ -48,9 +49,9 @@ def test_a_model_that_does_more_is_slower_and_the_first_is_1() -> None:
     assert costs["ten"].gmacs == pytest.approx(10 * costs["one"].gmacs)
 
 
-def test_peak_memory_counts_what_is_alive_at_once() -> None:
-    size = 512 * 256 * 4 / 2**20
-    cost = benchmark({"four": Repeated(4)}, torch.ones(512, 256), rounds=2)["four"]
+def test_peak_memory_counts_what_is_alive_at_once(device: torch.device) -> None:
+    size, x = 512 * 256 * 4 / 2**20, torch.ones(512, 256, device=device)
+    cost = benchmark({"four": Repeated(4).to(device)}, x, rounds=2)["four"]
     assert cost.peak_memory_mib == pytest.approx(2 * size)  # a product's input and output
     assert cost.training_peak_memory_mib > 4 * size  # all of them wait for the backward pass
 

@@ -53,8 +53,11 @@ def test_there_are_maps_on_the_grid_for_every_block_that_learns_tokens(
 @both_ways
 @each_learner
 @torch.no_grad()
-def test_maps_are_those_of_what_the_block_was_given(learner: str, fuse: bool) -> None:
-    model, x = insert(vit(reg_tokens=2), 3, 1, learner=learner, fuse=fuse), images()
+def test_maps_are_those_of_what_the_block_was_given(
+    learner: str, fuse: bool, device: torch.device
+) -> None:
+    model = insert(vit(reg_tokens=2).double().to(device), 3, 1, learner=learner, fuse=fuse)
+    x = images().double().to(device)
     maps = attention_maps(model, x)
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     for i, block in enumerate(model.blocks):

@@ -105,11 +105,13 @@ def test_other_dtypes_are_kept_and_close_to_float32(
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @each_module
 @torch.no_grad()
-def test_autocast_gives_the_dtype_of_the_input(make: Make, dtype: torch.dtype) -> None:
+def test_autocast_gives_the_dtype_of_the_input(
+    make: Make, dtype: torch.dtype, device: torch.device
+) -> None:
     module = make(24, 4) if make in LEARNERS.values() else randomized(make(24, 4))
-    inputs = inputs_for(module, torch.randn(2, 14, 14, 24))
-    exact = module(*inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    inputs = [value.to(device) for value in inputs_for(module, torch.randn(2, 14, 14, 24))]
+    exact = module.to(device)(*inputs)
+    with torch.autocast(device.type, torch.bfloat16):
         result = module(*inputs[:-1], inputs[-1].to(dtype))
     assert result.dtype == dtype
     assert 0 < relative_error(result, exact) < 4e-2
@@ -138,15 +140,19 @@ def test_a_used_module_can_be_copied(make: Make, duplicate: Callable | None) -> 
 
 
 @each_module
-@torch.no_grad()
-def test_the_output_on_the_chosen_device_is_that_on_the_cpu(
+def test_output_and_gradients_on_the_chosen_device_are_those_on_the_cpu(
     make: Make, device: torch.device
 ) -> None:
     module = randomized(make(9, 4).double())
     inputs = inputs_for(module, uneven(2, 5, 7, 9))
-    expected = module(*inputs)
-    result = module.to(device)(*(value.to(device) for value in inputs))
-    torch.testing.assert_close(result.cpu(), expected)
+    results = []
+    for place in ("cpu", device):
+        values = [value.detach().to(place).requires_grad_() for value in inputs]
+        result = module.to(place)(*values)
+        weights = torch.linspace(-1, 1, result.numel()).to(result).reshape(result.shape)
+        gradients = torch.autograd.grad((result * weights).sum(), [*values, *module.parameters()])
+        results.append([value.cpu() for value in (result, *gradients)])
+    torch.testing.assert_close(results[1], results[0])
 
 
 COMPILED = [("v1_mean", "eager"), ("linear", "eager")]

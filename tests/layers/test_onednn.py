@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
@@ -242,6 +243,21 @@ def test_it_and_its_copies_take_part_without_gradients_too(
         torch.testing.assert_close(layer(X), plain(X), rtol=1e-5, atol=1e-5)
         assert products(lambda: twin(X)) == products(lambda: layer(X)) == 1
         assert torch.equal(twin(X), layer(X))
+
+
+def test_adapters_of_peft_around_its_layers_give_the_same_and_learn() -> None:
+    plain = with_a_head(insert(create_model(MINI), 8, at=3))
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(1)
+    expected = get_peft_model(copy.deepcopy(plain), config)
+    torch.manual_seed(1)
+    adapted = get_peft_model(use_onednn(plain), config)
+    x, of = torch.randn(2, 1, 28, 28), torch.randn(2, 10)
+    (out, wanted), (fast, found) = gradients(expected, x, of), gradients(adapted, x, of)
+    torch.testing.assert_close(fast, out, rtol=1e-5, atol=1e-5)
+    for one, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5 * float(right.abs().max() + 1))
+    assert products(lambda: adapted(x)) > 0
 
 
 def test_a_saved_model_is_the_plain_one_and_tokens_can_be_removed(tmp_path: Path) -> None:

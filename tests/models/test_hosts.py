@@ -412,10 +412,11 @@ def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fuse", [True, False])
 @one_of_each_kind
 @torch.no_grad()
-def test_torch_compile_takes_the_whole_graph_of_a_fused_model_and_lowers_it(name: str) -> None:
-    model = inserted(name, fuse=True)
+def test_torch_compile_takes_the_whole_graph_and_lowers_it(name: str, fuse: bool) -> None:
+    model = inserted(name, fuse=fuse)
     inputs = FAMILIES[name].inputs(model)
     out = run(compiled(model, "aot_eager"), inputs)
     torch.testing.assert_close(out, run(model, inputs), rtol=1e-4, atol=1e-4)

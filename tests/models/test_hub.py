@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +87,39 @@ def test_the_config_names_no_source_of_other_weights(tmp_path: Path) -> None:
     assert cfg["label_names"] == ["a"] * 5
     save_model(changed(model, 4), tmp_path)
     assert "label_names" not in config_of(tmp_path)["pretrained_cfg"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("crop_pct", value) for value in (1e-5, "1", 3, float("nan"))],
+        *[("mean", value) for value in ("abc", [float("inf")], 1)],
+        *[("std", value) for value in ([0.0], [-1.0], [[1]])],
+        *[("input_size", value) for value in ([1, 200_000, 200_000], [28], "1", [1, 28, 0.5])],
+        *[("interpolation", "x"), ("crop_mode", 3), ("license", ["x"] * 9)],
+        *[("label_names", value) for value in ("abc", [["a"]], ["a" * 10**6], 3)],
+    ],
+)
+def test_a_config_out_of_bounds_is_refused_by_name(key: str, value: Any, tmp_path: Path) -> None:
+    save_model(small(), tmp_path)
+    config = config_of(tmp_path)
+    config["pretrained_cfg"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config\.json: {key} is "):
+        load_model(tmp_path)
+
+
+def test_a_config_gives_no_orders(tmp_path: Path) -> None:
+    save_model(small(), tmp_path)
+    config = config_of(tmp_path)
+    orders = {"url": "http://x", "file": "/x", "hf_hub_id": "a/b", "custom_load": True, "x": 1}
+    config["pretrained_cfg"] |= orders | {"first_conv": "evil", "crop_pct": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model: Any = load_model(tmp_path)
+    taken = {key: model.pretrained_cfg.get(key) for key in (*orders, "first_conv")}
+    plain: Any = small()
+    assert taken == {key: plain.pretrained_cfg.get(key) for key in (*orders, "first_conv")}
+    assert model.pretrained_cfg["crop_pct"] == 0.5
 
 
 # --- folders -----------------------------------------------------------------------------------
@@ -235,6 +269,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     api = "huggingface_hub.HfApi"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenlearner.models.hub.hf_hub_download", hub.download)
+    monkeypatch.setattr("tokenlearner.models.hub_access._is_reachable", lambda: True)
     monkeypatch.setattr(f"{api}.create_repo", lambda *a, **k: hub.create_repo(*a, **k))
     monkeypatch.setattr(f"{api}.upload_folder", lambda *a, **k: hub.upload_folder(*a, **k))
     monkeypatch.setattr(f"{api}.file_exists", lambda *a, **k: hub.readme)
@@ -333,6 +368,29 @@ def test_other_paths_are_never_asked_of_the_hub(path: str | Path, hub: Hub) -> N
     assert hub.calls == []
 
 
+def test_a_name_in_a_folder_here_is_not_asked_of_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cwd" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    with pytest.raises(ValueError, match=r"no runs/x, .* hf-hub:runs/x"):
+        load_model("runs/x")
+    assert hub.calls == []
+    with pytest.raises(ValueError, match="from the Hub"):
+        load_model("hf-hub:runs/x")
+    assert len(hub.calls) == 1
+
+
+def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = Event()
+    monkeypatch.setattr("tokenlearner.models.hub.hf_hub_download", lambda *_, **__: ends.wait(60))
+    monkeypatch.setattr("tokenlearner.models.hub._SECONDS", 0.1)
+    monkeypatch.setattr("tokenlearner.models.hub_access._is_reachable", lambda: True)
+    with pytest.raises(ValueError, match=r"within 0\.1 seconds"):
+        load_model("hf-hub:me/mini")
+    ends.set()
+
+
 @pytest.mark.parametrize("config", ['{"architecture": "resnet18"}', "[]", "{"])
 def test_a_model_of_others_is_refused_before_its_weights_are_fetched(config: str, hub: Hub) -> None:
     (hub.root / "timm/net").mkdir(parents=True)
@@ -352,6 +410,12 @@ def test_a_repository_without_weights_and_two_revisions_are_refused(hub: Hub) ->
 
 
 # --- the card ----------------------------------------------------------------------------------
+
+
+def test_a_card_shows_names_as_text() -> None:
+    card = model_card(small(), {"<b>[x](y)|\x1b[31m`": {"$a_b$": 0.5}})
+    assert r"\<b\>\[x\](y)\|\\x1b\[31m\`" in card
+    assert r"| \$a_b\$ | 0.5 |" in card
 
 
 def test_a_card_says_what_the_model_is() -> None:

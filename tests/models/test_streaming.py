@@ -21,8 +21,9 @@ def live(**kwargs: Any) -> FrameViT:
 
 @pytest.mark.parametrize("learner", ["v1", "v11", "grouped"])
 @torch.no_grad()
-def test_streaming_equals_the_whole_clip_at_every_frame(learner: str) -> None:
-    model, video = live(learner=learner), torch.randn(2, 3, 6, 16, 16)
+def test_streaming_equals_the_whole_clip_at_every_frame(learner: str, device: torch.device) -> None:
+    model = live(learner=learner).double().to(device)
+    video = torch.randn(2, 3, 6, 16, 16).double().to(device)
     stream = TokenStream(model)
     for i in range(6):
         out = stream.push(video[:, :, i])

@@ -283,6 +283,19 @@ def test_intermediates_are_what_comes_out_of_the_blocks(
         torch.testing.assert_close(maps, [as_maps(name, f) for f in flat])
 
 
+@pytest.mark.parametrize("name", ["vit-class-token", "vit-class-token-fuser"])
+@torch.no_grad()
+def test_class_tokens_come_beside_the_intermediates_that_ask_for_them(name: str) -> None:
+    model, x, kept = tiny(name), inputs(name), []
+    hooks = [b.register_forward_hook(lambda *a: kept.append(a[-1])) for b in model.blocks]
+    ask = {"intermediates_only": True, "output_fmt": "NLC"}
+    pairs = model.forward_intermediates(x, return_prefix_tokens=True, **ask)
+    for hook in hooks:
+        hook.remove()
+    for (tokens, prefix), out in zip(pairs, kept, strict=True):
+        torch.testing.assert_close(torch.cat([prefix, tokens], 1), out)
+
+
 @each_with_intermediates
 @torch.no_grad()
 def test_maps_of_chosen_blocks_run_no_block_behind_them(name: str) -> None:
@@ -391,8 +404,8 @@ def test_copies_and_a_strict_round_trip_give_the_same_numbers(name: str) -> None
 
 @each_model
 @torch.no_grad()
-def test_bfloat16_is_close_to_float32(name: str) -> None:
-    model, x = MODELS[name]().eval(), inputs(name)
+def test_bfloat16_is_close_to_float32(name: str, device: torch.device) -> None:
+    model, x = MODELS[name]().eval().to(device), inputs(name).to(device)
     nn.init.normal_(model.head.weight)
     for block in model.blocks:
         if isinstance(block, FusedBlock):

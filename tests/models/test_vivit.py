@@ -60,9 +60,10 @@ def tokens_by_blocks(
 @each_learner
 @torch.no_grad()
 def test_the_learner_runs_on_each_frame_and_the_blocks_on_all_of_them(
-    learner: str, fuse: bool
+    learner: str, fuse: bool, device: torch.device
 ) -> None:
-    model, x = tiny(learner=learner, fuse=fuse), clips()
+    model = tiny(learner=learner, fuse=fuse).double().to(device)
+    x = clips().double().to(device)
     tokens = model.norm(tokens_by_blocks(model, x)[-1])
     assert tokens.shape == (2, T * (N if fuse else 4), 16)
     torch.testing.assert_close(model(x), model.head(tokens.mean(dim=1)))

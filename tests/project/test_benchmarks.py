@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -192,6 +193,55 @@ def test_scaling_measures_draws_and_goes_on_where_it_stopped(
     monkeypatch.setattr(script, "measure", lambda *_: pytest.fail("measured again"))
     _, again = table(run(script, options))
     assert again == rows
+
+
+SLOWER = "modules training tf32 larger stream compiled compiled-modules compiled-training"
+
+
+@pytest.mark.parametrize(
+    "tables", ["ceilings models calibrate", pytest.param(SLOWER, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("script", ["gpu"], indirect=True)
+def test_gpu_fills_all_tables_at_the_size_of_a_toy(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # at once
+    out = tmp_path / "gpu.json"
+    run(script, f"--device cpu --time 1000 --tables {tables} --out {out}")
+    found = json.loads(out.read_text())["tables"]
+    assert [*found] == tables.split()
+    assert all(t["rows"] and not (t["failed"] or t["left_out"]) for t in found.values())
+    report = run(script, f"--markdown {out}")
+    assert report.count("\n| --- ") == len(found)
+
+
+@pytest.mark.parametrize("script", ["gpu"], indirect=True)
+def test_gpu_reports_what_fails_and_what_is_left_out(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(fails: bool) -> Any:
+        yield {"row": "one", "ms": 1.0}
+        if fails:
+            raise torch.OutOfMemoryError("no memory")
+
+    jobs = {name: script.Job(name, lambda name=name: rows(name == "b"), 1.0) for name in "abc"}
+    late = script.Job("late", lambda: rows(False), 1e6)
+    table = script.Table("A table", 1.0, lambda _: [late, *jobs.values()])
+    monkeypatch.setitem(script.TABLES, "stream", table)
+    with pytest.raises(SystemExit, match="some rows failed"):
+        run(script, f"--device cpu --tables stream --out {tmp_path / 'gpu.json'}")
+    (found,) = json.loads((tmp_path / "gpu.json").read_text())["tables"].values()
+    assert found["failed"] == {"b": "OutOfMemoryError: no memory"}
+    assert (len(found["rows"]), found["left_out"]) == (3, ["late"])
+    report = run(script, f"--markdown {tmp_path / 'gpu.json'}")
+    assert "Failed: b: OutOfMemoryError" in report
+    assert "Left out for time: late." in report
+
+
+@pytest.mark.parametrize("script", ["gpu_tables"], indirect=True)
+def test_the_textbook_form_of_the_fuser_gives_the_same(script: ModuleType) -> None:
+    forms, _ = script.fuser_forms("fuser", x := torch.randn(2, 5, 7, 16))
+    torch.testing.assert_close(forms["textbook"](x), forms["ours"](x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("script", MEASURING, indirect=True)

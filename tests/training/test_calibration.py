@@ -174,6 +174,18 @@ def test_the_error_falls_and_the_output_comes_closer_to_the_hosts(name: str) -> 
     assert near < far
 
 
+@each_calibrated
+def test_learners_are_calibrated_on_the_chosen_device_as_on_the_cpu(
+    name: str, device: torch.device
+) -> None:
+    model, expected = inserted(name).to(device), run(name).done
+    images = make_images(CASES[name].clips).to(device)
+    done = calibrate(model, images, steps=STEPS, batch_size=16, lr=LR)
+    assert {p.device.type for p in model.parameters()} == {device.type}
+    assert done.error_before == pytest.approx(expected.error_before, rel=0.02)
+    assert done.error_after == pytest.approx(expected.error_after, rel=0.1)
+
+
 def hooks(model: nn.Module) -> list[int]:
     return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 

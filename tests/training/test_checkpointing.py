@@ -7,6 +7,9 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -17,6 +20,7 @@ from typing import Any
 import pytest
 import running
 import torch
+from files import make_image_folder
 from safetensors.torch import load_file
 from tiny import same
 
@@ -158,15 +162,60 @@ def test_a_signal_leaves_a_checkpoint_of_that_step(
     assert same(weights(tmp_path / "run"), weights(whole))
 
 
-def test_a_second_interrupt_interrupts_and_afterwards_signals_mean_what_they_meant() -> None:
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_second_signal_ends_the_process_and_afterwards_signals_mean_what_they_meant(
+    number: signal.Signals, end: type[BaseException]
+) -> None:
     numbers = signal.SIGTERM, signal.SIGINT
     before = [signal.getsignal(number) for number in numbers]
     with handle_signals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), number)  # the launcher's, to the group
+            stop.time -= 2
+        with pytest.raises(end):
+            os.kill(os.getpid(), number)
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+HANGS = """
+import os, sys, time
+from torch.utils.data import get_worker_info
+from tokenlearner.commands.main import main
+from tokenlearner.data.image_folder import ImagePaths
+
+real = ImagePaths.open
+def opened(self, number):
+    if get_worker_info() and os.path.exists(sys.argv[1]):
+        print("reading", flush=True)
+        time.sleep(1000)
+    return real(self, number)
+ImagePaths.open = opened
+main(sys.argv[2:])
+"""
+
+OPTIONS = "--model vit_mini_patch4_28 --img_size 28 --batch_size 2 --epochs 9 --device cpu"
+
+
+@pytest.mark.slow
+def test_two_signals_end_a_run_whose_reader_hangs(tmp_path: Path) -> None:
+    make_image_folder(tmp_path / "data", "ab")
+    where = f"--data folder --root {tmp_path}/data --out {tmp_path}/run --workers 1"
+    command = ["train", *where.split(), *OPTIONS.split()]
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGS, f"{tmp_path}/run/metrics.jsonl", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert any("reading" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(1.5)
+        assert process.poll() is None  # it would save behind the step
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -190,11 +190,14 @@ def pair() -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("kind", DISTILL_TYPES)
-def test_the_loss_is_that_of_its_kind(kind: str, pair: tuple[nn.Module, nn.Module]) -> None:
-    (host, student), x = pair, images()
+def test_the_loss_is_that_of_its_kind(
+    kind: str, pair: tuple[nn.Module, nn.Module], device: torch.device
+) -> None:
+    host, student = (model.double().to(device) for model in pair)
+    x = images().double().to(device)
     output, loss = Distillation(host, kind, temperature=2.0)(student, x)
     ours, theirs = (forward_with_features(model, x, 1) for model in (student, host))
-    expected = torch.zeros(())
+    expected = torch.zeros((), device=device)
     if "logit" in kind:
         expected = expected + logit_loss(student(x), host(x), 2.0)
     if "feature" in kind:

@@ -32,7 +32,7 @@ def small_data() -> Iterator[None]:
 def small(out: Path, **changes: Any) -> TrainConfig:
     """Learned tokens for a model that is built new, on labels."""
     options = {"model_kwargs": TINY, "num_tokens": 2, "epochs": 2, "lr": 1e-2, "batch_size": 16}
-    options |= {"log_interval": 1, "warmup_epochs": 0.0}
+    options |= {"log_interval": 1, "warmup_epochs": 0.0, "device": "cpu"}
     return TrainConfig(**{"out": str(out), **options, **changes})
 
 
@@ -119,10 +119,9 @@ def test_a_card_that_was_edited_is_kept(config: TrainConfig) -> None:
     assert readme.read_text() == "Mine."
 
 
-def test_training_learns_what_the_images_show(config: TrainConfig) -> None:
-    history = train(
-        changed(config, model_kwargs=None, epochs=3, lr=3e-3, warmup_epochs=1.0)
-    ).history
+def test_training_learns_what_the_images_show(config: TrainConfig, device: torch.device) -> None:
+    options = {"model_kwargs": None, "epochs": 3, "lr": 3e-3, "warmup_epochs": 1.0}
+    history = train(changed(config, **options, device=str(device))).history
     assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
     assert history[-1]["test_top1_percent"] > 80
 
@@ -213,14 +212,19 @@ def vector(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_an_insertion_is_calibrated_trained_and_read_back(
-    fuse: bool, hosts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fuse: bool,
+    hosts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
 ) -> None:
     setup = import_module("tokenlearner.training.setup")
     monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
     rows: list[dict[str, Any]] = []
-    result = train(inserting(tmp_path / "run", hosts, fuse=fuse, calibrate=20), rows.append)
-    images, _ = next(quarter_images("x", "test").batches(8))
-    loaded = load_model(tmp_path / "run")
+    options = {"fuse": fuse, "calibrate": 20, "device": str(device)}
+    result = train(inserting(tmp_path / "run", hosts, **options), rows.append)
+    images = next(quarter_images("x", "test").batches(8))[0].to(device)
+    loaded = load_model(tmp_path / "run").to(device)
     assert wrapped_blocks(loaded)[1].learner.num_tokens == 4
     torch.testing.assert_close(loaded(images), result.model(images), rtol=0, atol=0)
     # the calibration comes first, is reported, and written as returned
@@ -235,7 +239,7 @@ def test_an_insertion_is_calibrated_trained_and_read_back(
     assert result.host is not None
     assert not result.host.training
     assert all(p.requires_grad for p in result.host.parameters())
-    assert torch.equal(vector(result.host), vector(load_model(hosts / "host")))
+    assert torch.equal(vector(result.host).cpu(), vector(load_model(hosts / "host")))
 
 
 def test_calibrating_can_be_left_out_and_the_number_of_images_be_given(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..utils.io import check_downloaded
+from ..utils.files import check_downloaded, read_json, read_torch
 from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .flax_msgpack import as_tensor, check_file, find_params, read_flax, without_params
@@ -91,7 +89,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors ({_reason(error)}), and reading that would execute "
@@ -120,9 +118,9 @@ def _tensors(content: Any) -> dict[str, Tensor]:
 def _read_index(path: Path) -> dict[str, Tensor]:
     """Reads the files that an index of several, as Hugging Face writes it, lists."""
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = read_json(path)["weight_map"]
         names = sorted({Path(name).name for name in files.values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of files of weights ({error!r})") from error
     weights: dict[str, Tensor] = {}
     for name in names:

@@ -31,14 +31,25 @@ logger.setLevel(logging.INFO)
 def console(**options: Any) -> Console:
     """Returns rich's console, which is silent in all processes but the first.
 
-    Names are printed as they are: rich's markup, such as `[/b]`, and emoji codes mean nothing.
+    Names are printed as they are: rich's markup, such as `[/b]`, emoji codes and what steers a
+    terminal mean nothing.
 
     Raises:
         ValueError: rich is missing.
     """
     rich = require_package("rich.console", "train", "the command")
+
+    class PlainConsole(rich.Console):
+        def render_str(self, text: str, **style: Any) -> Any:
+            return super().render_str(plain_text(text), **style)
+
     quiet = not is_main_process()
-    return rich.Console(highlight=False, markup=False, emoji=False, quiet=quiet, **options)
+    return PlainConsole(highlight=False, markup=False, emoji=False, quiet=quiet, **options)
+
+
+def say(line: object, **options: Any) -> None:
+    """Prints a line in which names are as `plain_text` shows them; options are those of `print`."""
+    print(plain_text(line, ""), **options)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..data.file_lists import walk_files
 from ..data.image_folder import decoded, image_extensions, imagenet_mean_std
 from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 from ..models.preprocessing import get_preprocessing
-from ..utils.io import check_regular
+from ..utils.files import open_image
 from ..utils.preprocessing import Preprocessing
 from ..utils.validation import require
 from ._runs import run_options
@@ -111,7 +111,7 @@ class InputPipeline:
         """
         if is_video(path):
             return self.from_frames(self._video(path), name)
-        return self.from_image(decoded(partial(_open, path), str(path), self.size[0]), name)
+        return self.from_image(decoded(partial(open_image, path), str(path), self.size[0]), name)
 
     def from_image(self, image: Image.Image, name: str) -> MapInput:
         """Resizes, cuts and normalizes an image that is decoded."""
@@ -168,13 +168,13 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 
-def list_inputs(source: str) -> dict[str, Path]:
+def list_inputs(source: str, follow_links: bool = False) -> dict[str, Path]:
     """Lists the images and videos of a folder, or the one file, each with a different name.
 
     Hidden files and unknown suffixes are left out.
 
     Raises:
-        ValueError: There is no image and no video.
+        ValueError: There is no image and no video, or a link leads out of the folder.
     """
     root = Path(source).expanduser()
     require(root.exists(), f"there is no file or folder {source!r}; pass an image, video or folder")
@@ -184,7 +184,7 @@ def list_inputs(source: str) -> dict[str, Path]:
         require(suffix in known, f"{source} ends in {suffix!r}, expected one of {', '.join(known)}")
         return {root.stem: root}
     named: dict[str, Path] = {}
-    for path in sorted(map(Path, walk_files(root))):
+    for path in sorted(map(Path, walk_files(root, None if follow_links else root))):
         if path.suffix.lower() in known:
             parts = path.relative_to(root).parts
             named[_new_name("-".join(parts), path.suffix, named)] = path
@@ -263,10 +263,3 @@ def _of_config(run: dict[str, Any], model: nn.Module, c: int) -> tuple[Preproces
     if found := get_preprocessing(model, c):
         return found, f"{run['data']}, on which it was trained" if run else "its timm configuration"
     return Preprocessing(*imagenet_mean_std(c)), "ImageNet, as it has no configuration"
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image
-
-    check_regular(path)
-    return Image.open(path)

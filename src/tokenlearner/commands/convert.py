@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from ..checkpoints.convert import ConvertConfig, convert_checkpoint
 from ._arguments import read_config
+from ._console import say
 
 
 def convert_command(arguments: Sequence[str]) -> None:
     """Converts a checkpoint."""
     config = read_config("convert", ConvertConfig, arguments)
-    print(f"The checkpoint is {convert_checkpoint(config)}")
+    say(f"The checkpoint is {convert_checkpoint(config)}")

@@ -22,7 +22,7 @@ from ..utils.io import atomic_write, check_output_folder, unique_path
 from ..utils.validation import check_count
 from ._arguments import read_config
 from ._comparison import Candidate, compare_models, held_out_images, write_comparison
-from ._console import console, training_progress
+from ._console import console, say, training_progress
 from .report.render import write_report
 
 PHOTOGRAPHS = ("astronaut", "coffee")  # scikit-image's, public domain and CC0
@@ -101,8 +101,8 @@ def demo(config: DemoConfig) -> Path:
 def demo_command(arguments: Sequence[str]) -> None:
     """Runs `tokenlearner demo`."""
     out = demo(read_config("demo", DemoConfig, arguments))
-    print(f"Everything is in {out}")
-    print(f"The report is {out / 'report.html'}")
+    say(f"Everything is in {out}")
+    say(f"The report is {out / 'report.html'}")
 
 
 def load_photographs() -> dict[str, Tensor]:

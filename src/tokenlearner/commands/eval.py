@@ -11,9 +11,9 @@ from ..data.config import DataConfig
 from ..data.factory import load_data
 from ..evaluation.accuracy import eval_batch_size, evaluate, with_model_size
 from ..models.preprocessing import size_errors
-from ..utils.validation import check_count, plain_text
+from ..utils.validation import check_count
 from ._arguments import make_parser
-from ._console import show_progress
+from ._console import say, show_progress
 from ._models import load_checkpoint
 from ._runs import TRAINING_ONLY, parse_with_run, preprocessed
 
@@ -61,7 +61,7 @@ def eval_command(arguments: Sequence[str]) -> None:
     ):
         metrics = asdict(evaluate(model, data, config.at_once(data.shape)))
     for file in metrics.pop("broken_files"):
-        print(f"left out: {plain_text(file)}", file=sys.stderr)
+        say(f"left out: {file}", file=sys.stderr)
     for name, value in metrics.items():
         if name != "broken" or value:
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

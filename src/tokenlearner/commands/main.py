@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from ..utils.imports import require_package
+from ..utils.text import plain_text
 from ._streams import CLOSED_PIPE, replace_streams
 
 COMMANDS = {
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(output.error, BrokenPipeError):
             sys.exit(CLOSED_PIPE)
         if output.error:
-            print(f"tokenlearner: the output cannot be written: {output.error}", file=sys.stderr)
+            reason = plain_text(output.error)
+            print(f"tokenlearner: the output cannot be written: {reason}", file=sys.stderr)
             sys.exit(1)
 
 
@@ -70,17 +72,12 @@ def _load(name: str) -> Callable[[Sequence[str]], None]:
 
 def _complain(command: str, error: Exception, code: int) -> int:
     """Prints an error; of several processes that make the same mistake only the first one does."""
-    process = os.environ.get("RANK", "0")
+    process, message = os.environ.get("RANK", "0"), plain_text(str(error) or repr(error), "\n\t")
     if process == "0":
-        print(f"tokenlearner {command}: {_printable(error)}", file=sys.stderr)
+        print(f"tokenlearner {command}: {message}", file=sys.stderr)
     elif code == 1:  # an error on the way may be this process's alone
-        print(f"tokenlearner {command}, process {process}: {_printable(error)}", file=sys.stderr)
+        print(f"tokenlearner {command}, process {process}: {message}", file=sys.stderr)
     return code
-
-
-def _printable(error: Exception) -> str:
-    """Returns a message without control characters, which names of files may have."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(error))
 
 
 def _parse_command(arguments: Sequence[str]) -> str:

@@ -46,6 +46,7 @@ class MapsConfig:
     Args:
         model: A checkpoint that `train` or `save_model` wrote, or a model's name (random weights).
         source: An image, a video, or a folder of them.
+        follow_links: Take files out of a folder too, where links in it lead there.
         out: Folder for the figures, the animations and maps.json.
         img_size: Height and width of the model's images; 0 leaves them as the model has them.
         frames: Frames of a video, for a model of images; None is 16.
@@ -63,6 +64,7 @@ class MapsConfig:
     model: str
     source: str
     out: str
+    follow_links: bool = False
     img_size: int = 0
     frames: int | None = None
     stride: int | None = None
@@ -112,7 +114,7 @@ def run_maps(
         ValueError: The model has no learned tokens or does not take the source's files, none of
             them can be read, or `out` cannot be written to.
     """
-    paths = list_inputs(config.source)
+    paths = list_inputs(config.source, config.follow_links)
     _check_out(config.folder, Path(config.source).expanduser())
     require_package("matplotlib", "train", "drawing maps")
     model, size = loaded or load_sized(config.model, config.img_size, config.device)

@@ -15,10 +15,10 @@ from ..utils.imports import require_package
 from ..utils.io import atomic_write, check_output_file
 from ..utils.validation import check_count, counted, plain_text, require
 from ._arguments import read_config
-from ._console import console, show_progress
+from ._console import console, say, show_progress
 from ._inputs import input_pipeline
 from ._models import load_checkpoint
-from ._runs import run_options
+from ._runs import run_options, show_used
 from ._tables import filled_table
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # starts of cells that a spreadsheet may compute
@@ -31,6 +31,7 @@ class PredictConfig:
     Args:
         checkpoint: File or folder that train, save_model or export wrote.
         sources: Files, and folders that are searched with all that is in them.
+        follow_links: Take files out of a folder too, where links in it lead there.
         out: CSV file to write; without it a table is printed, or CSV where that is no terminal.
         top: Classes of each file, the most probable first.
         img_size: Height and width of the images; None is the model's.
@@ -46,6 +47,7 @@ class PredictConfig:
 
     checkpoint: str
     sources: list[str]
+    follow_links: bool = False
     out: str | None = None
     top: int = 1
     img_size: int | None = None
@@ -68,7 +70,7 @@ def predict_command(arguments: Sequence[str]) -> None:
     rows = list(_predict(config))
     unreadable = [row for row in rows if row.error]
     for row in unreadable:
-        print(f"left out: {plain_text(row.error)}", file=sys.stderr)
+        say(f"left out: {row.error}", file=sys.stderr)
     require(len(unreadable) < len(rows), f"{counted(len(rows), 'file')}, and none can be read")
     if config.out is not None:
         with (
@@ -76,11 +78,11 @@ def predict_command(arguments: Sequence[str]) -> None:
             path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
         ):
             _write_csv(file, rows, config.top)
-        print(f"The labels of {counted(len(rows) - len(unreadable), 'file')} are in {config.out}")
+        say(f"The labels of {counted(len(rows) - len(unreadable), 'file')} are in {config.out}")
     elif console().is_terminal:
         console().print(filled_table(_columns(config.top), rows))
     else:
-        _write_csv(sys.stdout, rows, config.top)
+        _write_csv(sys.stdout, rows, config.top, plain_text)
     if unreadable:
         print(f"{counted(len(unreadable), 'file')} cannot be read", file=sys.stderr)
 
@@ -99,12 +101,15 @@ def _predict(config: PredictConfig) -> Iterator[Prediction]:
     clips = len(size) == 4
     if clips:
         require_package("av", "video", "reading videos")
-    files = list_files(config.sources, videos=clips)
+    files = list_files(config.sources, videos=clips, follow_links=config.follow_links)
     taken = input_pipeline(model, size, config.checkpoint, stride=config.stride)
     options: dict[str, Any] = taken.preprocessing.to_kwargs() | {"stride": taken.stride}
-    options |= {name: run[name] for name in ("views", "crops") if clips and name in run}
-    if img_size := config.img_size or run.get("img_size"):
-        options["img_size"] = img_size
+    names = ("img_size", *(("views", "crops", "stride") if clips else ()))
+    used = {k: run[k] for k in names if run.get(k) and getattr(config, k, None) is None}
+    show_used(config.checkpoint, used)
+    options |= {k: value for k, value in used.items() if k != "stride"}
+    if config.img_size:
+        options["img_size"] = config.img_size
     if config.workers is not None:
         options["workers"] = config.workers
     with show_progress("labeling", len(files)) as advance:
@@ -128,13 +133,15 @@ def _columns(top: int) -> dict[str, Callable[[Prediction], str]]:
     return columns
 
 
-def _write_csv(file: TextIO, rows: Sequence[Prediction], top: int) -> None:
+def _write_csv(
+    file: TextIO, rows: Sequence[Prediction], top: int, shown: Callable[[str], str] = str
+) -> None:
     """Writes a row for each file; no name of a file or a class begins a formula."""
     columns = _columns(top) | {"error": lambda row: row.error}
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        name, *cells = (cell(row) for cell in columns.values())
+        name, *cells = (shown(cell(row)) for cell in columns.values())
         writer.writerow([_plain_cell(name, "./"), *(_plain_cell(cell, "'") for cell in cells)])
 
 

@@ -27,7 +27,7 @@ def train_command(arguments: Sequence[str]) -> None:
     from ..training.run import train
     from ..training.setup import with_sizes
     from ._comparison import compare_with_host
-    from ._console import console, summary_table, training_progress
+    from ._console import console, say, summary_table, training_progress
     from .report.render import write_report
 
     config = with_sizes(config)
@@ -40,8 +40,8 @@ def train_command(arguments: Sequence[str]) -> None:
     else:
         seconds = time.perf_counter() - start
         console().print(summary_table(result.history, seconds, config.unit))
-    print(f"The report is {write_report(config.out, device=config.device)}")
-    print(f"The checkpoint is {result.checkpoint}")
+    say(f"The report is {write_report(config.out, device=config.device)}")
+    say(f"The checkpoint is {result.checkpoint}")
 
 
 def train_options(arguments: Sequence[str]) -> dict[str, Any]:

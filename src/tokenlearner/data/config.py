@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..utils.preprocessing import NAMES
+from ..utils.preprocessing import NAMES, check_channels, check_crop_pct
 from ..utils.processors import usable_processors
 from ..utils.validation import check_count, check_from_zero, check_literals, check_rate, require
 
 IMG_SIZE, FRAMES = 224, 8  # where neither the data set nor a model has a size
+MOST_WORKERS = 2  # a processor
 OLD_NAMES = {"film": "video-folder"}  # of version 0.3, which still work
 
 
@@ -35,6 +36,7 @@ class DataConfig:
     Args:
         data: A name that `load_data` knows.
         root: Folder in which the data set is looked for.
+        follow_links: Read files out of root too, where links or lists in it lead there.
         download: Fetch a data set that is missing, where torchvision can.
         images: Training images to use, drawn by the seed; 0 is all.
         img_size: Height and width in pixels; None is the data set's own, or for files the model's,
@@ -54,8 +56,8 @@ class DataConfig:
         crops: Squares of each of them: 1 is the middle, 3 lie side by side.
         num_samples: Images of a stream of unknown length.
         num_classes: Classes of a stream that does not list them.
-        workers: Processes that read files; None is one a processor that may be used, and none for
-            data in memory.
+        workers: Processes that read files, at most two a processor; None is one a processor that
+            may be used, and none for data in memory.
         max_broken: Files that may be unreadable; they are left out, counted and reported.
 
     Raises:
@@ -64,6 +66,7 @@ class DataConfig:
 
     data: str = "fashion-mnist-small"
     root: str | None = None
+    follow_links: bool = False
     download: bool = False
     images: int = 0
     img_size: int | None = None
@@ -95,16 +98,12 @@ class DataConfig:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least=0)
         check_literals(self)
-        require(
-            self.crop_pct is None or 0 < self.crop_pct <= 1,
-            f"crop_pct is {self.crop_pct!r}, expected a share above 0, up to 1",
-        )
+        if self.crop_pct is not None:
+            check_crop_pct(self.crop_pct)
         for name in ("mean", "std"):
-            values = getattr(self, name)
-            require(
-                values is None or (len(values) in (1, 3) and all(map(math.isfinite, values))),
-                f"{name} is {values!r}, expected a number for each channel, 1 or 3",
-            )
+            if (values := getattr(self, name)) is not None:
+                check_channels(name, values)
+                require(len(values) in (1, 3), f"{name} is {values!r}, expected 1 or 3 numbers")
         require(self.std is None or min(self.std) > 0, f"std is {self.std!r}, expected above 0")
 
     @property
@@ -142,10 +141,10 @@ class DataConfig:
     @property
     def reading_workers(self) -> int:
         """Processes that read files, in each process that trains."""
+        processors = usable_processors()
         if self.workers is not None:
-            return self.workers
-        share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return max(1, usable_processors() // share)
+            return min(self.workers, MOST_WORKERS * processors)
+        return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import csv
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 
-from ..utils.io import check_regular
+from ..utils.files import read_text
 from ..utils.validation import counted, require, shortened
 from .dataset import normalized
 
@@ -27,7 +28,7 @@ _LAYOUT = "make train/ and val/ with a folder a class, or write train.csv and va
 
 
 def list_labeled_files(
-    root: Path, split: str, extensions: Sequence[str]
+    root: Path, split: str, extensions: Sequence[str], follow_links: bool = False
 ) -> tuple[list[str], list[int], tuple[str, ...]]:
     """Lists the files of a split, their labels and the classes; opens none of them.
 
@@ -36,9 +37,11 @@ def list_labeled_files(
         split: `"train"`, `"val"` or `"test"`.
         extensions: Ends of file names that count, such as ".png", in lower case. What a list names
             counts whatever its name ends in.
+        follow_links: Take files that are not in the root, where links or lists lead to them.
 
     Raises:
-        ValueError: Something is missing, or the classes are not those of the other split.
+        ValueError: Something is missing, the classes are not those of the other split, or a file
+            is not in the root.
     """
     require(
         root.is_dir(),
@@ -48,7 +51,11 @@ def list_labeled_files(
     source, other = (_find_source(root, name) for name in (split, others))
     if source is None:
         raise ValueError(_missing_split(root, split))
-    files = _read_list(root, source) if source.suffix else _read_folder(source, extensions)
+    top = None if follow_links else root
+    if source.suffix:
+        files = _read_list(root, source, top)
+    else:
+        files = _read_folder(source, extensions, top)
     classes = sorted({label for _, label in files})
     if other is not None:
         listed = {label for *_, label in _list_rows(root, other)} if other.suffix else ()
@@ -109,12 +116,14 @@ def _check_same_classes(
     )
 
 
-def _read_folder(folder: Path, extensions: Sequence[str]) -> list[tuple[str, str]]:
+def _read_folder(
+    folder: Path, extensions: Sequence[str], top: Path | None
+) -> list[tuple[str, str]]:
     classes = _classes_of(_folders(folder))
     require(bool(classes), f"{folder} holds no folder; make one for each class")
     pairs, others, ends = [], list[str](), tuple(extensions)
     for label, name in classes.items():
-        files, left_out = split_by_suffix(walk_files(folder / name), ends)
+        files, left_out = split_by_suffix(walk_files(folder / name, top), ends)
         others += left_out
         require(
             bool(files),
@@ -147,26 +156,58 @@ def warn_left_out(folder: Path, others: Sequence[str]) -> None:
         )
 
 
-def walk_files(folder: Path) -> Iterator[str]:
+def walk_files(folder: Path, top: Path | None) -> Iterator[str]:
     """Yields files in the order of torchvision; each folder once, though links may lead back.
 
     What is hidden, and folders that systems make, such as `__MACOSX`, are passed over.
+
+    Raises:
+        ValueError: A link leads out of the folder `top`; with None it is followed.
     """
     visited, files = set(), {}
     for path, folders, names in os.walk(folder, followlinks=True):
+        if top is not None:
+            check_inside(path, top)
         stat = os.stat(path)
         key = (stat.st_dev, stat.st_ino)
         folders[:] = [n for n in folders if key not in visited and not is_of_system(n)]
         if key not in visited:
             files[path] = sorted(name for name in names if not name.startswith("."))
         visited.add(key)
-    return (os.path.join(path, name) for path in sorted(files) for name in files[path])
+    found = [os.path.join(path, name) for path in sorted(files) for name in files[path]]
+    if top is not None:
+        _check_links(found, top)
+    return iter(found)
 
 
-def _read_list(root: Path, path: Path) -> list[tuple[str, str]]:
+def _check_links(paths: Iterable[str], top: Path) -> None:
+    for path in filter(os.path.islink, paths):
+        check_inside(path, top)
+
+
+def check_inside(path: str, top: Path) -> None:
+    """Checks that a path stays in a folder when its links are followed.
+
+    Raises:
+        ValueError: It does not.
+    """
+    target, folder = os.path.realpath(path), os.path.realpath(top)
+    require(
+        os.path.commonpath([target, folder]) == folder,
+        f"{path} leads to {target}, which is not in {top}; pass follow_links if it is meant to be "
+        "read",
+    )
+
+
+def _read_list(root: Path, path: Path, top: Path | None = None) -> list[tuple[str, str]]:
     rows = _list_rows(root, path)
     _check_listed_twice(path, rows)
-    return [(name, label) for _, name, label in rows]
+    files = [(name, label) for _, name, label in rows]
+    if top is not None:
+        for folder in {os.path.dirname(name) for name, _ in files}:
+            check_inside(folder, top)
+        _check_links((name for name, _ in files), top)
+    return files
 
 
 def _list_rows(root: Path, path: Path) -> list[tuple[int, str, str]]:
@@ -210,10 +251,9 @@ def _check_listed_twice(path: Path, files: Sequence[tuple[int, str, str]]) -> No
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """Returns the number and the cells of every line that is not empty."""
     try:
-        check_regular(path)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            return [(reader.line_num, cells) for cells in reader if cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = StringIO(read_text(path, "utf-8-sig"), newline="")
+        reader = csv.reader(lines, skipinitialspace=True)
+        return [(reader.line_num, cells) for cells in reader if cells]
+    except (OSError, ValueError, csv.Error) as error:
         message = f"{path} cannot be read as a list ({error}); save it as CSV in UTF-8"
         raise ValueError(message) from error

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from ..utils.files import check_regular, open_image, read_json
 from ..utils.imports import require_package
-from ..utils.io import check_regular
 from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
-from .file_lists import FOLDERS
+from .file_lists import FOLDERS, check_inside
 from .image_folder import ImageFileDataset, file_dataset
 from .iterable import SHUFFLE_BUFFER, Record, StreamDataset, check_stream
 
@@ -71,6 +71,12 @@ def load_library_dataset(
         f"{name!r} names no data set; write one behind the stroke, such as torch/cifar10",
     )
     return _KINDS[kind](name, split, config)
+
+
+def is_of_hub(name: str) -> bool:
+    """Returns whether a data set is one of the Hub, and no folder on this computer."""
+    kind, _, inner = name.partition("/")
+    return kind in ("hfds", "hfids") and not Path(inner).expanduser().exists()
 
 
 @dataclass(frozen=True)
@@ -270,17 +276,14 @@ def _classes(labels: Tensor, names: Sequence[Any] | None, config: DataConfig) ->
 
 def _opened(cell: Any) -> Image.Image:
     """Opens what a column of images holds: bytes, or where they are."""
-    from PIL import Image
-
     if cell["bytes"]:
-        return Image.open(BytesIO(cell["bytes"]))
+        return open_image(BytesIO(cell["bytes"]))
     if "://" not in cell["path"]:
-        check_regular(cell["path"])
-        return Image.open(cell["path"])
+        return open_image(cell["path"])
     import fsspec
 
     with fsspec.open(cell["path"], "rb") as file:
-        return Image.open(BytesIO(file.read()))  # type: ignore[union-attr]
+        return open_image(BytesIO(file.read()))  # type: ignore[union-attr]
 
 
 def load_shards(name: str, split: str, config: DataConfig) -> StreamDataset:
@@ -300,6 +303,9 @@ def load_shards(name: str, split: str, config: DataConfig) -> StreamDataset:
     if root is None:
         raise ValueError(f"{name} needs the folder that holds the tar files; pass root")
     info = _find_shards(root, split)
+    if not config.follow_links:
+        for path in info.paths:
+            check_inside(path, root)
     require(
         config.num_classes is not None,
         f"{name} has an unknown number of classes; pass num_classes",
@@ -338,12 +344,12 @@ class TarShards:
         """Reads one tar file after the other."""
         paths = list(self.paths)
         if seed is not None:
-            random.Random(seed).shuffle(paths)
+            _rng(seed).shuffle(paths)
         paths, worker = paths[process::num_processes], get_worker_info()
         if worker:
             paths = paths[worker.id :: worker.num_workers]
         records = chain.from_iterable(map(self._read_shard, paths))
-        return records if seed is None else _shuffled(records, random.Random(seed))
+        return records if seed is None else _shuffled(records, _rng(seed))
 
     def _read_shard(self, path: str) -> Iterator[Record | UnreadableFile]:
         """Yields the images up to the end, or to where the tar file is damaged, and why."""
@@ -364,6 +370,10 @@ class TarShards:
             expected = f"a .json file with {key!r}" if key else "a .cls file with a number"
             return UnreadableFile(f"{where} has no label ({error!r}), expected {expected}")
         return Record(where, partial(_opened, {"bytes": images[0]}), label)
+
+
+def _rng(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311, an order of images and no secret
 
 
 def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFile]]:
@@ -461,16 +471,13 @@ def _read_info(root: Path, split: str) -> _Info | None:
     if not path.is_file():
         return None
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        splits = read_json(path)["splits"]
         info = next((splits[name] for name in FOLDERS[split] if name in splits), None)
         if info is None:
             return None
         paths = tuple(str(root / name) for name in info["filenames"])
         return _Info(paths, int(info["num_samples"]), info.get("alt_label", ""))
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError),
-        *(OverflowError, RecursionError),
-    ) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         message = f"{path} is not as timm writes it ({error!r}); correct it or take it away"
         raise ValueError(message) from error
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.io import check_regular
+from ..utils.files import image_formats, open_image
 from ..utils.limits import VARIABLE, max_unpacked_bytes
 from ..utils.preprocessing import Preprocessing
 from ..utils.validation import require
@@ -34,7 +34,6 @@ MAX_ASPECT = 100  # longer strips would be resized to gigabytes
 MAX_OPENED = 10  # images that are opened when a set is loaded, until one can be read
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _FEW_VALUES = 2**12  # of 16 bits: what cameras and scanners of 12 bits leave
-_NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # by another program, or not at all
 
 
 def imagenet_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -143,10 +142,7 @@ class ImagePaths:
 
     def open(self, number: int) -> Image.Image:
         """Opens the file."""
-        from PIL import Image
-
-        check_regular(self.paths[number])
-        return Image.open(self.paths[number])
+        return open_image(self.paths[number])
 
     def where(self, number: int) -> str:
         """Names the file."""
@@ -244,9 +240,8 @@ def image_extensions() -> tuple[str, ...]:
     """Returns the ends of names of image files that PIL reads, such as ".png", in lower case."""
     from PIL import Image
 
-    Image.init()
-    kinds = Image.registered_extensions()
-    return tuple(end for end, kind in kinds.items() if kind in Image.OPEN and kind not in _NOT_READ)
+    formats = image_formats()
+    return tuple(end for end, kind in Image.registered_extensions().items() if kind in formats)
 
 
 def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
@@ -266,7 +261,9 @@ def load_folder(name: str, split: str, config: DataConfig) -> ImageFileDataset:
     """
     if config.folder is None:
         raise ValueError(f"{name} needs the folder that holds the images; pass root")
-    paths, labels, classes = list_labeled_files(config.folder, split, image_extensions())
+    paths, labels, classes = list_labeled_files(
+        config.folder, split, image_extensions(), config.follow_links
+    )
     return file_dataset(name, split, config, ImagePaths(paths), torch.tensor(labels), classes)
 
 

@@ -16,16 +16,20 @@ from .image_folder import ImageFileDataset, ImagePaths, image_extensions
 from .video_folder import VIDEO_EXTENSIONS, VideoFolderDataset
 
 
-def list_files(sources: Sequence[str | Path], *, videos: bool = False) -> list[str]:
+def list_files(
+    sources: Sequence[str | Path], *, videos: bool = False, follow_links: bool = False
+) -> list[str]:
     """Lists images or videos, each once; opens none of them.
 
     Args:
         sources: Files, whatever their names end in, and folders, of which files of other kinds and
             hidden ones are left out.
         videos: List videos rather than images.
+        follow_links: Take files out of a folder too, where links in it lead there.
 
     Raises:
-        ValueError: There is no such file or folder, or a folder has nothing of the kind.
+        ValueError: There is no such file or folder, a folder has nothing of the kind, or a link
+            leads out of it.
     """
     kind, ends = ("video", VIDEO_EXTENSIONS) if videos else ("image", image_extensions())
     files: list[str] = []
@@ -35,7 +39,9 @@ def list_files(sources: Sequence[str | Path], *, videos: bool = False) -> list[s
         if not path.is_dir():
             files.append(str(path))
             continue
-        fitting, others = split_by_suffix(walk_files(path), tuple(ends))
+        fitting, others = split_by_suffix(
+            walk_files(path, None if follow_links else path), tuple(ends)
+        )
         require(
             bool(fitting),
             f"{source} holds no {kind}, a file that ends in {', '.join(ends)}; pass another folder",

@@ -12,14 +12,16 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, groupby
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.files import open_video
 from ..utils.imports import require_package
-from ..utils.io import check_regular
+from ..utils.limits import SECONDS, check_unpacked, max_seconds
 from ..utils.random import fixed_seed
 from ..utils.validation import require
 from .config import DataConfig
@@ -51,7 +53,9 @@ def load_video_folder(name: str, split: str, config: DataConfig) -> VideoFolderD
     require_package("av", "video", name)
     if config.folder is None:
         raise ValueError(f"{name} needs the folder that holds the videos; pass root")
-    paths, labels, classes = list_labeled_files(config.folder, split, VIDEO_EXTENSIONS)
+    paths, labels, classes = list_labeled_files(
+        config.folder, split, VIDEO_EXTENSIONS, config.follow_links
+    )
     data = VideoFolderDataset(name, split, tuple(paths), torch.tensor(labels), classes, config)
     with fixed_seed(0):
         first_read((partial(data.load, i) for i in range(len(data))), f"{name} {split}")
@@ -188,6 +192,7 @@ class _Video:
 
     def __init__(self, files: ExitStack, path: str):
         self.files, self.path = files, path
+        self.until = monotonic() + max_seconds()
         self.container = self._open()
         displayed = (p for p in self._packets(self.container) if p.size and not p.is_discard)
         packets = [(p.pts, p.is_keyframe) for p in displayed]
@@ -255,19 +260,23 @@ class _Video:
                         yield time, frame
 
     def _packets(self, container: InputContainer) -> Iterator[Any]:
-        return container.demux(container.streams[self.index])
+        for packet in container.demux(container.streams[self.index]):
+            require(
+                monotonic() < self.until,
+                f"its clip takes more than {max_seconds():g} s; if it is meant to be so long, set "
+                f"{SECONDS} in the environment",
+            )
+            yield packet
 
     def _open(self) -> InputContainer:
-        import av
-
-        check_regular(self.path)
-        container = self.files.enter_context(av.open(self.path, metadata_errors="ignore"))
+        container = self.files.enter_context(open_video(self.path))
         require(not container.format.name.endswith("_pipe"), "it is an image")
         streams = [s for s in container.streams.video if not s.disposition & _COVER]
         require(len(streams) > 0, "it has no video stream")
         stream = streams[0]
         self.index = stream.index
         require(stream.codec_context is not None, "there is no decoder for it")
+        check_unpacked("each of its frames has", 3 * stream.width * stream.height)
         # With threads a clip took as long or longer; videos are read by several processes instead.
         stream.thread_type = "NONE"
         return container

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.preprocessing import check_input_size, take_config
 from ..utils.imports import require_package
 from ..utils.io import check_output_file
 from ..utils.preprocessing import NAMES
@@ -222,7 +223,7 @@ def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
     [input_], [output] = signature.user_inputs, signature.user_outputs
     inputs = {str(input_): _axes(nodes[input_].meta["val"].shape)}
     outputs = {_OUTPUT: _axes(nodes[output].meta["val"].shape)}
-    described = json.loads(files[_METADATA] or "{}")
+    described = _described(path, files[_METADATA], inputs)
     return LoadedFile(program.module(), inputs, outputs, device, described)
 
 
@@ -245,8 +246,17 @@ def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
         {value.name: _axes(value.shape) for value in values}
         for values in (session.get_inputs(), session.get_outputs())
     )
-    described = json.loads(session.get_modelmeta().custom_metadata_map.get(_METADATA, "{}"))
+    text = session.get_modelmeta().custom_metadata_map.get(_METADATA, "")
+    described = _described(path, text, inputs)
     return LoadedFile(run, inputs, outputs, device, described)
+
+
+def _described(path: Path, text: str, inputs: dict[str, Axes]) -> dict[str, Any]:
+    """Returns what `describe_input` wrote into a file, checked, and checks the sizes it takes."""
+    for _, *size in inputs.values():
+        if all(isinstance(axis, int) for axis in size):
+            check_input_size(size)
+    return take_config(json.loads(text or "{}"), path.name)
 
 
 def first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..utils.files import read_torch
 from ..utils.validation import require, shortened
 
 _MODEL, _INPUTS = "models/model.json", "data/sample_inputs/model.pt"
@@ -103,7 +104,7 @@ def _check_pickle(name: str, content: bytes) -> None:
     with suppress(ImportError):
         import torchao  # noqa: F401  # names the classes of its weights to torch
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        read_torch(io.BytesIO(content))
     except Exception as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
         raise ValueError(

@@ -73,7 +73,8 @@ def predict(
     known: dict[str, Any] = {"in_chans": channels} | ({"frames": frames[0]} if frames else {})
     known |= (found.to_kwargs() if found else {}) | options | {"img_size": size}
     config = DataConfig(**known)
-    data = load_unlabeled(list_files(sources, videos=bool(frames)), config, videos=bool(frames))
+    files = list_files(sources, videos=bool(frames), follow_links=config.follow_links)
+    data = load_unlabeled(files, config, videos=bool(frames))
     if not found and not {"mean", "std"} <= options.keys():
         warn_assumed(model, data)
     most = min(_BATCH, eval_batch_size(data.shape, config.views * config.crops))

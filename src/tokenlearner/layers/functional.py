@@ -6,6 +6,7 @@ Axes: `b` batch, `t` frames, `h w` grid, `n` positions, `k` tokens, `c` channels
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +105,8 @@ def wide_conv3x3(conv: nn.Module, x: Tensor, grid: Grid) -> Tensor:
     half = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
     if not wide or half or not _is_eager_on_cpu(x) or not is_plain_conv(conv):
         return conv(rearrange(x, "b (h w) c -> b c h w", h=grid[0]))  # type: ignore[no-any-return]
-    assert isinstance(conv, nn.Conv2d)
-    taps = rearrange(conv.weight.flip(2, 3), "k c i j -> (k i j) c")  # a sum turns them around
+    weight: Any = conv.weight
+    taps = rearrange(weight.flip(2, 3), "k c i j -> (k i j) c")  # a sum turns them around
     spread = torch.bmm(taps.expand(b, *taps.shape), x.transpose(1, 2))
     return F.fold(spread, output_size=(grid[0], grid[1]), kernel_size=3, padding=1)
 

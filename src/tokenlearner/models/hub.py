@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +21,8 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..utils.modules import uncompiled
+from ..utils.text import plain_text
+from .hub_access import hub_or_cache, within
 from .insertion import get_insertion
 from .serialization import (
     CARD,
@@ -38,6 +42,8 @@ CODE = "https://github.com/google-research/scenic/tree/main/scenic/projects/toke
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 
 _HUB = "hf-hub:"
+_SECONDS = 15  # in which the Hub answers, tried again and again; one try has 10
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$&]")  # of Markdown and HTML, in a cell
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _REPO = re.compile(r"(?:hf-hub:)?(\w[\w.-]*/\w[\w.-]*)(?:@([^@]+))?")
 
@@ -182,7 +188,7 @@ def _cell(value: object) -> str:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return _MARKUP.sub(r"\\\g<0>", plain_text(" ".join(str(value).split())))
 
 
 def save_model(model: nn.Module, path: str | Path, measured: Measured | None = None) -> Path:
@@ -227,7 +233,8 @@ def load_model(
 
     Args:
         path: The file, the folder, or a model on the Hub: `user/repo`, `user/repo@revision` or
-            `hf-hub:user/repo`. A string is looked up on the Hub if there is no such path.
+            `hf-hub:user/repo`. A string is looked up on the Hub if there is no such path, and
+            without the prefix, if there is no folder `user` here either: it was to be in there.
         revision: On the Hub: a branch, a tag or a commit.
         cache_dir: Where files of the Hub are kept.
         token: For the Hub; by default that of `hf auth login`.
@@ -242,9 +249,12 @@ def load_model(
     if repo and not local.exists() and local.suffix not in (".safetensors", *_PICKLES):
         if repo[2] and revision and repo[2] != revision:
             raise ValueError(f"{path} and revision={revision!r} differ; pass one revision")
+        if not str(path).startswith(_HUB):
+            _check_no_folder(local)
         options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         options |= {"revision": repo[2] or revision, "force_download": force_download}
-        return read_files(*_download(repo[1], options))
+        with nullcontext() if local_files_only else hub_or_cache():
+            return read_files(*_download(repo[1], options))
     _check_kind(local)
     file, config_file = weights_file(local), local / CONFIG
     if not file.is_file():
@@ -309,6 +319,14 @@ def push_to_hub(
         return api.upload_folder(**options, commit_message=commit_message, **upload)
 
 
+def _check_no_folder(path: Path) -> None:
+    if path.parent.is_dir():
+        raise ValueError(
+            f"there is no {path}, though {path.parent} is a folder here; correct the name, or "
+            f"write {_HUB}{path} for a model on the Hub"
+        )
+
+
 def _check_kind(path: Path) -> None:
     """Raises ValueError for files that only unpickling reads, alone or in a folder."""
     is_other_folder = path.is_dir() and not (path / WEIGHTS).exists()
@@ -333,8 +351,10 @@ def _download(repo_id: str, options: Mapping[str, Any]) -> tuple[Path, Path]:
 
 
 def _download_file(repo_id: str, name: str, options: Mapping[str, Any]) -> Path:
+    """Downloads a file; the config, which comes first, within some seconds."""
+    download = partial(hf_hub_download, repo_id, name, library_name=LIBRARY, **options)
     try:
-        return Path(hf_hub_download(repo_id, name, library_name=LIBRARY, **options))
+        return Path(within(_SECONDS, download) if name == CONFIG else download())
     except Exception as error:  # the Hub's, the network's and the disk's are of many kinds
         where = f" at {options['revision']}" if options["revision"] else ""
         raise ValueError(

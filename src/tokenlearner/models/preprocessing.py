@@ -14,14 +14,17 @@ from typing import Any
 
 from torch import nn
 
-from ..utils.preprocessing import Preprocessing
-from ..utils.validation import require
+from ..utils.preprocessing import NAMES, Preprocessing
+from ..utils.validation import is_integer, require
 from .pretrained import is_pretrained
 
 CLIPS = "bilinear"  # how torchvision resizes clips
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # of PIL
 _OF_CLASSES = ("label_names", "label_descriptions")  # in timm's configs
 _SIZE = (3, 224, 224)  # of a model that says nothing
+_TAKEN = (*NAMES, *_OF_CLASSES, "input_size", "num_classes", "license")  # of a file
+_MOST_PIXELS, _MOST_FRAMES = 2**26, 1024  # of an image or a frame, and of a clip, that a file names
+_MOST_LETTERS = 1000  # of a name
 
 
 def get_preprocessing(model: nn.Module, channels: int = 3) -> Preprocessing | None:
@@ -111,6 +114,62 @@ def _local_processor(model: Any) -> Any:
         return AutoImageProcessor.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         return None
+
+
+def take_config(said: Any, source: str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns a `pretrained_cfg` with what a file says of preprocessing and classes.
+
+    Args:
+        said: What the file says; it may be of a stranger.
+        source: Its name, for errors.
+        base: The config of the model's name. Other keys of the file have its values.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+    try:
+        require(isinstance(said, Mapping), f"it is {said!r:.80}, expected an object")
+        taken = {key: said[key] for key in _TAKEN if key in said}
+        _check_taken({key: value for key, value in taken.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}; correct it there") from error
+    return {key: value for key, value in (base or {}).items() if key in said} | taken
+
+
+def _check_taken(taken: Mapping[str, Any]) -> None:
+    given: dict[str, Any] = {name: taken[name] for name in NAMES if name in taken}
+    Preprocessing(**{"mean": (0.0,), "std": (1.0,), **given})
+    if "input_size" in taken:
+        check_input_size(taken["input_size"])
+    for key in ("label_names", "label_descriptions"):
+        names = taken.get(key, ())
+        names = [*names, *names.values()] if isinstance(names, Mapping) else names
+        require(
+            isinstance(names, list | tuple) and all(map(_is_name, names)),
+            f"{key} is {names!r:.80}, expected names of up to {_MOST_LETTERS} letters",
+        )
+    license = taken.get("license", "")
+    require(_is_name(license), f"license is {license!r:.80}, expected a name")
+
+
+def _is_name(value: Any) -> bool:
+    is_text = isinstance(value, str) or is_integer(value)
+    return is_text and len(str(value)) <= _MOST_LETTERS
+
+
+def check_input_size(size: Any) -> None:
+    """Checks the size of images or clips that a file names: `c h w` or `c t h w`.
+
+    Raises:
+        ValueError: It is none, or larger than any model's.
+    """
+    numbers = isinstance(size, list | tuple) and len(size) in (3, 4) and all(map(is_integer, size))
+    fits = numbers and min(size) > 0 and size[-1] * size[-2] <= _MOST_PIXELS
+    require(
+        fits and (len(size) == 3 or size[1] <= _MOST_FRAMES),
+        f"input_size is {size!r:.80}, expected channels, height and width of up to "
+        f"{_MOST_PIXELS} pixels",
+    )
 
 
 def get_input_size(model: Any) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..utils.io import atomic_write, check_downloaded
+from ..utils.files import check_downloaded, read_json
+from ..utils.io import atomic_write
 from ..utils.modules import check_plain
 from ..utils.validation import find_not_finite, require, shortened
 from .features import wrapped_blocks
+from .hub_access import hub_or_cache
 from .insertion import get_insertion, insert, remove
-from .preprocessing import without_classes
+from .preprocessing import check_input_size, get_input_size, take_config, without_classes
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # in a model's folder
 
@@ -63,9 +65,17 @@ def build_named(name: str, kwargs: Mapping[str, Any]) -> Any:
         raise ValueError(f"there is no model {name!r}; {hint}")
     linear = {"fuser_bottleneck_dim": 0} if "fuser_bottleneck_dim" in kwargs else {}
     given: dict[str, Any] = linear | {k: value for k, value in kwargs.items() if value is not None}
-    model: Any = timm.create_model(name, **given)  # which would leave out a None
+    with hub_or_cache() if _is_of_hub(given) else nullcontext():
+        model: Any = timm.create_model(name, **given)  # which would leave out a None
     model.tokenlearner_config = {"name": name, "kwargs": given}
     return model
+
+
+def _is_of_hub(kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether weights are taken that may have to be fetched."""
+    configs = [kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")]
+    said = {key for config in configs if isinstance(config, Mapping) for key in config}
+    return bool(kwargs.get("pretrained")) and not said & {"file", "state_dict", "url"}
 
 
 def write_files(model: Any, path: Path, card: str | None = None) -> Path:
@@ -131,9 +141,11 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
         f"{file} has NaN or infinity in {shortened(broken)}, as after a training that failed; take "
         "an earlier one, or read its weights with tokenlearner.checkpoints.read_weights",
     )
-    if isinstance(data := outer.get("pretrained_cfg"), dict):
+    check_input_size(get_input_size(model))
+    if (data := outer.get("pretrained_cfg")) is not None:
         sources = {k: v for k, v in model.pretrained_cfg.items() if k in _OF_SOURCE}
-        model.pretrained_cfg = model.default_cfg = sources | data
+        taken = take_config(data, str(config_file), model.pretrained_cfg)
+        model.pretrained_cfg = model.default_cfg = sources | taken
     return model.eval()
 
 
@@ -158,8 +170,8 @@ def weights_file(path: Path) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a `config.json`; returns an empty dict if it is not one of ours."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = read_json(path)
+    except ValueError:
         return {}
     return content if isinstance(content, dict) and _KEY in content else {}
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from multiprocessing import active_children
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import nn
 
 from ..data.config import FRAMES, IMG_SIZE, OLD_NAMES, is_in_files
 from ..models.serialization import WEIGHTS
+from ..utils.files import read_torch
 from ..utils.io import FULL, atomic_write, check_output_folder, lock_folder, system_error
 from ..utils.processors import is_main_process
 from .config import TrainConfig
@@ -27,7 +31,7 @@ from .paths import PATHS, absolute_options, is_same_path
 CHECKPOINT = "checkpoint.pt"
 _FREE = {  # options that may change from one part of a run to the next
     *("out", "root", "resume", "save_every", "trackers", "device", "workers", "max_broken", "nan"),
-    *("download", "log_interval", "license"),
+    *("download", "follow_links", "log_interval", "license"),
 }
 _FORMAT = 1
 METRICS = "metrics.jsonl"
@@ -46,20 +50,28 @@ class TrainingInterrupted(RuntimeError):
 
 
 class StopSignal:
-    """The number of the signal that the process got, or 0."""
+    """The number of the signal that the process got, or 0, and when it got it, in seconds."""
 
     signal = 0
+    time = -math.inf
 
 
 @contextmanager
 def handle_signals() -> Iterator[StopSignal]:
-    """Records SIGTERM and SIGINT in place of dying of them; a second SIGINT interrupts."""
+    """Records SIGTERM and SIGINT in place of dying of them; at a second one the process ends.
+
+    Launchers send SIGTERM to a process and to its group: two within a second count as one.
+    """
     stop, before = StopSignal(), {}
 
     def record(number: int, frame: FrameType | None) -> None:
-        if stop.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
+        at = monotonic()
+        if not stop.signal:
+            stop.signal, stop.time = number, at
+        elif number == signal.SIGINT or at - stop.time > 1:
+            for reader in active_children():  # they ignore both signals
+                reader.kill()
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
@@ -203,7 +215,7 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     if config.resume is None or not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_torch(path)
         saved = asdict(TrainConfig()) | json.loads(state["config"])
         version = state["format"]
         saved["data"] = OLD_NAMES.get(saved["data"], saved["data"])

@@ -48,7 +48,7 @@ def found_paths(options: Mapping[str, Any], folder: str | Path) -> dict[str, str
     """Returns the paths among the options of a run that are there, where they are now."""
     found = {}
     for name in PATHS:
-        if path := next(filter(Path.exists, candidate_paths(options, name, folder)), None):
+        if path := next(filter(os.path.exists, candidate_paths(options, name, folder)), None):
             found[name] = str(path)
     return found
 

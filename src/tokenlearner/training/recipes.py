@@ -14,7 +14,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from ..utils.io import check_regular
+from ..utils.files import read_text
 from ..utils.validation import require, shortened
 
 _MAX_SIZE, _MAX_NODES = 2**20, 10_000  # of a recipe: bytes, and values with those of aliases
@@ -51,16 +51,15 @@ def check_recipe(path: Path) -> None:
     import yaml
 
     try:
-        check_regular(path)
         size = path.stat().st_size
         require(size <= _MAX_SIZE, f"it has {size:,} bytes, recipes at most {_MAX_SIZE:,}")
-        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        root = yaml.compose(read_text(path, "utf-8-sig"), Loader=yaml.SafeLoader)
         require(isinstance(root, yaml.MappingNode), "it holds no options")
         nodes = sum(1 for _ in islice(_walk(root), _MAX_NODES))
         require(nodes < _MAX_NODES, f"its aliases stand for more than {_MAX_NODES:,} values")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        message = f"{path}: no config ({reason}); write a line `option: value` for each option"
+        message = f"{path}: no recipe ({reason}); write a line `option: value` for each option"
         raise ValueError(message) from error
 
 

@@ -81,8 +81,8 @@ def prepare(
     _check_recipe(config, model, data)
     distillation = None
     if config.teacher:
-        teacher = host if config.teacher == "host" else _load_teacher(config.teacher, data)
-        assert teacher is not None  # `TrainConfig` takes "host" with insert only
+        given = host if config.teacher == "host" else None  # which `TrainConfig` takes with insert
+        teacher = given or _load_teacher(config.teacher, data)
         kind, temperature = config.kd_distill_type, config.kd_temperature
         distillation = Distillation(teacher.to(device), kind, temperature)
         _measure(distillation, model.to(device), data, config)

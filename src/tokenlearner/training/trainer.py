@@ -20,7 +20,7 @@ from ..data.transforms import mixup_transform, train_transform
 from ..evaluation.accuracy import MAX_NAMED
 from ..layers.onednn import use_onednn
 from ..utils.random import random_states, set_random_states
-from ..utils.validation import require, shortened
+from ..utils.validation import plain_text, require, shortened
 from .config import TrainConfig
 from .distillation import Distillation
 from .distributed import Distributed, full_state, set_full_state
@@ -315,7 +315,7 @@ class Trainer:
         new = set(names) - self._named
         self._named |= new
         if new:
-            logger.warning("left out: %s", shortened(sorted(new)))
+            logger.warning("left out: %s", plain_text(shortened(sorted(new))))
 
     def _count_unreadable(self, batch: Batch) -> None:
         self.note_unreadable(batch.unreadable)

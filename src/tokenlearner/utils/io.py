@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files, unused paths, locks, and checks of files and of places to write to."""
+"""Atomic writes, JSON files, unused paths, locks, and checks of places to write to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -205,29 +204,3 @@ def _owner(file: Path) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
-
-
-def check_downloaded(path: Path) -> None:
-    """Checks that a file is not what often comes in its place.
-
-    Raises:
-        ValueError: It is a pointer of Git LFS, or a web page.
-    """
-    with path.open("rb") as file:
-        start = file.read(32).lower()
-    others = {b"version https://git-lfs": "a pointer of Git LFS, not the file itself"}
-    others |= dict.fromkeys((b"<!doctype", b"<html"), "a web page")
-    if found := next((what for sign, what in others.items() if start.startswith(sign)), None):
-        raise ValueError(f"{path} is {found}; download the file again")
-
-
-def check_regular(path: str | Path) -> None:
-    """Checks that a path is a file with content; opening a pipe or a device may wait for ever.
-
-    Raises:
-        OSError: It is a folder, a pipe, a socket or a device, or it is not there.
-    """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-        raise OSError(f"it is {kind}, expected a file")

@@ -1,4 +1,4 @@
-"""How large an image or a file in an archive may become when it is unpacked."""
+"""How large an image or a file in an archive may become, and how long a video may be decoded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 
 from .validation import require
 
-VARIABLE = "TOKENLEARNER_MAX_GIB"  # of the environment, which worker processes inherit
+# Of the environment, which worker processes inherit.
+VARIABLE = "TOKENLEARNER_MAX_GIB"
+SECONDS = "TOKENLEARNER_MAX_SECONDS"
 
 
 def max_unpacked_bytes() -> int:
@@ -15,13 +17,27 @@ def max_unpacked_bytes() -> int:
     Raises:
         ValueError: The variable is no number above 0.
     """
-    given = os.environ.get(VARIABLE, "1")
+    return int(_number(VARIABLE, 1, "GiB") * 2**30)
+
+
+def max_seconds() -> float:
+    """Returns how long the clip of one video may be decoded: 600 s, or what the variable says.
+
+    Raises:
+        ValueError: The variable is no number above 0.
+    """
+    return _number(SECONDS, 600, "seconds")
+
+
+def _number(variable: str, default: float, unit: str) -> float:
+    given = os.environ.get(variable, str(default))
     try:
-        limit = int(float(given) * 2**30)
-    except (ValueError, OverflowError):
-        limit = 0
-    require(limit > 0, f"{VARIABLE} is {given!r}, expected a number above 0, of GiB")
-    return limit
+        value = float(given)
+    except ValueError:
+        value = 0
+    expected = f"{variable} is {given!r}, expected a number above 0, of {unit}"
+    require(0 < value < 2**60 and value * 2**30 >= 1, expected)
+    return value
 
 
 def check_unpacked(what: str, size: int, least: int = 0) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from .text import plain_text as plain_text
+
 Grid = tuple[int, int]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,14 +38,14 @@ def is_integer(value: object) -> bool:
 
 def check_eps(value: float) -> float:
     """Returns `value` if it can be a LayerNorm's epsilon."""
-    if not _is_number(value) or value <= 0:
+    if not is_number(value) or value <= 0:
         raise ValueError(f"norm_eps is {value!r}, expected a number above 0, such as 1e-6")
     return value
 
 
 def check_rate(value: float, name: str = "dropout_rate") -> float:
     """Returns `value` if it is a share from 0 to below 1."""
-    if not _is_number(value) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{name} is {value!r}, expected a share from 0 to below 1, such as 0.1")
     return value
 
@@ -133,7 +135,8 @@ def check_input(
         )
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Returns whether a value is a finite number, of numpy too; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     return math.isfinite(float(value))
@@ -155,13 +158,6 @@ def find_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
         and not value.float().sum().isfinite()  # one pass without a copy; the sum keeps NaN
         and not value.double().isfinite().all()
     ]
-
-
-def plain_text(name: object) -> str:
-    """Returns a name for a figure or a terminal: without control characters, such as escapes."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(name)
-    )
 
 
 def counted(n: int, noun: str) -> str:

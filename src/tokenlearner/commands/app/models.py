@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ...models.insertion import wrapped_blocks
 from ...models.serialization import WEIGHTS
 from .._inputs import InputPipeline, MapInput, input_pipeline
 from .._models import load_sized
-from .._runs import run_options
+from .._runs import run_options, show_used
 
 WITHOUT_CHECKPOINT = "vit_mini_patch4_tl8at3_28"  # its weights are random
 RANDOM = (
@@ -72,8 +73,13 @@ def offered_sources(checkpoints: Sequence[str]) -> dict[str, str]:
         parts = [] if (path / WEIGHTS).exists() else sorted(path.glob(f"*/{WEIGHTS}"))
         inner = {f"{path.name}/{part.parent.name}": str(part.parent) for part in parts}
         for name, place in (inner or {path.name or source: source}).items():
-            named[name if name not in named else place] = place
+            number = next(n for n in count(1) if _numbered(name, n) not in named)
+            named[_numbered(name, number)] = place  # which visitors do not see
     return named or {WITHOUT_CHECKPOINT: WITHOUT_CHECKPOINT}
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name} ({number})"
 
 
 def load_offered(checkpoints: Sequence[str], device: str) -> dict[str, OfferedModel]:
@@ -97,6 +103,8 @@ def _load(name: str, source: str, device: str) -> OfferedModel:
         raise ValueError(f"{source} cannot be read ({error}); pass a checkpoint") from error
     run = run_options(source) if path.exists() else {}
     data = _held_out(run, pipeline, is_random)
+    if data is not None:
+        show_used(source, {key: run[key] for key in ("data", "root", "stride") if key in run})
     config = getattr(model, "pretrained_cfg", None) or {}
     names = data.classes if run and data is not None else config.get("label_names") or ()
     knows_all = len(names) == getattr(model, "num_classes", None)
@@ -122,8 +130,6 @@ def _held_out(run: dict[str, Any], pipeline: InputPipeline, is_random: bool) -> 
         data = load_data(name, "val", **kwargs)
     except ValueError:  # the set is not on this machine
         return None
-    if root := kwargs.get("root"):
-        print(f"Examples are read from {str(root)!r}, which train.json names", flush=True)
     return None if is_random and tuple(data.shape) != pipeline.size else data
 
 

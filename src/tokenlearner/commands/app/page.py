@@ -15,13 +15,16 @@ from typing import Any
 
 import gradio as gr
 
-from ...utils.io import FULL, system_error
+from ...utils.io import FULL, system_error, without_folders
+from ...utils.validation import plain_text
+from .._inputs import MapInput
 from .inference import COST_HEADERS, Prediction, measure_cost, predict
 from .models import RANDOM, OfferedModel
-from .uploads import UploadLimits, read_upload
+from .uploads import UploadLimits, WrongModel, delete_upload, read_upload
 from .view import NUMBER_HEADERS, map_images, map_notes, map_numbers, to_pil, when
 
 _HOUR = 3600  # after which uploads are deleted, in seconds
+_WAITING = 40  # events, of all visitors; others are refused
 TITLE = "Where the learned tokens look"
 # Gradio has no arguments for these.
 ON_LOAD = """() => {
@@ -56,6 +59,7 @@ class AppPage:
                 with gr.Column(scale=2, min_width=320):
                     self._add_outputs()
             self._connect()
+        self.blocks.queue(max_size=_WAITING)
 
     def _add_inputs(self) -> None:
         names, limits = [*self.models], self.limits
@@ -67,7 +71,7 @@ class AppPage:
         )
         gr.Markdown(
             f"PNG, JPEG, WebP, GIF, BMP, TIFF, or MP4, MOV, WebM, MKV, AVI; up to {most}. "
-            "It stays on the computer that runs this page, and is deleted at the end."
+            "It stays on the computer that runs this page, and is deleted within two hours."
         )
         self.examples = _gallery("Or a held-out example", "examples", allow_preview=False)
 
@@ -119,7 +123,7 @@ class AppPage:
         updates = self._cleared() | self._list_examples(offered)
         try:
             if file:
-                image, remarks = read_upload(Path(file), offered.pipeline, self.limits)
+                image, remarks = self._read(Path(file), offered)
             else:
                 first = next(iter(offered.examples.values()), None)
                 image, remarks = offered.examples.get(example or "", first), []
@@ -129,7 +133,18 @@ class AppPage:
             updates |= {self.example: None if file else image.name}
             return updates | self._predicted(offered, prediction, remarks, is_example=not file)
         except Exception as error:
-            return updates | {self.status: _error(error)}
+            deleted = {self.file: None} if file and not Path(file).exists() else {}
+            return updates | deleted | {self.status: _error(error)}
+
+    def _read(self, path: Path, offered: OfferedModel) -> tuple[MapInput, list[str]]:
+        """Reads an upload, and deletes what no model takes."""
+        try:
+            return read_upload(path, offered.pipeline, self.limits)
+        except WrongModel:
+            raise
+        except Exception:
+            delete_upload(path)
+            raise
 
     def redraw(self, state: State | None, block: str | None, frame: float | None) -> Updates:
         """Shows another block or frame of what was looked at."""
@@ -217,18 +232,20 @@ def _gallery(label: str, elem_id: str, **options: Any) -> Any:
 
 def _status(sentences: list[str], offered: OfferedModel) -> str:
     """Writes sentences as HTML; whatever is shown of random weights, they are named."""
-    return "<br>".join(map(escape, [*sentences, *([RANDOM] if offered.is_random else [])]))
+    return "<br>".join(
+        escape(plain_text(s)) for s in [*sentences, *([RANDOM] if offered.is_random else [])]
+    )
 
 
 def _error(error: Exception) -> str:
     """Makes a message for the visitor; what nobody expected is printed in full in the terminal."""
-    message = str(error)
+    message = without_folders(str(error))
     if system_error(error) in FULL:
         message = "The server's disk is full; ask whoever runs the page to make room."
     elif not isinstance(error, ValueError):
         _log(error)
         message = f"This went wrong on the server ({type(error).__name__}); try another file."
-    return f'<strong role="alert">{escape(message)}</strong>'
+    return f'<strong role="alert">{escape(plain_text(message))}</strong>'
 
 
 def _log(error: Exception) -> None:

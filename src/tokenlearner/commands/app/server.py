@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import urlsplit
 
 from ...utils.imports import require_package
 from ...utils.validation import check_count, require
+from .._console import say
+from .addresses import EVERYBODY, check_address, reachable, served_hosts
+from .folder import upload_folder
 from .models import load_offered
 from .uploads import UploadLimits
 
 _VISITORS = 20  # whose last image is remembered
-_EVERYBODY = {  # hosts that stand for all addresses, and an address of documentation
-    "0.0.0.0": (socket.AF_INET, "192.0.2.1"),
-    "::": (socket.AF_INET6, "2001:db8::1"),
-}
 _ENVIRONMENT = {  # read by Gradio when it is imported or started
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_RUN_HISTORY": "False",
@@ -41,6 +39,8 @@ class AppConfig(UploadLimits):
             weights); none takes the demos of the working folder.
         host: Address to listen at; 127.0.0.1 is this computer only, 0.0.0.0 everybody.
         port: Where to listen; None is 7860, or the next that is free.
+        names: Names under which it can be opened besides, separated by commas; such as
+            maps.example.org, from which a proxy leads here.
         share: Ask Gradio's server for a public link that leads here.
         browser: Open the page in the browser.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
@@ -52,6 +52,7 @@ class AppConfig(UploadLimits):
     checkpoints: Sequence[str] = ()
     host: str = "127.0.0.1"
     port: int | None = None
+    names: str = ""
     share: bool = False
     browser: bool = False
     device: str = "auto"
@@ -75,10 +76,10 @@ def app(config: AppConfig) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     try:
         with serving(config) as address:
-            print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
-            if config.host in _EVERYBODY and not config.share:
+            say(f"The page is at {address} (Ctrl-C ends it)", flush=True)
+            if config.host in EVERYBODY and not config.share:
                 port = urlsplit(address).port
-                print(f"On this computer it is at http://localhost:{port}/", flush=True)
+                say(f"On this computer it is at http://localhost:{port}/", flush=True)
             if config.host not in ("127.0.0.1", "localhost"):
                 print("Everyone who reaches this computer can open it, without a password")
             threading.Event().wait()
@@ -98,14 +99,20 @@ def serving(config: AppConfig) -> Iterator[str]:
     Raises:
         ValueError: As in `app`.
     """
-    _check_address(config)
+    check_address(config.host, config.port)
     require_package("matplotlib", "app", "the page")
-    with TemporaryDirectory(prefix="tokenlearner-app-") as folder:
-        os.environ.update(_ENVIRONMENT | {"GRADIO_TEMP_DIR": folder})
+    with upload_folder() as folder:
+        os.environ.update(_ENVIRONMENT | {"GRADIO_TEMP_DIR": str(folder)})
         gr = require_package("gradio", "app", "the page")
+        from starlette.middleware import Middleware
+
+        from .guard import Guard
         from .page import ON_LOAD, AppPage
 
         page = AppPage(load_offered(config.checkpoints, config.device), config).blocks
+        names = {name.strip().lower() for name in config.names.split(",")} - {""}
+        limits = {"folder": folder, "max_upload_mib": config.max_upload_mib}
+        guard: Any = Middleware(Guard, **limits, hosts=served_hosts(config.host), names=names)
         try:
             *_, public = page.launch(
                 server_name=config.host,
@@ -116,6 +123,7 @@ def serving(config: AppConfig) -> Iterator[str]:
                 quiet=True,
                 show_error=True,  # of uploads that are too large; what a request raises is caught
                 max_file_size=config.max_upload_mib * 2**20,
+                app_kwargs={"middleware": [guard]},
                 state_session_capacity=_VISITORS,
                 ssr_mode=False,
                 mcp_server=False,
@@ -123,29 +131,7 @@ def serving(config: AppConfig) -> Iterator[str]:
                 theme=gr.themes.Default(font=_FONTS, font_mono=_MONO),
                 js=ON_LOAD,
             )
-            yield public or f"http://{_reachable(config.host)}:{page.server_port}/"
+            names |= {urlsplit(public).hostname or ""} - {""} if public else set()
+            yield public or f"http://{reachable(config.host)}:{page.server_port}/"
         finally:
             page.close(verbose=False)
-
-
-def _check_address(config: AppConfig) -> None:
-    try:
-        socket.create_server((config.host, config.port or 0)).close()
-    except OSError as error:
-        raise ValueError(
-            f"host {config.host} and port {config.port} cannot be listened at ({error}); pass "
-            "another port or host"
-        ) from error
-
-
-def _reachable(host: str) -> str:
-    """Returns the address at which others find this computer, for 0.0.0.0; otherwise the host."""
-    if host in _EVERYBODY:
-        family, documented = _EVERYBODY[host]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((documented, 9))  # nothing is sent
-                host = probe.getsockname()[0]
-            except OSError:  # no network
-                host = "localhost"
-    return f"[{host}]" if ":" in host else host

@@ -1,6 +1,7 @@
 """Files that visitors of the page upload: checked before they are decoded, then cut for a model.
 
-The content decides what a file is, not its name. Nothing of it is kept on the disk.
+The content decides what a file is, not its name. Nothing is kept on the disk of a file that is
+refused, and of others what the page received.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.dataset import UnreadableFile
 from ...data.image_folder import decoded
+from ...utils.files import open_image, open_video
 from ...utils.imports import require_package
 from ...utils.validation import check_count, require
 from .._inputs import InputPipeline, MapInput
@@ -26,6 +28,10 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _ANIMATED = ("PNG", "WEBP", "GIF")
 _CONTAINERS = "mov,matroska,avi"  # FFmpeg's names; it opens no playlist and no list of files
 _KINDS = "an image (PNG, JPEG, WebP, GIF, BMP, TIFF) or a clip (MP4, MOV, WebM, MKV, AVI)"
+
+
+class WrongModel(ValueError):
+    """A file that another model may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ def read_upload(
         The image or clip, and remarks on what was left out or added.
 
     Raises:
+        WrongModel: The model takes no images.
         ValueError: It is of another kind, too large, damaged, or not what the model takes.
     """
     mib, most = path.stat().st_size / 2**20, limits.max_upload_mib
@@ -80,12 +87,19 @@ def read_upload(
     return _read_video(path, pipeline, limits) if image is None else _decode(image, path, pipeline)
 
 
+def delete_upload(path: Path) -> None:
+    """Deletes a file, and the folder that was made for it."""
+    with suppress(OSError):
+        path.unlink()
+        path.parent.rmdir()
+
+
 def _open_image(path: Path, limits: UploadLimits) -> Image.Image | None:
     """Opens an image without decoding it; None if it is not of `IMAGE_FORMATS`."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(path, formats=IMAGE_FORMATS)
+        image = open_image(path, IMAGE_FORMATS)
     except UnidentifiedImageError:
         with path.open("rb") as file:
             head = file.read(12)
@@ -106,11 +120,11 @@ def _open_image(path: Path, limits: UploadLimits) -> Image.Image | None:
 
 def _decode(image: Image.Image, path: Path, pipeline: InputPipeline) -> tuple[MapInput, list[str]]:
     with image:
-        require(
-            not pipeline.takes_clips,
-            f"{path.name} is an image, but this model takes clips of {pipeline.frames} frames; "
-            "choose a clip, or another model",
-        )
+        if pipeline.takes_clips:
+            raise WrongModel(
+                f"{path.name} is an image, but this model takes clips of {pipeline.frames} frames; "
+                "choose a clip, or another model"
+            )
         animated = image.format in _ANIMATED and getattr(image, "is_animated", False)
         channels = pipeline.size[0]
         upright = decoded(lambda: image, path.name, channels)
@@ -146,10 +160,9 @@ def _check_video(file: Path, name: str, limits: UploadLimits) -> int:
         ValueError: It has no frames, too many or too large ones, or cannot be read.
     """
     av = require_package("av", "video", f"{name} is no image that can be read, and a clip")
-    options = {"format_whitelist": _CONTAINERS}
     count, sizes = 0, set[tuple[int, int]]()
     try:
-        with av.open(str(file), metadata_errors="ignore", container_options=options) as container:
+        with open_video(file, _CONTAINERS) as container:
             stream, size = _check_header(container, name, limits)
             for packet in container.demux(stream):
                 count += packet.size > 0

@@ -158,7 +158,7 @@ def _load(run: Run, checkpoint: Path, device: str) -> tuple[nn.Module, MapDatase
 
     weights = weights_file(checkpoint)
     require(weights.is_file(), f"there is no {weights}")
-    options: dict[str, Any] = run_options(str(run.folder)) | {"download": False}
+    options: dict[str, Any] = run_options(str(run.folder))
     require("data" in options, f"there is no {RECIPE} in {run.folder} that names the data set")
     config = EvalConfig(checkpoint=str(weights), device=device, **options)
     check_root(options, str(run.folder))

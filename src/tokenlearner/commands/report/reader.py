@@ -14,6 +14,7 @@ from ...data.config import unit_of
 from ...models.serialization import WEIGHTS
 from ...training.checkpointing import METRICS
 from ...training.paths import found_paths
+from ...utils.files import read_json, read_text
 from ...utils.validation import require
 
 RECIPE, COMPARISON, RESULTS = "train.json", "metrics.json", "results.json"
@@ -166,8 +167,8 @@ def common_unit(runs: Sequence[Run]) -> str:
 def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     """Reads a JSON object; an empty one, and a problem, where that fails."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read ({error})")
         return {}
     if isinstance(content, dict):
@@ -214,8 +215,8 @@ def _read_history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """Reads the rows of `metrics.jsonl`; a line that is no JSON object is left out."""
     rows = []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
+        text = read_text(path, errors="replace")
+    except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read ({error})")
         return []
     for number, line in enumerate(text.splitlines(), 1):

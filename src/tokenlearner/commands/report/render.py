@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -15,8 +16,9 @@ from pathlib import Path
 from ...models.serialization import WEIGHTS, weights_file
 from ...utils.imports import require_package
 from ...utils.io import atomic_write, check_output_file, without_folders
-from ...utils.validation import check_count, require
+from ...utils.validation import check_count, plain_text, require
 from .._console import show_progress
+from .._runs import run_options, show_used
 from .confusion import Reevaluation, reevaluate
 from .figures import legend_svg
 from .reader import ReportSource, Run, read_source
@@ -92,8 +94,15 @@ def write_report(
     sections = make_sections(contents, results, problems)
     page = _page(title or default_title(contents), sections, contents)
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # names may be no UTF-8
+        temporary.write_text(plain_text(page, "\n\t"), encoding="utf-8")
     return path
+
+
+def show_data_of_runs(source: str | Path) -> None:
+    """Prints in a line what data each run names; images of them get into the report."""
+    for run in read_source(source).finished_runs:
+        with suppress(ValueError):  # which the report tells
+            show_used(str(run.folder), run_options(str(run.folder)))
 
 
 def _output_path(source: ReportSource, out: str | Path | None) -> Path:
