@@ -253,14 +253,14 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         ("lr: 0.1\nlerning: 3\n", "lerning"),
         ("epochs: many\n", '"epochs"'),
         ("mixed_precision: no\n", '"mixed_precision"'),  # a truth value in YAML
-        ("epochs: [3\n", "config"),
-        ("- epochs\n", "config"),
-        ("", "config"),
+        ("epochs: [3\n", "recipe"),
+        ("- epochs\n", "recipe"),
+        ("", "recipe"),
         ("lr: 0.1\nlr: 0.2\n", "lr twice"),
         ("model_kwargs: {depth: 2, depth: 3}\n", "depth twice"),
-        ("lr: " + "[" * 5000, "config"),
+        ("lr: " + "[" * 5000, "recipe"),
         (BOMB, "aliases stand for more"),
-        ("model_kwargs: &a {x: *a}\n", "config"),
+        ("model_kwargs: &a {x: *a}\n", "recipe"),
     ],
 )
 def test_a_recipe_with_a_mistake_is_named(

@@ -59,7 +59,7 @@ def check_recipe(path: Path) -> None:
         require(nodes < _MAX_NODES, f"its aliases stand for more than {_MAX_NODES:,} values")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        message = f"{path}: no config ({reason}); write a line `option: value` for each option"
+        message = f"{path}: no recipe ({reason}); write a line `option: value` for each option"
         raise ValueError(message) from error
 
 
