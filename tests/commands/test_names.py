@@ -44,7 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["eval", "{}/nowhere"],
         ["predict", "{}/run", "{}/data/val"],
         ["predict", "{}/run", "{}/data/val", "--out", "{}/out.csv"],
-        ["maps", "{}/run", "{}/data/val", "{}/maps"],
+        pytest.param(["maps", "{}/run", "{}/data/val", "{}/maps"], marks=pytest.mark.slow),
         pytest.param(["report", "{}/run", "--out", "{}/x.html"], marks=pytest.mark.slow),
         ["export", "{}/run", "--out", "{}/nowhere/a.onnx"],
         ["plan", "{}/run"],

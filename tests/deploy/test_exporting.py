@@ -93,9 +93,8 @@ def agree(name: str, suffix: str, folder: Path) -> None:
         torch.testing.assert_close(file(images), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "not-square" else slow) for n in FAMILIES]
-)
+@slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_onnx_gives_the_numbers_of_every_family(name: str, tmp_path: Path) -> None:
     agree(name, ".onnx", tmp_path)
 

@@ -195,12 +195,10 @@ def test_scaling_measures_draws_and_goes_on_where_it_stopped(
     assert again == rows
 
 
-SLOWER = "modules training tf32 larger stream compiled compiled-modules compiled-training"
+SLOWER = "models calibrate modules training tf32 larger stream compiled compiled-modules compiled-training"
 
 
-@pytest.mark.parametrize(
-    "tables", ["ceilings models calibrate", pytest.param(SLOWER, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("tables", ["ceilings", pytest.param(SLOWER, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", ["gpu"], indirect=True)
 def test_gpu_fills_all_tables_at_the_size_of_a_toy(
     script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: str
@@ -215,6 +213,7 @@ def test_gpu_fills_all_tables_at_the_size_of_a_toy(
     assert report.count("\n| --- ") == len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["gpu"], indirect=True)
 def test_gpu_reports_what_fails_and_what_is_left_out(
     script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
