@@ -195,7 +195,10 @@ def test_scaling_measures_draws_and_goes_on_where_it_stopped(
     assert again == rows
 
 
-SLOWER = "models calibrate modules training tf32 larger stream compiled compiled-modules compiled-training"
+SLOWER = (
+    "models calibrate modules training tf32 larger stream "
+    "compiled compiled-modules compiled-training"
+)
 
 
 @pytest.mark.parametrize("tables", ["ceilings", pytest.param(SLOWER, marks=pytest.mark.slow)])
