@@ -18,7 +18,7 @@ SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modu
 NUMERIC_TESTS := $(addprefix tests/,layers models checkpoints evaluation training deploy)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-isa test-oldest check docs notebook bench compare format clean
+.PHONY: help install demo test test-slow test-isa fuzz test-oldest check docs notebook bench compare format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test-isa: $(VENV)/.dev  ## run the numeric tests with the kernels of other proce
 		$(BIN)/python -m pytest -n auto -q $(NUMERIC_TESTS) $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 		$(BIN)/python -m pytest -n auto -q $(NUMERIC_TESTS) $(ARGS)
+
+fuzz: $(VENV)/.dev  ## give damaged files to every reader, an hour or ARGS="--minutes 1"
+	$(BIN)/python tests/fuzzing.py $(ARGS)
 
 test-oldest: $(VENV)/.dev  ## run the tests of hosts with the oldest timm and transformers
 	$(BIN)/python scripts/oldest.py -q -n auto $(ARGS)

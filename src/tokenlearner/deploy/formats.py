@@ -236,7 +236,10 @@ def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
     available = onnxruntime.get_available_providers()
     gpu = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     providers = [name for name in [*gpu, "CPUExecutionProvider"] if name in available]
-    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    options.log_severity_level = 4  # it would print names of the file as they are
+    session = onnxruntime.InferenceSession(
+        str(path), options, providers=providers, enable_fallback=0
+    )
 
     def run(images: Tensor) -> Tensor:
         [out] = session.run(None, {_INPUT: images.cpu().numpy()})
