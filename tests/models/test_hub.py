@@ -468,10 +468,14 @@ def test_what_is_no_table_or_has_no_place_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused_by_name(value: float, tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    value: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = small().half()
     torch.nn.init.constant_(model.blocks[1].attn.qkv.bias, 60000.0)  # a sum beyond half precision
     load_model(save_model(model, tmp_path))
     model.norm.weight.data[3] = value
+    file = save_model(model, tmp_path)
+    assert "norm.weight" in caplog.text
     with pytest.raises(ValueError, match=r"NaN or infinity in norm\.weight"):
-        load_model(save_model(model, tmp_path))
+        load_model(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -30,6 +31,7 @@ from .preprocessing import check_input_size, get_input_size, take_config, withou
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # in a model's folder
 
+_LOGGER = logging.getLogger(__name__)
 _KEY = "tokenlearner"  # of the config, in the header of the weights and in config.json
 _NOT_SAVED = (  # arguments for where weights come from or are kept, not for what the model is
     *("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"),
@@ -98,6 +100,11 @@ def write_files(model: Any, path: Path, card: str | None = None) -> Path:
     for key, value in weights.items():
         check_plain(key, value, "save")
     state = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
+    if broken := find_not_finite(dict(model.named_parameters())):
+        _LOGGER.warning(
+            "%s is saved with NaN or infinity in %s; load_model will refuse it",
+            *(path, shortened(broken)),
+        )
     config, named_tokens = _config(model)
     file, texts, outer = weights_file(path), {}, path / CONFIG
     if file != path and (not outer.exists() or read_config(outer)):
