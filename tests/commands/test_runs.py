@@ -20,12 +20,14 @@ from tokenlearner.utils.processors import usable_processors
 
 def test_a_run_gives_no_orders(tmp_path: Path) -> None:
     orders = {"workers": 10**5, "download": True, "device": "cuda", "tracker": "wandb", "out": "/"}
+    orders |= {"follow_links": True}
     folder = make_checkpoint(tmp_path / "run", 2, **orders, crop_pct=0.9)
     assert run_options(str(folder)).keys() == {"data", "root", "crop_pct"}
     options = eval_options([str(folder)])
     assert (options["workers"], options["download"], options["device"]) == (None, False, "auto")
     options = train_options(["--model", str(folder), "--out", str(tmp_path / "new")])
     assert (options["workers"], options["download"]) == (None, False)
+    assert options["follow_links"] is False
     assert DataConfig(workers=10**5).reading_workers <= 2 * usable_processors()
 
 

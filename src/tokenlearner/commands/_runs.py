@@ -24,7 +24,7 @@ from ._console import say
 
 DATASET_OPTIONS = ("root", "num_samples", "num_classes")  # of no use for another data set
 TRAINING_ONLY = ("images", "max_broken")  # options of data that are about training
-NOT_OF_RUNS = (*TRAINING_ONLY, "workers", "download")  # that only a user says
+NOT_OF_RUNS = (*TRAINING_ONLY, "workers", "download", "follow_links")  # that only a user says
 _MOST = {  # that a train.json may say
     "img_size": 8192,
     "frames": 1024,
