@@ -136,8 +136,9 @@ def valid_files(folder: Path) -> dict[str, bytes]:
             tar.addfile(entry, io.BytesIO(content))
     (folder / "x.csv").write_text("path,label\nx.png,a\nx.jpg,b\n")
     (folder / "x.yaml").write_text("model: vit_mini_patch4_28\nepochs: 2\nbetas: [0.9, 0.99]\n")
-    write_program(nn.Linear(4, 2), torch.ones(2, 4), folder / "x.pt2")
-    values = [onnx.helper.make_tensor_value_info(name, 1, ["n", 4]) for name in ("images", "y")]
+    write_program(nn.Linear(4, 2), torch.ones(2, 3, 4, 4), folder / "x.pt2")
+    size = ["n", 3, 4, 4]
+    values = [onnx.helper.make_tensor_value_info(name, 1, size) for name in ("images", "y")]
     node = onnx.helper.make_node("Relu", ["images"], ["y"])
     graph = onnx.helper.make_graph([node], "g", values[:1], values[1:])
     opset = [onnx.helper.make_opsetid("", 18)]
