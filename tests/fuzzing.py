@@ -97,8 +97,9 @@ def _upload(path: Path) -> None:
 def _run(path: Path) -> None:
     """The options of a run and its metrics, as `eval` and `report` read them."""
     folder = Path(tempfile.mkdtemp(dir=path.parent))
-    for name in ("train.json", "metrics.jsonl", "config.json"):
-        shutil.copyfile(path, folder / name)
+    path.replace(folder / "train.json")
+    for name in ("metrics.jsonl", "config.json"):
+        os.link(folder / "train.json", folder / name, follow_symlinks=False)
     read_config(folder / "config.json")
     read_source(folder)
     run_options(str(folder))
