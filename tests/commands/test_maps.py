@@ -250,7 +250,7 @@ def test_models_of_images_have_maps_block_by_block(
     ("model", "options", "frames", "animation"),
     [
         ("vivit_mini_patch8x2_32", {"num_tokens": 1, "depth": 2}, 4, "gif"),
-        (FRAMEVIT, {}, 6, "none"),
+        pytest.param(FRAMEVIT, {}, 6, "none", marks=pytest.mark.slow),
     ],
 )
 def test_models_of_clips_have_maps_frame_by_frame(

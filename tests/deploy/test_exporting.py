@@ -194,7 +194,7 @@ def test_the_model_runs_in_evaluation_mode_and_is_left_in_its_own(tmp_path: Path
     torch.testing.assert_close(load_exported(made.path)(ONES), logits(model, ONES))
 
 
-@pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
+@pytest.mark.parametrize("name", [pytest.param("m.onnx", marks=slow), "m.pt2"])
 def test_a_file_holds_no_path_of_this_machine(name: str, tmp_path: Path) -> None:
     path = export(small_vit(), tmp_path / name, torch.rand(2, 1, 28, 28), rounds=2).path
     content = [path.read_bytes()]

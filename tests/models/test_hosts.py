@@ -305,7 +305,8 @@ def through_torch_save(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@each_family_both_ways
+@one_of_each_kind
+@both_ways
 @torch.no_grad()
 def test_a_copy_and_a_model_built_alike_give_the_same_and_share_nothing(
     fuse: bool, name: str
