@@ -361,10 +361,17 @@ def test_a_training_step_reaches_the_learners_and_checkpointing_changes_no_numbe
         torch.testing.assert_close(one.grad, other.grad)
 
 
-@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.sizes is not None])
-@both_ways
+@pytest.mark.parametrize(
+    ("name", "fuse"),
+    [
+        pytest.param(n, fuse, marks=pytest.mark.slow if fuse and n not in KINDS else ())
+        for n, f in FAMILIES.items()
+        for fuse in (False, True)
+        if f.sizes is not None
+    ],
+)
 @torch.no_grad()
-def test_images_of_any_size_run_where_the_host_takes_them(fuse: bool, name: str) -> None:
+def test_images_of_any_size_run_where_the_host_takes_them(name: str, fuse: bool) -> None:
     model = inserted(name, fuse)
     inputs = FAMILIES[name].inputs(model)
     key = "x" if "x" in inputs else "pixel_values"

@@ -304,7 +304,10 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ("clip", "siglip") else ()) for n in SAVED],
+)
 def test_a_plain_class_refuses_a_folder_with_learned_tokens(name: str, tmp_path: Path) -> None:
     plain, config = SAVED[name]
 
