@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -156,8 +156,8 @@ def warn_left_out(folder: Path, others: Sequence[str]) -> None:
         )
 
 
-def walk_files(folder: Path, top: Path | None) -> Iterator[str]:
-    """Yields files in the order of torchvision; each folder once, though links may lead back.
+def walk_files(folder: Path, top: Path | None) -> list[str]:
+    """Lists files in the order of torchvision; each folder once, though links may lead back.
 
     What is hidden, and folders that systems make, such as `__MACOSX`, are passed over.
 
@@ -177,7 +177,7 @@ def walk_files(folder: Path, top: Path | None) -> Iterator[str]:
     found = [os.path.join(path, name) for path in sorted(files) for name in files[path]]
     if top is not None:
         _check_links(found, top)
-    return iter(found)
+    return found
 
 
 def _check_links(paths: Iterable[str], top: Path) -> None:
