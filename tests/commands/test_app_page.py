@@ -17,6 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from browser import chromium, complaints, requested
@@ -210,11 +211,12 @@ def test_a_bad_file_gives_a_message_and_the_page_goes_on(page: Any, tmp_path: Pa
     assert all(source.startswith(("http://127.0.0.1", "data:")) for source in sources)
 
 
-def send(url: str, body: bytes | None = None, **headers: str) -> int:
+def send(url: str, body: bytes | None = None, method: str | None = None, **headers: str) -> int:
     """Sends a request as another program or site would; returns the answer's status."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, named), timeout=60) as answer:
+        request = urllib.request.Request(url, body, named, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         error.close()
@@ -255,6 +257,9 @@ def test_strangers_get_nothing_leave_nothing_and_make_the_server_fetch_nothing(
             stranger = {name: "evil.test" if name == "Host" else "http://evil.test"}
             assert send(upload, body, **kind, **stranger) == 403
         assert send(f"{address}config", Host="evil.test") == 403
+        preflight = {"Origin": "http://evil.test", "Access_Control_Request_Method": "POST"}
+        for host in ("evil.test", urlsplit(address).netloc):
+            assert send(upload, None, "OPTIONS", Host=host, **preflight) == 403
         too_large, kind = multipart(bytes(2**20 + 1))
         assert send(upload, too_large, **kind) == 413
         assert [path for path in room.glob("*/files/**/*") if path.is_file()] == []

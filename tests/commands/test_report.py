@@ -344,6 +344,16 @@ def test_the_host_of_an_inserted_model_is_evaluated_too(tmp_path: Path) -> None:
     assert page.row("learned tokens") == ["2 inserted at 0.5"]
 
 
+def test_a_host_that_a_stranger_s_run_names_is_read_beside_it_only(tmp_path: Path) -> None:
+    host = tmp_path / "mine" / "host.safetensors"
+    save_model(create_model("vit_mini_patch4_28", **TINY), host)
+    folder = make_run(tmp_path / "theirs" / "run", model=str(host), insert=2)
+    page = Page(write_report(folder, images=FEW))
+    assert "host of run: " in page.problems
+    assert "lies outside" in page.problems
+    assert page.texts("h3") == ["run"]
+
+
 @pytest.mark.usefixtures("sketches")
 def test_runs_have_the_names_of_their_comparison(tmp_path: Path) -> None:
     """By the folder that is recorded; of version 0.3 by the metrics."""

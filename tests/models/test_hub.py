@@ -289,9 +289,9 @@ def test_a_model_goes_to_the_hub_and_comes_back(kind: str, hub: Hub) -> None:
     assert (upload["repo_id"], upload["token"]) == ("me/mini", "hf_x")
     assert hub.calls == [("me/mini", "create_repo", {"private": True, "exist_ok": True})]
     card = upload["files"]["README.md"].decode()
-    assert 'load_model("me/mini")' in card
+    assert 'load_model("hf-hub:me/mini")' in card
     assert "| top-1 | 0.5 |" in card
-    for name in ("me/mini", "hf-hub:me/mini", "me/mini@main"):
+    for name in ("hf-hub:me/mini", "hf-hub:me/mini@main"):
         assert same(model, load_model(name))
 
 
@@ -324,6 +324,7 @@ def test_a_readme_on_the_hub_and_a_folder_here_go_before(hub: Hub, tmp_path: Pat
     model = small()
     save_model(model, tmp_path / "me" / "mini")
     assert same(model, load_model("me/mini"))
+    assert same(model, TokenLearnerViT.from_pretrained("me/mini"))
     assert hub.calls == []
 
 
@@ -342,7 +343,7 @@ def test_options_reach_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.calls.clear()
     options = {"cache_dir": tmp_path, "token": "hf_x"}
     options |= {"force_download": True, "local_files_only": True}
-    load_model("me/mini", revision="v1", **options)
+    load_model("hf-hub:me/mini", revision="v1", **options)
     TokenLearnerViT.from_pretrained("me/mini@v1", **options)
     options |= {"revision": "v1", "library_name": "tokenlearner"}
     files = ("config.json", "model.safetensors") * 2
@@ -356,14 +357,15 @@ def test_what_is_neither_here_nor_on_the_hub_is_refused(
 ) -> None:
     hub.reachable = reachable
     with pytest.raises(ValueError, match=r"me/mini .*config.json.* at v1 .*LocalEntryNotFound"):
-        load("me/mini@v1")
+        load("hf-hub:me/mini@v1")
 
 
 @pytest.mark.parametrize(
-    "path", ["mini", "./mini", "../mini", "a/b/c", "me/mini.safetensors", "/mini", Path("me/mini")]
+    "path",
+    ["me/mini", "mini", "./mini", "../mini", "a/b/c", "me/mini.safetensors", Path("me/mini"), ""],
 )
 def test_other_paths_are_never_asked_of_the_hub(path: str | Path, hub: Hub) -> None:
-    with pytest.raises(ValueError, match=r"mini|a/b/c"):
+    with pytest.raises(ValueError, match="there is no file or folder"):
         load_model(path)
     assert hub.calls == []
 
@@ -373,8 +375,12 @@ def test_a_name_in_a_folder_here_is_not_asked_of_the_hub(
 ) -> None:
     (tmp_path / "cwd" / "runs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cwd")
-    with pytest.raises(ValueError, match=r"no runs/x, .* hf-hub:runs/x"):
-        load_model("runs/x")
+    for load, sentence in (
+        (load_model, "no file or folder runs/x"),
+        (TokenLearnerViT.from_pretrained, "no runs/x, though runs is a folder"),
+    ):
+        with pytest.raises(ValueError, match=rf"{sentence}.* hf-hub:runs/x"):
+            load("runs/x")
     assert hub.calls == []
     with pytest.raises(ValueError, match="from the Hub"):
         load_model("hf-hub:runs/x")
@@ -396,7 +402,7 @@ def test_a_model_of_others_is_refused_before_its_weights_are_fetched(config: str
     (hub.root / "timm/net").mkdir(parents=True)
     (hub.root / "timm/net/config.json").write_text(config)
     with pytest.raises(ValueError, match=r"timm/net .*config.json"):
-        load_model("timm/net")
+        load_model("hf-hub:timm/net")
     assert [call[1] for call in hub.calls] == ["config.json"]
 
 
@@ -404,9 +410,9 @@ def test_a_repository_without_weights_and_two_revisions_are_refused(hub: Hub) ->
     push_to_hub(small(), "me/mini")
     (hub.root / "me/mini/model.safetensors").rename(hub.root / "me/mini/pytorch_model.bin")
     with pytest.raises(ValueError, match=r"model\.safetensors of me/mini"):
-        load_model("me/mini")
+        load_model("hf-hub:me/mini")
     with pytest.raises(ValueError, match="v1 and revision='v2'"):
-        load_model("me/mini@v1", revision="v2")
+        load_model("hf-hub:me/mini@v1", revision="v2")
 
 
 # --- the card ----------------------------------------------------------------------------------

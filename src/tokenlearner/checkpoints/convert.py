@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..layers.token_learner import LEARNERS
 from ..models.factory import create_model, save_model
-from ..models.hub import load_local
+from ..models.hub import load_model
 from ..utils.io import check_output_file
 from ..utils.validation import check_choice, check_count, check_literals
 from .flax_msgpack import write_flax
@@ -73,7 +73,7 @@ def convert_checkpoint(config: ConvertConfig) -> Path:
     check_output_file(config.out)
     to_flax = Path(config.out).suffix != ".safetensors"
     params = (
-        to_scenic(load_local(config.checkpoint)) if to_flax else read_weights(config.checkpoint)
+        to_scenic(load_model(config.checkpoint)) if to_flax else read_weights(config.checkpoint)
     )
     check_output_file(config.out, size=sum(value.nbytes for value in params.values()))
     if to_flax:

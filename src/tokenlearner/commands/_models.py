@@ -10,7 +10,7 @@ from torch import nn
 from ..deploy.formats import SUFFIXES, load_exported
 from ..models.factory import create_model
 from ..models.hosts import find_host
-from ..models.hub import load_local
+from ..models.hub import load_model
 from ..models.preprocessing import get_input_size
 from ..utils.io import is_model_path
 from ..utils.modules import pick_device
@@ -34,7 +34,7 @@ def load_sized(
         ValueError: There is no such model or device, it cannot have the size, or it is no host.
     """
     target = pick_device(device)
-    model: Any = load_local(name) if is_model_path(name) else create_model(name)
+    model: Any = load_model(name) if is_model_path(name) else create_model(name)
     if hosts_only:
         find_host(model)
     if img_size:
@@ -55,4 +55,4 @@ def load_checkpoint(path: str, device: str) -> nn.Module:
     """
     target = pick_device(device)
     is_exported = Path(path).suffix in SUFFIXES
-    return load_exported(path, target) if is_exported else load_local(path).to(target)
+    return load_exported(path, target) if is_exported else load_model(path).to(target)

@@ -45,6 +45,7 @@ _HUB = "hf-hub:"
 _SECONDS = 15  # in which the Hub answers, tried again and again; one try has 10
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$&]")  # of Markdown and HTML, in a cell
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_FILES = (".safetensors", *_PICKLES)
 _REPO = re.compile(r"(?:hf-hub:)?(\w[\w.-]*/\w[\w.-]*)(?:@([^@]+))?")
 
 
@@ -110,14 +111,20 @@ class HubModel(
         """Loads a model of this class as it was saved, in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: As in `tokenlearner.load_model`.
+            pretrained_model_name_or_path: As in `tokenlearner.load_model`; `user/repo` is a model
+                on the Hub too, where there is neither such a path nor a folder `user` here.
             options: As in `tokenlearner.load_model`. No argument can change the model; call
                 `reset_classifier` or `set_input_size` afterwards.
 
         Raises:
             ValueError: There is no such model, it is damaged or half-written, or of another class.
         """
-        model = load_model(pretrained_model_name_or_path, **options)
+        name = pretrained_model_name_or_path
+        is_repo = isinstance(name, str) and _REPO.fullmatch(name) and not name.startswith(_HUB)
+        if is_repo and not (local := Path(name)).exists() and local.suffix not in _FILES:
+            _check_no_folder(local)
+            name = f"{_HUB}{name}"
+        model = load_model(name, **options)
         if not isinstance(model, cls):
             raise ValueError(
                 f"{pretrained_model_name_or_path} has a {type(model).__name__}, expected a "
@@ -137,7 +144,7 @@ def model_card(model: Any, measured: Measured | None = None, location: str | Non
         model: As in `write_files`.
         measured: A table as columns of rows, such as `{"ours": asdict(benchmark(...)["ours"])}`
             or `{"ours": {"top-1": 0.81}}`.
-        location: Path of the model, or its name on the Hub such as `user/name`.
+        location: Path of the model, or its name on the Hub, `hf-hub:user/name`.
 
     Raises:
         ValueError: `measured` is no table, or the model does not know how it was built.
@@ -232,9 +239,8 @@ def load_model(
     """Builds the model that `save_model` wrote, learned tokens included, in evaluation mode.
 
     Args:
-        path: The file, the folder, or a model on the Hub: `user/repo`, `user/repo@revision` or
-            `hf-hub:user/repo`. A string is looked up on the Hub if there is no such path, and
-            without the prefix, if there is no folder `user` here either: it was to be in there.
+        path: The file, the folder, or a model on the Hub, `hf-hub:user/repo` or
+            `hf-hub:user/repo@revision`; nothing else is looked up there.
         revision: On the Hub: a branch, a tag or a commit.
         cache_dir: Where files of the Hub are kept.
         token: For the Hub; by default that of `hf auth login`.
@@ -246,35 +252,24 @@ def load_model(
             its weights are NaN or infinite.
     """
     local, repo = Path(path).expanduser(), _REPO.fullmatch(path) if isinstance(path, str) else None
-    if repo and not local.exists() and local.suffix not in (".safetensors", *_PICKLES):
+    if repo and str(path).startswith(_HUB):
         if repo[2] and revision and repo[2] != revision:
             raise ValueError(f"{path} and revision={revision!r} differ; pass one revision")
-        if not str(path).startswith(_HUB):
-            _check_no_folder(local)
         options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         options |= {"revision": repo[2] or revision, "force_download": force_download}
         with nullcontext() if local_files_only else hub_or_cache():
             return read_files(*_download(repo[1], options))
+    if not path or not local.exists():
+        hint = f"; a model on the Hub is {_HUB}{path}" if repo else ""
+        raise ValueError(
+            f"there is no file or folder {path or repr(path)}; pass one that train or save_model "
+            f"wrote{hint}"
+        )
     _check_kind(local)
     file, config_file = weights_file(local), local / CONFIG
     if not file.is_file():
         raise ValueError(f"there is no {file}; pass the file or folder that save_model wrote")
     return read_files(file, config_file if config_file.is_file() else None)
-
-
-def load_local(path: str) -> nn.Module:
-    """Loads a model for a command: only `hf-hub:user/name` is looked up on the Hub.
-
-    Raises:
-        ValueError: As `load_model`, and for a path that is not there.
-    """
-    if not path or not (path.startswith(_HUB) or Path(path).expanduser().exists()):
-        hint = f"; a model on the Hub is {_HUB}{path}" if _REPO.fullmatch(path) else ""
-        raise ValueError(
-            f"there is no file or folder {path or repr(path)}; pass one that train or save_model "
-            f"wrote{hint}"
-        )
-    return load_model(path)
 
 
 def push_to_hub(
@@ -310,7 +305,7 @@ def push_to_hub(
     validate_repo_id(repo_id)
     model = uncompiled(model)
     with TemporaryDirectory() as folder:
-        write_files(model, Path(folder), model_card(model, measured, repo_id))
+        write_files(model, Path(folder), model_card(model, measured, f"{_HUB}{repo_id}"))
         api = HfApi(token=token, library_name=LIBRARY)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if api.file_exists(repo_id, CARD, revision=branch):

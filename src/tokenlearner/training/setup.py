@@ -17,7 +17,7 @@ from ..data.dataset import LabeledDataset, require_order
 from ..data.transforms import train_transform
 from ..evaluation.accuracy import preprocess_for, with_model_size
 from ..models.factory import create_model
-from ..models.hub import load_local
+from ..models.hub import load_model
 from ..models.insertion import insert
 from ..models.outputs import predict_logits
 from ..models.preprocessing import (
@@ -98,7 +98,7 @@ def with_sizes(config: TrainConfig) -> TrainConfig:
     if not config.lacks_size:
         return config
     if config.is_trained:
-        return with_model_size(config, load_local(config.model))
+        return with_model_size(config, load_model(config.model))
     kwargs = {k: v for k, v in (config.model_kwargs or {}).items() if k != "pretrained"}
     with torch.device("meta"):
         return with_model_size(config, create_model(config.model, **kwargs))
@@ -203,7 +203,7 @@ def _load_model(config: TrainConfig, data: LabeledDataset) -> nn.Module:
 
     One that learns other classes than it has gets a new classifier.
     """
-    model: Any = load_local(config.model).float()
+    model: Any = load_model(config.model).float()
     if not config.insert and not _has_classes(model, data):
         logger.info(
             "%s gets a new classifier: it has other classes than %s", config.model, data.name
@@ -222,7 +222,7 @@ def _has_classes(model: Any, data: LabeledDataset) -> bool:
 
 def _load_trained(name: str, data: LabeledDataset) -> nn.Module:
     """Loads a trained model that fits the data."""
-    model = load_local(name).float()
+    model = load_model(name).float()
     _check_model(name, model, data)
     return model
 

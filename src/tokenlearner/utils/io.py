@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -46,7 +47,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).expanduser()
     stem = path.stem if len(os.fsencode(path.name)) < 200 else f"{hash(path.name):x}"
-    temporary = path.with_name(f".{stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -131,6 +131,8 @@ def serving(config: AppConfig) -> Iterator[str]:
                 theme=gr.themes.Default(font=_FONTS, font_mono=_MONO),
                 js=ON_LOAD,
             )
+            page.app.user_middleware.reverse()  # in front of Gradio's, which answers preflights
+            page.app.middleware_stack = page.app.build_middleware_stack()
             names |= {urlsplit(public).hostname or ""} - {""} if public else set()
             yield public or f"http://{reachable(config.host)}:{page.server_port}/"
         finally:

@@ -121,7 +121,11 @@ def _reevaluate_all(source: ReportSource, images: int, device: str) -> Iterator[
     for run in source.finished_runs:
         if (host := _host(run)) and weights_file(host).resolve() not in weights:
             named = replace(run, name=_host_name(source, run))
-            yield reevaluate(named, images, device, draw=False, host=host)
+            if _is_near(weights_file(host), run):
+                yield reevaluate(named, images, device, draw=False, host=host)
+            else:
+                problem = f"{named.name}: {host} lies outside, and is not evaluated"
+                yield Reevaluation(named.name, None, None, [problem])
         draw = with_maps.isdisjoint((run.folder, run.folder.parent))
         yield reevaluate(run, images, device, draw=draw)
 
@@ -132,6 +136,15 @@ def _host(run: Run) -> Path | None:
     if not run.options.get("insert") or not isinstance(name, str):
         return None
     return path if weights_file(path := Path(name).expanduser()).is_file() else None
+
+
+def _is_near(path: Path, run: Run) -> bool:
+    """Returns whether a file that a train.json names is where a report may read it.
+
+    That is beside the run's folder, or below the working folder.
+    """
+    path = path.resolve()
+    return any(path.is_relative_to(at.resolve()) for at in (run.folder.absolute().parent, Path()))
 
 
 def _host_name(source: ReportSource, run: Run) -> str:
