@@ -137,7 +137,7 @@ def trained(config: TrainConfig) -> TrainResult:
     host = create_model("vit_mini_patch4_28", **TINY, num_classes=4).eval()
     model = insert(create_model("vit_mini_patch4_28", **TINY, num_classes=4).eval(), config.insert)
     history = [{"step": 2, "train_seconds": 3.0, "test_top1_percent": 12.5}]
-    done = Calibration(16, 300, 1.25, 0.5, 7.0)
+    done = Calibration(16, 300, 1.25, 0.5, 7.0, held_out=2)
     return TrainResult(model, Path(config.out) / "model.safetensors", history, 32, host, done)
 
 
@@ -158,7 +158,7 @@ def test_a_host_is_compared_with_what_was_made_of_it(config: TrainConfig) -> Non
     assert (reduced.top1_percent, host.history) == (12.5, [])
     _, calibration, training = comparison.notes
     assert calibration.startswith("Calibration: 16 images without labels, 7 s; ")
-    assert calibration.endswith("125% before, 50% after.")
+    assert calibration.endswith("on 2 others 125% before, 50% after.")
     assert training == "Training: 4 epochs of 32 images, distilled from host, without labels."
     assert {p.name for p in Path(config.out).iterdir()} == {"table.txt", "metrics.json", "maps.png"}
     written = json.loads((Path(config.out) / "metrics.json").read_text())

@@ -246,8 +246,8 @@ def _training(config: TrainConfig, result: TrainResult) -> list[str]:
     if done := result.calibration:
         notes.append(
             f"Calibration: {done.images} {unit} without labels, {done.seconds:.0f} s; unexplained "
-            f"variance of the host's features {done.error_before:.0%} before, "
-            f"{done.error_after:.0%} after."
+            f"variance of the host's output on {done.held_out} others {done.error_before:.0%} "
+            f"before, {done.error_after:.0%} after."
         )
     teacher = f", distilled from {config.teacher}" if config.teacher else ""
     labels = "with labels" if config.label_weight else "without labels"

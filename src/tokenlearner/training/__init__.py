@@ -6,7 +6,6 @@ TYPE_CHECKING = False  # as typing has it, whose import would take most of the t
 
 if TYPE_CHECKING:
     from .calibration import Calibration as Calibration
-    from .calibration import TeacherCache as TeacherCache
     from .calibration import calibrate as calibrate
     from .checkpointing import TrainingInterrupted as TrainingInterrupted
     from .config import TrainConfig as TrainConfig
@@ -19,18 +18,20 @@ if TYPE_CHECKING:
     from .recipes import list_recipes as list_recipes
     from .run import TrainResult as TrainResult
     from .run import train as train
+    from .teacher import TeacherCache as TeacherCache
     from .trainer import Trainer as Trainer
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "calibration": ("Calibration", "TeacherCache", "calibrate"),
+        "calibration": ("Calibration", "calibrate"),
         "checkpointing": ("TrainingInterrupted",),
         "config": ("TrainConfig",),
         "distillation": ("Distillation", "feature_loss", "forward_with_features", "logit_loss"),
         "meter": ("Report",),
         "recipes": ("find_recipe", "list_recipes"),
         "run": ("TrainResult", "train"),
+        "teacher": ("TeacherCache",),
         "trainer": ("Trainer",),
     },
 )

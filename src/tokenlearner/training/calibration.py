@@ -1,38 +1,32 @@
 """New learners fitted to an old host, without labels: `calibrate(insert(model), images)`.
 
-A learner starts as noise, so a host on its tokens is much worse than it need be. Here the learners,
-and only they, are fitted so that later blocks compute from their tokens what they computed from all
-positions. A few hundred images and seconds to minutes are enough; the host's weights stay.
+A learner starts as noise, so a host on its tokens is much worse than it need be. Here the learners
+are fitted so that later blocks compute from their tokens what they computed from all positions; on
+demand the blocks behind them are fitted too, and those in front. The teacher is the host.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.blocks import FusedBlock
 from ..models.features import wrapped_blocks
-from ..models.hosts import Place, find_host
+from ..models.hosts import find_host
 from ..models.insertion import remove
-from ..models.outputs import first_tensor, summarize_tokens
-from ..utils.modules import check_plain, clone_structure, eager_gradients, training_mode, uncompiled
-from ..utils.validation import check_above_zero, check_count, check_flag, require
-from .distillation import (
-    BlockOutputs,
-    HostFinder,
-    feature_loss,
-    forward_with_features,
-    output_loss,
-)
-from .meter import CalibrationRow, Report
-from .optim import MasterWeights
+from ..utils.modules import clone_structure, eager_gradients, uncompiled
+from ..utils.validation import check_above_zero, check_flag, check_from_zero, check_rate, require
+from .fitting import Fit, FitConfig, Group, fit
+from .meter import Report
+from .teacher import TeacherCache
+
+_FEW, _FOLDS = 40, 4  # images, of which a tenth would be too few to evaluate on
+_MOST_EVALUATED = 512  # training images
 
 
 @dataclass(frozen=True)
@@ -41,11 +35,14 @@ class Calibration:
 
     Args:
         images: Images that the learners were fitted on.
-        steps: Updates of the learners.
-        error_before: Share of the variance of later blocks' features that the model did not
-            reproduce, as `feature_loss` counts it; noise may score above 1.
-        error_after: The same afterwards, on the same images.
+        steps: Updates that were made.
+        error_before: Share of the variance of the host's output, on held-out images, that the model
+            left open before; noise may score above 1. See `TeacherCache.error`.
+        error_after: The same afterwards.
         seconds: Time of the whole calibration.
+        training_error: The same on images that the learners were fitted on, at most 512.
+        held_out: Images that were held out; where all images were, in turn, all of them.
+        best_step: The update after which the held-out error was lowest; its weights were kept.
     """
 
     images: int
@@ -53,6 +50,9 @@ class Calibration:
     error_before: float
     error_after: float
     seconds: float
+    training_error: float = float("nan")
+    held_out: int = 0
+    best_step: int = 0
 
 
 @eager_gradients()
@@ -64,25 +64,41 @@ def calibrate(
     steps: int = 300,
     batch_size: int = 64,
     lr: float = 3e-3,
+    host_lr: float = 3e-4,
+    front_lr: float = 0.0,
+    views: int = 1,
+    held_out: float = 0.1,
+    patience: int = 10,
+    ema_decay: float = 0.0,
     seed: int = 0,
     report: Report | None = None,
 ) -> Calibration:
     """Fits the learners of `model` to its host on images without labels; changes it in place.
 
-    The teacher is the model without its learners, so this comes before any other training. Blocks
-    in front of the first learner run once; only their output is kept, `n c` floats an image.
+    The teacher is the model without its learners, so this comes before any other training. A tenth
+    of the images is held out: the weights of the update with the lowest error there are kept. Of
+    fewer than 40 images each quarter is held out in turn, and then all are fitted.
 
     Args:
-        model: A host with learned tokens. What runs before them stays bit for bit; without `tail`
-            so do all of the host's parameters.
-        images: A few hundred normalized images as the model takes them, `b c h w`, or clips.
-        tail: Fit all that runs behind the first learner too, which takes more images, a lower
-            `lr` and a call without it before: the cheapest way to distil on a CPU.
-        steps: Updates.
+        model: A host with learned tokens. Without `tail` all of the host's parameters stay bit for
+            bit, and without `front_lr` those in front of the first learner.
+        images: Normalized images as the model takes them, `b c h w`, or clips: hundreds for the
+            learners, thousands for the tail.
+        tail: Fit all that runs behind the first learner too, once the learners were fitted alone
+            (call it twice).
+        steps: Updates at most.
         batch_size: Images an update.
-        lr: Highest learning rate of Adam, which falls to 0 as a cosine. Learners of half
-            precision are fitted by float32 copies.
-        seed: Of the images' order.
+        lr: Highest learning rate of learners and fusers; half precision is fitted by float32
+            copies. It rises for a tenth of the steps, and then falls as a cosine.
+        host_lr: The same of the host's parameters behind the first learner, for `tail`.
+        front_lr: The same of those in front, which are run anew in every update then; 0 leaves
+            them as they are, and their output is computed once.
+        views: 1 is each image as it is; of more the others are crops of it, of at least 0.35 of its
+            area, half of them mirrored.
+        held_out: Share of the images to evaluate on; 0 makes all steps, and keeps the last.
+        patience: Evaluations, of 20 within all steps, without a lower error that end it; 0 is all.
+        ema_decay: Of a moving average of what is fitted, which is kept then; 0 is none.
+        seed: Of the images' order, the views and what is held out.
         report: Called with a `CalibrationRow` after every step.
 
     Raises:
@@ -93,7 +109,7 @@ def calibrate(
     >>> import timm
     >>> from tokenlearner import insert
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
-    >>> done = calibrate(insert(model, 2), torch.randn(8, 3, 32, 32), steps=5)
+    >>> done = calibrate(insert(model, 2), torch.randn(64, 3, 32, 32), steps=20)
     >>> done.error_after < done.error_before
     True
     """
@@ -101,18 +117,101 @@ def calibrate(
     wrapped = wrapped_blocks(model)
     if not wrapped:
         raise ValueError("this model has no learned tokens to calibrate; insert(model) adds them")
-    _check_numbers(steps, lr)
+    require(not front_lr or tail, f"front_lr is {front_lr}; pass tail=True too, or leave it out")
+    rates = Rates(lr, host_lr if check_flag("tail", tail) else 0, front_lr)
+    config = FitConfig(steps, batch_size, ema_decay=ema_decay, patience=patience, seed=seed)
+    check_rate(held_out, "held_out")
     start, first = time.perf_counter(), min(wrapped)
-    host = remove(clone_structure(model))
-    whole = all(isinstance(block, FusedBlock) for block in wrapped.values())
-    cache = TeacherCache(host, images, first, whole=whole, batch_size=batch_size)
-    before = cache.error(model)
-    parameters = (
-        tail_parameters(model, first) if check_flag("tail", tail) else new_parameters(model)
+    cache = TeacherCache(
+        remove(clone_structure(model)),
+        images,
+        first,
+        whole=all(isinstance(block, FusedBlock) for block in wrapped.values()),
+        batch_size=batch_size,
+        views=views,
+        seed=seed,
+        shares_front=not front_lr,
     )
-    cache.fit(model, parameters, steps=steps, lr=lr, seed=seed, report=report)
-    after = cache.error(model)
-    return Calibration(len(images), steps, before, after, time.perf_counter() - start)
+    run = _Run(model, cache, rates, config)
+    few = len(images) < _FEW and held_out > 0
+    folds = [run.fold(i) for i in range(min(_FOLDS, len(images)))] if few else []
+    training, evaluated = split_held_out(len(images), 0 if few else held_out, seed)
+    sample = training[:_MOST_EVALUATED]
+    before = cache.error(model, sample)
+    done = run.fit(model, training, evaluated, report)
+    after = cache.error(model, sample)
+    fits = folds or ([done] if len(evaluated) else [])
+    return Calibration(
+        images=len(training),
+        steps=done.steps,
+        error_before=fmean(f.error_before for f in fits) if fits else before,
+        error_after=fmean(f.error for f in fits) if fits else after,
+        seconds=time.perf_counter() - start,
+        training_error=after,
+        held_out=len(images) if few else len(evaluated),
+        best_step=done.best_step,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Fits a model, or copies of it, as one call of `calibrate` says."""
+
+    model: nn.Module
+    cache: TeacherCache
+    rates: Rates
+    config: FitConfig
+
+    def fit(
+        self, model: nn.Module, training: Tensor, held_out: Tensor, report: Report | None = None
+    ) -> Fit:
+        groups = self.rates.groups(model, self.cache.first)
+        return fit(model, self.cache, groups, self.config, training, held_out, report)
+
+    def fold(self, number: int) -> Fit:
+        """Fits a copy without every fourth image, which it is evaluated on."""
+        images = torch.arange(len(self.cache.images), device="cpu")
+        is_held_out = images % _FOLDS == number
+        return self.fit(copy.deepcopy(self.model), images[~is_held_out], images[is_held_out])
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of the parts of a model with learned tokens; 0 leaves a part as it is.
+
+    Args:
+        new: Of learners and fusers.
+        tail: Of the host behind the first learner.
+        front: Of the host in front of it.
+
+    Raises:
+        ValueError: One is negative or not finite.
+    """
+
+    new: float
+    tail: float = 0.0
+    front: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_above_zero("lr", self.new)
+        check_from_zero(self, "tail", "front")
+
+    def groups(self, model: nn.Module, first: int) -> list[Group]:
+        """Returns the parameters to fit with their rates."""
+        new, tail = new_parameters(model), tail_parameters(model, first) if self.tail else []
+        known = {id(p) for p in new}
+        tail = [p for p in tail if id(p) not in known]
+        known |= {id(p) for p in tail}
+        front = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+        parts = ((new, self.new), (tail, self.tail), (front if self.front else [], self.front))
+        return [(parameters, rate) for parameters, rate in parts if parameters]
+
+
+def split_held_out(images: int, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Draws which of so many images are fitted on, and which are held out; both in order."""
+    order = torch.randperm(images, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    count = min(round(share * images), max(0, images - 2))
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -130,212 +229,3 @@ def tail_parameters(model: nn.Module, first: int) -> list[nn.Parameter]:
     parameters = list(model.parameters())
     start = next(i for i, parameter in enumerate(parameters) if parameter is entered)
     return [p for p in parameters[start:] if p.requires_grad]
-
-
-class TeacherCache:
-    """The features and outputs of a host on images, for students that share its first blocks.
-
-    The student's blocks in front of `first` have to be the host's: they are not run again.
-
-    Args:
-        host: The teacher.
-        images: As in `calibrate`.
-        first: The first block in which student and teacher differ.
-        whole: Compare all tokens behind the last block too; for students that keep all positions.
-        batch_size: Images at a time.
-
-    Raises:
-        ValueError: There are fewer than 2 images.
-    """
-
-    def __init__(
-        self,
-        host: nn.Module,
-        images: Tensor,
-        first: int,
-        *,
-        whole: bool = False,
-        batch_size: int = 64,
-    ):
-        check_count("batch_size", batch_size, least=2)  # one image has no variance
-        if not isinstance(images, Tensor) or len(images) < 2:
-            got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images is {got}, expected a tensor of 2 images or more, b c h w")
-        require(bool((images != images[:1]).any()), "images are all the same; pass different ones")
-        self.images = images.clone() if images.is_inference() else images
-        self.first, self.whole = first, whole
-        self.batch_size, self.parts = (
-            batch_size,
-            torch.arange(len(images), device="cpu").split(batch_size),
-        )
-        self._find_student, self._place = HostFinder(), find_host(host)
-        self._front: _CachedBlocks | None = None
-        self.features, self.output = self._run_teacher(host)
-
-    def run(self, student: nn.Module, index: Tensor) -> BlockOutputs:
-        """Runs a student on some of the images, from block `first` on."""
-        images, place = self.images[index], self._find_student(student)
-        if self._front is None:
-            return forward_with_features(student, images, place=place)
-        with _replaced_front(place, self.first, self._front.select(index)):
-            return forward_with_features(student, images, self.first, place)
-
-    def losses(self, student: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the losses of a student's features and of its output on some of the images."""
-        features, output = self._compared(self.run(student, index))
-        return (
-            feature_loss(features, [layer[index] for layer in self.features]),
-            output_loss(output, self.output[index], student),
-        )
-
-    @torch.no_grad()
-    def error(self, student: nn.Module) -> float:
-        """Returns the loss of a student's features on all images together."""
-        with training_mode(student, training=False):
-            features, _ = _concatenate([self._compared(self.run(student, p)) for p in self.parts])
-        return feature_loss(features, self.features).item()
-
-    def fit(
-        self,
-        student: nn.Module,
-        parameters: list[nn.Parameter],
-        *,
-        steps: int,
-        lr: float,
-        seed: int = 0,
-        report: Report | None = None,
-    ) -> None:
-        """Fits parameters of a student, in evaluation mode; arguments as in `calibrate`.
-
-        Raises:
-            ValueError: A number does not fit.
-        """
-        _check_numbers(steps, lr)
-        for parameter in parameters:
-            check_plain("a weight to fit", parameter, "calibrate")
-        master = MasterWeights(parameters)
-        optimizer = torch.optim.Adam(master.weights, lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        order, start = torch.Generator("cpu").manual_seed(seed), time.perf_counter()
-        with training_mode(student, training=False), _trainable(student, parameters):
-            for step in range(1, steps + 1):
-                drawn = torch.randperm(len(self.images), generator=order, device="cpu")
-                index = drawn[: self.batch_size]
-                loss = torch.stack(self.losses(student, index)).sum()
-                _check_finite(value := loss.item(), step, steps)
-                loss.backward()
-                if step == 1 and value:
-                    _check_gradients(parameters)
-                master.step(optimizer)
-                schedule.step()
-                speed = step * len(index) / (time.perf_counter() - start)
-                if report:
-                    report(
-                        CalibrationRow(step=step, steps=steps, loss=value, images_per_second=speed)
-                    )
-
-    @torch.no_grad()
-    def _run_teacher(self, host: nn.Module) -> tuple[list[Tensor], Tensor]:
-        """Runs the host on all images; keeps what enters block `first`."""
-        raw: list[Any] = []
-        last = list(self._place.blocks)[: self.first][-1:]  # in front of `first`, if any is
-        hooks = [b.register_forward_hook(lambda _, __, out: raw.append(out)) for b in last]
-        try:
-            with training_mode(host, training=False):
-                runs = [
-                    self._compared(
-                        forward_with_features(host, self.images[part], self.first, self._place)
-                    )
-                    for part in self.parts
-                ]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if raw:
-            tokens = torch.cat([first_tensor(out) for out in raw])
-            self._front = _CachedBlocks(tokens, isinstance(raw[0], tuple))
-        return _concatenate(runs)
-
-    def _compared(self, run: BlockOutputs) -> tuple[list[Tensor], Tensor]:
-        """Returns each block's summary, with `whole` all tokens of the last one, and the output."""
-        place = self._place
-        features = [
-            summarize_tokens(tokens, place.num_prefix_tokens, place.pools_positions)
-            for tokens in run.features
-        ]
-        return [*features, run.features[-1]] if self.whole else features, run.output
-
-
-def _concatenate(runs: list[tuple[list[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Concatenates features and outputs of several batches."""
-    features, outputs = zip(*runs, strict=True)
-    return [torch.cat(layer) for layer in zip(*features, strict=True)], torch.cat(outputs)
-
-
-def _check_finite(loss: float, step: int, steps: int) -> None:
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"the loss is {loss} at step {step} of {steps} of calibrating; insert anew, and try a "
-            "lower lr"
-        )
-
-
-def _check_gradients(parameters: list[nn.Parameter]) -> None:
-    if not any(p.grad is not None and p.grad.any() for p in parameters):
-        raise ValueError(
-            "no gradient comes back to the learners through the blocks behind them, as where these "
-            "round their inputs to int8; calibrate the model before it is quantized"
-        )
-
-
-def _check_numbers(steps: int, lr: float) -> None:
-    check_count("steps", steps)
-    check_above_zero("lr", lr)
-
-
-@contextmanager
-def _trainable(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Lets gradients go to some of the parameters only; restores all gradients afterwards."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, required, grad in before:
-            parameter.requires_grad_(required)
-            parameter.grad = grad
-
-
-class _CachedBlocks(nn.Module):
-    """Stands for blocks that have run already: returns what the last of them returned.
-
-    A module, not a hook, so that a host that runs blocks again in the backward pass (gradient
-    checkpointing) finds it too. Older transformers return tokens in a tuple.
-    """
-
-    def __init__(self, tokens: Tensor, in_tuple: bool):
-        super().__init__()
-        self.tokens, self.in_tuple = tokens, in_tuple
-
-    def select(self, index: Tensor) -> _CachedBlocks:
-        """Returns the same for some of the images."""
-        return _CachedBlocks(self.tokens[index], self.in_tuple)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (self.tokens,) if self.in_tuple else self.tokens
-
-
-@contextmanager
-def _replaced_front(place: Place, first: int, cached: _CachedBlocks) -> Iterator[None]:
-    """Lets a model's forward begin at a block, on the tokens that are known to enter it."""
-    blocks, front = place.blocks, list(place.blocks)[:first]
-    try:
-        for i in range(first):
-            blocks[i] = cached
-        yield
-    finally:
-        for i, block in enumerate(front):
-            blocks[i] = block

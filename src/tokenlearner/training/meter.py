@@ -18,8 +18,12 @@ class StepRow(TypedDict):
     images_per_second: float
 
 
-class CalibrationRow(TypedDict):
-    """A step of calibrating, which has no `lr`."""
+class _HeldOut(TypedDict, total=False):
+    held_out_error: float
+
+
+class CalibrationRow(_HeldOut):
+    """A step of calibrating, which has no `lr`; every twentieth part evaluates held-out images."""
 
     step: int
     steps: int

@@ -135,7 +135,7 @@ NAMES = {  # that version 0.3 had in one of these files
     "Key": "data.loader:SampleKey",
     "LEARNERS": "layers.token_learner:LEARNERS",
     "LabelledData": "data.dataset:LabeledDataset",
-    "Lesson": "training.calibration:TeacherCache",
+    "Lesson": "training.teacher:TeacherCache",
     "Loop": "training.trainer:Trainer",
     "MapStats": "evaluation.map_stats:AttentionStats",
     "ModelOptions": "training.config:ModelConfig",
