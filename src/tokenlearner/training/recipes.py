@@ -7,10 +7,11 @@ source, command, hardware, time and results.
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
-from itertools import islice, takewhile
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..utils.files import read_text
 from ..utils.validation import require, shortened
 
 _MAX_SIZE, _MAX_NODES = 2**20, 10_000  # of a recipe: bytes, and values with those of aliases
+_DEEPEST = 50  # lists in lists; reading takes time as the square of that
 
 
 def list_recipes() -> dict[str, str]:
@@ -53,7 +55,10 @@ def check_recipe(path: Path) -> None:
     try:
         size = path.stat().st_size
         require(size <= _MAX_SIZE, f"it has {size:,} bytes, recipes at most {_MAX_SIZE:,}")
-        root = yaml.compose(read_text(path, "utf-8-sig"), Loader=yaml.SafeLoader)
+        text = read_text(path, "utf-8-sig")
+        opened = accumulate(1 if mark in "[{" else -1 for mark in re.findall(r"[\[\]{}]", text))
+        require(max(opened, default=0) <= _DEEPEST, f"lists in it are more than {_DEEPEST} deep")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         require(isinstance(root, yaml.MappingNode), "it holds no options")
         nodes = sum(1 for _ in islice(_walk(root), _MAX_NODES))
         require(nodes < _MAX_NODES, f"its aliases stand for more than {_MAX_NODES:,} values")
