@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .models.insertion import remove as remove
     from .training.calibration import calibrate as calibrate
     from .training.config import TrainConfig as TrainConfig
+    from .training.reduction import reduce as reduce
     from .training.run import train as train
 
 __version__ = "0.4.0"
@@ -57,7 +58,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ),
         "checkpoints": (),
         "evaluation": ("attention_maps", "benchmark", "evaluate", "plan"),
-        "training": ("TrainConfig", "calibrate", "train"),
+        "training": ("TrainConfig", "calibrate", "reduce", "train"),
         "deploy": ("export",),
     },
     alias,

@@ -56,13 +56,13 @@ def say(line: object, **options: Any) -> None:
 def show_progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Shows on stderr what a command does, and how far it is, where that is a terminal.
 
-    Yields a function that counts one more of `total`, and takes what is done next.
+    Yields a function that takes what is done next, and how many of `total` are done now, or one.
     """
     with _progress(console(stderr=True), is_counted=total is not None) as bar:
         task = bar.add_task(plain_text(title), total=total, status="")
 
-        def advance(next_title: str = title) -> None:
-            bar.update(task, advance=1, description=plain_text(next_title))
+        def advance(next_title: str = title, count: float = 1) -> None:
+            bar.update(task, advance=count, description=plain_text(next_title))
 
         yield advance
 

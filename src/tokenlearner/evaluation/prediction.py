@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.config import DataConfig
-from ..data.dataset import MapDataset
+from ..data.dataset import Batch, MapDataset
 from ..data.loader import SampleKey, load_batches
 from ..data.unlabeled import list_files, load_unlabeled
 from ..models.preprocessing import get_classes, get_input_size, get_preprocessing, size_errors
@@ -62,6 +62,51 @@ def predict(
             returns no logits.
     """
     check_count("top", top)
+    files, data, config = _open(model, sources, options)
+    most = min(_BATCH, eval_batch_size(data.shape, config.views * config.crops))
+    return _predictions(model, files, data, config, top, batch_size or most)
+
+
+def read_images(
+    model: nn.Module,
+    sources: Sequence[str | Path],
+    *,
+    most: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Tensor, list[str]]:
+    """Reads images in files as a model takes them, normalized: `b c h w`.
+
+    Args:
+        model: As in `predict`, of images.
+        sources: As in `predict`.
+        most: Files to read, drawn by a seed; None is all.
+        seed: Of the draw.
+        **options: As in `predict`.
+
+    Returns:
+        The images, and why others cannot be read.
+
+    Raises:
+        ValueError: There is no file, or none can be read, or the model takes clips or no squares.
+    """
+    require(len(get_input_size(model)) == 3, "the model takes clips, and images are read")
+    files, data, config = _open(model, sources, options)
+    order = torch.randperm(len(files), generator=torch.Generator("cpu").manual_seed(seed))
+    drawn = order[:most].sort().values if most else torch.arange(len(files), device="cpu")
+    images, unreadable = list[Tensor](), list[str]()
+    for _, batch in _batches(data, drawn, config, _BATCH):
+        images.append(batch.images)
+        unreadable += batch.unreadable
+    found = torch.cat(images) if images else torch.empty(0)
+    require(len(found) > 0, f"none of {len(drawn)} files can be read; the first: {unreadable[:1]}")
+    return found, unreadable
+
+
+def _open(
+    model: nn.Module, sources: Sequence[str | Path], options: dict[str, Any]
+) -> tuple[list[str], MapDataset, DataConfig]:
+    """Lists files, and returns them as a data set that is preprocessed for a model."""
     channels, *frames, height, width = get_input_size(model)
     size = options.get("img_size") or height
     require(
@@ -77,19 +122,30 @@ def predict(
     data = load_unlabeled(files, config, videos=bool(frames))
     if not found and not {"mean", "std"} <= options.keys():
         warn_assumed(model, data)
-    most = min(_BATCH, eval_batch_size(data.shape, config.views * config.crops))
-    return _predictions(model, data, config, top, batch_size or most)
+    return files, data, config
+
+
+def _batches(
+    data: MapDataset, indices: Tensor, config: DataConfig, batch_size: int
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Yields parts of the indices, and the files of each that can be read."""
+    parts = indices.split(batch_size)
+    keys = [[SampleKey(index) for index in part.tolist()] for part in parts]
+    workers = min(config.reading_workers, len(parts)) if len(parts) > 1 else 0
+    return zip(parts, load_batches(data, keys, workers=workers), strict=True)
 
 
 def _predictions(
-    model: nn.Module, data: Any, config: DataConfig, top: int, batch_size: int
+    model: nn.Module,
+    files: Sequence[str],
+    data: MapDataset,
+    config: DataConfig,
+    top: int,
+    batch_size: int,
 ) -> Iterator[Prediction]:
-    files = data.paths if hasattr(data, "paths") else data.source.paths
-    parts = torch.arange(len(files), device="cpu").split(batch_size)
-    keys = [[SampleKey(index) for index in part.tolist()] for part in parts]
-    workers = min(config.reading_workers, len(parts)) if len(parts) > 1 else 0
     classes = get_classes(model) or ()
-    for part, batch in zip(parts, load_batches(data, keys, workers=workers), strict=True):
+    indices = torch.arange(len(files), device="cpu")
+    for part, batch in _batches(data, indices, config, batch_size):
         reasons = iter(batch.unreadable)
         read = {}
         if len(batch.labels):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .meter import Report as Report
     from .recipes import find_recipe as find_recipe
     from .recipes import list_recipes as list_recipes
+    from .reduction import Reduction as Reduction
+    from .reduction import reduce as reduce
     from .run import TrainResult as TrainResult
     from .run import train as train
     from .teacher import TeacherCache as TeacherCache
@@ -30,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "distillation": ("Distillation", "feature_loss", "forward_with_features", "logit_loss"),
         "meter": ("Report",),
         "recipes": ("find_recipe", "list_recipes"),
+        "reduction": ("Reduction", "reduce"),
         "run": ("TrainResult", "train"),
         "teacher": ("TeacherCache",),
         "trainer": ("Trainer",),

@@ -6,10 +6,11 @@ which both differ is computed once; it is in memory, or in a file where it would
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -116,6 +117,22 @@ class TeacherCache:
         self._front: _CachedBlocks | None = None
         self._run_teacher(host, shares_front and first > 0)
 
+    def from_block(self, first: int, host: nn.Module | None = None) -> TeacherCache:
+        """Returns a cache for students that differ from a later block on; targets are shared.
+
+        Args:
+            first: That block.
+            host: Run again up to it, for students that have the blocks in front; else None.
+        """
+        other = copy.copy(self)
+        other.features = self.features[first - self.first :]
+        other._variances = self._variances[first - self.first :]
+        other.first, other._front = first, None
+        other._find_student = HostFinder()
+        if host is not None and first:
+            other._run_front(host)
+        return other
+
     def rows(self, images: Tensor) -> Tensor:
         """Returns the rows of all views of some images."""
         starts = len(self.images) * torch.arange(self.views.views, device="cpu")
@@ -158,6 +175,15 @@ class TeacherCache:
         return unexplained_variance(last, self.features[-1][rows], self._variances[-1]).item()
 
     @torch.no_grad()
+    def agreement(self, student: nn.Module, rows: Tensor) -> float | None:
+        """Returns the share of rows that a student puts in the host's class; None without any."""
+        if not self._is_logits:
+            return None
+        with training_mode(student, training=False):
+            outputs = [self.run(student, part).output for part in rows.split(self.batch_size)]
+        return (torch.cat(outputs).argmax(1) == self.output[rows].argmax(1)).float().mean().item()
+
+    @torch.no_grad()
     def _run_teacher(self, host: nn.Module, keep_front: bool) -> None:
         """Runs the host on all rows; keeps what enters block `first`."""
         entering = list(self._place.blocks)[: self.first][-1:] if keep_front else []
@@ -178,17 +204,41 @@ class TeacherCache:
         square = self.output.float().square().mean()
         self._has_output = bool(self._output_variance.mean() > 1e-9 * square)
 
+    @torch.no_grad()
+    def _run_front(self, host: nn.Module) -> None:
+        """Runs the blocks of the host in front of `first`, and keeps what they return."""
+        raw: list[Any] = []
+
+        def stop(_: nn.Module, __: Any, out: Any) -> None:
+            raw.append(out)
+            raise _Stopped
+
+        handle = list(self._place.blocks)[self.first - 1].register_forward_hook(stop)
+        try:
+            with training_mode(host, training=False):
+                for rows in torch.arange(len(self.views), device="cpu").split(self.batch_size):
+                    with suppress(_Stopped):
+                        host(self.views[rows])
+                    self._keep_front(rows, raw)
+        finally:
+            handle.remove()
+
+    def _keep_front(self, rows: Tensor, raw: list[Any]) -> None:
+        out = raw.pop()
+        tokens = first_tensor(out)
+        if self._front is None:
+            kept = _allocate(len(self.views), tokens)
+            self._front = _CachedBlocks(kept, isinstance(out, tuple), tokens.device)
+        self._front.tokens[rows] = tokens.to(self._front.tokens.device)
+
     def _keep(self, rows: Tensor, features: list[Tensor], output: Tensor, raw: list[Any]) -> None:
         if not self.features:
             self.features = [_allocate(len(self.views), layer) for layer in features]
             self.output = _allocate(len(self.views), output)
-            if raw:
-                tokens = _allocate(len(self.views), first_tensor(raw[0]))
-                self._front = _CachedBlocks(tokens, isinstance(raw[0], tuple), output.device)
         for kept, new in zip((*self.features, self.output), (*features, output), strict=True):
             kept[rows] = new.to(kept.device)
-        if self._front is not None:
-            self._front.tokens[rows] = first_tensor(raw.pop()).to(self._front.tokens.device)
+        if raw:
+            self._keep_front(rows, raw)
 
     def _compared(self, run: BlockOutputs) -> tuple[list[Tensor], Tensor]:
         """Returns each block's summary, with `whole` all tokens of the last one, and the output."""
@@ -201,6 +251,10 @@ class TeacherCache:
         if self._is_logits:  # a constant changes no probability
             output = output - output.mean(-1, keepdim=True)
         return [*features, run.features[-1]] if self.whole else features, output
+
+
+class _Stopped(Exception):
+    """Ends a forward pass whose rest is not needed."""
 
 
 def _variance(x: Tensor) -> Tensor:

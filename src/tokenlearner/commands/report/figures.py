@@ -236,6 +236,24 @@ def runs_charts(runs: Sequence[Run]) -> list[Chart]:
     return [chart] if len(chart.lines) > 1 else []
 
 
+def reduction_charts(file: ResultFile) -> list[Chart]:
+    """Makes charts of what candidates leave open of the host's output, against their cost."""
+    charts, rows = [], file.models
+    batches = get_nested(rows[0], "latency_ms") if rows else None
+    costs: dict[str, tuple[str, tuple[str, ...]]] = {"multiply-adds": ("GMACs an image", ("gmacs",))}
+    for batch in batches if isinstance(batches, Mapping) else ():
+        costs[f"time at batch {batch}"] = ("ms a batch", ("latency_ms", batch))
+    for title, (label, keys) in costs.items():
+        points = []
+        for row in rows:
+            errors = row.get("errors")
+            error = errors[-1] if isinstance(errors, list) and errors else 0.0
+            points.append((row["name"], get_nested(row, *keys), error))
+        labels = (f"Error against {title}", label, "variance of the host's output left open")
+        charts.append(Chart(*labels, _single_points(points)))
+    return [chart for chart in charts if chart.lines]
+
+
 def bench_charts(bench: ResultFile) -> list[Chart]:
     """Makes charts of the speed-up against the ratio of multiply-adds, for each measurement."""
     charts = []

@@ -18,6 +18,7 @@ from ...utils.files import read_json, read_text
 from ...utils.validation import require
 
 RECIPE, COMPARISON, RESULTS = "train.json", "metrics.json", "results.json"
+REDUCTION = "reduction.json"
 _RUN_FILES = (METRICS, RECIPE, COMPARISON, WEIGHTS, "checkpoint.pt", "table.txt")
 _EXPECTED = (
     f"expected {METRICS} or {RECIPE} (of train), {COMPARISON} (of demo and train --insert), a JSON "
@@ -26,9 +27,11 @@ _EXPECTED = (
 _KINDS: dict[str, dict[str, type]] = {  # the keys that each kind of JSON file has
     "bench": {"models": list, "measurements": list},
     "comparison": {"models": list, "config": dict},
+    "reduction": {"candidates": list, "config": dict},
     "budgets": {"runs": list, "costs": dict, "host": dict},
     "rows": {"rows": list},
 }
+_LISTS = {"reduction": "candidates"}  # where other kinds have `models`
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ class Run:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A JSON file of a known kind: `bench`, `comparison` or `rows`.
+    """A JSON file of a known kind: `bench`, `comparison`, `reduction` or `rows`.
 
     Args:
         path: Where it is.
-        kind: One of the three.
+        kind: One of the four.
         content: The JSON object in it.
         prefix: Precedes the names of its models, where several files name theirs alike.
     """
@@ -73,8 +76,10 @@ class ResultFile:
 
     @property
     def models(self) -> list[dict[str, Any]]:
-        """The measurements of each model that has a name, of a comparison or a bench."""
-        rows = (row for row in self.content["models"] if isinstance(row, Mapping))
+        """The measurements of each model that has a name, of other files than `rows`."""
+        rows = (
+            row for row in self.content[_LISTS.get(self.kind, "models")] if isinstance(row, Mapping)
+        )
         named = (row for row in rows if isinstance(row.get("name"), str))
         return [{**row, "name": self.prefix + row["name"]} for row in named]
 
@@ -124,7 +129,8 @@ class ReportSource:
     @property
     def folders(self) -> list[Path]:
         """The folders of comparisons and runs, each once; images may be in them."""
-        folders = [file.path.parent for file in self.of_kind("comparison")]
+        kinds = (*self.of_kind("comparison"), *self.of_kind("reduction"))
+        folders = [file.path.parent for file in kinds]
         return [*dict.fromkeys([*folders, *(run.folder for run in self.runs)])]
 
 
@@ -180,7 +186,9 @@ def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
 def _result_files(folder: Path, problems: list[str]) -> Iterator[ResultFile]:
     """Finds the result files of a folder; files under other names may be damaged or foreign."""
     for path in sorted(folder.glob("*.json")):
-        yield from _result_file(path, problems if path.name in (COMPARISON, RESULTS) else [])
+        yield from _result_file(
+            path, problems if path.name in (COMPARISON, RESULTS, REDUCTION) else []
+        )
 
 
 def _result_file(path: Path, problems: list[str]) -> Iterator[ResultFile]:

@@ -14,7 +14,14 @@ import torch
 
 from ...evaluation.hardware import describe_machine
 from .confusion import Confusions, Reevaluation
-from .figures import Chart, bench_charts, comparison_charts, curve_charts, runs_charts
+from .figures import (
+    Chart,
+    bench_charts,
+    comparison_charts,
+    curve_charts,
+    reduction_charts,
+    runs_charts,
+)
 from .reader import ReportSource, ResultFile, Run
 from .tables import (
     DASH,
@@ -22,6 +29,7 @@ from .tables import (
     bench_tables,
     comparison_table,
     number_text,
+    reduction_table,
     rows_table,
     runs_table,
 )
@@ -30,6 +38,7 @@ _PACKAGES = ("tokenlearner", "torch", "torchvision", "timm")
 _KINDS = {
     "comparison": "two models, side by side",
     "bench": "cost and speed of models",
+    "reduction": "ways to make a model cheaper",
     "rows": "a benchmark",
 }
 _RESULTS = {  # how to read the tables of each kind of file
@@ -38,6 +47,11 @@ _RESULTS = {  # how to read the tables of each kind of file
         "against the first, speeds are medians (quartiles)."
     ),
     "bench": "The other models are compared with the first one, interleaved in rounds.",
+    "reduction": (
+        "What a candidate leaves open is its share of the variance of the host's output on images "
+        "that nothing was fitted on, after each round of fitting: 0 is a perfect copy, 1 the mean "
+        "of all images. Only the best of a round are in the next."
+    ),
     "rows": "Numbers as the benchmark wrote them; of lists the median and the range.",
 }
 _CAPTIONS = {
@@ -107,6 +121,7 @@ def make_sections(
         _learning_curves(source),
         _accuracy_and_speed(source),
         _speed_and_macs(source),
+        _error_and_cost(source),
         _maps(source, reevaluations),
         _confusion(reevaluations, problems),
         _environment(source),
@@ -195,9 +210,11 @@ def _results(source: ReportSource) -> Section:
         *map(comparison_table, comparisons),
         *([runs_table(rest)] if rest else []),
         *(table for bench in benches for table in bench_tables(bench)),
+        *map(reduction_table, source.of_kind("reduction")),
         *map(rows_table, source.of_kind("rows")),
     ]
-    notes = [note for file in (*comparisons, *benches) for note in file.notes]
+    noted = (*comparisons, *benches, *source.of_kind("reduction"))
+    notes = [note for file in noted for note in file.notes]
     lead = " ".join(_RESULTS[kind] for kind in kinds)
     return Section("results", "Results", lead, tables=tables, notes=notes)
 
@@ -233,6 +250,12 @@ def _speed_and_macs(source: ReportSource) -> Section:
     )
     charts = [chart for file in source.of_kind("bench") for chart in bench_charts(file)]
     return Section("macs", "Speed against multiply-adds", lead, charts=charts)
+
+
+def _error_and_cost(source: ReportSource) -> Section:
+    lead = "Lower is closer to the host, further left is cheaper; bars are quartiles."
+    charts = [chart for file in source.of_kind("reduction") for chart in reduction_charts(file)]
+    return Section("reduction", "Error against cost", lead, charts=charts)
 
 
 def _maps(source: ReportSource, reevaluations: Sequence[Reevaluation]) -> Section:

@@ -227,6 +227,34 @@ def measurements(bench: ResultFile) -> Iterator[tuple[str, str, str]]:
             yield name, f"{name} at batch {batch}", str(unit)
 
 
+def reduction_table(file: ResultFile) -> ReportTable:
+    """Makes the table of a host and the ways to make it cheaper, the best first."""
+    rows = []
+    for model in file.models:
+        errors = model.get("errors")
+        history = [finite(error) for error in errors] if isinstance(errors, list) else []
+        speedups = model.get("speedup")
+        speeds = speedups if isinstance(speedups, Mapping) else {}
+        rows.append(
+            {
+                "GMACs": value_text(model.get("gmacs"), 3),
+                "share": value_text(model.get("macs_share"), 2),
+                "left open": " → ".join(number_text(e, 3) for e in history) or "0",
+                "in the host's class": value_text(model.get("agreement"), 2),
+                "steps": value_text(model.get("steps")),
+                **{f"times as fast at {batch}": value_text(v, 2) for batch, v in speeds.items()},
+            }
+        )
+    labels = [*dict.fromkeys(label for row in rows for label in row)]
+    cells = [
+        [model["name"], *(row.get(label, DASH) for label in labels)]
+        for model, row in zip(file.models, rows, strict=True)
+    ]
+    return ReportTable(
+        ("", *labels), cells, marked=frozenset({1}) if len(rows) > 1 else frozenset()
+    )
+
+
 def rows_table(file: ResultFile) -> ReportTable:
     """Makes a table of the rows of any benchmark as they are."""
     rows = [row for row in file.content["rows"] if isinstance(row, Mapping)]

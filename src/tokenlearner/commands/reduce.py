@@ -1,0 +1,277 @@
+"""`tokenlearner reduce`: the cheaper model that is closest to a host on a folder of images."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.hardware import describe_machine
+from ..evaluation.map_figures import check_matplotlib
+from ..evaluation.maps import attention_maps
+from ..evaluation.prediction import read_images
+from ..models.factory import create_model, load_model, save_model
+from ..models.features import wrapped_blocks
+from ..models.preprocessing import get_input_size, get_preprocessing
+from ..training.candidates import DEFAULT_TOKENS, check_budget, resize
+from ..training.reduction import STATE, CandidateRow, Reduction, reduce
+from ..utils.io import check_output_folder, is_model_path, write_json
+from ..utils.modules import pick_device
+from ..utils.validation import check_count, counted, require
+from ._arguments import read_config
+from ._comparison import draw_maps
+from ._console import console, say, show_progress
+from ._tables import filled_table
+from .report.render import write_report
+
+RESULTS = "reduction.json"
+_SHOWN = 6  # images in the figure of maps
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceConfig:
+    """Makes a trained ViT cheaper, by learned tokens or a smaller image, whichever is closer to it.
+
+    Args:
+        model: A name of timm's or ours, whose trained weights are taken, hf-hub:user/name, or what
+            train or save_model wrote.
+        images: Folder of images without labels, such as the model is used on.
+        budget: Share of its multiply-adds.
+        out: Folder for the model, the table, figures and the report.
+        time: How long to take, about, such as 90s, 30m or 2h.
+        resume: auto goes on where the run in out was cut off, or starts it; None only starts.
+        most: Images to read at most, drawn by the seed.
+        tokens: Numbers of tokens to try, with commas between them.
+        views: Each image, and so many crops of it less one.
+        batch_size: Images an update.
+        latency_batch: Images at a time that the speed is measured of, besides 1.
+        pretrained: Whether a name has trained weights; false is random ones, to try it out.
+        follow_links: Take files out of a folder too, where links in it lead there.
+        seed: Of all that is drawn.
+        device: Such as cpu or cuda; auto takes a GPU where there is one.
+
+    Raises:
+        ValueError: A number is out of range, or out cannot be written.
+    """
+
+    model: str
+    images: str
+    budget: float = 0.5
+    out: str = "runs/reduced"
+    time: str = "30m"
+    resume: Literal["auto"] | None = None
+    most: int = 2000
+    tokens: str = ",".join(map(str, DEFAULT_TOKENS))
+    views: int = 4
+    batch_size: int = 64
+    latency_batch: int = 32
+    pretrained: bool = True
+    follow_links: bool = False
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        for name in ("most", "views", "latency_batch"):
+            check_count(name, getattr(self, name))
+        check_count("batch_size", self.batch_size, least=2)
+        require(bool(self.seconds and self.num_tokens), "time and tokens are checked")
+        check_output_folder(self.out)
+        check_matplotlib()
+        begun = Path(self.out).expanduser() / STATE
+        require(
+            self.resume is not None or not begun.exists(),
+            f"{begun} is of an earlier run; pass --resume auto to go on with it, or another --out",
+        )
+
+    @property
+    def seconds(self) -> float:
+        """The time in seconds."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", self.time.strip())
+        require(bool(found and float(found[1])), f"time is {self.time!r}, expected such as 30m")
+        return float(found[1]) * _UNITS[found[2] or "s"] if found else 0
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """The numbers in `tokens`."""
+        try:
+            return [check_count("tokens", int(part)) for part in self.tokens.split(",")]
+        except ValueError as error:
+            message = f"tokens is {self.tokens!r}, expected numbers and commas, such as 8,16,32"
+            raise ValueError(message) from error
+
+
+def reduce_command(arguments: Sequence[str]) -> None:
+    """Reduces a model, and prints what was chosen and why."""
+    run_reduction(read_config("reduce", ReduceConfig, arguments))
+
+
+def run_reduction(config: ReduceConfig) -> Reduction:
+    """Reduces a model; writes it, a table, figures and a report to `config.out`, and says so.
+
+    Raises:
+        ValueError: As `reduce`, or the model or the images cannot be read.
+    """
+    host, images = load_host(config)
+    out = Path(config.out).expanduser()
+    done = search(config, host, images, folder=out)
+    console().print(table(done.rows), explanation(done), sep="\n")
+    save_model(done.model, out, {done.best.name: _measured(done.best)})
+    rows = [{"name": row.name, **asdict(row)} for row in done.rows]
+    facts = {"images": done.images, "held_out": done.held_out, "seconds": done.seconds}
+    facts |= {"machine": describe_machine(next(host.parameters()).device), "notes": explanation(done).splitlines()}
+    write_json(out / RESULTS, {"candidates": rows, "config": asdict(config), **facts})
+    if wrapped_blocks(done.model):
+        _draw(done.model, images, out / "maps.png")
+    title = f"{config.model} at {config.budget:g} of its multiply-adds"
+    say(f"The model is in {out}, and all of this in {write_report(out, title=title, images=0)}")
+    return done
+
+
+def load_host(config: ReduceConfig) -> tuple[nn.Module, Tensor]:
+    """Loads the model, and the images as it takes them.
+
+    Raises:
+        ValueError: There is no such model, its weights cannot be fetched, or no image can be read.
+    """
+    device = pick_device(config.device)
+    if is_model_path(config.model):
+        model = load_model(config.model)
+    else:
+        model = _named(config.model, config.pretrained)
+    images, left_out = read_images(
+        model, [config.images], most=config.most, seed=config.seed, follow_links=config.follow_links
+    )
+    for reason in left_out:
+        say(f"left out: {reason}", file=sys.stderr)
+    return model.to(device).eval(), images.to(device)
+
+
+def _named(name: str, pretrained: bool) -> nn.Module:
+    """Builds a model by name, with its trained weights."""
+    try:
+        return create_model(name, pretrained=pretrained)
+    except ValueError:
+        raise
+    except Exception as error:  # the Hub's and the network's are of many kinds
+        raise ValueError(
+            f"the trained weights of {name} cannot be had ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); connect, or pass a folder that save_model wrote"
+        ) from error
+
+
+def search(
+    config: ReduceConfig,
+    host: nn.Module,
+    images: Tensor,
+    *,
+    folder: Path | None = None,
+    train_best: bool = True,
+) -> Reduction:
+    """Calls `reduce` as a config says, and shows how far it is."""
+    shown = ""
+    with show_progress(f"running {config.model} on images", round(config.seconds)) as advance:
+        passed = 0.0
+
+        def report(row: dict[str, Any]) -> None:
+            nonlocal passed, shown
+            title = f"{row['candidate']}, round {row['round'] + 1} of {row['rounds']}"
+            advance(f"{title}, step {row['step']} of {row['steps']}", row["seconds"] - passed)
+            passed = row["seconds"]
+            if title != shown and not console(stderr=True).is_terminal:
+                say(f"{passed:.0f} s: {title}, {row['steps']} steps", file=sys.stderr)
+            shown = title
+
+        return reduce(
+            host,
+            images,
+            config.budget,
+            seconds=config.seconds,
+            num_tokens=config.num_tokens,
+            views=config.views,
+            batch_size=config.batch_size,
+            latency_batches=sorted({1, config.latency_batch}),
+            train_best=train_best,
+            folder=folder,
+            seed=config.seed,
+            report=report,
+        )
+
+
+def table(rows: Sequence[CandidateRow]) -> Any:
+    """Makes a table of the host and the candidates, the best first, for rich."""
+    columns: dict[str, Callable[[CandidateRow], str]] = {
+        "": lambda row: row.name,
+        "GMACs": lambda row: f"{row.gmacs:.3f}",
+        "share": lambda row: f"{row.macs_share:.2f}",
+        "left open": lambda row: f"{row.errors[-1]:.3f}" if row.errors else "0",
+    }
+    if any(row.agreement is not None for row in rows):
+        columns["same class"] = lambda row: (
+            "100 %" if row.agreement is None else f"{row.agreement:.0%}"
+        )
+    for batch in rows[0].latency_ms:
+        columns[f"ms at {batch}"] = lambda row, b=batch: f"{row.latency_ms[b].median:.1f}"
+        columns[f"speed-up at {batch}"] = lambda row, b=batch: f"{row.speedup[b]:.2f}"
+    columns["steps"] = lambda row: str(row.steps) if row.candidate else ""
+    columns["rounds"] = lambda row: str(len(row.errors)) if row.candidate else ""
+    return filled_table(columns, rows)
+
+
+def explanation(done: Reduction) -> str:
+    """Says what was chosen and why, in sentences on lines of their own."""
+    best, others = done.best, done.rows[2:]
+    lines = [
+        f"{best.name} is closest to the host within the budget: of the variance of its output on "
+        f"{counted(done.held_out, 'held-out image')} it leaves open {best.errors[-1]:.3f} "
+        "(0 is a perfect copy, 1 the mean of all images)."
+    ]
+    chosen: Any = best.candidate
+    rivals = [row for row in others if _kind(row) != _kind(best)]
+    if rivals:
+        rival = min(rivals, key=lambda row: (-len(row.errors), row.errors[-1]))
+        after = f"after {counted(len(rival.errors), 'round')}"
+        lines.append(f"The best {_kind(rival)} came to {rival.errors[-1]:.3f} {after}.")
+    if chosen.img_size:
+        h, w = chosen.img_size
+        lines.append(f"The model takes images of {h} x {w} pixels; its config says so.")
+    return "\n".join(lines)
+
+
+def _kind(row: CandidateRow) -> str:
+    candidate: Any = row.candidate
+    kinds = (candidate.img_size and "smaller image", candidate.num_tokens and "learned tokens")
+    return " with ".join(kind for kind in kinds if kind)
+
+
+def _measured(row: CandidateRow) -> dict[str, object]:
+    """Returns what a model card says of the best."""
+    found: dict[str, object] = {
+        "GMACs": row.gmacs,
+        "share of the host's": row.macs_share,
+        "variance of the host's output left open": row.errors[-1],
+    }
+    if row.agreement is not None:
+        found["images in the host's class, %"] = 100 * row.agreement
+    return found | {f"times as fast, batch {b}": t.median for b, t in row.speedup.items()}
+
+
+def _draw(model: nn.Module, images: Tensor, path: Path) -> None:
+    """Draws where the first learner looks on some of the images."""
+    h, w = get_input_size(model)[-2:]
+    some = resize(images[:_SHOWN], (h, w))
+    maps = next(iter(attention_maps(model, some).values())).cpu()
+    shares = maps / maps.sum((-2, -1), keepdim=True)
+    found = get_preprocessing(model, some.shape[1])
+    pixels = some.cpu()
+    if found:
+        mean, std = torch.tensor([found.mean, found.std])[..., None, None]
+        pixels = (pixels * std + mean).clip(0, 1)
+    draw_maps(path, pixels, shares, [""] * len(some), "Where the learned tokens look")

@@ -1,0 +1,393 @@
+"""The cheaper model that is closest to a host on images of yours: `reduce(model, images, 0.5)`.
+
+Candidates are fitted to the host's output on images without labels, in rounds that only the best of
+the round before take part in, and ranked by their error on images that were held out.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..evaluation.latency import Timing, time_interleaved
+from ..models.features import wrapped_blocks
+from ..utils.files import read_json
+from ..utils.io import atomic_write, write_json
+from ..utils.modules import eager_gradients, training_mode, uncompiled
+from ..utils.validation import check_above_zero, check_count, require
+from .calibration import Rates, split_held_out
+from .candidates import (
+    DEFAULT_TOKENS,
+    Candidate,
+    ResizedInput,
+    check_budget,
+    find_candidates,
+    resize,
+)
+from .fitting import FitConfig, fit
+from .teacher import TeacherCache
+
+_ROUNDS = ((0.35, 1.0), (0.3, 0.4), (0.35, 0.0))  # share of the time, and of the candidates
+_RATES, _WHOLE_LR = Rates(new=1e-3, tail=3e-4), 1e-4  # the last of all blocks, on other images
+_LEAST_IMAGES, _LEAST_HELD_OUT = 16, 4
+_LEAST_STEPS, _MOST_STEPS = 20, 3000
+_TIMED_ROUNDS, _TIMED_SHARE = 11, 0.05  # of latency, and of the time that it may take
+STATE = "candidates/state.json"
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """What is known of a candidate.
+
+    Args:
+        candidate: The candidate; None is the host.
+        gmacs: Multiply-adds of one image, counted as 1, in 1e9.
+        macs_share: The same as a share of the host's.
+        errors: After each round, the share of the variance of the host's output on held-out images
+            that it leaves open.
+        agreement: Share of held-out images that it puts in the host's class; None without classes.
+        steps: Updates so far.
+        seconds: Time of all its rounds.
+        latency_ms: Time of a batch, by its images.
+        speedup: Times as fast as the host, by the batch's images.
+    """
+
+    candidate: Candidate | None
+    gmacs: float
+    macs_share: float
+    errors: Sequence[float] = ()
+    agreement: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    latency_ms: Mapping[int, Timing] = field(default_factory=dict)
+    speedup: Mapping[int, Timing] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The candidate's name, or the host."""
+        return self.candidate.name if self.candidate else "host"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The result of `reduce`.
+
+    Args:
+        model: The best candidate as a model of its own, in evaluation mode.
+        rows: The host, then the candidates, those of more rounds and of a lower error first.
+        images: Images that candidates were fitted on.
+        held_out: Images that errors are of.
+        seconds: Time of all of it.
+    """
+
+    model: nn.Module
+    rows: list[CandidateRow]
+    images: int
+    held_out: int
+    seconds: float
+
+    @property
+    def best(self) -> CandidateRow:
+        """The row of the model."""
+        return self.rows[1]
+
+
+@eager_gradients()
+def reduce(
+    model: nn.Module,
+    images: Tensor,
+    budget: float = 0.5,
+    *,
+    seconds: float = 1800,
+    num_tokens: Sequence[int] = DEFAULT_TOKENS,
+    views: int = 4,
+    batch_size: int = 64,
+    latency_batches: Sequence[int] = (1, 32),
+    train_best: bool = True,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> Reduction:
+    """Finds the cheaper model that is closest to a host on images of yours, and trains it.
+
+    Candidates are numbers of learned tokens, a smaller image, and both. All are fitted to the host
+    for as long, the best of them once more, and the best of those to the end.
+
+    Args:
+        model: A ViT as `insert` takes it, classifier or not, without learned tokens; it is left as
+            it is.
+        images: Normalized images as it takes them, `b c h w`; hundreds, better thousands.
+        budget: Share of its multiply-adds.
+        seconds: Time to take, about; running the model on all views of all images is in it.
+        num_tokens: Numbers of tokens to try.
+        views: As in `calibrate`.
+        batch_size: Images an update.
+        latency_batches: Images at a time that the time is measured of.
+        train_best: Go on with the best candidate to the end; without, it is as far as the others.
+        folder: Where to keep what is done, for a later call to go on from; deleted by none.
+        seed: Of what is drawn.
+        report: Called after each update with `candidate`, `round` of `rounds`, `step` of `steps`,
+            and `seconds` so far.
+
+    Raises:
+        ValueError: There are fewer than 16 images, nothing meets the budget, the model is unknown,
+            or the folder has what another call left.
+
+    >>> import torch, tokenlearner
+    >>> vit = tokenlearner.create_model("vit_mini_patch4_28", depth=2)
+    >>> done = tokenlearner.reduce(vit, torch.rand(20, 1, 28, 28), 0.7, seconds=1, views=1)
+    >>> done.best.macs_share < 0.7
+    True
+    """
+    model = uncompiled(model)
+    check_budget(budget)
+    check_above_zero("seconds", seconds)
+    counts = [check_count("num_tokens", k) for k in num_tokens]
+    batches = [check_count("latency_batches", count) for count in latency_batches]
+    require(not wrapped_blocks(model), "the model has learned tokens; pass it without, as `remove`")
+    got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    require(
+        isinstance(images, Tensor) and images.ndim == 4 and len(images) >= _LEAST_IMAGES,
+        f"images is {got}, expected a tensor of {_LEAST_IMAGES} images or more, b c h w",
+    )
+    start = time.perf_counter()
+    with training_mode(model, training=False):
+        candidates = find_candidates(model, images[:1], budget, counts)
+        config = FitConfig(batch_size=batch_size, patience=0, seed=seed)
+        store = _Store(folder, _digest(model, images, budget, counts, views, config))
+        race = _Race(model, images, candidates, store, config, views, report)
+        race.run((1 - _TIMED_SHARE) * seconds, len(_ROUNDS) - (not train_best))
+        rows = race.timed(batches, _TIMED_SHARE * seconds)
+    return Reduction(
+        model=race.student(race.ranked()[0]),
+        rows=rows,
+        images=len(race.training),
+        held_out=len(race.held_out),
+        seconds=store.seconds + time.perf_counter() - start,
+    )
+
+
+class _Race:
+    """Fits candidates to a host in rounds."""
+
+    def __init__(
+        self,
+        host: nn.Module,
+        images: Tensor,
+        candidates: Sequence[tuple[Candidate, int]],
+        store: _Store,
+        config: FitConfig,
+        views: int,
+        report: Callable[[dict[str, Any]], None] | None,
+    ):
+        self.host, self.images, self.store, self.config = host, images, store, config
+        self._report, self._start, self._rounds = report, time.perf_counter(), 0
+        (_, whole), *rest = candidates
+        self.host_row = CandidateRow(None, whole / 1e9, 1.0)
+        self.rows = store.rows or [CandidateRow(c, n / 1e9, n / whole) for c, n in rest]
+        share = max(0.1, _LEAST_HELD_OUT / len(images))
+        self.training, self.held_out = split_held_out(len(images), share, config.seed)
+        options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+        self.cache = TeacherCache(host, images, 0, views=views, shares_front=False, **options)
+
+    def run(self, seconds: float, rounds: int) -> None:
+        """Runs the first rounds within a time; what an earlier call did is left out."""
+        self._rounds = rounds
+        end = self._start + max(0, seconds - self.store.seconds)
+        for number in range(rounds):
+            entered = self._entered(number)
+            if str(number) not in self.store.round_seconds:
+                share = _ROUNDS[number][0] / sum(share for share, _ in _ROUNDS[number:rounds])
+                left = max(0, end - time.perf_counter())
+                self.store.round_seconds[str(number)] = left * share / len(entered)
+            for i in entered:
+                if len(self.rows[i].errors) == number:
+                    self._fit(i, self.store.round_seconds[str(number)])
+
+    def _entered(self, number: int) -> list[int]:
+        """Returns the candidates of a round, by their errors in the round before."""
+        count = max(1, math.ceil(_ROUNDS[number][1] * len(self.rows)))
+        ready = [i for i, row in enumerate(self.rows) if len(row.errors) >= number]
+        return sorted(ready, key=lambda i: self.rows[i].errors[number - 1] if number else i)[:count]
+
+    def _fit(self, i: int, seconds: float) -> None:
+        """Fits a candidate for a time, and keeps what became of it."""
+        start, row, model = time.perf_counter(), self.rows[i], self.student(i)
+        candidate: Any = row.candidate
+        if candidate.first is None:
+            cache = self.cache.from_block(len(self.cache.features) // 2)
+            student: nn.Module = ResizedInput(model, candidate.img_size)
+            rates = replace(_RATES, tail=_WHOLE_LR, front=_WHOLE_LR)
+        else:
+            cache, student, rates = self.cache.from_block(candidate.first, self.host), model, _RATES
+        groups = rates.groups(model, candidate.first or 0)
+        left = seconds - (time.perf_counter() - start)
+        steps = int(left / self._step_seconds(student, cache))
+        config = replace(self.config, steps=min(_MOST_STEPS, max(_LEAST_STEPS, steps)))
+
+        def tell(step: Any) -> None:
+            if self._report:
+                elapsed = self.store.seconds + time.perf_counter() - self._start
+                told = {"candidate": row.name, "round": len(row.errors), "seconds": elapsed}
+                self._report(
+                    told | {"rounds": self._rounds, "step": step["step"], "steps": config.steps}
+                )
+
+        done = fit(student, cache, groups, config, self.training, self.held_out, tell)
+        self.rows[i] = replace(
+            row,
+            errors=[*row.errors, done.error],
+            agreement=cache.agreement(student, self.held_out),
+            steps=row.steps + done.steps,
+            seconds=row.seconds + time.perf_counter() - start,
+        )
+        elapsed = time.perf_counter() - self._start
+        self.store.keep(i, model, [p for group, _ in groups for p in group], self.rows, elapsed)
+
+    def _step_seconds(self, student: nn.Module, cache: TeacherCache) -> float:
+        """Times an update, after one that is not counted."""
+        rows, start = cache.rows(self.training)[: self.config.batch_size], 0.0
+        for _ in range(2):
+            start = time.perf_counter()
+            torch.stack(cache.losses(student, rows)).sum().backward()
+        for parameter in student.parameters():
+            parameter.grad = None
+        return time.perf_counter() - start
+
+    def student(self, i: int) -> nn.Module:
+        """Builds a candidate's model, with the weights that it has come to."""
+        host = copy.deepcopy(self.host).requires_grad_(True)
+        candidate: Any = self.rows[i].candidate
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            model = candidate.apply(host).eval()
+        return self.store.load(i, model)
+
+    def ranked(self) -> list[int]:
+        """Returns the candidates, those of more rounds and of a lower error first."""
+        return sorted(
+            range(len(self.rows)),
+            key=lambda i: (-len(self.rows[i].errors), self.rows[i].errors[-1]),
+        )
+
+    def timed(self, batches: Sequence[int], seconds: float) -> list[CandidateRow]:
+        """Returns the rows of the host and the candidates, with their times."""
+        rows, found = [self.host_row, *self.rows], [{}, *({} for _ in self.rows)]
+        models = [copy.deepcopy(self.host), *(self.student(i) for i in range(len(self.rows)))]
+        for batch in batches:
+            images = self.images[torch.arange(batch) % len(self.images)]
+            runs = {
+                i: partial(model.eval(), _resized(images, rows[i].candidate))
+                for i, model in enumerate(models)
+            }
+            with torch.inference_mode():
+                start = time.perf_counter()
+                time_interleaved(runs, 2)
+                one = (time.perf_counter() - start) / 4
+                rounds = int(seconds / len(batches) / one)
+                times = time_interleaved(runs, max(3, min(_TIMED_ROUNDS, rounds)))
+            for i, of_model in times.items():
+                found[i][batch] = of_model.latency_ms, of_model.speedup_over(times[0])
+        timed = [
+            replace(
+                row,
+                latency_ms={batch: latency for batch, (latency, _) in times.items()},
+                speedup={batch: speedup for batch, (_, speedup) in times.items()},
+            )
+            for row, times in zip(rows, found, strict=True)
+        ]
+        return [timed[0], *(timed[i + 1] for i in self.ranked())]
+
+
+def _resized(images: Tensor, candidate: Candidate | None) -> Tensor:
+    size = candidate.img_size if candidate else None
+    return images if size is None else resize(images, size)
+
+
+class _Store:
+    """What is done, in memory or in a folder, from which a later call goes on.
+
+    Args:
+        folder: None is memory.
+        digest: Of all that has to be the same.
+
+    Raises:
+        ValueError: The folder has what another call left.
+    """
+
+    def __init__(self, folder: str | Path | None, digest: str):
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self._digest, self._weights = digest, dict[int, dict[str, Tensor]]()
+        self.rows: list[CandidateRow] = []
+        self.seconds, self.round_seconds = 0.0, dict[str, float]()
+        if self.folder is not None and (self.folder / STATE).exists():
+            state = read_json(self.folder / STATE)
+            require(
+                isinstance(state, dict) and state.get("digest") == digest,
+                f"{self.folder / STATE} is of another model, other images or other options; take "
+                "another folder, or delete it",
+            )
+            self.rows = [_row(row) for row in state["rows"]]
+            self.seconds, self.round_seconds = state["seconds"], state["round_seconds"]
+
+    def keep(
+        self,
+        i: int,
+        model: nn.Module,
+        fitted: Sequence[nn.Parameter],
+        rows: Sequence[CandidateRow],
+        elapsed: float,
+    ) -> None:
+        """Keeps the fitted weights of a candidate, and then all rows."""
+        self.rows, known = [*rows], {id(p) for p in fitted}
+        weights = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) in known}
+        if self.folder is None:
+            self._weights[i] = weights
+            return
+        with atomic_write(self._file(i, len(rows[i].errors))) as path:
+            save_file({name: w.contiguous().cpu() for name, w in weights.items()}, path)
+        state = {"digest": self._digest, "seconds": self.seconds + elapsed}
+        state |= {"round_seconds": self.round_seconds, "rows": [asdict(row) for row in rows]}
+        write_json(self.folder / STATE, state)
+        self._file(i, len(rows[i].errors) - 1).unlink(missing_ok=True)
+
+    def load(self, i: int, model: nn.Module) -> nn.Module:
+        """Gives a model the weights that were kept of a candidate."""
+        weights = self._weights.get(i, {})
+        if self.folder is not None and self.rows and self.rows[i].errors:
+            weights = load_file(self._file(i, len(self.rows[i].errors)))
+        if weights:
+            model.load_state_dict(weights, strict=False)
+        return model
+
+    def _file(self, i: int, rounds: int) -> Path:
+        return Path(self.folder or "") / "candidates" / f"{i}-{rounds}.safetensors"
+
+
+def _row(values: dict[str, Any]) -> CandidateRow:
+    """Reads a row as it was written."""
+    candidate: dict[str, Any] = values["candidate"]
+    size = candidate["img_size"]
+    candidate |= {"img_size": size and tuple(size)}
+    values["candidate"] = Candidate(**candidate)
+    return CandidateRow(**values)
+
+
+def _digest(model: nn.Module, images: Tensor, *options: object) -> str:
+    """Returns a digest of weights, images and options."""
+    digest = hashlib.sha256(repr(options).encode())
+    for tensor in (images, *model.state_dict().values()):
+        plain = tensor.detach().cpu().contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
