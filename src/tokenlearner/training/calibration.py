@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from .distillation import (
     HostFinder,
     feature_loss,
     forward_with_features,
+    mixed_blocks,
     output_loss,
 )
 from .meter import CalibrationRow, Report
@@ -105,7 +106,8 @@ def calibrate(
     start, first = time.perf_counter(), min(wrapped)
     host = remove(clone_structure(model))
     whole = all(isinstance(block, FusedBlock) for block in wrapped.values())
-    cache = TeacherCache(host, images, first, whole=whole, batch_size=batch_size)
+    mixed = mixed_blocks(find_host(model))
+    cache = TeacherCache(host, images, first, whole=whole, batch_size=batch_size, skipped=mixed)
     before = cache.error(model)
     parameters = (
         tail_parameters(model, first) if check_flag("tail", tail) else new_parameters(model)
@@ -143,6 +145,7 @@ class TeacherCache:
         first: The first block in which student and teacher differ.
         whole: Compare all tokens behind the last block too; for students that keep all positions.
         batch_size: Images at a time.
+        skipped: Blocks behind which features are not compared, see `mixed_blocks`.
 
     Raises:
         ValueError: There are fewer than 2 images.
@@ -156,6 +159,7 @@ class TeacherCache:
         *,
         whole: bool = False,
         batch_size: int = 64,
+        skipped: Collection[int] = (),
     ):
         check_count("batch_size", batch_size, least=2)  # one image has no variance
         if not isinstance(images, Tensor) or len(images) < 2:
@@ -163,7 +167,7 @@ class TeacherCache:
             raise ValueError(f"images is {got}, expected a tensor of 2 images or more, b c h w")
         require(bool((images != images[:1]).any()), "images are all the same; pass different ones")
         self.images = images.clone() if images.is_inference() else images
-        self.first, self.whole = first, whole
+        self.first, self.whole, self.skipped = first, whole, skipped
         self.batch_size, self.parts = (
             batch_size,
             torch.arange(len(images), device="cpu").split(batch_size),
@@ -176,9 +180,9 @@ class TeacherCache:
         """Runs a student on some of the images, from block `first` on."""
         images, place = self.images[index], self._find_student(student)
         if self._front is None:
-            return forward_with_features(student, images, place=place)
+            return forward_with_features(student, images, 0, place, self.skipped)
         with _replaced_front(place, self.first, self._front.select(index)):
-            return forward_with_features(student, images, self.first, place)
+            return forward_with_features(student, images, self.first, place, self.skipped)
 
     def losses(self, student: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the losses of a student's features and of its output on some of the images."""
@@ -244,7 +248,9 @@ class TeacherCache:
             with training_mode(host, training=False):
                 runs = [
                     self._compared(
-                        forward_with_features(host, self.images[part], self.first, self._place)
+                        forward_with_features(
+                            host, self.images[part], self.first, self._place, self.skipped
+                        )
                     )
                     for part in self.parts
                 ]
