@@ -30,7 +30,12 @@ from tokenlearner.training.calibration import (
     new_parameters,
     tail_parameters,
 )
-from tokenlearner.training.distillation import feature_loss, forward_with_features, output_loss
+from tokenlearner.training.distillation import (
+    feature_loss,
+    forward_with_features,
+    mixed_blocks,
+    output_loss,
+)
 
 AVERAGE: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
 BIASED: dict[str, Any] = {"use_rel_pos_bias": True, "init_values": 0.1, "global_pool": "token"}
@@ -91,6 +96,10 @@ CASES: dict[str, Case] = {
     "first block": Case(vit, PLAIN | {"at": 0}),
     "last block": Case(vit, PLAIN | {"at": 2}),
     "two places": Case(vit, {"num_tokens": (4, 2), "at": (1, 2)}),
+    "overlap": Case(vit, {"num_tokens": 2, "at": 2, "overlap": 2}),
+    "overlap average": Case(
+        lambda: vit(**AVERAGE, depth=4), {"num_tokens": 2, "at": 3, "overlap": 2}
+    ),
     "fuse": Case(vit, PLAIN | {"fuse": True}),
     "fuse average": Case(lambda: vit(**AVERAGE), PLAIN | {"fuse": True}),
     "v1": Case(vit, PLAIN | {"learner": "v1-mean"}),
@@ -111,7 +120,8 @@ CASES: dict[str, Case] = {
     ),
 }
 each_case = pytest.mark.parametrize("name", CASES)
-QUICK = ("class token", "two places", "fuse", "tokens", "beit", "hf tuples", "clips")
+QUICK = ("class token", "two places", "overlap average", "fuse", "tokens", "beit", "hf tuples")
+QUICK += ("clips",)
 each_calibrated = pytest.mark.parametrize("name", QUICK)
 
 
@@ -253,9 +263,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
 def test_losses_are_those_of_the_whole_models(name: str) -> None:
     model, host, images = inserted(name), build(name), make_images(CASES[name].clips)
     first = min(wrapped_blocks(model))
-    cache = TeacherCache(host, images, first, batch_size=16)
+    skipped = mixed_blocks(find_host(model))
+    assert skipped == ({1} if name == "overlap average" else set())
+    cache = TeacherCache(host, images, first, batch_size=16, skipped=skipped)
     index = torch.tensor([3, 0, 20])
-    ours, theirs = (forward_with_features(m, images[index], first) for m in (model, host))
+    ours, theirs = (
+        forward_with_features(m, images[index], first + len(skipped)) for m in (model, host)
+    )
     features, output = cache.losses(model, index)
     if "fuse" not in name:  # there tokens behind all blocks are compared, here their summaries
         place = find_host(model)
