@@ -35,15 +35,15 @@ from tokenlearner import (
 from tokenlearner.checkpoints.scenic import to_scenic
 from tokenlearner.deploy import load_exported
 from tokenlearner.evaluation import count_macs
-from tokenlearner.layers.blocks import PositionFreeBlock
+from tokenlearner.layers.blocks import OverlapEnd, PositionFreeBlock
 from tokenlearner.models.framevit import FrameViT
 from tokenlearner.models.hosts import Place, find_host
 from tokenlearner.models.hub import model_card
 from tokenlearner.models.insertion import get_insertion, wrapped_blocks
 from tokenlearner.models.outputs import first_tensor, output_tensor
 from tokenlearner.models.vivit import ViViT
-from tokenlearner.training import forward_with_features
-from tokenlearner.training.distillation import mixed_blocks
+from tokenlearner.training import Distillation, forward_with_features
+from tokenlearner.training.distillation import feature_loss, mixed_blocks
 
 DEEP, DEEP_HF = TIMM | {"depth": 5}, HF | {"num_hidden_layers": 5}
 vit = partial(VisionTransformer, **DEEP)
@@ -192,6 +192,11 @@ def test_only_means_of_tokens_and_positions_are_not_compared() -> None:
     assert mixed_blocks(find_host(inserted("timm_average", "two places, 2"))) == {0, 2}
     assert mixed_blocks(find_host(inserted("timm_average", "1"))) == set()
     assert mixed_blocks(find_host(inserted("timm", "two places, 2"))) == set()
+    student, x = insert(build("timm_average"), 4, at=2, overlap=2), inputs("timm_average")
+    teacher = remove(copy.deepcopy(student))
+    ours, theirs = (forward_with_features(m, x, 1).features for m in (student, teacher))
+    expected = feature_loss(ours, theirs, 0, True)
+    torch.testing.assert_close(Distillation(teacher, "feature")(student, x)[1], expected)
 
 
 # --- the first of its tokens ---------------------------------------------------------------------
@@ -250,8 +255,15 @@ def test_a_model_built_with_an_overlap_may_go_on_without(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_one_graph() -> None:
-    check_compiled(inserted("timm", "elastic"), {"x": inputs("timm")})
+@torch.no_grad()
+def test_a_compiled_model_is_one_graph_and_has_the_tokens_that_are_set() -> None:
+    model, x = inserted("timm", "elastic"), inputs("timm")
+    check_compiled(model, {"x": x})
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    for m in (1, 4, 5, 2):
+        set_num_tokens(compiled, m)
+        torch.testing.assert_close(compiled(x), model(x))
+        assert compiled(x).shape == (2, 5)
 
 
 @pytest.mark.slow
@@ -330,5 +342,7 @@ def test_what_other_code_cannot_do_is_refused() -> None:
         to_scenic(model)
     with pytest.raises(ValueError, match=r"set to 2 of 4; .*set_num_tokens\(model, 4\)"):
         to_scenic(insert(average(), 4, elastic=True, active_tokens=2))
+    with pytest.raises(ValueError, match="overlap=1 and a TokenLearnerV11"):
+        OverlapEnd(nn.Identity(), wrapped_blocks(insert(vit(), 4, at=3, overlap=1))[2])
     with pytest.raises(ValueError, match="takes no overlap"):
         FrameViT(**DEEP, overlap=1)

@@ -110,6 +110,7 @@ CASES: dict[str, Case] = {
     "hf features": Case(lambda: transformers.ViTModel(transformers.ViTConfig(**HF)), PLAIN),
     "hf classes": Case(transformers_vit, PLAIN),
     "hf tuples": Case(_OldHost, PLAIN),
+    "overlap tuples": Case(_OldHost, {"num_tokens": 2, "at": 2, "overlap": 2}),
     "hf clips": Case(
         lambda: transformers.VideoMAEModel(transformers.VideoMAEConfig(**HF, num_frames=4)),
         PLAIN,

@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..utils.validation import Grid, check_count
+from ..utils.validation import Grid, check_count, require
 from .token_fuser import TokenFuser
 from .token_learner import Learner, TokenLearner
 
@@ -292,12 +292,20 @@ class OverlapEnd(PositionFreeBlock):
         block: Any module `b n c -> b n c` whose weights do not depend on `n`.
         start: The block that learned the tokens, with a learner of `LEARNERS`.
         position_args: What the block takes of positions.
+
+    Raises:
+        ValueError: `start` is no such block.
     """
 
     def __init__(
         self, block: nn.Module, start: ReducedBlock, position_args: PositionArgs | None = None
     ):
         super().__init__(block, position_args)
+        require(
+            start.overlap > 1 and bool(start.learners),
+            f"start has overlap={start.overlap} and a {type(start.learner).__name__}, expected an "
+            "overlap of 2 or more and a learner of tokenlearner.layers",
+        )
         self._start = (start,)  # in a tuple, so that it is not registered twice
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import nn
 from ..layers.blocks import FusedBlock, OverlapEnd, PositionFreeBlock, ReducedBlock
 from ..layers.token_fuser import TokenFuser
 from ..layers.token_learner import LEARNERS
-from ..utils.modules import stream_device, stream_dtype
+from ..utils.modules import stream_device, stream_dtype, uncompiled
 from ..utils.validation import (
     Grid,
     check_choice,
@@ -202,7 +202,7 @@ def set_num_tokens(model: Model, num_tokens: int) -> Model:
     >>> set_num_tokens(vit, 4).forward_features(torch.ones(1, 3, 224, 224)).shape  # and a class
     torch.Size([1, 5, 192])
     """
-    host: Any = find_host(model).host
+    host: Any = find_host(uncompiled(model)).host
     if not (blocks := wrapped_blocks(host)):
         raise ValueError("this model has no learned tokens; insert(model, elastic=True) adds them")
     config = vars(host).get("tokenlearner_insertion")
