@@ -53,6 +53,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "reduced": {"num_tokens": 4, "at": 1},
     "fused": {"num_tokens": 4, "at": 1, "fuse": True},
     "two": {"num_tokens": (4, 2), "at": (1, 2)},
+    "overlap": {"num_tokens": 4, "at": 2, "overlap": 2, "elastic": True, "active_tokens": 3},
 }
 PLACES = list(zip(HOSTS, cycle(WAYS), strict=False))  # each host, and each way with some
 DTYPES = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}
@@ -151,6 +152,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "forward_with_features": lambda c: vars(forward_with_features(c.model, c.x)),
     "Distillation": _train,
     "export": partial(_export, ".pt2"),
+    "set_num_tokens": lambda c: tl.set_num_tokens(c.model, 1)(c.x),
     "quantize": lambda c: quantize(c.model, "float32")(c.x.float()),
     "maps": _maps,
     "app": _app,
@@ -215,7 +217,7 @@ def _state(model: nn.Module) -> Any:
     return modules, tensors, flags
 
 
-CHANGING = {"remove", "plan", "calibrate", "use_onednn", "Distillation"}
+CHANGING = {"remove", "set_num_tokens", "plan", "calibrate", "use_onednn", "Distillation"}
 
 
 def _ours(error: BaseException) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .models.factory import save_model as save_model
     from .models.insertion import insert as insert
     from .models.insertion import remove as remove
+    from .models.insertion import set_num_tokens as set_num_tokens
     from .training.calibration import calibrate as calibrate
     from .training.config import TrainConfig as TrainConfig
     from .training.reduction import reduce as reduce
@@ -55,6 +56,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "push_to_hub",
             "remove",
             "save_model",
+            "set_num_tokens",
         ),
         "checkpoints": (),
         "evaluation": ("attention_maps", "benchmark", "evaluate", "plan"),

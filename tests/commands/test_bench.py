@@ -46,6 +46,7 @@ OUT_OF_RANGE |= {"json": "x.txt", "plot": "x.pdf"}
         ("vit+insert(8, 0)", "vit", {"num_tokens": 8, "at": 0}),
         ("vit+insert(8,0.25)", "vit", {"num_tokens": 8, "at": 0.25}),
         ("vit+insert(8,fuse)", "vit", {"num_tokens": 8, "fuse": True}),
+        ("vit+insert(8,overlap=1,6)", "vit", {"num_tokens": 8, "overlap": 1, "at": 6}),
         ("a/b+insert(4,v1-mean,.5)", "a/b", {"num_tokens": 4, "learner": "v1-mean", "at": 0.5}),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_pair_that_costs_exactly_the_budget_meets_it() -> None:
     assert pairs(plan(host(), IMAGES, budget, num_tokens=[4], rounds=2)) == [(None, None), (2, 4)]
 
 
-@pytest.mark.parametrize("kwargs", [{"learner": "v1"}, {"fuse": True}], ids=["learner", "fuse"])
+@pytest.mark.parametrize("kwargs", [{"learner": "v1"}, {"fuse": True}, {"overlap": 1}], ids=str)
 def test_learner_and_fuse_are_those_of_insert(kwargs: dict[str, Any]) -> None:
     option = plan(host(), IMAGES, 0.9, num_tokens=[2], rounds=2, **kwargs)[1]
     assert option.gmacs == count_macs(insert(host(), 2, option.at, **kwargs), IMAGES[:1]) / 1e9
@@ -256,6 +256,9 @@ def test_a_budget_that_is_no_share_is_refused(budget: Any) -> None:
     [
         ({"measure": "flops"}, "measure is 'flops'"),
         ({"num_tokens": ()}, "num_tokens is 0"),
+        ({"overlap": -1}, "overlap is -1"),
+        ({"overlap": 4}, "overlap is 4, but the model has 4 blocks"),
+        ({"budget": 0.01, "overlap": 2}, "at block 2: "),
         ({"num_tokens": (4, 0)}, "num_tokens is 0"),
         ({"num_tokens": (4, 17)}, "num_tokens is 17"),
         ({"learner": "v2"}, "learner is 'v2'"),

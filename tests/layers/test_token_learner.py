@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -105,6 +106,17 @@ def test_flat_positions_with_their_grid_give_the_tokens_of_the_grid(make: Make) 
     x, square = uneven(2, 5, 7, 9), uneven(2, 6, 6, 9)
     assert torch.equal(learner(x.flatten(1, 2), grid=(5, 7)), learner(x))
     assert torch.equal(learner(square.flatten(1, 2)), learner(square))
+
+
+@each_learner
+@torch.no_grad()
+def test_the_first_tokens_are_those_of_all_tokens(make: Make) -> None:
+    learner, x = randomized(make(9, 4)), torch.randn(2, 3, 5, 7, 9)
+    tokens, maps = learner(x), learner.attention(x)
+    learner.active_tokens = 3
+    torch.testing.assert_close(copy.deepcopy(learner)(x), tokens[:, :, :3])
+    torch.testing.assert_close(learner.attention(x), maps[:, :, :3])
+    assert learner(x[:0]).shape == (0, 3, 3, 9)
 
 
 @pytest.mark.parametrize(("channels", "with_gradients"), [(256, False), (1024, True)])

@@ -74,20 +74,26 @@ def ask_plain(vit: Any) -> torch.Tensor:
     return vit.forward_intermediates(IMAGES, indices=[0], intermediates_only=True)[0]
 
 
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"at": at, "fuse": fuse} for at in (0, 1) for fuse in (True, False)),
+        *({"at": 2, "overlap": overlap} for overlap in (1, 2)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_hidden_states_are_what_runs_between_blocks(name: str, at: int, fuse: bool) -> None:
+def test_hidden_states_are_what_runs_between_blocks(name: str, how: dict[str, Any]) -> None:
     make, images = TRANSFORMERS[name]
     model = make().eval()
     plain = [h.shape[1] for h in model(images, output_hidden_states=True).hidden_states]
-    insert(model, 4, at=at, fuse=fuse)
+    insert(model, 4, **how)
     stream: list[Any] = []
     for block in find_host(model).blocks:
         block.register_forward_pre_hook(lambda _, args: stream.append(args[0]))
     states = model(images, output_hidden_states=True).hidden_states
     assert all(torch.equal(*pair) for pair in zip(states, stream, strict=False))
-    assert not fuse or [h.shape[1] for h in states] == plain
+    assert not how.get("fuse") or [h.shape[1] for h in states] == plain
 
 
 # --- attributes, copies of tools ----------------------------------------------------------------

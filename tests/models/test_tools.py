@@ -284,6 +284,11 @@ def test_towers_of_open_clip_run_on_tokens(name: str, whole: bool) -> None:
         save_model(given, "x")
     assert not torch.allclose(model.encode_image(x), expected, atol=1e-3)
     assert_same(remove(given) and model.encode_image(x), expected)
+    insert(given, 4, at=1, overlap=1, elastic=True, active_tokens=3)
+    block, last = find_host(given).blocks[:2]
+    both = inputs_of(block.block, lambda: model(x, text))
+    assert both.shape[1] == tokens.shape[1] + 3
+    assert_same(inputs_of(last, lambda: model(x, text)), block.block(both)[:, :4])
 
 
 def test_towers_of_open_clip_that_do_not_fit_are_refused() -> None:

@@ -34,6 +34,7 @@ from tokenlearner.training.distillation import (
     feature_loss,
     forward_with_features,
     logit_loss,
+    mixed_blocks,
     output_loss,
     unexplained_variance,
 )
@@ -98,6 +99,10 @@ CASES: dict[str, Case] = {
     "first block": Case(vit, PLAIN | {"at": 0}),
     "last block": Case(vit, PLAIN | {"at": 2}),
     "two places": Case(vit, {"num_tokens": (4, 2), "at": (1, 2)}),
+    "overlap": Case(vit, {"num_tokens": 2, "at": 2, "overlap": 2}),
+    "overlap average": Case(
+        lambda: vit(**AVERAGE, depth=4), {"num_tokens": 2, "at": 3, "overlap": 2}
+    ),
     "fuse": Case(vit, PLAIN | {"fuse": True}),
     "fuse average": Case(lambda: vit(**AVERAGE), PLAIN | {"fuse": True}),
     "v1": Case(vit, PLAIN | {"learner": "v1-mean"}),
@@ -108,6 +113,7 @@ CASES: dict[str, Case] = {
     "hf features": Case(lambda: transformers.ViTModel(transformers.ViTConfig(**HF)), PLAIN),
     "hf classes": Case(transformers_vit, PLAIN),
     "hf tuples": Case(_OldHost, PLAIN),
+    "overlap tuples": Case(_OldHost, {"num_tokens": 2, "at": 2, "overlap": 2}),
     "hf clips": Case(
         lambda: transformers.VideoMAEModel(transformers.VideoMAEConfig(**HF, num_frames=4)),
         PLAIN,
@@ -118,7 +124,8 @@ CASES: dict[str, Case] = {
     ),
 }
 each_case = pytest.mark.parametrize("name", CASES)
-QUICK = ("class token", "two places", "fuse", "tokens", "beit", "hf tuples", "clips")
+QUICK = ("class token", "two places", "overlap average", "fuse", "tokens", "beit", "hf tuples")
+QUICK += ("clips",)
 each_calibrated = pytest.mark.parametrize("name", QUICK)
 
 
@@ -322,11 +329,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
 def test_losses_are_those_of_the_whole_models(name: str) -> None:
     model, host, images = inserted(name), build(name), make_images(CASES[name].clips)
     first = min(wrapped_blocks(model))
-    cache = TeacherCache(host, images, first, batch_size=16)
+    skipped = mixed_blocks(find_host(model))
+    assert skipped == ({1} if name == "overlap average" else set())
+    cache = TeacherCache(host, images, first, batch_size=16, skipped=skipped)
     index = torch.tensor([3, 0, 20])
     features, output = cache.losses(model, index)
-    ours = forward_with_features(model, images[index], first)
-    whole = forward_with_features(host, images, first)
+    ours = forward_with_features(model, images[index], first + len(skipped))
+    whole = forward_with_features(host, images, first + len(skipped))
     if "fuse" not in name:  # there tokens behind all blocks are compared, here their summaries
         place = find_host(model)
         compared = place.num_prefix_tokens, place.pools_positions

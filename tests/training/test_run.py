@@ -210,9 +210,9 @@ def vector(model: torch.nn.Module) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("how", [{"overlap": 1}, {"fuse": True}], ids=str)
 def test_an_insertion_is_calibrated_trained_and_read_back(
-    fuse: bool,
+    how: dict[str, Any],
     hosts: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -221,11 +221,11 @@ def test_an_insertion_is_calibrated_trained_and_read_back(
     setup = import_module("tokenlearner.training.setup")
     monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
     rows: list[dict[str, Any]] = []
-    options = {"fuse": fuse, "calibrate": 20, "device": str(device)}
+    options = {**how, "calibrate": 20, "device": str(device)}
     result = train(inserting(tmp_path / "run", hosts, **options), rows.append)
     images = next(quarter_images("x", "test").batches(8))[0].to(device)
     loaded = load_model(tmp_path / "run").to(device)
-    assert wrapped_blocks(loaded)[1].learner.num_tokens == 4
+    assert wrapped_blocks(loaded)[1 - how.get("overlap", 0)].learner.num_tokens == 4
     torch.testing.assert_close(loaded(images), result.model(images), rtol=0, atol=0)
     # the calibration comes first, is reported, and written as returned
     steps = [(row["step"], row["steps"]) for row in rows if "epoch" not in row]
@@ -297,6 +297,7 @@ def test_a_model_built_new_can_have_a_teacher_and_has_no_host(
         ({"teacher": "resnet"}, "teacher is a ResNet, .*kd_distill_type='logit'"),
         ({"insert": 17}, "num_tokens is 17"),
         ({"at": 3}, "at is 3"),
+        ({"overlap": 2}, "overlap is 2, but there are 1 blocks"),
         ({"learner": "v2"}, "learner is 'v2'"),
         ({"images": 1, "batch_size": 1, "kd_distill_type": "logit", "calibrate": 8}, "images is"),
     ],

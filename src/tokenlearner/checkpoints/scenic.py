@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..layers.blocks import ReducedBlock
+from ..layers.blocks import PositionFreeBlock
 from ..layers.token_fuser import TokenFuser
 from ..layers.token_learner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from ..utils.validation import shortened
@@ -155,11 +155,26 @@ def to_scenic(module: nn.Module) -> dict[str, np.ndarray]:
     Raises:
         ValueError: scenic has no such module.
     """
+    _check_runs_alike(module)
     state = module.state_dict()
     parts = [row.to_flax(state[row.key]) for row in _rows(module)]
     flat = {name: value.cpu() for part in parts for name, value in part.items()}
     wide = {n: v.float() if v.dtype == torch.bfloat16 else v for n, v in flat.items()}
     return {name: np.array(value.numpy(), order="C") for name, value in wide.items()}
+
+
+def _check_runs_alike(module: nn.Module) -> None:
+    """Raises ValueError for what no parameter shows and scenic's models do not do."""
+    for part in module.modules():
+        if overlap := getattr(part, "overlap", 0):
+            raise ValueError(
+                f"scenic's models have no overlap, this one has {overlap}; insert without it"
+            )
+        if (active := getattr(part, "active_tokens", None)) is not None:
+            raise ValueError(
+                f"scenic's learners have no part of their tokens, this one is set to {active} of "
+                f"{part.num_tokens}; call tokenlearner.set_num_tokens(model, {part.num_tokens})"
+            )
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,7 +280,7 @@ def _model_rows(model: Any) -> Iterator[_Row]:
 
 def _block_rows(block: Any, i: int, counts: Counter[str]) -> Iterator[_Row]:
     """Returns the rows of a block, its learner and its fuser, numbered in the order of blocks."""
-    wrapped = isinstance(block, ReducedBlock)
+    wrapped = isinstance(block, PositionFreeBlock)
     for key, module in block.named_children() if wrapped else ():
         if key != "block":
             name = "TokenFuser" if key == "fuser" else "TokenLearnerModule"
@@ -280,5 +295,5 @@ def _block_rows(block: Any, i: int, counts: Counter[str]) -> Iterator[_Row]:
 
 
 def _is_block(block: nn.Module) -> bool:
-    inner = block.block if isinstance(block, ReducedBlock) else block
+    inner = block.block if isinstance(block, PositionFreeBlock) else block
     return any(f"{c.__module__}.{c.__qualname__}" == _HOST for c in type(inner).__mro__)

@@ -27,6 +27,7 @@ class PlanConfig:
         tokens: Numbers of tokens to try, with commas between them.
         learner: v11, v1, v1-mean or grouped.
         fuse: Put learned tokens back on all positions behind each block.
+        overlap: Blocks in front of `at` that run on tokens and positions.
         batch_size: Images at a time; changes the speed only.
         img_size: Height and width of the images; 0 leaves them as the model has them.
         rounds: Timed runs of each model.
@@ -42,6 +43,7 @@ class PlanConfig:
     tokens: str = "4,8,16,32"
     learner: str = "v11"
     fuse: bool = False
+    overlap: int = 0
     batch_size: int = 1
     img_size: int = 0
     rounds: int = 15
@@ -51,7 +53,8 @@ class PlanConfig:
         check_literals(self)
         check_plan(self.budget, self.measure, self.num_tokens, self.rounds)
         check_count("batch_size", self.batch_size)
-        check_count("img_size", self.img_size, least=0)
+        for name in ("img_size", "overlap"):
+            check_count(name, getattr(self, name), least=0)
 
     @property
     def num_tokens(self) -> list[int]:
@@ -76,7 +79,7 @@ def plan_table(config: PlanConfig) -> tuple[Any, str]:
     """
     model, size = load_sized(config.model, config.img_size, config.device, hosts_only=True)
     images = torch.randn(config.batch_size, *size).to(next(model.parameters()))
-    names = ("budget", "measure", "num_tokens", "learner", "fuse", "rounds")
+    names = ("budget", "measure", "num_tokens", "learner", "fuse", "overlap", "rounds")
     with show_progress(f"measuring {config.model} with and without learned tokens"):
         options = plan(model, images, **{name: getattr(config, name) for name in names})
     setting = (

@@ -126,7 +126,10 @@ def run_reduction(config: ReduceConfig) -> Reduction:
     save_model(done.model, out, {done.best.name: _measured(done.best)})
     rows = [{"name": row.name, **asdict(row)} for row in done.rows]
     facts = {"images": done.images, "held_out": done.held_out, "seconds": done.seconds}
-    facts |= {"machine": describe_machine(next(host.parameters()).device), "notes": explanation(done).splitlines()}
+    facts |= {
+        "machine": describe_machine(next(host.parameters()).device),
+        "notes": explanation(done).splitlines(),
+    }
     write_json(out / RESULTS, {"candidates": rows, "config": asdict(config), **facts})
     if wrapped_blocks(done.model):
         _draw(done.model, images, out / "maps.png")

@@ -30,7 +30,7 @@ class Option:
     """The cost of `insert(model, option.num_tokens, option.at)`, interleaved with the host."""
 
     at: int | None
-    """The block in front of which tokens are learned; None is the host as it is."""
+    """The first block that runs on tokens only; None is the host as it is."""
     num_tokens: int | None
     gmacs: float
     """Multiply-adds of one image, counted as 1, in 1e9; GFLOPs are twice that."""
@@ -62,6 +62,7 @@ def plan(
     num_tokens: Sequence[int] = DEFAULT_TOKENS,
     learner: str = "v11",
     fuse: bool = False,
+    overlap: int = 0,
     rounds: int = 15,
 ) -> list[Option]:
     """Finds for each number of tokens the deepest block that meets a budget, and what it costs.
@@ -78,6 +79,7 @@ def plan(
         num_tokens: Numbers of tokens to try; of the default those that an image has.
         learner: As in `insert`.
         fuse: As in `insert`.
+        overlap: As in `insert`.
         rounds: Timed runs of each model, after two that are not counted.
 
     Returns:
@@ -98,7 +100,8 @@ def plan(
     if tuple(sizes) == DEFAULT_TOKENS:
         n = math.prod(find_host(model).grid.grid_size)
         sizes = [k for k in sizes if k <= n]
-    trials = _Trials(model, images, rounds, learner=learner, fuse=fuse)
+    check_count("overlap", overlap, least=0)
+    trials = _Trials(model, images, rounds, learner=learner, fuse=fuse, overlap=overlap)
     return (_within_macs if measure == "macs" else _within_latency)(trials, budget, sizes)
 
 
@@ -121,7 +124,11 @@ class _Trials:
 
     def __init__(self, model: nn.Module, images: Tensor, rounds: int, **kwargs: Any):
         self.model, self.images, self.rounds, self.kwargs = model, images, rounds, kwargs
-        self.last = len(find_host(model).blocks) - 1
+        self.first, self.last = kwargs["overlap"], len(find_host(model).blocks) - 1
+        if self.first > self.last:
+            raise ValueError(
+                f"overlap is {self.first}, but the model has {self.last + 1} blocks; pass less"
+            )
         self.macs = cache(self._macs)
 
     def _macs(self, at: int | None, k: int | None) -> int:
@@ -165,20 +172,23 @@ class _Trials:
 
 def _within_macs(trials: _Trials, budget: float, sizes: Sequence[int]) -> list[Option]:
     """Finds the deepest blocks by counting; only these are timed."""
-    blocks = range(trials.last + 1)
-    deepest = {k: bisect_right(blocks, budget, key=partial(trials.share, k=k)) - 1 for k in sizes}
-    if pairs := [(at, k) for k, at in deepest.items() if at >= 0]:
+    first, blocks = trials.first, range(trials.first, trials.last + 1)
+    fitting = {k: bisect_right(blocks, budget, key=partial(trials.share, k=k)) for k in sizes}
+    if pairs := [(blocks[count - 1], k) for k, count in fitting.items() if count]:
         return trials.options(trials.seconds(pairs))
-    raise _nothing_fits(budget, "multiply-adds", {(0, k): trials.share(0, k) for k in sizes})
+    shares = {(first, k): trials.share(first, k) for k in sizes}
+    raise _nothing_fits(budget, "multiply-adds", shares)
 
 
 def _within_latency(trials: _Trials, budget: float, sizes: Sequence[int]) -> list[Option]:
     """Starts one block behind the estimate and goes back until all fit in one and the same run."""
-    measured = _shares(trials.seconds([(at, k) for at in (0, trials.last) for k in sizes]))
+    first, last = trials.first, trials.last
+    measured = _shares(trials.seconds([(at, k) for at in (first, last) for k in sizes]))
     deepest = {
-        k: _estimate(budget, trials.last, measured[0, k], measured[trials.last, k]) for k in sizes
+        k: first + _estimate(budget, last - first, measured[first, k], measured[last, k])
+        for k in sizes
     }
-    while pairs := [(at, k) for k, at in deepest.items() if at >= 0]:
+    while pairs := [(at, k) for k, at in deepest.items() if at >= first]:
         seconds = trials.seconds(pairs)
         shares = _shares(seconds)
         if all(share <= budget for share in shares.values()):

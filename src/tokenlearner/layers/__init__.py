@@ -7,6 +7,7 @@ TYPE_CHECKING = False  # as typing has it, whose import would take most of the t
 
 if TYPE_CHECKING:
     from .blocks import FusedBlock as FusedBlock
+    from .blocks import OverlapEnd as OverlapEnd
     from .blocks import PatchGrid as PatchGrid
     from .blocks import PositionFreeBlock as PositionFreeBlock
     from .blocks import ReducedBlock as ReducedBlock
@@ -23,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "blocks": (
             "FusedBlock",
+            "OverlapEnd",
             "PatchGrid",
             "PositionFreeBlock",
             "ReducedBlock",

@@ -4,6 +4,9 @@ With `blocks[i] = ReducedBlock(blocks[i], learner)` that block and all later one
 with `blocks[i] = FusedBlock(blocks[i], learner, fuser)` only that block does. Both pass prefix
 tokens (class, distillation, registers) around the learner and learn tokens frame by frame.
 
+With an overlap a `ReducedBlock` keeps the positions behind the new tokens, which so attend to them
+for some blocks; the last of these is an `OverlapEnd`, or with an overlap of 1 the block itself.
+
 A learned token has no position. Blocks that take positions besides their input (`PositionArgs`) run
 on tokens without them; blocks behind a `ReducedBlock` are wrapped as `PositionFreeBlock` for that.
 
@@ -22,9 +25,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..utils.validation import Grid, check_count
+from ..utils.validation import Grid, check_count, require
 from .token_fuser import TokenFuser
-from .token_learner import TokenLearner
+from .token_learner import Learner, TokenLearner
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class PositionArgs:
     exported: tuple[str, ...] = ()
 
 
-_OWN = {"block", "learner", "fuser", "position_args", "num_prefix_tokens", "frames"}
+_OWN = {"block", "learner", "fuser", "position_args", "num_prefix_tokens", "frames", "overlap"}
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,14 @@ class ReducedBlock(PositionFreeBlock):
         grid: Height and width of a frame, or a module or `PatchGrid` whose `grid_size` is read at
             every call. Only V1 needs it.
         position_args: What the block takes of positions.
+        overlap: Blocks, this one first, that run on tokens and positions. Behind an overlap of 1
+            the positions leave here; else the last of these blocks has to be an `OverlapEnd`.
 
     Raises:
         ValueError: A count is out of range.
     """
+
+    overlap = 0  # of blocks pickled by version 0.3
 
     def __init__(
         self,
@@ -190,12 +197,14 @@ class ReducedBlock(PositionFreeBlock):
         frames: int = 1,
         grid: Grid | nn.Module | PatchGrid | None = None,
         position_args: PositionArgs | None = None,
+        overlap: int = 0,
     ):
         nn.Module.__init__(self)
         self.learner = learner  # in front of the block when parameters are counted
         self._wrap(block, position_args)
         self.num_prefix_tokens = check_count("num_prefix_tokens", num_prefix_tokens, least=0)
         self.frames = check_count("frames", frames)
+        self.overlap = check_count("overlap", overlap, least=0)
         self._grid = (grid,)  # in a tuple, so that the host's module is not registered twice
 
     @property
@@ -214,6 +223,8 @@ class ReducedBlock(PositionFreeBlock):
     def forward(self, x: Tensor, *args: Any, grid: Grid | None = None, **kwargs: Any) -> Any:
         """Learns tokens and runs the block on them: `b (p + t n) c -> b (p + t k) c`.
 
+        With an overlap above 1 positions remain behind the tokens: `b (p + t k + t n) c`.
+
         Args:
             x: Prefix tokens, then the positions of one frame after the other.
             args: For the block.
@@ -226,11 +237,23 @@ class ReducedBlock(PositionFreeBlock):
         _check_is_not_traced(x)
         args, kwargs = self.without_positions(args, kwargs)
         prefix, positions = self.split(x)
-        return self.block(self.join(prefix, self.learn(positions, grid)), *args, **kwargs)
+        tokens = self.join(prefix, self.learn(positions, grid))
+        if not self.overlap:
+            return self.block(tokens, *args, **kwargs)
+        both = torch.cat([tokens, x[:, self.num_prefix_tokens :]], dim=1)
+        out = self.block(both, *args, **kwargs)
+        return _first_tokens(out, tokens.shape[1]) if self.overlap == 1 else out
 
     def learn(self, positions: Tensor, grid: Grid | None = None) -> Tensor:
         """Pools each frame: `(b t) n c -> (b t) k c`."""
         return self.learner(positions, grid if grid and self.needs_grid else self.learner_grid)
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Returns the learner; inside a wrapper of PEFT's there are two, of which one runs."""
+        if isinstance(self.learner, Learner):
+            return [self.learner]
+        return [module for module in self.learner.modules() if isinstance(module, Learner)]
 
     @property
     def needs_grid(self) -> bool:
@@ -260,6 +283,38 @@ class ReducedBlock(PositionFreeBlock):
         """Reverses `split`: `b p c`, `(b t) n c` to `b (p + t n) c`."""
         rest = rearrange(frames, "(b t) n c -> b (t n) c", t=self.frames)
         return torch.cat([prefix, rest], dim=1) if self.num_prefix_tokens else rest
+
+
+class OverlapEnd(PositionFreeBlock):
+    """Runs the last block on tokens and positions; the positions leave behind it.
+
+    Args:
+        block: Any module `b n c -> b n c` whose weights do not depend on `n`.
+        start: The block that learned the tokens, with a learner of `LEARNERS`.
+        position_args: What the block takes of positions.
+
+    Raises:
+        ValueError: `start` is no such block.
+    """
+
+    def __init__(
+        self, block: nn.Module, start: ReducedBlock, position_args: PositionArgs | None = None
+    ):
+        super().__init__(block, position_args)
+        require(
+            start.overlap > 1 and bool(start.learners),
+            f"start has overlap={start.overlap} and a {type(start.learner).__name__}, expected an "
+            "overlap of 2 or more and a learner of tokenlearner.layers",
+        )
+        self._start = (start,)  # in a tuple, so that it is not registered twice
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block and drops the positions: `b (p + t k + t n) c -> b (p + t k) c`."""
+        (start,) = self._start
+        learner = start.learners[0]
+        k = learner.active_tokens or learner.num_tokens
+        count = start.num_prefix_tokens + start.frames * k
+        return _first_tokens(super().forward(x, *args, **kwargs), count)
 
 
 class FusedBlock(ReducedBlock):
@@ -301,6 +356,11 @@ class FusedBlock(ReducedBlock):
         prefix, tokens = self.split(out[0] if isinstance(out, tuple) else out)
         x = self.join(prefix, positions + self.fuser(tokens, positions))
         return (x, *out[1:]) if isinstance(out, tuple) else x
+
+
+def _first_tokens(out: Any, count: int) -> Any:
+    """Returns a block's output without its last tokens; older transformers have it in a tuple."""
+    return (out[0][:, :count], *out[1:]) if isinstance(out, tuple) else out[:, :count]
 
 
 def _positional_arguments(block: nn.Module) -> tuple[str, ...]:

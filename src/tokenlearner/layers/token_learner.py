@@ -50,8 +50,11 @@ from .functional import (
 _OFFICIAL: dict[str, Any] = {"norm_eps": 1e-6, "approximate": "tanh"}  # flax's numbers
 
 
-class _Learner(nn.Module):
+class Learner(nn.Module):
     """Base of the learners: checks and folds the input, and pools positions by maps."""
+
+    active_tokens: int | None = None
+    """How many of the tokens are learned, the first ones; None is all `num_tokens`."""
 
     def __init__(self, in_channels: int, num_tokens: int, norm_eps: float):
         super().__init__()
@@ -60,7 +63,7 @@ class _Learner(nn.Module):
         self.norm = nn.LayerNorm(in_channels, eps=check_eps(norm_eps))
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        """Pools every frame of `x` into `num_tokens` tokens.
+        """Pools every frame of `x` into `num_tokens` tokens, or the first `active_tokens`.
 
         Args:
             x: Floating point, channels last, of the parameters' dtype (any under autocast).
@@ -73,8 +76,8 @@ class _Learner(nn.Module):
             ValueError: The rank, channels, dtype or grid do not fit.
         """
         positions, grid = self._fold(x, grid)
-        tokens = torch.cat([self._tokens(p, self._maps(p, grid)) for p in chunks(positions)])
-        return tokens.to(x.dtype).reshape(*leading_dims(x), self.num_tokens, self.in_channels)
+        tokens = torch.cat([self._tokens(p, self._active(p, grid)) for p in chunks(positions)])
+        return tokens.to(x.dtype).reshape(*leading_dims(x), *tokens.shape[1:])
 
     def attention(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """Returns the maps that pool `x`: where each learned token looks.
@@ -85,8 +88,8 @@ class _Learner(nn.Module):
             `b n c -> b k n`, `b h w c -> b k h w`, `b t h w c -> b t k h w`.
         """
         positions, grid = self._fold(x, grid)
-        maps = self._maps(positions, grid).to(x.dtype)
-        return maps.reshape(*leading_dims(x), self.num_tokens, *x.shape[len(leading_dims(x)) : -1])
+        maps = self._active(positions, grid).to(x.dtype)
+        return maps.reshape(*leading_dims(x), maps.shape[1], *x.shape[len(leading_dims(x)) : -1])
 
     def extra_repr(self) -> str:
         """Returns the sizes for `print`."""
@@ -102,6 +105,11 @@ class _Learner(nn.Module):
             raise ValueError(f"grid is {grid}, but the input has a {h} x {w} grid; leave grid out")
         return flatten(x), (h, w)
 
+    def _active(self, x: Tensor, grid: Grid | None) -> Tensor:
+        """Computes the maps of the tokens that are learned."""
+        maps = self._maps(x, grid)
+        return maps if self.active_tokens is None else maps[:, : self.active_tokens]
+
     def _maps(self, x: Tensor, grid: Grid | None) -> Tensor:
         """Computes the maps: `b n c -> b k n`, in float32 or wider."""
         raise NotImplementedError
@@ -111,7 +119,7 @@ class _Learner(nn.Module):
         return pool(maps, x)
 
 
-class TokenLearner(_Learner):
+class TokenLearner(Learner):
     """Learns tokens by four 3 x 3 convolutions and a sigmoid: V1, used in the paper's experiments.
 
     The defaults are those of the small PyTorch port that many started from. The official numbers
@@ -162,7 +170,7 @@ class TokenLearner(_Learner):
         return pool(maps if self.use_sum_pooling else maps / x.shape[1], x)
 
 
-class TokenLearnerModuleV11(_Learner):
+class TokenLearnerModuleV11(Learner):
     """Learns tokens by grouped 1 x 1 convolutions and a softmax: V1.1 of December 2021.
 
     Kept for checkpoints of that time; new models use `TokenLearnerV11`. Linear parts run in
@@ -239,7 +247,7 @@ def _conv1x1(conv: nn.Module, x: Tensor) -> Tensor:
     return rearrange(conv(rearrange(x, "b n c -> b c n 1")), "b k n 1 -> b n k")
 
 
-class TokenLearnerV11(_Learner):
+class TokenLearnerV11(Learner):
     """Learns tokens by an MLP and a softmax: V1.1 since March 2022, the default since May 2022.
 
     Every map is a distribution over the positions, whose number, order and arrangement do not

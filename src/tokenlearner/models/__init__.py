@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .insertion import InsertionConfig as InsertionConfig
     from .insertion import insert as insert
     from .insertion import remove as remove
+    from .insertion import set_num_tokens as set_num_tokens
     from .mixer import TokenLearnerMixer as TokenLearnerMixer
     from .preprocessing import from_image_processor as from_image_processor
     from .preprocessing import get_preprocessing as get_preprocessing
@@ -44,6 +45,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "InsertionConfig",
             "insert",
             "remove",
+            "set_num_tokens",
         ),
         "mixer": ("TokenLearnerMixer",),
         "preprocessing": (

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.blocks import FusedBlock, ReducedBlock
+from ..layers.blocks import FusedBlock, PositionFreeBlock, ReducedBlock
 from .hosts import find_host
 
 
@@ -92,7 +92,7 @@ def remove_guard(host: nn.Module) -> None:
     vars(host).pop(_METHOD, None)
 
 
-def record_hidden_states(block: ReducedBlock) -> None:
+def record_hidden_states(block: PositionFreeBlock) -> None:
     """Lets transformers record what goes into and comes out of a wrapper, not of its block."""
     block.register_forward_hook(_record)
 

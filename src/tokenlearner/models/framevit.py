@@ -27,6 +27,9 @@ from .registry import register, sized
 from .video_embed import FORMATS, to_bcthw
 from .vivit import ViViT
 
+_UNKNOWN = {"global_pool", "representation_size", "fuse", "sampling"}
+_UNKNOWN |= {"overlap", "elastic", "active_tokens"}
+
 
 class FrameViT(HubModel, nn.Module):
     """A video transformer that processes each frame alone until it is `k` tokens.
@@ -75,7 +78,7 @@ class FrameViT(HubModel, nn.Module):
         self.input_format = check_choice("input_format", input_format, list(FORMATS))
         check_choice("learner", learner, list(LEARNERS))
         check_count("num_classes", num_classes, least=0)
-        if unknown := {"global_pool", "representation_size", "fuse", "sampling"} & kwargs.keys():
+        if unknown := _UNKNOWN & kwargs.keys():
             raise ValueError(f"a FrameViT takes no {', '.join(sorted(unknown))}; leave it out")
         index = block_index(at, check_count("depth", depth))
         frame = {"num_frames": tubelet_size, "tubelet_size": tubelet_size, "depth": depth}

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..layers.blocks import FusedBlock, PositionFreeBlock, ReducedBlock
+from ..layers.blocks import FusedBlock, OverlapEnd, PositionFreeBlock, ReducedBlock
 from ..layers.token_fuser import TokenFuser
 from ..layers.token_learner import LEARNERS
-from ..utils.modules import stream_device, stream_dtype
+from ..utils.modules import stream_device, stream_dtype, uncompiled
 from ..utils.validation import (
     Grid,
     check_choice,
@@ -39,6 +39,9 @@ Counts = int | Sequence[int]
 Places = int | float | Sequence[int | float]
 
 
+_LEFT_OUT = ("grid", "overlap", "elastic", "active_tokens")  # of the kwargs, where not given
+
+
 @dataclass(frozen=True)
 class InsertionConfig:
     """Holds the arguments of `insert` that a host's learners were made with.
@@ -50,6 +53,9 @@ class InsertionConfig:
         fuse: As in `insert`.
         fuser_bottleneck_dim: As in `insert`; 0 is the linear layer.
         grid: As in `insert`.
+        overlap: As in `insert`.
+        elastic: As in `insert`.
+        active_tokens: As in `insert`; `set_num_tokens` changes it.
     """
 
     num_tokens: int | list[int]
@@ -58,15 +64,17 @@ class InsertionConfig:
     fuse: bool = False
     fuser_bottleneck_dim: int = 64
     grid: list[int] | None = None
+    overlap: int = 0
+    elastic: bool = False
+    active_tokens: int | None = None
 
     def to_kwargs(self) -> dict[str, Any]:
         """Returns plain values for `insert` and JSON; options without effect are left out."""
         kwargs = asdict(self)
         if not self.fuse or self.fuser_bottleneck_dim == 64:
             del kwargs["fuser_bottleneck_dim"]
-        if self.grid is None:
-            del kwargs["grid"]
-        return kwargs
+        unset = [name for name in _LEFT_OUT if not kwargs[name]]
+        return {name: value for name, value in kwargs.items() if name not in unset}
 
 
 def insert(
@@ -78,6 +86,9 @@ def insert(
     fuse: bool = False,
     fuser_bottleneck_dim: int | None = 64,
     grid: Grid | None = None,
+    overlap: int = 0,
+    elastic: bool = False,
+    active_tokens: int | None = None,
 ) -> Model:
     """Makes `model` run on `num_tokens` learned tokens from block `at` on; changes it in place.
 
@@ -102,6 +113,11 @@ def insert(
         fuser_bottleneck_dim: Hidden width of the fusers' gates; None or 0 is the paper's linear
             layer.
         grid: Height and width of the positions, where the model does not know them.
+        overlap: Learn tokens so many blocks before `at`, and run them beside all positions until
+            these leave in front of `at`. Not with `fuse`, nor in blocks that take positions.
+        elastic: Lets the model run on the first `m` of its tokens, see `set_num_tokens`; train it
+            with several `m`. Not with `fuse`.
+        active_tokens: With `elastic`, the `m` to start with; None is all.
 
     Returns:
         The model itself.
@@ -123,6 +139,9 @@ def insert(
     if wrapped_blocks(place.host):
         raise ValueError("this model has learned tokens already; call remove(model) first")
     points = _points(num_tokens, at, len(place.blocks))
+    overlap = check_count("overlap", overlap, least=0)
+    starts = _starts(place, points, overlap, fuse)
+    active = _check_elastic(elastic, active_tokens, max(points.values()), fuse)
     check_choice("learner", learner, list(LEARNERS))
     if learner in ("v1", "v1-mean"):
         _check_v1(place, points, fuse, grid)
@@ -132,17 +151,20 @@ def insert(
         "grid": _check_positions(place, points, grid),
         "position_args": place.position_args,
     }
-    k = 0
-    for i in range(min(points), len(place.blocks)):
-        k = points.get(i, k if fuse else 0)
+    if overlap:
+        options["overlap"] = overlap
+    k, start = 0, None
+    for i in range(min(starts), len(place.blocks)):
+        k = starts.get(i, k if fuse else 0)
         if k:
             is_meta = stream_device(place.blocks[i]).type == "meta"
             with torch.device("meta" if is_meta else "cpu"), torch.inference_mode(False):
                 new = LEARNERS[learner](place.width, k)
                 block = wrap(place.blocks[i], new, fuse, fuser_bottleneck_dim, **options)
-            if type(place.host).__module__.startswith("transformers."):
-                record_hidden_states(block)
-            place.blocks[i] = block
+            place.blocks[i] = start = _recorded(block, place)
+        elif start and overlap > 1 and i + 1 in points:
+            end = OverlapEnd(place.blocks[i], start, place.position_args)
+            place.blocks[i] = _recorded(_like_block(end), place)
         elif place.position_args:
             place.blocks[i] = _like_block(PositionFreeBlock(place.blocks[i], place.position_args))
     indices, counts = list(points), list(points.values())
@@ -156,7 +178,48 @@ def insert(
         fuse=bool(fuse),
         fuser_bottleneck_dim=fuser_bottleneck_dim or 0,
         grid=None if grid is None else list(check_pair(grid)),
+        overlap=overlap,
+        elastic=bool(elastic),
     )
+    return model if active is None else set_num_tokens(model, active)
+
+
+def set_num_tokens(model: Model, num_tokens: int) -> Model:
+    """Makes a model run on the first `num_tokens` of its learned tokens; changes it in place.
+
+    It has to be inserted with `elastic=True`. Where tokens are learned at several places, each has
+    at most as many as it was inserted with. Its parameters stay as they are. A backward pass that
+    computes blocks again (gradient checkpointing) has to come before the next change.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: The model has no learned tokens, is not elastic, or has fewer.
+
+    >>> import timm, torch
+    >>> vit = insert(timm.create_model("vit_tiny_patch16_224"), 16, elastic=True)
+    >>> set_num_tokens(vit, 4).forward_features(torch.ones(1, 3, 224, 224)).shape  # and a class
+    torch.Size([1, 5, 192])
+    """
+    host: Any = find_host(uncompiled(model)).host
+    if not (blocks := wrapped_blocks(host)):
+        raise ValueError("this model has no learned tokens; insert(model, elastic=True) adds them")
+    config = vars(host).get("tokenlearner_insertion")
+    if config is None or not config.elastic:
+        raise ValueError(
+            "the learned tokens of this model work together only, as it was inserted without "
+            "elastic=True; insert it anew with elastic=True, or with as many tokens as you want"
+        )
+    most = max(learner.num_tokens for block in blocks.values() for learner in block.learners)
+    if check_count("num_tokens", num_tokens) > most:
+        raise ValueError(f"num_tokens is {num_tokens}, but {most} were inserted; ask for fewer")
+    for block in blocks.values():
+        for learner in block.learners:
+            fewer = num_tokens < learner.num_tokens
+            learner.active_tokens = int(num_tokens) if fewer else None
+    active = int(num_tokens) if num_tokens < most else None
+    host.tokenlearner_insertion = replace(config, active_tokens=active)
     return model
 
 
@@ -247,6 +310,56 @@ def _points(num_tokens: Any, at: Any, depth: int) -> dict[int, int]:
             f"pass {tuple(sorted(counts, reverse=True))}"
         )
     return dict(zip(indices, counts, strict=True))
+
+
+def _starts(place: Place, points: dict[int, int], overlap: int, fuse: bool) -> dict[int, int]:
+    """Returns the number of tokens to learn by the index of the block that learns them."""
+    if not overlap:
+        return points
+    if fuse:
+        raise ValueError(
+            f"overlap is {overlap}, but with fuse=True positions never leave; pass either"
+        )
+    args = place.position_args
+    if args and (args.arguments or args.parameters):
+        raise ValueError(
+            f"overlap is {overlap}, but blocks of {type(place.host).__name__} take the positions' "
+            "rotary embeddings or relative biases, which learned tokens among them do not have; "
+            "pass overlap=0"
+        )
+    previous = 0
+    for at in points:
+        if at - overlap < previous:
+            raise ValueError(
+                f"overlap is {overlap}, but there are {at - previous} blocks in front of block "
+                f"{at} that run on what its tokens are learned from; pass overlap={at - previous} "
+                "or less"
+            )
+        previous = at
+    return {at - overlap: k for at, k in points.items()}
+
+
+def _check_elastic(elastic: bool, active: int | None, k: int, fuse: bool) -> int | None:
+    """Returns the number of tokens to run on, None for all."""
+    if check_flag("elastic", elastic) and fuse:
+        raise ValueError(
+            "elastic is True, but with fuse=True fusers are made for one number of tokens; pass "
+            "either"
+        )
+    if active is None:
+        return None
+    if not elastic:
+        raise ValueError(f"active_tokens is {active}, which goes with elastic=True; pass it too")
+    if check_count("active_tokens", active) > k:
+        raise ValueError(f"active_tokens is {active}, but num_tokens is {k}; ask for fewer")
+    return active
+
+
+def _recorded(block: Wrapped, place: Place) -> Wrapped:
+    """Lets transformers record the hidden states of a wrapper, if the host is one of theirs."""
+    if type(place.host).__module__.startswith("transformers."):
+        record_hidden_states(block)
+    return block
 
 
 def _check_positions(place: Place, points: dict[int, int], grid: Grid | None) -> Any:

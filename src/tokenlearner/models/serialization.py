@@ -329,7 +329,8 @@ def _timm_kwargs(
     only_insert = tokens is None or "grid" in tokens or isinstance(tokens["at"], list)
     if only_insert or not getattr(model, "takes_tokens", False):
         return None
-    return config["kwargs"] | {"fuser_bottleneck_dim": 64} | tokens
+    defaults = {"fuser_bottleneck_dim": 64, "overlap": 0, "elastic": False, "active_tokens": None}
+    return config["kwargs"] | defaults | tokens
 
 
 def _pretrained_cfg(model: Any, traits: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,9 @@ class TokenLearnerViT(HubModel, VisionTransformer):
         learner: As in `insert`.
         fuse: As in `insert`: the tokens go back on all positions behind each block from `at` on.
         fuser_bottleneck_dim: As in `insert`.
+        overlap: As in `insert`.
+        elastic: As in `insert`.
+        active_tokens: As in `insert`.
         representation_size: Width of a linear layer with tanh in front of the classifier.
         global_pool: `"avg"`, `"max"` or `"sum"` over the tokens (scenic's gap, gmp and gsp), or
             one of timm's others; `""` returns all tokens.
@@ -71,6 +74,9 @@ class TokenLearnerViT(HubModel, VisionTransformer):
         learner: str = "v11",
         fuse: bool = False,
         fuser_bottleneck_dim: int | None = 64,
+        overlap: int = 0,
+        elastic: bool = False,
+        active_tokens: int | None = None,
         representation_size: int | None = None,
         global_pool: str = "avg",
         **kwargs: Any,
@@ -87,6 +93,9 @@ class TokenLearnerViT(HubModel, VisionTransformer):
                 learner=learner,
                 fuse=fuse,
                 fuser_bottleneck_dim=fuser_bottleneck_dim,
+                overlap=overlap,
+                elastic=elastic,
+                active_tokens=active_tokens,
             )
         self.pre_logits: nn.Module = nn.Identity()
         if representation_size is not None:

@@ -21,6 +21,7 @@ from ..models.hosts import find_host
 from ..models.insertion import remove
 from ..utils.modules import clone_structure, eager_gradients, uncompiled
 from ..utils.validation import check_above_zero, check_flag, check_from_zero, check_rate, require
+from .distillation import mixed_blocks
 from .fitting import Fit, FitConfig, Group, fit
 from .meter import Report
 from .teacher import TeacherCache
@@ -131,6 +132,7 @@ def calibrate(
         views=views,
         seed=seed,
         shares_front=not front_lr,
+        skipped=mixed_blocks(find_host(model)),
     )
     run = _Run(model, cache, rates, config)
     few = len(images) < _FEW and held_out > 0

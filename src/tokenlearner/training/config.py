@@ -16,7 +16,7 @@ from ..utils.validation import (
 )
 from .distillation import DistillType
 
-_LEARNER_DEFAULTS = {"at": 0.5, "learner": "v11", "fuse": False}
+_LEARNER_DEFAULTS = {"at": 0.5, "learner": "v11", "fuse": False, "overlap": 0}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ModelConfig:
         at: Block in front of which tokens are learned, or a share of the depth.
         learner: v11, v1, v1-mean or grouped.
         fuse: Put learned tokens back on all positions behind each block.
+        overlap: Blocks in front of `at` that run on tokens and positions; not with fuse.
         calibrate: Training images, without labels, for calibrating; 0 leaves it out.
     """
 
@@ -52,11 +53,12 @@ class ModelConfig:
     at: int | float = 0.5
     learner: str = "v11"
     fuse: bool = False
+    overlap: int = 0
     calibrate: int = 512
 
     def check_model(self) -> None:
         """Refuses numbers out of range and options that exclude each other."""
-        for name in ("num_tokens", "insert", "calibrate"):
+        for name in ("num_tokens", "insert", "overlap", "calibrate"):
             check_count(name, getattr(self, name), least=0)
         check_rate(self.drop_path, "drop_path")
         require(self.calibrate != 1, "calibrate is 1, expected 2 images or more, or 0 for none")

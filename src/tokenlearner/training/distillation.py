@@ -12,7 +12,7 @@ The words are timm's: `temperature`, `distill_loss_weight`, `task_loss_weight`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -58,7 +58,11 @@ class HostFinder:
 
 
 def forward_with_features(
-    model: nn.Module, images: Any, first: int = 0, place: Place | None = None
+    model: nn.Module,
+    images: Any,
+    first: int = 0,
+    place: Place | None = None,
+    skipped: Collection[int] = (),
 ) -> BlockOutputs:
     """Runs a model and returns its output and that of every block from `first` on.
 
@@ -67,12 +71,14 @@ def forward_with_features(
         images: Input of the model.
         first: The first block whose tokens are returned.
         place: What `find_host` returns for the model; None looks for it.
+        skipped: Blocks whose tokens are not returned, such as `mixed_blocks`.
     """
     features: list[Tensor] = []
     place = place or find_host(model)
     hooks = [
         block.register_forward_hook(lambda _, __, out: features.append(first_tensor(out)))
-        for block in list(place.blocks)[first:]
+        for i, block in enumerate(place.blocks)
+        if i >= first and i not in skipped
     ]
     try:
         output = output_tensor(model(images), place.num_prefix_tokens)
@@ -80,6 +86,17 @@ def forward_with_features(
         for hook in hooks:
             hook.remove()
     return BlockOutputs(output, tuple(features))
+
+
+def mixed_blocks(place: Place) -> set[int]:
+    """Returns the blocks of a student behind which a summary would mix tokens and positions.
+
+    That is within an overlap (`insert`), where the mean of positions is compared.
+    """
+    if place.num_prefix_tokens and not place.pools_positions:
+        return set()
+    wrapped = ((i, b) for i, b in enumerate(place.blocks) if isinstance(b, ReducedBlock))
+    return {j for i, block in wrapped for j in range(i, i + block.overlap - 1)}
 
 
 def feature_loss(
@@ -291,9 +308,10 @@ class Distillation(nn.Module):
         first = self.first
         if first is None:
             first = next((i for i, b in enumerate(place.blocks) if isinstance(b, ReducedBlock)), 0)
-        ours = forward_with_features(student, images, first, place)
+        skipped = mixed_blocks(place) | mixed_blocks(teacher_place)
+        ours = forward_with_features(student, images, first, place, skipped)
         with torch.no_grad():
-            theirs = forward_with_features(self.teacher, images, first, teacher_place)
+            theirs = forward_with_features(self.teacher, images, first, teacher_place, skipped)
         return ours, theirs, (place.num_prefix_tokens, place.pools_positions)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..evaluation.latency import Timing, time_interleaved
 from ..models.features import wrapped_blocks
+from ..models.hosts import find_host
 from ..utils.files import read_json
 from ..utils.io import atomic_write, write_json
 from ..utils.modules import eager_gradients, training_mode, uncompiled
@@ -35,6 +36,7 @@ from .candidates import (
     find_candidates,
     resize,
 )
+from .distillation import mixed_blocks
 from .fitting import FitConfig, fit
 from .teacher import TeacherCache
 
@@ -226,11 +228,14 @@ class _Race:
         start, row, model = time.perf_counter(), self.rows[i], self.student(i)
         candidate: Any = row.candidate
         if candidate.first is None:
-            cache = self.cache.from_block(len(self.cache.features) // 2)
+            half = len(self.cache.features) // 2
+            cache = self.cache.from_block(half, None, mixed_blocks(find_host(model)))
             student: nn.Module = ResizedInput(model, candidate.img_size)
             rates = replace(_RATES, tail=_WHOLE_LR, front=_WHOLE_LR)
         else:
-            cache, student, rates = self.cache.from_block(candidate.first, self.host), model, _RATES
+            skipped = mixed_blocks(find_host(model))
+            cache = self.cache.from_block(candidate.first, self.host, skipped)
+            student, rates = model, _RATES
         groups = rates.groups(model, candidate.first or 0)
         left = seconds - (time.perf_counter() - start)
         steps = int(left / self._step_seconds(student, cache))

@@ -74,7 +74,8 @@ def prepare(
         data, held_out = (preprocess_for(model, part, options) for part in (data, held_out))
     if config.insert:
         host = copy.deepcopy(model).to(device)
-        insert(model, config.insert, config.at, learner=config.learner, fuse=config.fuse)
+        how = {key: getattr(config, key) for key in ("learner", "fuse", "overlap")}
+        insert(model, config.insert, config.at, **how)
     _write_preprocessing(model, data)
     _write_license(config, model, is_known=bool(is_pretrained))
     _check_model(config.model, model, data)
@@ -180,6 +181,7 @@ def _build_model(config: TrainConfig, data: LabeledDataset) -> nn.Module:
     kwargs: dict[str, Any] = {"num_classes": len(data.classes), "in_chans": data.shape[0]}
     if config.num_tokens:
         kwargs |= {k: getattr(config, k) for k in ("num_tokens", "at", "learner", "fuse")}
+        kwargs |= {"overlap": config.overlap} if config.overlap else {}
     if config.img_size:
         kwargs["img_size"] = config.img_size
     if config.drop_path:

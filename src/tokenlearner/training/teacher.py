@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -88,6 +88,7 @@ class TeacherCache:
         seed: Of the views.
         shares_front: Whether students have the host's blocks in front of `first`, which are not run
             again then.
+        skipped: Blocks behind which features are not compared, see `mixed_blocks`.
 
     Raises:
         ValueError: There are fewer than 2 images, or they are all the same.
@@ -104,6 +105,7 @@ class TeacherCache:
         views: int = 1,
         seed: int = 0,
         shares_front: bool = True,
+        skipped: Collection[int] = (),
     ):
         check_count("batch_size", batch_size, least=2)  # one image has no variance
         if not isinstance(images, Tensor) or len(images) < 2:
@@ -114,20 +116,25 @@ class TeacherCache:
         self.views = ImageViews(self.images, views, seed)
         self.first, self.whole, self.batch_size = first, whole, batch_size
         self._find_student, self._place = HostFinder(), find_host(host)
+        self.skipped = skipped
         self._front: _CachedBlocks | None = None
         self._run_teacher(host, shares_front and first > 0)
 
-    def from_block(self, first: int, host: nn.Module | None = None) -> TeacherCache:
+    def from_block(
+        self, first: int, host: nn.Module | None = None, skipped: Collection[int] = ()
+    ) -> TeacherCache:
         """Returns a cache for students that differ from a later block on; targets are shared.
 
         Args:
             first: That block.
             host: Run again up to it, for students that have the blocks in front; else None.
+            skipped: As in the class, instead of its own.
         """
-        other = copy.copy(self)
-        other.features = self.features[first - self.first :]
-        other._variances = self._variances[first - self.first :]
-        other.first, other._front = first, None
+        other, blocks = copy.copy(self), range(first, len(self._place.blocks))
+        kept = [i - self.first for i in blocks if i not in skipped]
+        other.features = [self.features[i] for i in kept]
+        other._variances = [self._variances[i] for i in kept]
+        other.first, other.skipped, other._front = first, skipped, None
         other._find_student = HostFinder()
         if host is not None and first:
             other._run_front(host)
@@ -142,9 +149,9 @@ class TeacherCache:
         """Runs a student on some of the rows; returns its output and features from `first` on."""
         images, place = self.views[rows], self._find_student(student)
         if self._front is None:
-            return forward_with_features(student, images, self.first, place)
+            return forward_with_features(student, images, self.first, place, self.skipped)
         with _replaced_front(place, self.first, self._front.select(rows)):
-            return forward_with_features(student, images, self.first, place)
+            return forward_with_features(student, images, self.first, place, self.skipped)
 
     def losses(self, student: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the losses of a student's features and of its output on some of the rows."""
@@ -193,7 +200,9 @@ class TeacherCache:
         try:
             with training_mode(host, training=False):
                 for rows in torch.arange(len(self.views), device="cpu").split(self.batch_size):
-                    run = forward_with_features(host, self.views[rows], self.first, self._place)
+                    run = forward_with_features(
+                        host, self.views[rows], self.first, self._place, self.skipped
+                    )
                     self._is_logits = outputs_logits(host, run.output.shape[-1])
                     self._keep(rows, *self._compared(run), raw)
         finally:

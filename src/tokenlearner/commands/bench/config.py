@@ -15,7 +15,8 @@ from ...utils.validation import check_count, check_literals, require
 
 _EXPECTED = (
     "expected MODEL or MODEL+insert(NUM_TOKENS, AT), AT a block such as 6 or a share "
-    f"such as 0.5, then optionally fuse and one of {', '.join(LEARNERS)}; +onednn may follow"
+    f"such as 0.5, then optionally fuse or overlap=1, and one of {', '.join(LEARNERS)}; +onednn "
+    "may follow"
 )
 
 
@@ -111,7 +112,8 @@ class BenchModel:
 def parse_bench_model(text: str) -> BenchModel:
     """Parses `MODEL` or `MODEL+insert(NUM_TOKENS, AT, fuse, LEARNER)`, optionally with `+onednn`.
 
-    Behind the number of tokens any part may be left out, and their order is free.
+    In place of fuse there may be `overlap=1`. Behind the number of tokens any part may be left
+    out, and their order is free.
 
     Raises:
         ValueError: It has another form.
@@ -148,6 +150,8 @@ def _argument(word: str, text: str) -> tuple[str, Any]:
         return "learner", word
     if word.isdecimal():
         return "at", int(word)
+    if match := re.fullmatch(r"overlap=(\d+)", word):
+        return "overlap", int(match[1])
     if re.fullmatch(r"0?\.\d+|0\.", word):
         return "at", float(word)
     raise ValueError(f"{text!r} has {word!r}, {_EXPECTED}")

@@ -240,7 +240,9 @@ def reduction_charts(file: ResultFile) -> list[Chart]:
     """Makes charts of what candidates leave open of the host's output, against their cost."""
     charts, rows = [], file.models
     batches = get_nested(rows[0], "latency_ms") if rows else None
-    costs: dict[str, tuple[str, tuple[str, ...]]] = {"multiply-adds": ("GMACs an image", ("gmacs",))}
+    costs: dict[str, tuple[str, tuple[str, ...]]] = {
+        "multiply-adds": ("GMACs an image", ("gmacs",))
+    }
     for batch in batches if isinstance(batches, Mapping) else ():
         costs[f"time at batch {batch}"] = ("ms a batch", ("latency_ms", batch))
     for title, (label, keys) in costs.items():

@@ -172,7 +172,8 @@ def _tokens(options: Mapping[str, Any]) -> str:
         return "as in the model's name" if "_tl" in str(options.get("model")) else DASH
     how = "inserted" if inserted else "learned"
     fuse = ", with a fuser" if options.get("fuse") else ""
-    return f"{inserted or built} {how} at {_option(options.get('at'))}{fuse}"
+    overlap = f", overlap {value}" if (value := options.get("overlap")) else ""
+    return f"{inserted or built} {how} at {_option(options.get('at'))}{fuse}{overlap}"
 
 
 def _file_facts(file: ResultFile) -> dict[str, str]:
