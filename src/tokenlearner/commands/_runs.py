@@ -33,6 +33,7 @@ _MOST = {  # that a train.json may say
     "num_samples": 10**12,
     "num_classes": 10**6,
 }
+_MOST_PIXELS = 2**28  # of all views and crops of an image or a clip
 _MOST_LETTERS = 4096  # of a name or a path
 
 
@@ -72,7 +73,12 @@ def _check_bounds(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         is_name = isinstance(value, str) and len(value) <= _MOST_LETTERS
         require(is_name or (value is None and name == "root"), f"{name} is {value!r:.80}")
-    DataConfig(**options)
+    config = DataConfig(**options)
+    views = config.clip_frames * config.views * config.crops if config.unit == "clips" else 1
+    require(
+        config.image_shape[1] ** 2 * views <= _MOST_PIXELS,
+        f"img_size is {config.image_shape[1]} of {views} frames, more than {_MOST_PIXELS} pixels",
+    )
 
 
 def show_used(checkpoint: str, used: Mapping[str, Any]) -> None:
