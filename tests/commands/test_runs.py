@@ -54,8 +54,8 @@ def test_a_run_out_of_bounds_is_refused_by_name(name: str, value: Any, tmp_path:
         run_options(str(folder))
 
 
-@pytest.mark.parametrize("data", ["hfds/a/b", "hfids/a/b"])
-def test_data_of_the_hub_are_asked_for_only_where_the_user_says_so(
+@pytest.mark.parametrize("data", ["hfds/a/b", "hfids/a/b", "hfds//", "hfids/."])
+def test_data_of_the_hub_or_of_a_folder_that_may_name_it_are_asked_for_only_where_the_user_says_so(
     data: str, tmp_path: Path
 ) -> None:
     folder = str(make_checkpoint(tmp_path, 2, data=data))

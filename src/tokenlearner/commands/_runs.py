@@ -12,7 +12,6 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from ..data.config import OLD_NAMES, DataConfig
-from ..data.hub_datasets import is_of_hub
 from ..evaluation.accuracy import preprocess_for
 from ..training.checkpointing import CHECKPOINT
 from ..training.paths import candidate_paths, found_paths
@@ -91,15 +90,16 @@ def show_used(checkpoint: str, used: Mapping[str, Any]) -> None:
 
 
 def check_not_fetched(checkpoint: str, data: str) -> None:
-    """Checks that the data which a train.json names are on this computer.
+    """Checks that reading the data which a train.json names asks nothing of another computer.
 
     Raises:
-        ValueError: They are of the Hub.
+        ValueError: They are of Hugging Face datasets: of the Hub, or a folder, which may list
+            files of other computers.
     """
     require(
-        not is_of_hub(data),
-        f"{_run_file(checkpoint)} names data of the Hugging Face Hub, {data}, which is asked for "
-        f"them only where you say so; pass --data {data}",
+        not data.startswith(("hfds/", "hfids/")),
+        f"{_run_file(checkpoint)} names data of Hugging Face datasets, {data}, which the Hub or "
+        f"another computer is asked for only where you say so; pass --data {data}",
     )
 
 

@@ -65,12 +65,6 @@ def load_library_dataset(
     return _KINDS[kind](name, split, config)
 
 
-def is_of_hub(name: str) -> bool:
-    """Returns whether a data set is one of the Hub, and no folder on this computer."""
-    kind, _, inner = name.partition("/")
-    return kind in ("hfds", "hfids") and not Path(inner).expanduser().exists()
-
-
 @dataclass(frozen=True)
 class LibraryImages:
     """Numbered images of another library.

@@ -10,7 +10,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ..utils.files import check_regular
 from ..utils.limits import check_unpacked
@@ -40,7 +40,7 @@ def read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFile
         check_regular(path)
         with (
             open(path, "rb") as packed,
-            tarfile.open(fileobj=_Unpacked(path, packed), mode="r|") as opened,
+            tarfile.open(fileobj=cast(Any, _Unpacked(path, packed)), mode="r|") as opened,
         ):
             tar: Any = opened
             for entry in tar:
