@@ -195,6 +195,33 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path: Path) -> 
         read_weights(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(1).expand(2**36),
+        torch.zeros(1).as_strided((2**20, 2**20), (0, 0)),
+        torch.empty(2**40, device="meta"),
+    ],
+    ids=["expanded", "strided", "meta"],
+)
+def test_a_tensor_that_its_file_does_not_hold_is_refused(value: Tensor, tmp_path: Path) -> None:
+    torch.save({"a": value}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"more than|plain values"):
+        read_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("dtype", ["V0", "U0", "S0", "O", "V9999"])
+def test_arrays_without_numbers_are_refused_however_many_they_are(
+    dtype: str, tmp_path: Path
+) -> None:
+    text = f"{{'descr': '|{dtype}', 'fortran_order': False, 'shape': ({2**62},)}}\n".encode()
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        size = struct.pack("<H", len(text))
+        archive.writestr("a.npy", b"\x93NUMPY\1\0" + size + text)
+    with pytest.raises(ValueError, match="arrays alone"):
+        read_weights(tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize("content", [{"epoch": 3}, torch.ones(2), [torch.ones(2)], {}], ids=str)
 def test_a_file_without_tensors_by_name_is_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "file.pth")

@@ -72,6 +72,9 @@ def app(tmp_path: Path) -> App:
         ("127.0.0.1", "", "evil.test@127.0.0.1", False),
         ("127.0.0.1", "", "10.0.0.1", False),
         ("127.0.0.1", "", "", False),
+        ("127.0.0.1", "", "evil.test.", False),
+        ("127.0.0.1", "", "[::ffff:10.0.0.1]", False),
+        ("127.0.0.1", "", "127.0.0.1, evil.test", False),
         ("0.0.0.0", "", "10.0.0.1:7860", True),
         ("::", "", "[2001:db8::1]", True),
         ("0.0.0.0", "", "evil.test", False),
@@ -101,6 +104,9 @@ def test_the_page_answers_under_its_own_names_only(
         ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, False),
         ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, True),
         ({"Origin": "https://maps.example.org"}, True),
+        ({"Origin": "http://127.0.0.1.:7860"}, False),
+        ({"Origin": "http://[::1]:7860", "X-Forwarded-Host": "127.0.0.1:7860"}, False),
+        ({"Origin": "http://evil.test", "X-HTTP-Method-Override": "GET"}, False),
     ],
 )
 def test_other_sites_are_not_answered(headers: dict[str, str], answered: bool, app: App) -> None:

@@ -134,17 +134,14 @@ def test_a_model_is_trained_on_from_its_run_with_the_data_of_that_run(images: Pa
     assert [second[name] for name in names] == [first[name] for name in names]
 
 
+@pytest.mark.parametrize("name", ["runs/no", "./runs/no", "runs/no@x", "rüns/no/", "hf_hub:a/no"])
 def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(
-    capsys: pytest.CaptureFixture[str],
+    name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in (
-        ["eval", "runs/no"],
-        ["export", "runs/no", "no.onnx"],
-        ["train", "--model", "runs/no"],
-    ):
+    for command in (["eval", name], ["export", name, "no.onnx"], ["train", "--model", name]):
         with pytest.raises(SystemExit, match="2"):
             main(command)
-        assert "there is no file or folder runs/no" in capsys.readouterr().err
+        assert f"there is no file or folder {name}" in capsys.readouterr().err
 
 
 # --- runs that were moved, or are read from another folder ---------------------------------------

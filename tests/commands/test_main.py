@@ -261,6 +261,10 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         ("lr: " + "[" * 5000, "recipe"),
         (BOMB, "aliases stand for more"),
         ("model_kwargs: &a {x: *a}\n", "recipe"),
+        ("epochs: " + "1:" * 2**19, "recipes at most"),  # a number of base 60
+        ("config: mine.yaml\n", "loop"),
+        ("model: !!python/name:os.system\n", "constructor"),
+        (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("1, 1", "{x: 1}"), "aliases"),
     ],
 )
 def test_a_recipe_with_a_mistake_is_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterator
@@ -457,6 +458,9 @@ def test_broken_and_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     (folder / "maps-linked.png").symlink_to(tmp_path / "secret.png")
+    (folder / "maps-loop.png").symlink_to("maps-loop.png")
+    for name in ("maps-pipe.png", "results.json", "x.json", "table.txt"):
+        os.mkfifo(folder / name)
     (folder / "metrics.json").write_text('{"models": [')
     (folder / "maps.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     (folder / "train.json").write_text("[]")
@@ -465,6 +469,9 @@ def test_broken_and_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
         "run/metrics.json cannot be read",
         "run/maps.png is no complete PNG file",
         "run/maps-linked.png is a link out of the folder",
+        "run/maps-loop.png is no complete PNG file",
+        "run/maps-pipe.png is no complete PNG file",
+        "run/results.json cannot be read (it is a pipe",
         "train.json holds a list, expected a JSON object",
         "Missing for run",
     ):

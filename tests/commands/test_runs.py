@@ -40,18 +40,22 @@ def test_a_run_gives_no_orders(tmp_path: Path) -> None:
         *[("std", value) for value in ([0.0], [-1], [float("nan")] * 3)],
         *[("interpolation", "x"), ("crop_mode", "x"), ("frames", 10**6), ("views", 10**6)],
         *[("stride", 10**9), ("root", 3), ("root", "a" * 10**5), ("data", ["folder"])],
-        ("num_classes", 10**9),
+        *[("num_classes", 10**9), ("num_samples", 10**13), ("crops", 10**4), ("in_chans", 10**4)],
+        ("img_size", {"data": "video-folder", "img_size": 8192, "frames": 1024, "views": 100}),
+        ("img_size", {"data": "video-folder", "img_size": 2048, "frames": 1024}),
+        ("img_size", {"data": "film", "views": 100, "frames": 64, "crops": 3}),
     ],
 )
 def test_a_run_out_of_bounds_is_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, 2)
-    (folder / "train.json").write_text(json.dumps({"data": "folder", "root": None} | {name: value}))
+    given = value if isinstance(value, dict) else {name: value}
+    (folder / "train.json").write_text(json.dumps({"data": "folder", "root": None} | given))
     with pytest.raises(ValueError, match=rf"train\.json .*{name}"):
         run_options(str(folder))
 
 
-@pytest.mark.parametrize("data", ["hfds/a/b", "hfids/a/b"])
-def test_data_of_the_hub_are_asked_for_only_where_the_user_says_so(
+@pytest.mark.parametrize("data", ["hfds/a/b", "hfids/a/b", "hfds//", "hfids/."])
+def test_data_of_the_hub_or_of_a_folder_that_may_name_it_are_asked_for_only_where_the_user_says_so(
     data: str, tmp_path: Path
 ) -> None:
     folder = str(make_checkpoint(tmp_path, 2, data=data))

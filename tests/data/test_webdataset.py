@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from time import process_time
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +23,7 @@ from torch import Tensor
 from tokenlearner.data.dataset import UnreadableFile, require_order
 from tokenlearner.data.factory import load_data
 from tokenlearner.data.hub_datasets import TarShards
-from tokenlearner.data.iterable import StreamDataset
+from tokenlearner.data.iterable import Record, StreamDataset
 from tokenlearner.utils.limits import VARIABLE
 
 
@@ -324,14 +329,49 @@ def test_a_pipe_in_place_of_a_shard_does_not_hang(root: Path) -> None:
     assert "pipe" in str(reason)
 
 
-def test_a_member_that_declares_terabytes_is_refused(tmp_path: Path) -> None:
+def header(size: int, kind: bytes = tarfile.REGTYPE, real: int = 0) -> bytes:
+    """The head of a member; a sparse one declares its real size too."""
     entry = tarfile.TarInfo("0.png")
-    entry.size = 2**43
+    entry.size, entry.type = size, kind
+    block = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    block[483:495] = real.to_bytes(12, "big")
+    block[483] |= 0x80 * (real > 0)
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
+    return bytes(block)
+
+
+TARS = {
+    "terabytes": (header(2**43), f"{VARIABLE}=8192 "),
+    "sparse": (header(0, tarfile.GNUTYPE_SPARSE, 900 * 2**20), "pack it without --sparse"),
+    "sparse terabytes": (header(0, tarfile.GNUTYPE_SPARSE, 2**43), "pack it without --sparse"),
+    "zeros": (bz2.compress(header(2**28) + bytes(2**28)), "100 times its size"),
+    "long name": (bz2.compress(header(2**28, b"L") + b"a" * 2**28), "100 times its size"),
+    "attributes": (gzip.compress(header(2**28, b"x") + bytes(2**28), 1), "100 times its size"),
+    "no image": (lzma.compress(header(2**28, b"V") + bytes(2**28), preset=0), "100 times its size"),
+    "names of names": (header(0, b"L") * 5000, "recursion"),
+    "a link to itself": (header(0, tarfile.SYMTYPE), "as a link"),
+}
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_a_tar_file_that_would_become_huge_is_refused(name: str, tmp_path: Path) -> None:
+    content, reason = TARS[name]
     path = tmp_path / "train-000.tar"
-    path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
-    [reason] = TarShards((str(path),)).records(0, 1, None)
-    assert isinstance(reason, UnreadableFile)
-    assert f"{VARIABLE}=8192 " in str(reason)
+    path.write_bytes(content + bytes(10240))
+    start = process_time()
+    [*_, last] = TarShards((str(path),)).records(0, 1, None)
+    assert isinstance(last, UnreadableFile)
+    assert reason in str(last)
+    assert process_time() - start < 2
+
+
+@pytest.mark.parametrize("packed", [bz2, gzip, lzma])
+def test_a_tar_file_may_be_compressed(packed: Any, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("0.png", png(0)), ("0.cls", b"1")])
+    path.write_bytes(packed.compress(path.read_bytes()))
+    [record] = TarShards((str(path),)).records(0, 1, None)
+    assert isinstance(record, Record)
+    assert record.label == 1
 
 
 @pytest.mark.parametrize("content", [b'{"label": Infinity}', b"[" * 100_000], ids=["inf", "deep"])

@@ -44,6 +44,16 @@ def test_no_image_starts_a_program(tmp_path: Path) -> None:
         assert image.size == (40, 30)
 
 
+@pytest.mark.parametrize("progressive", [True, False])
+def test_a_jpeg_of_thousands_of_scans_is_refused(progressive: bool) -> None:
+    Image.new("L", (4000, 4000), 128).save(file := io.BytesIO(), "JPEG", progressive=progressive)
+    content = file.getvalue()
+    last = content[content.rfind(b"\xff\xda") : -2]
+    assert open_image(io.BytesIO(content)).size == (4000, 4000)
+    with pytest.raises(ValueError, match="scans"):
+        open_image(io.BytesIO(content[:-2] + last * 2000))
+
+
 def test_no_video_opens_another_file(tmp_path: Path) -> None:
     secret = make_video(tmp_path / "secret.mp4", (16, 16), 4)
     playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"

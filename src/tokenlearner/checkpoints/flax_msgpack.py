@@ -122,11 +122,13 @@ def as_tensor(value: Any, name: str = "the array") -> Tensor:
     """
     if isinstance(value, Tensor):
         return value.detach()
-    array = np.array(value, order="C")  # a copy: torch warns of arrays that cannot be written to
-    if array.dtype.name == "bfloat16" or array.dtype == np.dtype("V2"):  # so it is in npz files
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    if array.dtype.name not in _DTYPES:
+    array = np.asarray(value)
+    is_bfloat16 = array.dtype.name == "bfloat16" or array.dtype == np.dtype("V2")  # in npz files
+    if not is_bfloat16 and array.dtype.name not in _DTYPES:
         raise ValueError(f"{name} is of dtype {array.dtype}, expected one of {_NAMES}; convert it")
+    array = np.array(array, order="C")  # torch warns of arrays that cannot be written to
+    if is_bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..utils.files import check_downloaded, read_json, read_torch
@@ -16,7 +17,7 @@ from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .flax_msgpack import as_tensor, check_file, find_params, read_flax, without_params
 
-MAX_RATIO = 100  # of an npz file; trained weights shrink by a third
+_MAX_RATIO = 100  # of a file's tensors to its size; trained weights shrink by a third
 # Under these training scripts keep the weights, averages first, as timm reads them; and in front of
 # these wrappers put their names.
 _NESTS = ("state_dict_ema", "model_ema", "ema", "params_ema", "ema_state_dict")
@@ -46,6 +47,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     check_downloaded(path)
     read = _READERS.get(path.suffix.lower()) or (_read_torch if _is_torch(path) else None)
     weights = read(path) if read else find_params(read_flax(path))
+    _check_held(path, weights)
     if not weights:
         raise ValueError(f"{path} has no tensors by name; pass a file of weights")
     return _without_wrappers(without_params(weights))
@@ -80,7 +82,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             unpacked = sum(entry.file_size for entry in arrays.zip.infolist())
-            check_unpacked("its arrays have", unpacked, least=MAX_RATIO * path.stat().st_size)
+            check_unpacked("its arrays have", unpacked, least=_MAX_RATIO * path.stat().st_size)
             return {name: as_tensor(arrays[name], name) for name in arrays.files}
     except Exception as error:  # pickled objects and damage of any kind
         message = f"{path} cannot be read as arrays alone ({error}); write it with numpy.savez"
@@ -113,6 +115,14 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 def _tensors(content: Any) -> dict[str, Tensor]:
     pairs = content.items() if isinstance(content, Mapping) else ()
     return {str(name): value.detach() for name, value in pairs if isinstance(value, Tensor)}
+
+
+def _check_held(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Checks that a file holds its tensors, whose values may be one value again and again."""
+    odd = [n for n, w in weights.items() if w.layout != torch.strided or w.device.type != "cpu"]
+    require(not odd, f"{path} has {shortened(odd)} without plain values; save dense tensors")
+    size = sum(w.nbytes for w in weights.values())
+    check_unpacked(f"{path} has tensors of", size, least=_MAX_RATIO * path.stat().st_size)
 
 
 def _read_index(path: Path) -> dict[str, Tensor]:

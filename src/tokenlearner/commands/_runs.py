@@ -12,7 +12,6 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from ..data.config import OLD_NAMES, DataConfig
-from ..data.hub_datasets import is_of_hub
 from ..evaluation.accuracy import preprocess_for
 from ..training.checkpointing import CHECKPOINT
 from ..training.paths import candidate_paths, found_paths
@@ -33,6 +32,7 @@ _MOST = {  # that a train.json may say
     "num_samples": 10**12,
     "num_classes": 10**6,
 }
+_MOST_PIXELS = 2**28  # of all views and crops of an image or a clip
 _MOST_LETTERS = 4096  # of a name or a path
 
 
@@ -72,7 +72,12 @@ def _check_bounds(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         is_name = isinstance(value, str) and len(value) <= _MOST_LETTERS
         require(is_name or (value is None and name == "root"), f"{name} is {value!r:.80}")
-    DataConfig(**options)
+    config = DataConfig(**options)
+    views = config.clip_frames * config.views * config.crops if config.unit == "clips" else 1
+    require(
+        config.image_shape[1] ** 2 * views <= _MOST_PIXELS,
+        f"img_size is {config.image_shape[1]} of {views} frames, more than {_MOST_PIXELS} pixels",
+    )
 
 
 def show_used(checkpoint: str, used: Mapping[str, Any]) -> None:
@@ -85,15 +90,16 @@ def show_used(checkpoint: str, used: Mapping[str, Any]) -> None:
 
 
 def check_not_fetched(checkpoint: str, data: str) -> None:
-    """Checks that the data which a train.json names are on this computer.
+    """Checks that reading the data which a train.json names asks nothing of another computer.
 
     Raises:
-        ValueError: They are of the Hub.
+        ValueError: They are of Hugging Face datasets: of the Hub, or a folder, which may list
+            files of other computers.
     """
     require(
-        not is_of_hub(data),
-        f"{_run_file(checkpoint)} names data of the Hugging Face Hub, {data}, which is asked for "
-        f"them only where you say so; pass --data {data}",
+        not data.startswith(("hfds/", "hfids/")),
+        f"{_run_file(checkpoint)} names data of Hugging Face datasets, {data}, which the Hub or "
+        f"another computer is asked for only where you say so; pass --data {data}",
     )
 
 

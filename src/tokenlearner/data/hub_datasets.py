@@ -7,12 +7,7 @@ timm's readers do not find the columns of the images and the labels by themselve
 from __future__ import annotations
 
 import json
-import lzma
-import os
 import random
-import re
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,24 +20,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from ..utils.files import check_regular, open_image, read_json
+from ..utils.files import open_image, read_json
 from ..utils.imports import require_package
-from ..utils.limits import check_unpacked
 from ..utils.validation import require, shortened
 from .config import DataConfig
 from .dataset import UnreadableFile
 from .file_lists import FOLDERS, check_inside
 from .image_folder import ImageFileDataset, file_dataset
 from .iterable import SHUFFLE_BUFFER, Record, StreamDataset, check_stream
+from .tar_files import read_tar
 
 if TYPE_CHECKING:
     from PIL import Image
 
 TORCH_SETS = ("cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist",
               "imagenet", "inaturalist", "places365")  # fmt: skip
-_OF_TOOLS = re.compile(
-    r"(^|/)(\._[^/]*|__[^/]*__/.*|(__MACOSX|@eaDir)/.*)$"
-)  # of systems and WebDataset
 HUB_SPLITS = {  # of each split, the first that a set has
     "train": ("train",),
     "val": ("validation", "val", "valid", "test"),
@@ -71,12 +63,6 @@ def load_library_dataset(
         f"{name!r} names no data set; write one behind the stroke, such as torch/cifar10",
     )
     return _KINDS[kind](name, split, config)
-
-
-def is_of_hub(name: str) -> bool:
-    """Returns whether a data set is one of the Hub, and no folder on this computer."""
-    kind, _, inner = name.partition("/")
-    return kind in ("hfds", "hfids") and not Path(inner).expanduser().exists()
 
 
 @dataclass(frozen=True)
@@ -353,7 +339,7 @@ class TarShards:
 
     def _read_shard(self, path: str) -> Iterator[Record | UnreadableFile]:
         """Yields the images up to the end, or to where the tar file is damaged, and why."""
-        for key, group in _read_tar(path):
+        for key, group in read_tar(path):
             where = f"{path}: {key}"
             yield group if isinstance(group, UnreadableFile) else self._record(where, group)
 
@@ -374,51 +360,6 @@ class TarShards:
 
 def _rng(seed: int) -> random.Random:
     return random.Random(seed)  # noqa: S311, an order of images and no secret
-
-
-def _read_tar(path: str) -> Iterator[tuple[str, dict[str, bytes] | UnreadableFile]]:
-    """Yields the files of each image by the ends of their names; at last what cannot be read.
-
-    Files that follow one another belong together if their names without the last suffix are equal,
-    or one goes on with a dot behind the other: 7.jpg, 7.cls and 7.mask.png.
-    """
-    key, group, unreadable = "", dict[str, bytes](), []
-    try:
-        check_regular(path)
-        with tarfile.open(path, "r|*") as opened:
-            tar: Any = opened
-            for entry in tar:
-                tar.members = []  # it would keep all of them
-                check_unpacked(f"{entry.name} has", entry.size)
-                stem, end = os.path.splitext(entry.name)
-                if not end or _OF_TOOLS.search(entry.name):
-                    continue
-                if entry.islnk() or entry.issym():
-                    reason = f"{path} holds {entry.name} as a link; pack it with --dereference"
-                    unreadable.append(f"{reason} --hard-dereference")
-                if not entry.isreg():
-                    continue
-                ends = f"{stem}.", f"{key}."
-                if group and (ends[0].startswith(ends[1]) or ends[1].startswith(ends[0])):
-                    key = min(key, stem, key=len)
-                else:
-                    if group:
-                        yield key, _by_end(key, group)
-                    key, group = stem, {}
-                if entry.name in group:
-                    unreadable.append(f"{path} holds {entry.name} twice")
-                else:
-                    group[entry.name] = tar.extractfile(entry).read()
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
-        unreadable.append(f"{path} cannot be read to its end ({error})")
-    if group:
-        yield key, _by_end(key, group)
-    for reason in unreadable:
-        yield "", UnreadableFile(reason)
-
-
-def _by_end(key: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {name[len(key) + 1 :].lower(): content for name, content in files.items()}
 
 
 def _shuffled(records: Iterable[Any], rng: random.Random) -> Iterator[Any]:

@@ -205,6 +205,7 @@ class _Video:
 
     def images(self, numbers: Sequence[int], pixels: str) -> Tensor:
         """Decodes the frames of those numbers, uint8 `t c h w`."""
+        check_unpacked(f"its {len(numbers)} frames have", len(numbers) * self.frame_bytes)
         times = [self.times[number] for number in numbers]
         frames = self._at(sorted(set(times)))
         first = frames[times[0]]
@@ -275,7 +276,8 @@ class _Video:
         stream = streams[0]
         self.index = stream.index
         require(stream.codec_context is not None, "there is no decoder for it")
-        check_unpacked("each of its frames has", 3 * stream.width * stream.height)
+        self.frame_bytes = 3 * stream.width * stream.height
+        check_unpacked("each of its frames has", self.frame_bytes)
         # With threads a clip took as long or longer; videos are read by several processes instead.
         stream.thread_type = "NONE"
         return container

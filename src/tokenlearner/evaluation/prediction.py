@@ -137,7 +137,7 @@ def _batches(
 
 def _predictions(
     model: nn.Module,
-    files: Sequence[str],
+    files: list[str],
     data: MapDataset,
     config: DataConfig,
     top: int,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import safetensors.torch
@@ -19,6 +20,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..utils.files import check_downloaded, read_json
 from ..utils.io import atomic_write
@@ -41,6 +43,8 @@ _OF_SOURCE = (  # keys of timm's config about the weights that the model started
     *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"),
     *("architecture", "tag", "custom_load", "label_offset"),
 )
+_DEPTHS = ("depth", "depths", "layers", "num_blocks")  # arguments that count blocks
+_MOST_MODULES = 20  # for a tensor; models have one or two
 _OF_SIZE = ("test_input_size", "pool_size", "test_pool_size")
 _BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError)
 
@@ -160,13 +164,33 @@ def _build(file: Path, config: Any, tensors: int) -> Any:
     """Builds the model of a config, which has at most as many blocks as a file has tensors."""
     try:
         kwargs = {key: value for key, value in config["kwargs"].items() if key not in _NOT_SAVED}
-        depth = kwargs.get("depth") or 0
-        require(depth <= tensors, f"depth is {depth}, but the file has {tensors} tensors")
-        return _with_tokens(build_named(config["name"], kwargs), config["insert"])
+        for name in _DEPTHS:
+            depth = kwargs.get(name) or 0
+            total = sum(depth) if isinstance(depth, list) else depth
+            require(total <= tensors, f"{name} is {depth}, but the file has {tensors} tensors")
+        with _at_most_modules(_MOST_MODULES * (tensors + 10)):
+            return _with_tokens(build_named(config["name"], kwargs), config["insert"])
     except _BUILD_ERRORS as error:
         raise ValueError(
             f"no model can be built from the config in {file} ({error!r}); save the model again"
         ) from error
+
+
+@contextmanager
+def _at_most_modules(most: int) -> Iterator[None]:
+    """Ends what this thread builds in the block once it has more modules."""
+    left, thread = most, get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= get_ident() == thread
+        require(left >= 0, f"it has more than {most} modules, far more than the file has tensors")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def weights_file(path: Path) -> Path:

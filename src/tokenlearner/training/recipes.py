@@ -18,7 +18,7 @@ from typing import Any
 from ..utils.files import read_text
 from ..utils.validation import require, shortened
 
-_MAX_SIZE, _MAX_NODES = 2**20, 10_000  # of a recipe: bytes, and values with those of aliases
+_MAX_SIZE, _MAX_NODES = 2**16, 10_000  # of a recipe: bytes, and values with those of aliases
 _DEEPEST = 50  # lists in lists; reading takes time as the square of that
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import zipfile
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 VIDEO_CONTAINERS = "mov,matroska,avi,mpeg,mpegvideo"
 _STARTS_PROGRAMS = {"EPS", "WMF"}  # PIL gives them to Ghostscript and to Windows
 _HAS_NO_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG"}  # but is recognized by PIL
+_SCANS, _SCANNED = 20, 2**31  # of a JPEG, and pixels in all of more scans, which take seconds
 _IN_PLACE_OF_A_FILE = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
     **dict.fromkeys((b"<!doctype", b"<html"), "a web page"),
@@ -119,13 +121,33 @@ def open_image(file: str | Path | IO[bytes], formats: Sequence[str] = ()) -> Ima
 
     Raises:
         OSError: As in `check_regular`, or it is of no such format.
+        ValueError: It is a JPEG of far too many scans.
         Exception: Of many kinds; PIL raises them on damaged files.
     """
     from PIL import Image
 
     if isinstance(file, str | Path):
         check_regular(file)
-    return Image.open(file, formats=tuple(formats) or image_formats())
+    image = Image.open(file, formats=tuple(formats) or image_formats())
+    if image.format in ("JPEG", "MPO"):
+        try:
+            _check_scans(image)
+        except ValueError:
+            image.close()
+            raise
+    return image
+
+
+def _check_scans(image: Any) -> None:
+    """Checks that a JPEG does not tell its pixels again and again, in as many scans as it likes."""
+    place = image.fp.tell()
+    image.fp.seek(0)
+    scans = image.fp.read().count(b"\xff\xda")
+    image.fp.seek(place)
+    require(
+        scans <= _SCANS or scans * math.prod(image.size) <= _SCANNED,
+        f"it has {scans} scans, JPEGs have up to {_SCANS}; save it again",
+    )
 
 
 def open_video(path: str | Path, containers: str = VIDEO_CONTAINERS) -> InputContainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,8 +268,8 @@ def _maps(source: ReportSource, reevaluations: Sequence[Reevaluation]) -> Sectio
     images, problems = [], []
     for folder in source.folders:
         for path in sorted(folder.glob("maps*.png")):
-            inside = path.resolve().is_relative_to(folder.resolve())
-            if inside and is_whole_png(png := path.read_bytes()):
+            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+            if inside and path.is_file() and is_whole_png(png := path.read_bytes()):
                 images.append(MapsImage(png, _CAPTIONS.get(path.stem, path.stem)))
             else:
                 reason = "no complete PNG file" if inside else "a link out of the folder"
