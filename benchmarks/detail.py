@@ -41,7 +41,9 @@ class Scene:
 class Detail:
     """Makes one image after the other, each from its number alone."""
 
-    def __init__(self, split: str, scene: Scene, seed: int = 0, data: str = "fashion-mnist", root=None):
+    def __init__(
+        self, split: str, scene: Scene, seed: int = 0, data: str = "fashion-mnist", root=None
+    ):
         garments = load_data(data, split, root=root)
         self.garments, self.labels = garments.images[:, 0].numpy(), garments.labels.numpy()
         self.scene, self.seed, self.part = scene, seed, SPLITS.index(split)
@@ -75,9 +77,15 @@ class Detail:
     def _paste(self, image, garment, place, draw) -> None:
         scene = self.scene
         rows = scene.size // scene.cell
-        y, x = (scene.cell * i + draw.integers(scene.cell - scene.garment + 1) for i in divmod(int(place), rows))
+        y, x = (
+            scene.cell * i + draw.integers(scene.cell - scene.garment + 1)
+            for i in divmod(int(place), rows)
+        )
         size = (scene.garment,) * 2
-        values = np.asarray(Image.fromarray(garment).resize(size, Image.Resampling.BICUBIC), np.float32) / 255
+        values = (
+            np.asarray(Image.fromarray(garment).resize(size, Image.Resampling.BICUBIC), np.float32)
+            / 255
+        )
         opaque = (values * 6).clip(0, 1)[..., None]
         tint = draw.uniform(0.55, 1, 3).astype(np.float32)
         cloth = 255 * (0.1 + 0.9 * values)[..., None] * tint
@@ -101,7 +109,9 @@ def _photograph(name: str) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def load_detail(split: str, count: int, seed: int = 0, scene: Scene = Scene(), data="fashion-mnist", root=None) -> tuple[Tensor, Tensor]:
+def load_detail(
+    split: str, count: int, seed: int = 0, scene: Scene = Scene(), data="fashion-mnist", root=None
+) -> tuple[Tensor, Tensor]:
     make = Detail(split, scene, seed, data, root)
     images, labels = zip(*map(make, range(count)), strict=True)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
