@@ -29,6 +29,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which th
 HELD_OUT = 0.2  # of all drawings
 ALIKE = 10  # drawings of a group; there are 1,300 stars alone
 _READ, _SMALL = 448, 16  # sides in pixels, at which drawings are cropped and compared
+_MOST_PIXELS = 10_000_000  # of a drawing; 17 have more, and 72 % of the pixels of all
 _BITS, _COLOR = 24, 28.0  # how far near-duplicates are apart: signs of 240 slopes, rms of 256
 
 
@@ -145,7 +146,7 @@ def _image(path: Path, size: int) -> Tensor | None:
 
 def _filling(path: Path, size: int) -> tuple[Tensor, Tensor] | None:
     """A drawing that fills the page, and the same to compare with; None if nothing is drawn."""
-    page = _page(path, _READ)
+    page = _page(path, _READ, _MOST_PIXELS)
     box = ImageChops.invert(page).getbbox() if page else None
     if not page or not box:
         return None
@@ -154,9 +155,12 @@ def _filling(path: Path, size: int) -> tuple[Tensor, Tensor] | None:
     return pil_to_tensor(_fit(drawing, size)), pil_to_tensor(small)
 
 
-def _page(path: Path, size: int) -> Image.Image | None:
+def _page(path: Path, size: int, most: float = float("inf")) -> Image.Image | None:
     try:
-        drawing = Image.open(path).convert("RGBA")
+        file = Image.open(path)
+        if file.width * file.height > most:
+            return None
+        drawing = file.convert("RGBA")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
         return None
     drawing.thumbnail((size, size), Image.Resampling.LANCZOS)
