@@ -54,7 +54,7 @@ class Learner(nn.Module):
     """Base of the learners: checks and folds the input, and pools positions by maps."""
 
     active_tokens: int | None = None
-    """How many of the tokens are learned, the first ones; None is all `num_tokens`."""
+    """How many tokens are learned, the first ones; None is all. `set_num_tokens` sets it."""
 
     def __init__(self, in_channels: int, num_tokens: int, norm_eps: float):
         super().__init__()
