@@ -18,10 +18,10 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import HF, TIMM, torchvision_vit, transformers_vit
 from torch import Tensor, nn
 
-from tokenlearner import calibrate, insert, remove
+from tokenlearner import calibrate, insert, remove, set_num_tokens
 from tokenlearner.models.framevit import FrameViT
 from tokenlearner.models.hosts import find_host
-from tokenlearner.models.insertion import wrapped_blocks
+from tokenlearner.models.insertion import get_insertion, wrapped_blocks
 from tokenlearner.models.outputs import output_tensor, outputs_logits, summarize_tokens
 from tokenlearner.models.vivit import ViViT
 from tokenlearner.training.calibration import (
@@ -320,6 +320,19 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)  # the global one is left alone
+
+
+def test_an_elastic_model_is_fitted_with_all_of_its_tokens_and_with_fewer() -> None:
+    host, images = build("features"), make_images()
+    cache, rows = TeacherCache(host, images, 1), torch.arange(N)
+    model = insert(copy.deepcopy(host), 4, 1, elastic=True)
+    set_num_tokens(model, 2)
+    before = {m: cache.error(set_num_tokens(copy.deepcopy(model), m), rows) for m in (1, 2, 4)}
+    calibrate(model, images, steps=60, batch_size=16, lr=LR, patience=0)
+    assert get_insertion(model)["active_tokens"] == 2  # as it was
+    after = {m: cache.error(set_num_tokens(model, m), rows) for m in (1, 2, 4)}
+    assert all(after[m] < before[m] for m in after)
+    assert after[4] < after[1]
 
 
 # --- the short cut ------------------------------------------------------------------------------

@@ -110,7 +110,8 @@ class ReduceConfig:
 
 def reduce_command(arguments: Sequence[str]) -> None:
     """Reduces a model, and prints what was chosen and why."""
-    run_reduction(read_config("reduce", ReduceConfig, arguments))
+    model = {"help": "name, hf-hub:user/name, or what train or save_model wrote"}
+    run_reduction(read_config("reduce", ReduceConfig, arguments, model=model))
 
 
 def run_reduction(config: ReduceConfig) -> Reduction:

@@ -78,7 +78,8 @@ def calibrate(
 
     The teacher is the model without its learners, so this comes before any other training. A tenth
     of the images is held out: the weights of the update with the lowest error there are kept. Of
-    fewer than 40 images each quarter is held out in turn, and then all are fitted.
+    fewer than 40 images each quarter is held out in turn, and then all are fitted. With elastic
+    tokens each update is of all of them, of one, and of some number between.
 
     Args:
         model: A host with learned tokens. Without `tail` all of the host's parameters stay bit for

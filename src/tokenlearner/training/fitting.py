@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from random import Random
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.insertion import get_insertion, set_num_tokens
 from ..utils.modules import check_plain, training_mode
 from ..utils.validation import check_count, check_rate, require
 from .meter import CalibrationRow, Report
@@ -115,7 +118,8 @@ def fit(
     master = MasterWeights(parameters)
     optimizer = torch.optim.Adam(_with_rates(master.weights, groups))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_one_cycle, config))
-    best = _BestState(student, cache, parameters, held_out, config.ema_decay)
+    elastic = _ElasticTokens(student, config.seed)
+    best = _BestState(student, cache, parameters, held_out, config.ema_decay, elastic)
     rows = cache.rows(training)
     order, start = torch.Generator("cpu").manual_seed(config.seed), time.perf_counter()
     every, step = math.ceil(config.steps / _EVALUATIONS), 0
@@ -123,9 +127,12 @@ def fit(
         for step in range(1, config.steps + 1):
             drawn = torch.randperm(len(rows), generator=order, device="cpu")
             index = rows[drawn[: config.batch_size]]
-            loss = torch.stack(cache.losses(student, index)).sum()
-            _check_finite(value := loss.item(), step, config.steps)
-            loss.backward()
+            value = 0.0
+            for _ in elastic.drawn(student):
+                loss = torch.stack(cache.losses(student, index)).sum() / elastic.draws
+                _check_finite(part := loss.item(), step, config.steps)
+                loss.backward()
+                value += part
             if step == 1 and value:
                 _check_gradients(parameters)
             if config.clip_grad:
@@ -143,6 +150,45 @@ def fit(
                 break
         best.restore()
     return Fit(step, best.step if len(held_out) else step, best.history)
+
+
+class _ElasticTokens:
+    """The numbers of tokens that an elastic student is fitted and evaluated with; else its own.
+
+    Each iteration sets the next number, and the one from before at its end.
+
+    Args:
+        student: Inserted with `elastic=True`, or not.
+        seed: Of the numbers between.
+    """
+
+    def __init__(self, student: nn.Module, seed: int):
+        insertion = get_insertion(student) or {}
+        counts = insertion.get("num_tokens", 1)
+        self._most = max(counts) if isinstance(counts, list) else counts
+        self._active = insertion.get("active_tokens") or self._most
+        self._is_elastic, self._random = bool(insertion.get("elastic")), Random(seed)  # noqa: S311
+        self.draws = min(3, self._most) if self._is_elastic else 1
+
+    def drawn(self, student: nn.Module) -> Iterator[None]:
+        """Goes through the largest number, the smallest, and one between."""
+        between = [self._random.randint(2, self._most - 1)] if self._most > 2 else []
+        return self._each(student, [self._most, 1, *between][: self.draws])
+
+    def halved(self, student: nn.Module) -> Iterator[None]:
+        """Goes through the largest number, a half and a quarter of it."""
+        return self._each(student, sorted({max(1, self._most // part) for part in (1, 2, 4)}))
+
+    def _each(self, student: nn.Module, counts: Sequence[int]) -> Iterator[None]:
+        if not self._is_elastic:
+            yield
+            return
+        try:
+            for count in counts:
+                set_num_tokens(student, count)
+                yield
+        finally:
+            set_num_tokens(student, self._active)
 
 
 def _with_rates(weights: Sequence[nn.Parameter], groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -167,13 +213,15 @@ class _BestState:
         parameters: Sequence[nn.Parameter],
         held_out: Tensor,
         ema_decay: float,
+        elastic: _ElasticTokens,
     ):
         self._student, self._cache, self._held_out = student, cache, held_out
+        self._elastic = elastic
         self._parameters, self._decay = [p.detach() for p in parameters], ema_decay
         self._average = [p.float() for p in self._clones()] if ema_decay else None
         self._state = self._clones() if len(held_out) else None
         self.step = self.since = 0
-        self.history = [(0, cache.error(student, held_out))] if len(held_out) else []
+        self.history = [(0, self._error())] if len(held_out) else []
 
     def update_average(self, step: int) -> None:
         """Lets the moving average follow, more closely in the first steps."""
@@ -186,7 +234,7 @@ class _BestState:
         """Evaluates the student on held-out images, and keeps a state that is better."""
         current = self._clones() if self._average else None
         self._load(self._average)
-        error, self.since = self._cache.error(self._student, self._held_out), self.since + 1
+        error, self.since = self._error(), self.since + 1
         if error < min(error for _, error in self.history):
             self.step, self.since, self._state = step, 0, self._clones()
         self._load(current)
@@ -196,6 +244,11 @@ class _BestState:
     def restore(self) -> None:
         """Gives the student its best state; without held-out images the last one."""
         self._load(self._state or self._average)
+
+    def _error(self) -> float:
+        """Returns the held-out error; of elastic tokens the mean of all, a half and a quarter."""
+        each = self._elastic.halved(self._student)
+        return fmean([self._cache.error(self._student, self._held_out) for _ in each])
 
     def _clones(self) -> list[Tensor]:
         return [p.clone() for p in self._parameters]
