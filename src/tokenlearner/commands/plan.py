@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..evaluation.planning import Option, check_plan, plan
-from ..utils.validation import check_count, check_literals, counted
+from ..utils.validation import check_count, check_literals, counted, require
 from ._arguments import read_config
 from ._console import console, show_progress
 from ._models import load_sized
@@ -31,6 +31,10 @@ class PlanConfig:
         batch_size: Images at a time; changes the speed only.
         img_size: Height and width of the images; 0 leaves them as the model has them.
         rounds: Timed runs of each model.
+        images: Folder of images: fits candidates for a while, and ranks them with smaller images of
+            the same cost, as reduce does before it trains the best.
+        time: How long that may take, such as 90s or 10m.
+        pretrained: With images, whether a name has trained weights.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
 
     Raises:
@@ -47,6 +51,9 @@ class PlanConfig:
     batch_size: int = 1
     img_size: int = 0
     rounds: int = 15
+    images: str = ""
+    time: str = "10m"
+    pretrained: bool = True
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -68,7 +75,29 @@ class PlanConfig:
 
 def plan_command(arguments: Sequence[str]) -> None:
     """Prints the table of a model's insertions within a budget."""
-    console().print(*plan_table(read_config("plan", PlanConfig, arguments)), sep="\n")
+    config = read_config("plan", PlanConfig, arguments)
+    console().print(*(ranking if config.images else plan_table)(config), sep="\n")
+
+
+def ranking(config: PlanConfig) -> tuple[Any, ...]:
+    """Fits candidates to the model on images, and returns a table and what it says.
+
+    Raises:
+        ValueError: As `reduce`, or an option does not go with images.
+    """
+    from .reduce import ReduceConfig, explanation, load_host, search, table
+
+    usual = PlanConfig(model="", measure="macs", learner="v11")
+    for name in ("measure", "learner", "fuse", "overlap", "img_size"):
+        require(
+            getattr(config, name) == getattr(usual, name),
+            f"{name} is {getattr(config, name)!r}, which images do not go with; leave one out",
+        )
+    names = ("model", "images", "budget", "time", "tokens", "pretrained", "device")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    asked = ReduceConfig(**options, latency_batch=config.batch_size, resume="auto")
+    done = search(asked, *load_host(asked), train_best=False)
+    return table(done.rows), explanation(done)
 
 
 def plan_table(config: PlanConfig) -> tuple[Any, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,10 @@ from .report.render import write_report
 
 RESULTS = "reduction.json"
 _SHOWN = 6  # images in the figure of maps
+_LEGEND = (
+    "share: of the host's multiply-adds. left open: share of the variance of its output on "
+    "held-out images. speed-up: of a batch of so many images, medians. rounds: of fitting."
+)
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -123,11 +128,12 @@ def run_reduction(config: ReduceConfig) -> Reduction:
     host, images = load_host(config)
     out = Path(config.out).expanduser()
     done = search(config, host, images, folder=out)
-    console().print(table(done.rows), explanation(done), sep="\n")
+    console().print(table(done.rows), explanation(done), _LEGEND, sep="\n")
     save_model(done.model, out, {done.best.name: _measured(done.best)})
     rows = [{"name": row.name, **asdict(row)} for row in done.rows]
     facts = {"images": done.images, "held_out": done.held_out, "seconds": done.seconds}
     facts |= {
+        "command": _command(config),
         "machine": describe_machine(next(host.parameters()).device),
         "notes": explanation(done).splitlines(),
     }
@@ -209,11 +215,21 @@ def search(
         )
 
 
+def _command(config: ReduceConfig) -> str:
+    """Writes the command that does the same again."""
+    changed = {
+        field.name: value
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != field.default and field.name != "model"
+    }
+    options = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["tokenlearner", "reduce", config.model, *options])
+
+
 def table(rows: Sequence[CandidateRow]) -> Any:
     """Makes a table of the host and the candidates, the best first, for rich."""
     columns: dict[str, Callable[[CandidateRow], str]] = {
         "": lambda row: row.name,
-        "GMACs": lambda row: f"{row.gmacs:.3f}",
         "share": lambda row: f"{row.macs_share:.2f}",
         "left open": lambda row: f"{row.errors[-1]:.3f}" if row.errors else "0",
     }
@@ -222,11 +238,11 @@ def table(rows: Sequence[CandidateRow]) -> Any:
             "100 %" if row.agreement is None else f"{row.agreement:.0%}"
         )
     for batch in rows[0].latency_ms:
-        columns[f"ms at {batch}"] = lambda row, b=batch: f"{row.latency_ms[b].median:.1f}"
-        columns[f"speed-up at {batch}"] = lambda row, b=batch: f"{row.speedup[b]:.2f}"
-    columns["steps"] = lambda row: str(row.steps) if row.candidate else ""
+        columns[f"speed-up, {batch}"] = lambda row, b=batch: f"{row.speedup[b].median:.2f}"
     columns["rounds"] = lambda row: str(len(row.errors)) if row.candidate else ""
-    return filled_table(columns, rows)
+    made = filled_table(columns, rows)
+    made.columns[0].no_wrap = True
+    return made
 
 
 def explanation(done: Reduction) -> str:

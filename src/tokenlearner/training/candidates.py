@@ -47,8 +47,8 @@ class Candidate:
             h, w = self.img_size
             parts.append(f"{h} pixels" if h == w else f"{h} x {w} pixels")
         if self.num_tokens:
-            early = f", {self.overlap} early" if self.overlap else ""
-            parts.append(f"{self.num_tokens} tokens at {self.at}{early}")
+            born = f"{self.at - self.overlap}-" if self.overlap else ""
+            parts.append(f"{self.num_tokens} tokens at {born}{self.at}")
         return ", ".join(parts)
 
     @property
@@ -165,7 +165,10 @@ class _Costs:
     def deepest(
         self, counts: Sequence[int], size: tuple[int, int] | None, budget: float
     ) -> Iterator[Candidate]:
-        """Yields the deepest place of each number of tokens within a budget, once per place."""
+        """Yields the deepest place of each number of tokens within a budget.
+
+        Tokens that are learned a block early come first, and others only where they can be deeper.
+        """
         positions = math.prod(self.place.grid.grid_size)
         if size:
             positions = positions * math.prod(size) // math.prod(self._size)
@@ -174,6 +177,7 @@ class _Costs:
         for k in counts:
             if k > positions // 2:
                 continue
+            deepest = -1
             for overlap in overlaps:
                 places = range(overlap, self.depth)
                 fits = bisect_right(
@@ -181,9 +185,9 @@ class _Costs:
                     budget,
                     key=lambda at, k=k, o=overlap: self.share(Candidate(k, at, o, size)),
                 )
-                if fits:
-                    yield Candidate(k, places[fits - 1], overlap, size)
-                    break
+                if fits and places[fits - 1] > deepest:
+                    deepest = places[fits - 1]
+                    yield Candidate(k, deepest, overlap, size)
 
     def cheapest(self, counts: Sequence[int]) -> list[Candidate]:
         smallest = [Candidate(img_size=size) for size in self.smaller_sizes()[:1]]

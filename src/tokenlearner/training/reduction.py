@@ -343,7 +343,7 @@ class _Store:
                 f"{self.folder / STATE} is of another model, other images or other options; take "
                 "another folder, or delete it",
             )
-            self.rows = [_row(row) for row in state["rows"]]
+            self.rows = [_row(row) for row in state["fitted"]]
             self.seconds, self.round_seconds = state["seconds"], state["round_seconds"]
 
     def keep(
@@ -363,7 +363,7 @@ class _Store:
         with atomic_write(self._file(i, len(rows[i].errors))) as path:
             save_file({name: w.contiguous().cpu() for name, w in weights.items()}, path)
         state = {"digest": self._digest, "seconds": self.seconds + elapsed}
-        state |= {"round_seconds": self.round_seconds, "rows": [asdict(row) for row in rows]}
+        state |= {"round_seconds": self.round_seconds, "fitted": [asdict(row) for row in rows]}
         write_json(self.folder / STATE, state)
         self._file(i, len(rows[i].errors) - 1).unlink(missing_ok=True)
 
