@@ -193,6 +193,9 @@ NOT_SWEPT = {
     ),
     **dict.fromkeys(("push_to_hub",), "asks the network; it writes what save_model writes"),
     **dict.fromkeys(("load_model",), "is called behind save_model"),
+    **dict.fromkeys(
+        ("reduce",), "fits for a while; tests/training/test_reduction.py has other hosts"
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.eva import Eva
-from tiny import TIMM
+from tiny import TIMM, torchvision_vit, transformers_vit
 from torch import Tensor, nn
 
 from tokenlearner import create_model, insert, load_model, reduce, save_model
@@ -164,15 +164,22 @@ def test_nonsense_is_refused(changes: dict[str, Any], named: str) -> None:
         reduce(**options | changes)
 
 
-def test_a_folder_of_another_call_is_refused(tmp_path: Path) -> None:
-    reduce(vit(), make_images(), 0.6, folder=tmp_path, num_tokens=[4], **QUICK)
-    with pytest.raises(ValueError, match="another model, other images or other options"):
-        reduce(vit(), make_images(21), 0.6, folder=tmp_path, num_tokens=[4], **QUICK)
+OTHERS: dict[str, tuple[Any, tuple[int, ...], torch.dtype]] = {
+    "ours": (lambda: create_model("vit_mini_patch4_28", depth=3), (1, 28, 28), torch.float32),
+    "bfloat16": (vit, (3, 32, 32), torch.bfloat16),
+    "torchvision": (torchvision_vit, (3, 16, 16), torch.float32),
+    "transformers": (transformers_vit, (3, 16, 16), torch.float32),
+}
 
 
-def test_a_model_of_ours_is_reduced_as_one_of_timm_s() -> None:
-    host = create_model("vit_mini_patch4_28", depth=3).eval()
-    images = torch.rand(20, 1, 28, 28)
-    done = reduce(host, images, 0.6, num_tokens=[4], **QUICK)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_hosts_are_reduced_by_what_they_can(kind: str) -> None:
+    make, shape, dtype = OTHERS[kind]
+    host, images = make().eval().to(dtype), torch.rand(20, *shape).to(dtype)
+    done = reduce(host, images, 0.8, num_tokens=[4], **QUICK)
+    has_sizes = any(row.candidate and row.candidate.img_size for row in done.rows)
+    assert has_sizes == (kind in ("ours", "bfloat16"))
+    chosen = done.best.candidate
     found = get_insertion(done.model)
-    assert (found is not None) == bool(done.best.candidate and done.best.candidate.num_tokens)
+    assert (found is not None) == bool(chosen and chosen.num_tokens)
+    assert {p.dtype for p in done.model.parameters()} == {dtype}

@@ -116,8 +116,8 @@ def find_candidates(
     """
     costs = _Costs(host, image)
     sizes = costs.smaller_sizes()
-    within = [size for size in sizes if costs.share(Candidate(img_size=size)) <= budget]
-    between = [size for size in sizes if size not in within]
+    fitting = bisect_right(sizes, budget, key=lambda size: costs.share(Candidate(img_size=size)))
+    within, between = sizes[:fitting], sizes[fitting:]
     plans: list[tuple[Sequence[int], tuple[int, int] | None]] = [(num_tokens, None)]
     step = max(1, len(between) // (_SIZES_WITH_TOKENS + 1))
     for size in between[step - 1 :: step][:_SIZES_WITH_TOKENS] if between else ():
