@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from tokenlearner import insert
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.evaluation.flops import count_macs
-from tokenlearner.training.calibration import TeacherCache, new_parameters, tail_parameters
+from tokenlearner.training.calibration import new_parameters, tail_parameters
 from tokenlearner.training.distillation import output_loss
+from tokenlearner.training.fitting import FitConfig, fit
+from tokenlearner.training.teacher import TeacherCache
 from tokenlearner.utils.io import atomic_write, write_json
 
 SIZE, EPOCHS, LR = 112, 6, 3e-4
@@ -132,7 +134,8 @@ class Bench:
 
     @torch.no_grad()
     def _features(self, model: nn.Module, teacher: TeacherCache) -> Tensor:
-        return torch.cat([teacher.run(model, part).output for part in teacher.parts]).cpu()
+        parts = torch.arange(len(teacher.images)).split(64)
+        return torch.cat([teacher.run(model, part).output for part in parts]).cpu()
 
     def whole(self, model: nn.Module) -> dict[str, float]:
         """As `scores`, for a model that has no block in common."""
@@ -168,13 +171,27 @@ def run(bench: Bench, name: str, budget: str, seed: int) -> dict[str, Any]:
     teacher, steps = bench.teacher("train", first), EPOCHS * (len(bench.train) // 64)
     row["before"] = bench.scores(model, first)
     if name == "calibrated":
-        teacher.fit(model, new_parameters(model), steps=CALIBRATION_STEPS, lr=3e-3, seed=seed)
+        fit_all(model, teacher, new_parameters(model), CALIBRATION_STEPS, 3e-3, seed)
         row["calibrated"] = bench.scores(model, first)
     if name == "smaller":
         teacher = OutputTeacher(teacher)
     tail = tail_parameters(model, first if name == "smaller" else at)
-    teacher.fit(model, tail, steps=steps, lr=LR, seed=seed)
+    fit_all(model, teacher, tail, steps, LR, seed)
     return row | {"after": bench.scores(model, first), "images": len(bench.train)}
+
+
+def fit_all(
+    model: nn.Module,
+    teacher: TeacherCache,
+    parameters: list[nn.Parameter],
+    steps: int,
+    lr: float,
+    seed: int,
+) -> None:
+    """Fits parameters on all images, by all steps."""
+    every = torch.arange(len(teacher.images))
+    config = FitConfig(steps, warmup=0, clip_grad=0, patience=0, seed=seed)
+    fit(model, teacher, [(parameters, lr)], config, every, every[:0])
 
 
 def _images(root: Path, out: Path) -> tuple[ImageDataset, ImageDataset]:

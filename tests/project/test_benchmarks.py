@@ -307,12 +307,40 @@ def test_detail_prints_what_the_host_loses_on_smaller_images(
         run(script, options.replace("--epochs 1", "--epochs 2"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["insertion"], indirect=True)
+def test_insertion_fits_all_contenders_alike_and_goes_on_where_it_was(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def host(wheel: Path, size: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"embed_dim": 16, "depth": 8, "num_heads": 2, "num_classes": 0}
+        return VisionTransformer(size, 14, **shape).eval()
+
+    def drawings(root: Path, size: int) -> Any:
+        for count in (30, 20):
+            images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+            yield script.Drawings(images, torch.arange(count) % 3, torch.arange(count))
+
+    monkeypatch.setattr(script, "dinov2_small", host)
+    monkeypatch.setattr(script, "load_drawings", drawings)
+    options = f"--wheel a --drawings b --out {tmp_path} --steps 2 --views 1 --budgets 0.6"
+    _, rows = table(run(script, options := f"{options} --seeds 0 1 --batch_size 8"))
+    labels = [label for label, _ in script.CONTENDERS.values()]
+    assert [*rows] == labels
+    assert all(0 < rows[label][1] <= 0.6 for label in labels)
+    assert {rows[label][-3] for label in labels} == {2}
+    monkeypatch.setattr(script, "fit", lambda *_: pytest.fail("fitted again"))
+    assert table(run(script, options))[1] == rows
+
+
 @pytest.mark.parametrize("script", MEASURING, indirect=True)
 def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
     script: ModuleType, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needed = {"compare_frozen": "--wheel a --drawings b", "accuracy": "--drawings b"}
     needed |= {"against_version": "src", "detail": "--wheel a"}
+    needed |= {"insertion": "--wheel a --drawings b"}
     with pytest.raises(SystemExit):
         run(script, f"{needed.get(script.__name__, '')} --device cuda:99")
     said = capsys.readouterr().err

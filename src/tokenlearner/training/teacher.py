@@ -126,7 +126,7 @@ class TeacherCache:
         """Returns a cache for students that differ from a later block on; targets are shared.
 
         Args:
-            first: That block.
+            first: That block; behind the last one only the output is compared.
             host: Run again up to it, for students that have the blocks in front; else None.
             skipped: As in the class, instead of its own.
         """
@@ -160,6 +160,8 @@ class TeacherCache:
             of_output = logit_loss(output, self.output[rows])
         else:
             of_output = unexplained_variance(output, self.output[rows], self._output_variance)
+        if not self.features:
+            return of_output.new_zeros(()), of_output
         targets = [layer[rows] for layer in self.features]
         return feature_loss(features, targets, variances=self._variances), of_output
 
