@@ -48,12 +48,13 @@ fuzz: $(VENV)/.dev  ## give damaged files to every reader, an hour or ARGS="--mi
 test-oldest: $(VENV)/.dev  ## run the tests of hosts with the oldest timm and transformers
 	$(BIN)/python scripts/oldest.py -q -n auto $(ARGS)
 
-check: $(VENV)/.dev  ## format, lint, types and the project's own rules
+check: $(VENV)/.dev  ## format, lint, types, the project's own rules, known holes in packages
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m pyright
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_project.py
+	$(BIN)/python scripts/audit.py
 
 docs: $(VENV)/.dev  ## build the documentation into site/ and check every link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

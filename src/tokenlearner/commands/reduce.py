@@ -196,7 +196,7 @@ def search(
             advance(f"{title}, step {row['step']} of {row['steps']}", row["seconds"] - passed)
             passed = row["seconds"]
             if title != shown and not console(stderr=True).is_terminal:
-                say(f"{passed:.0f} s: {title}, {row['steps']} steps", file=sys.stderr)
+                say(f"{passed:.0f} s: {title}, {row['steps']} steps", file=sys.stderr, flush=True)
             shown = title
 
         return reduce(
