@@ -22,6 +22,7 @@ from tokenlearner.training.candidates import Candidate, ResizedInput, find_candi
 from tokenlearner.training.distillation import unexplained_variance
 
 SHAPE: dict[str, Any] = TIMM | {"img_size": 32, "depth": 4}
+slow = pytest.mark.slow
 QUICK: dict[str, Any] = {"seconds": 1e-3, "views": 1, "latency_batches": [2], "batch_size": 8}
 
 
@@ -121,6 +122,7 @@ def test_of_a_classifier_the_share_of_equal_classes_is_said() -> None:
     assert len(done.best.errors) == 2
 
 
+@pytest.mark.slow
 def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     host, images = vit(), make_images()
     options: dict[str, Any] = QUICK | {"num_tokens": [4], "folder": tmp_path}
@@ -172,7 +174,9 @@ OTHERS: dict[str, tuple[Any, tuple[int, ...], torch.dtype]] = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "kind", ["ours", *(pytest.param(k, marks=slow) for k in OTHERS if k != "ours")]
+)
 def test_other_hosts_are_reduced_by_what_they_can(kind: str) -> None:
     make, shape, dtype = OTHERS[kind]
     host, images = make().eval().to(dtype), torch.rand(20, *shape).to(dtype)

@@ -43,7 +43,7 @@ from .teacher import TeacherCache
 _ROUNDS = ((0.35, 1.0), (0.3, 0.4), (0.35, 0.0))  # share of the time, and of the candidates
 _RATES, _WHOLE_LR = Rates(new=1e-3, tail=3e-4), 1e-4  # the last of all blocks, on other images
 _LEAST_IMAGES, _LEAST_HELD_OUT = 16, 4
-_LEAST_STEPS, _MOST_STEPS = 20, 3000
+_LEAST_STEPS, _MOST_STEPS = 10, 3000
 _TIMED_ROUNDS, _TIMED_SHARE = 11, 0.05  # of latency, and of the time that it may take
 STATE = "candidates/state.json"
 
@@ -147,8 +147,8 @@ def reduce(
             or the folder has what another call left.
 
     >>> import torch, tokenlearner
-    >>> vit = tokenlearner.create_model("vit_mini_patch4_28", depth=2)
-    >>> done = tokenlearner.reduce(vit, torch.rand(20, 1, 28, 28), 0.7, seconds=1, views=1)
+    >>> vit, images = tokenlearner.create_model("vit_mini_patch4_28"), torch.rand(20, 1, 28, 28)
+    >>> done = tokenlearner.reduce(vit, images, 0.7, seconds=1, views=1, batch_size=2)
     >>> done.best.macs_share < 0.7
     True
     """
