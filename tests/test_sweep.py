@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -102,7 +103,8 @@ def _export(suffix: str, case: Case) -> Any:
 
 
 def _calibrate(case: Case) -> float:
-    return tl.calibrate(case.model, case.x, steps=2).error_before
+    """In orders of magnitude: an output that hardly varies makes much of rounding."""
+    return math.log1p(tl.calibrate(case.model, case.x, steps=2).error_before)
 
 
 def _maps(case: Case) -> Any:

@@ -50,7 +50,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduction, "_LEAST_STEPS", 2)
 
 
-def call(host: str, photos: Path, out: Path, *options: str) -> None:
+def call(host: str, photos: Path, out: Path | str, *options: str) -> None:
     quick = ("--time=0.01s", "--views=1", "--batch_size=8", "--latency_batch=2", "--tokens=4,8")
     main(["reduce", host, f"--images={photos}", f"--out={out}", "--device=cpu", *quick, *options])
 
@@ -144,6 +144,8 @@ def test_what_an_earlier_run_left_is_gone_on_with_only_if_asked(
     (tmp_path / "out" / "candidates" / "state.json").write_text("{}")
     refused(host, photos, tmp_path / "out")
     assert "--resume auto" in capsys.readouterr().err
+    refused(host, photos, host)
+    assert "would be written over" in capsys.readouterr().err
     refused(host, photos, tmp_path / "out", "--resume=auto")
     assert "another model, other images or other options" in capsys.readouterr().err
 

@@ -97,7 +97,13 @@ def test_extras_that_a_page_names_exist(page: Path) -> None:
     assert named <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
 
 
-SHORT = {  # what makes a page's command short; the numbers on the page took longer
+SHORT = {
+    "reduce": [
+        "--time=1s",
+        "--views=1",
+        "--batch_size=8",
+        "--latency_batch=2",
+    ],  # what makes a page's command short; the numbers on the page took longer
     "bench": ["--rounds", "2", "--batch_size", "2", "--training", "false"],
     "export": ["--rounds", "2"],
     "plan": ["--rounds", "2"],
@@ -149,6 +155,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_short(["train", "--out", "runs/reduced", *insertion])
         shutil.copytree("runs/reduced", "tokenlearner-demo")
         run_short(["bench", "runs/host", "runs/reduced", "--json", "speed.json"])
+        Path("photos").mkdir()
+        for i in range(16):
+            make_image(Path(f"photos/{i}.png"), (40 + 2 * i, 30))
         Path("images").mkdir()
         make_image(Path("images/ramp.png"))
         make_video(Path("clip.mkv"), (48, 40))

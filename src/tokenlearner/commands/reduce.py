@@ -20,6 +20,7 @@ from ..evaluation.prediction import read_images
 from ..models.factory import create_model, load_model, save_model
 from ..models.features import wrapped_blocks
 from ..models.preprocessing import get_input_size, get_preprocessing
+from ..models.serialization import WEIGHTS
 from ..training.candidates import DEFAULT_TOKENS, check_budget, resize
 from ..training.reduction import STATE, CandidateRow, Reduction, reduce
 from ..utils.io import check_output_folder, is_model_path, write_json
@@ -90,7 +91,11 @@ class ReduceConfig:
         require(bool(self.seconds and self.num_tokens), "time and tokens are checked")
         check_output_folder(self.out)
         check_matplotlib()
-        begun = Path(self.out).expanduser() / STATE
+        begun, weights = (Path(self.out).expanduser() / name for name in (STATE, WEIGHTS))
+        require(
+            begun.exists() or not weights.exists(),
+            f"{weights} is of another model, and would be written over; pass another --out",
+        )
         require(
             self.resume is not None or not begun.exists(),
             f"{begun} is of an earlier run; pass --resume auto to go on with it, or another --out",

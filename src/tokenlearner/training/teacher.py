@@ -7,6 +7,7 @@ which both differ is computed once; it is in memory, or in a file where it would
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Collection, Iterator
@@ -48,10 +49,12 @@ class ImageViews:
         crops, random = len(images) * (views - 1), torch.Generator("cpu").manual_seed(seed)
         area, aspect, flip, *center = torch.rand(5, crops, generator=random, device="cpu")
         area = _LEAST_AREA + (1 - _LEAST_AREA) * area
-        ratio = torch.exp((2 * aspect - 1) * torch.tensor(_ASPECT).log() / 2)
+        ratio = torch.exp((2 * aspect - 1) * math.log(_ASPECT) / 2)
         sides = torch.stack([area.sqrt() * ratio, area.sqrt() / ratio]).clamp(max=1)
         self._centers = (2 * torch.stack(center) - 1) * (1 - sides)
-        self._sides = sides * torch.stack([1 - 2 * (flip < 0.5).float(), torch.ones(crops)])
+        self._sides = sides * torch.stack(
+            [1 - 2 * (flip < 0.5).float(), torch.ones(crops, device="cpu")]
+        )
 
     def __len__(self) -> int:
         return len(self.images) * self.views
@@ -67,7 +70,7 @@ class ImageViews:
 
     def _crop(self, images: Tensor, crops: Tensor) -> Tensor:
         planes = images.flatten(1, -3).float()
-        theta = torch.zeros(len(crops), 2, 3)
+        theta = torch.zeros(len(crops), 2, 3, device="cpu")
         theta[:, [0, 1], [0, 1]] = self._sides[:, crops].T
         theta[:, :, 2] = self._centers[:, crops].T
         grid = F.affine_grid(theta.to(planes.device), list(planes.shape), align_corners=False)
@@ -283,9 +286,9 @@ def _allocate(rows: int, like: Tensor) -> Tensor:
     descriptor, path = tempfile.mkstemp(suffix=".tokens")
     try:
         os.ftruncate(descriptor, size)
-        return torch.from_file(path, True, size // like.element_size(), dtype=like.dtype).view(
-            shape
-        )
+        return torch.from_file(
+            path, True, size // like.element_size(), dtype=like.dtype, device="cpu"
+        ).view(shape)
     finally:
         os.close(descriptor)
         os.unlink(path)
