@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -103,8 +102,10 @@ def _export(suffix: str, case: Case) -> Any:
 
 
 def _calibrate(case: Case) -> float:
-    """In orders of magnitude: an output that hardly varies makes much of rounding."""
-    return math.log1p(tl.calibrate(case.model, case.x, steps=2).error_before)
+    """The loss of the first step; errors of the output make much of rounding where it is small."""
+    rows = list[Any]()
+    tl.calibrate(case.model, case.x, steps=2, report=rows.append)
+    return rows[0]["loss"]
 
 
 def _maps(case: Case) -> Any:
