@@ -148,7 +148,8 @@ def reduce(
 
     >>> import torch, tokenlearner
     >>> vit, images = tokenlearner.create_model("vit_mini_patch4_28"), torch.rand(20, 1, 28, 28)
-    >>> done = tokenlearner.reduce(vit, images, 0.7, seconds=1, views=1, batch_size=2)
+    >>> options = {"num_tokens": [8], "views": 1, "batch_size": 2, "latency_batches": [1]}
+    >>> done = tokenlearner.reduce(vit, images, 0.7, seconds=1, **options)
     >>> done.best.macs_share < 0.7
     True
     """
