@@ -79,3 +79,16 @@ def complain(parser: ArgumentParser, read: Callable[[], Any], source: str = "") 
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{source}{reason}; see `{parser.prog} --help`") from error
+
+
+def read_counts(name: str, text: str) -> list[int]:
+    """Returns the numbers in an option with commas between them.
+
+    Raises:
+        ValueError: It has others.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        message = f"{name} is {text!r}, expected numbers and commas, such as 4,8,16"
+        raise ValueError(message) from error

@@ -23,6 +23,7 @@ from ..training.run import TrainResult
 from ..utils.imports import require_package
 from ..utils.io import atomic_write, write_json
 from ..utils.modules import pick_device
+from ..utils.preprocessing import Preprocessing
 from ._console import console
 from ._tables import in_unit, plain_table
 
@@ -234,8 +235,8 @@ def held_out_images(
     return draw_maps(path, denormalized(images, data), shares, names, title)
 
 
-def denormalized(images: Tensor, data: LabeledDataset) -> Tensor:
-    """Turns images as a model takes them, `b c h w`, into pixels in [0, 1]."""
+def denormalized(images: Tensor, data: LabeledDataset | Preprocessing) -> Tensor:
+    """Turns images as a model takes them, `b c h w`, into pixels in [0, 1], by a mean and std."""
     mean, std = torch.tensor([data.mean, data.std])[..., None, None]
     return (images * std + mean).clip(0, 1)
 

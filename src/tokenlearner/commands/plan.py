@@ -10,7 +10,7 @@ import torch
 
 from ..evaluation.planning import Option, check_plan, plan
 from ..utils.validation import check_count, check_literals, counted, require
-from ._arguments import read_config
+from ._arguments import read_config, read_counts
 from ._console import console, show_progress
 from ._models import load_sized
 from ._tables import REALIZED, filled_table, realized_text
@@ -66,11 +66,7 @@ class PlanConfig:
     @property
     def num_tokens(self) -> list[int]:
         """The numbers in `tokens`."""
-        try:
-            return [int(part) for part in self.tokens.split(",")]
-        except ValueError as error:
-            message = f"tokens is {self.tokens!r}, expected numbers and commas, such as 4,8,16"
-            raise ValueError(message) from error
+        return read_counts("tokens", self.tokens)
 
 
 def plan_command(arguments: Sequence[str]) -> None:

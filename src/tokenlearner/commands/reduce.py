@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..evaluation.hardware import describe_machine
@@ -26,8 +25,8 @@ from ..training.reduction import STATE, CandidateRow, Reduction, reduce
 from ..utils.io import check_output_folder, is_model_path, write_json
 from ..utils.modules import pick_device
 from ..utils.validation import check_count, counted, require
-from ._arguments import read_config
-from ._comparison import draw_maps
+from ._arguments import read_config, read_counts
+from ._comparison import denormalized, draw_maps
 from ._console import console, say, show_progress
 from ._tables import filled_table
 from .report.render import write_report
@@ -88,7 +87,9 @@ class ReduceConfig:
         for name in ("most", "views", "latency_batch"):
             check_count(name, getattr(self, name))
         check_count("batch_size", self.batch_size, least=2)
-        require(bool(self.seconds and self.num_tokens), "time and tokens are checked")
+        require(self.seconds > 0, f"time is {self.time!r}, expected such as 30m")
+        for k in self.num_tokens:
+            check_count("tokens", k)
         check_output_folder(self.out)
         check_matplotlib()
         begun, weights = (Path(self.out).expanduser() / name for name in (STATE, WEIGHTS))
@@ -105,17 +106,12 @@ class ReduceConfig:
     def seconds(self) -> float:
         """The time in seconds."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", self.time.strip())
-        require(bool(found and float(found[1])), f"time is {self.time!r}, expected such as 30m")
         return float(found[1]) * _UNITS[found[2] or "s"] if found else 0
 
     @property
     def num_tokens(self) -> list[int]:
         """The numbers in `tokens`."""
-        try:
-            return [check_count("tokens", int(part)) for part in self.tokens.split(",")]
-        except ValueError as error:
-            message = f"tokens is {self.tokens!r}, expected numbers and commas, such as 8,16,32"
-            raise ValueError(message) from error
+        return read_counts("tokens", self.tokens)
 
 
 def reduce_command(arguments: Sequence[str]) -> None:
@@ -295,8 +291,5 @@ def _draw(model: nn.Module, images: Tensor, path: Path) -> None:
     maps = next(iter(attention_maps(model, some).values())).cpu()
     shares = maps / maps.sum((-2, -1), keepdim=True)
     found = get_preprocessing(model, some.shape[1])
-    pixels = some.cpu()
-    if found:
-        mean, std = torch.tensor([found.mean, found.std])[..., None, None]
-        pixels = (pixels * std + mean).clip(0, 1)
+    pixels = denormalized(some.cpu(), found) if found else some.cpu()
     draw_maps(path, pixels, shares, [""] * len(some), "Where the learned tokens look")

@@ -168,7 +168,8 @@ def reduce(
     with training_mode(model, training=False):
         candidates = find_candidates(model, images[:1], budget, counts)
         config = FitConfig(batch_size=batch_size, patience=0, seed=seed)
-        store = _Store(folder, _digest(model, images, budget, counts, views, config))
+        options = (budget, counts, views, config)
+        store = _Store(folder, _digest(model, images, *options) if folder is not None else "")
         race = _Race(model, images, candidates, store, config, views, report)
         race.run((1 - _TIMED_SHARE) * seconds, len(_ROUNDS) - (not train_best))
         rows = race.timed(batches, _TIMED_SHARE * seconds)
@@ -242,15 +243,14 @@ class _Race:
         steps = int(left / self._step_seconds(student, cache))
         config = replace(self.config, steps=min(_MOST_STEPS, max(_LEAST_STEPS, steps)))
 
-        def tell(step: Any) -> None:
+        def report(of_fit: Any) -> None:
             if self._report:
                 elapsed = self.store.seconds + time.perf_counter() - self._start
-                told = {"candidate": row.name, "round": len(row.errors), "seconds": elapsed}
-                self._report(
-                    told | {"rounds": self._rounds, "step": step["step"], "steps": config.steps}
-                )
+                place = {"candidate": row.name, "round": len(row.errors), "rounds": self._rounds}
+                step = {"step": of_fit["step"], "steps": config.steps}
+                self._report({**place, **step, "seconds": elapsed})
 
-        done = fit(student, cache, groups, config, self.training, self.held_out, tell)
+        done = fit(student, cache, groups, config, self.training, self.held_out, report)
         self.rows[i] = replace(
             row,
             errors=[*row.errors, done.error],
