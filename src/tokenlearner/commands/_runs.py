@@ -155,7 +155,9 @@ def parse_with_run(
         ValueError: An argument is unknown, or no value of its type.
     """
     options = parse(parser, arguments)
-    if not (run := run_options(options[checkpoint])):
+    named = options[checkpoint]
+    require(isinstance(named, str), f"{checkpoint} is {named!r}, expected a name or a file")
+    if not (run := run_options(named)):
         return options
     parser.set_defaults(run)
     options = parse(parser, arguments)
