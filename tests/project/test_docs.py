@@ -32,7 +32,7 @@ README = ROOT / "README.md"
 WRITTEN = sorted(DOCS.rglob("*.md"))
 ROOT_PAGES = [ROOT / name for name in PAGES]
 CODE = [page for page in [README, *WRITTEN] if any(b.language == "python" for b in blocks(page))]
-SLOW = {"export.md", "tools.md", "bench.md", "choosing.md"}  # seconds each
+SLOW = {"export.md", "tools.md", "bench.md", "choosing.md", "reducing.md"}  # seconds each
 SHELLS = [README, *WRITTEN, *ROOT_PAGES]
 MAX_NOT_RUN = 6
 
