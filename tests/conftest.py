@@ -65,9 +65,11 @@ def pytest_collection_finish() -> None:
     """Leaves what was imported out of every later search for garbage or for modules.
 
     These are half a million objects, most of torch's and transformers'; `insert` searches them too.
+    And garbage is searched for less often: with so many tests, each search takes long.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10 * gc.get_threshold()[0], *gc.get_threshold()[1:])
 
 
 @pytest.fixture(scope="session")

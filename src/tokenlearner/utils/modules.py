@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 _DRAWING = {getattr(Tensor, f"{name}_") for name in ("uniform", "normal", "erfinv", "clamp")}
 _DRAWING |= {getattr(Tensor, f"{name}_") for name in ("mul", "add", "fill", "zero")}
+_DRAWING |= {nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_}
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -110,7 +111,9 @@ class _WithoutDrawing(TorchFunctionMode):
     """Leaves out what changes the values of a tensor without values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in _DRAWING and args[0].is_meta else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        tensor = kwargs.get("tensor", args[0] if args else None)
+        return tensor if func in _DRAWING and tensor.is_meta else func(*args, **kwargs)
 
 
 def check_plain(name: str, tensor: torch.Tensor, what: str) -> None:
