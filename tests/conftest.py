@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable
@@ -58,6 +59,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker("device")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of every later search for garbage or for modules.
+
+    These are half a million objects, most of torch's and transformers'; `insert` searches them too.
+    And garbage is searched for less often: with so many tests, each search takes long.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10 * gc.get_threshold()[0], *gc.get_threshold()[1:])
 
 
 @pytest.fixture(scope="session")

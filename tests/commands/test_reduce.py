@@ -20,7 +20,7 @@ from tokenlearner.training import reduction
 
 HOST: dict[str, Any] = {
     "img_size": 32,
-    "patch_size": 4,
+    "patch_size": 8,
     "embed_dim": 16,
     "depth": 3,
     "num_heads": 2,

@@ -31,6 +31,11 @@ def test_a_run_gives_no_orders(tmp_path: Path) -> None:
     assert DataConfig(workers=10**5).reading_workers <= 2 * usable_processors()
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), 2)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -46,12 +51,11 @@ def test_a_run_gives_no_orders(tmp_path: Path) -> None:
         ("img_size", {"data": "film", "views": 100, "frames": 64, "crops": 3}),
     ],
 )
-def test_a_run_out_of_bounds_is_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, 2)
+def test_a_run_out_of_bounds_is_refused_by_name(name: str, value: Any, checkpoint: Path) -> None:
     given = value if isinstance(value, dict) else {name: value}
-    (folder / "train.json").write_text(json.dumps({"data": "folder", "root": None} | given))
+    (checkpoint / "train.json").write_text(json.dumps({"data": "folder", "root": None} | given))
     with pytest.raises(ValueError, match=rf"train\.json .*{name}"):
-        run_options(str(folder))
+        run_options(str(checkpoint))
 
 
 @pytest.mark.parametrize("data", ["hfds/a/b", "hfids/a/b", "hfds//", "hfids/."])

@@ -43,7 +43,7 @@ def test_macs_count_attention_whether_it_is_fused_or_not(fused: bool, device: to
 
 
 def test_a_model_that_does_more_is_slower_and_the_first_is_1() -> None:
-    costs = benchmark({"one": Repeated(4), "ten": Repeated(40)}, torch.ones(512, 256), rounds=5)
+    costs = benchmark({"one": Repeated(4), "ten": Repeated(40)}, torch.ones(64, 256), rounds=5)
     assert costs["one"].speedup == costs["one"].training_speedup == Timing(1, 1, 1)
     assert costs["ten"].speedup.high < 1
     assert costs["ten"].gmacs == pytest.approx(10 * costs["one"].gmacs)
@@ -115,6 +115,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.slow
 def test_more_models_are_compiled_than_torch_compiles_of_one_function(
     compilations: list[dict[str, Any]],
 ) -> None:

@@ -77,8 +77,8 @@ def ask_plain(vit: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     "how",
     [
-        *({"at": at, "fuse": fuse} for at in (0, 1) for fuse in (True, False)),
-        *({"at": 2, "overlap": overlap} for overlap in (1, 2)),
+        *({"at": 0}, {"at": 1}),
+        *({"at": 1, "fuse": True}, {"at": 2, "overlap": 2}),
     ],
     ids=str,
 )
@@ -171,7 +171,7 @@ def test_half_precision_is_calibrated_by_float32_copies() -> None:
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
         vit = insert(timms(), 4, at=1).to(dtype)
-        images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        images = torch.rand(48, 3, 16, 16, generator=torch.Generator().manual_seed(1))
         errors[dtype] = calibrate(vit, images.to(dtype), steps=40).error_after
     assert errors[torch.bfloat16] == pytest.approx(errors[torch.float32], rel=0.15)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -89,6 +90,13 @@ def test_the_config_names_no_source_of_other_weights(tmp_path: Path) -> None:
     assert "label_names" not in config_of(tmp_path)["pretrained_cfg"]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(small(), folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -100,9 +108,11 @@ def test_the_config_names_no_source_of_other_weights(tmp_path: Path) -> None:
         *[("label_names", value) for value in ("abc", [["a"]], ["a" * 10**6], 3)],
     ],
 )
-def test_a_config_out_of_bounds_is_refused_by_name(key: str, value: Any, tmp_path: Path) -> None:
-    save_model(small(), tmp_path)
-    config = config_of(tmp_path)
+def test_a_config_out_of_bounds_is_refused_by_name(
+    key: str, value: Any, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copy(saved / "model.safetensors", tmp_path)
+    config = config_of(saved)
     config["pretrained_cfg"][key] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"config\.json: {key} is "):

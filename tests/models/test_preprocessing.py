@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny import transformers_vit
 
 from tokenlearner import (
     TrainConfig,
+    calibrate,
     create_model,
     evaluate,
     export,
@@ -36,6 +38,7 @@ from tokenlearner.models.preprocessing import (
     get_preprocessing,
     set_preprocessing,
 )
+from tokenlearner.training import setup
 from tokenlearner.training.setup import Renormalized
 
 HALF = (0.5, 0.5, 0.5)
@@ -199,7 +202,10 @@ def test_labels_go_by_name_where_a_folder_lacks_a_class_or_has_another(
         evaluate(nameless, few)
 
 
-def test_a_pretrained_host_is_shown_images_as_it_was_trained(tmp_path: Path) -> None:
+def test_a_pretrained_host_is_shown_images_as_it_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "calibrate", partial(calibrate, steps=2))
     root = make_folder(tmp_path / "ab", "ab")
     host = create_model("vit_tiny_patch16_224", **SMALL, num_classes=2)
     save_model(host, tmp_path / "host")

@@ -18,6 +18,7 @@ from tokenlearner.layers.token_learner import LEARNERS
 from tokenlearner.models import framevit, mixer, vit, vivit
 from tokenlearner.models.insertion import get_insertion, wrapped_blocks
 from tokenlearner.models.registry import SIZES
+from tokenlearner.utils.modules import building_on_meta
 
 CLIPS = vivit.VIDEOS | framevit.FRAMES
 VITS = vit.VARIANTS | vivit.VIDEOS
@@ -30,7 +31,7 @@ each_vit = pytest.mark.parametrize("name", VITS)
 @cache
 def on_meta(name: str) -> Any:
     """The whole model without numbers, to look at and count."""
-    with torch.device("meta"):
+    with building_on_meta():
         return timm.create_model(name)
 
 
@@ -193,7 +194,7 @@ JFT = {"vit_large_patch10_d35_tl16at18_224": 460.6, "vit_large_patch8_d35_tl16at
 def test_the_models_of_table_3_have_460_million_parameters_when_pretrained(
     name: str, millions: float
 ) -> None:
-    with torch.device("meta"):
+    with building_on_meta():
         model = timm.create_model(name, img_size=224, num_classes=18_291)
     assert round(parameters(model) / 1e6, 1) == millions
 
@@ -245,12 +246,19 @@ def model_macs(config: dict[str, Any], alone: bool = False) -> int:
     return ends + blocks + after * (learner + fuser)
 
 
-SLOW = re.compile(r"large|_l\d\d_|base_patch\d+_d2|small_patch32_d2")
+def kind(name: str) -> tuple[Any, ...]:
+    options = {"num_tokens": 0, "learner": "v11", "fuse": False} | CATALOG[name]
+    return name.split("_")[0], bool(options["num_tokens"]), options["learner"], options["fuse"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if SLOW.search(n) else []) for n in CATALOG]
+# Other names have more of the same blocks.
+DEEPEST_FIRST = sorted(
+    CATALOG, key=lambda n: -CATALOG[n].get("depth", CATALOG[n].get("num_blocks"))
 )
+SHALLOWEST = {kind(name): name for name in DEEPEST_FIRST}.values()
+
+
+@pytest.mark.parametrize("name", SHALLOWEST)
 def test_counted_multiply_adds_are_those_of_the_closed_form(name: str) -> None:
     model = on_meta(name)
     macs = count_macs(model, images_for(model, 1, "meta"))
@@ -265,15 +273,16 @@ def test_counted_multiply_adds_are_those_of_the_closed_form(name: str) -> None:
         ("mixer_mini_patch4_tl8at3_28", mixer.build_mixer, "num_blocks"),
     ],
 )
-@pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("hidden", [24, None, "reduced"])
+@pytest.mark.parametrize(
+    ("learner", "hidden"), [*((name, 24) for name in LEARNERS), ("v11", None), ("v11", "reduced")]
+)
 def test_the_closed_form_holds_for_every_learner_and_fuser(
     hidden: Any, learner: str, name: str, build: Any, depth: str
 ) -> None:
     kwargs: dict[str, Any] = {"learner": learner, "at": 1, "embed_dim": 256, depth: 2}
     if hidden != "reduced":
         kwargs |= {"fuse": True, "fuser_bottleneck_dim": hidden}
-    with torch.device("meta"):
+    with building_on_meta():
         model = build(name, **kwargs)
     assert count_macs(model, images_for(model, 1, "meta")) == model_macs(CATALOG[name] | kwargs)
 
@@ -284,22 +293,12 @@ def test_the_closed_form_holds_for_every_learner_and_fuser(
 def narrow(name: str) -> Any:
     """A named model of little width, for images of 5 x 4 patches and clips of 4 frames."""
     patch = CATALOG[name]["patch_size"]
+    depth = "num_blocks" if name in mixer.MIXERS else "depth"
     kwargs: dict[str, Any] = {} if name in mixer.MIXERS else {"num_heads": 2}
     kwargs |= {"num_frames": 4} if name in CLIPS else {}
+    kwargs |= {depth: 3} | ({"at": 1} if "at" in CATALOG[name] else {})
     kwargs |= {"embed_dim": 16, "num_classes": 7, "img_size": (5 * patch, 4 * patch)}
     return randomized(timm.create_model(name, **kwargs))
-
-
-def kind(name: str) -> tuple[Any, ...]:
-    options = {"num_tokens": 0, "learner": "v11", "fuse": False} | CATALOG[name]
-    return name.split("_")[0], bool(options["num_tokens"]), options["learner"], options["fuse"]
-
-
-# Other names have more of the same blocks.
-DEEPEST_FIRST = sorted(
-    CATALOG, key=lambda n: -CATALOG[n].get("depth", CATALOG[n].get("num_blocks"))
-)
-SHALLOWEST = {kind(name): name for name in DEEPEST_FIRST}.values()
 
 
 @pytest.mark.slow

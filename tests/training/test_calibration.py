@@ -188,7 +188,8 @@ def test_the_error_falls_and_the_output_comes_closer_to_the_hosts(name: str) -> 
     assert near < far
 
 
-@each_calibrated
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["class token", "fuse", "clips"])
 def test_learners_are_calibrated_on_the_chosen_device_as_on_the_cpu(
     name: str, device: torch.device
 ) -> None:

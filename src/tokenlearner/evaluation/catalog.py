@@ -13,6 +13,7 @@ import torch
 
 from ..models.factory import create_model, list_models
 from ..models.preprocessing import get_input_size
+from ..utils.modules import building_on_meta
 from .flops import count_macs
 
 _HEADER = ("model", "input", "parameters, M", "GMACs", "GFLOPs")
@@ -68,8 +69,8 @@ def _cells(row: CatalogRow) -> tuple[str, ...]:
 
 
 def _row(name: str) -> CatalogRow:
-    with torch.device("meta"):
+    with building_on_meta():
         model: Any = create_model(name).eval()
-        size = tuple(get_input_size(model))
-        gmacs = count_macs(model, torch.empty(1, *size)) / 1e9
+    size = tuple(get_input_size(model))
+    gmacs = count_macs(model, torch.empty(1, *size, device="meta")) / 1e9
     return CatalogRow(name, size, sum(p.numel() for p in model.parameters()), gmacs)

@@ -17,14 +17,13 @@ from typing import Any
 
 import safetensors.torch
 import timm
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..utils.files import check_downloaded, read_json
 from ..utils.io import atomic_write
-from ..utils.modules import check_plain
+from ..utils.modules import building_on_meta, check_plain
 from ..utils.validation import find_not_finite, require, shortened
 from .features import wrapped_blocks
 from .hub_access import hub_or_cache
@@ -141,7 +140,7 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
             f"{config_file} and {file.name} are of two models: saving was interrupted; save the "
             "model again, or load the .safetensors file alone"
         )
-    with torch.device("meta"):  # a file of few bytes may name a model of many
+    with building_on_meta():  # a file of few bytes may name a model of many
         empty = _build(file, config, len(state))
     _check_shapes(state, empty, f"{file} does not fit the model it names")
     model = _build(file, config, len(state))
@@ -250,7 +249,7 @@ def _config(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
             "blocks of this model were wrapped by hand or pickled by version 0.3; set the model's "
             "tokenlearner_insertion to a tokenlearner.models.InsertionConfig that describes them"
         )
-    with torch.device("meta"):
+    with building_on_meta():
         base = build_named(name, kwargs)
         if changed := _changed_traits(model, base):
             try:

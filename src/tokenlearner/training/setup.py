@@ -28,7 +28,7 @@ from ..models.preprocessing import (
     size_errors,
     without_classes,
 )
-from ..utils.modules import training_mode
+from ..utils.modules import building_on_meta, training_mode
 from ..utils.preprocessing import Preprocessing
 from ..utils.validation import require, shortened
 from .calibration import Calibration, calibrate
@@ -101,7 +101,7 @@ def with_sizes(config: TrainConfig) -> TrainConfig:
     if config.is_trained:
         return with_model_size(config, load_model(config.model))
     kwargs = {k: v for k, v in (config.model_kwargs or {}).items() if k != "pretrained"}
-    with torch.device("meta"):
+    with building_on_meta():
         return with_model_size(config, create_model(config.model, **kwargs))
 
 

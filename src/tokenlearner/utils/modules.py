@@ -10,7 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_DRAWING = {getattr(Tensor, f"{name}_") for name in ("uniform", "normal", "erfinv", "clamp")}
+_DRAWING |= {getattr(Tensor, f"{name}_") for name in ("mul", "add", "fill", "zero")}
+_DRAWING |= {nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_}
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -90,6 +95,25 @@ def clone_structure(model: nn.Module, device: str | None = None) -> nn.Module:
             empty = torch.empty_like(tensor, device=device)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=False)
     return copy.deepcopy(model, memo)  # tensors of the memo are not copied
+
+
+@contextmanager
+def building_on_meta() -> Iterator[None]:
+    """Builds what is built in the block on the meta device, without drawing any first values.
+
+    There are none on that device, but timm's way to draw them takes longer than all the rest.
+    """
+    with torch.device("meta"), _WithoutDrawing():
+        yield
+
+
+class _WithoutDrawing(TorchFunctionMode):
+    """Leaves out what changes the values of a tensor without values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensor = kwargs.get("tensor", args[0] if args else None)
+        return tensor if func in _DRAWING and tensor.is_meta else func(*args, **kwargs)
 
 
 def check_plain(name: str, tensor: torch.Tensor, what: str) -> None:
