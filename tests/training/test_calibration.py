@@ -362,6 +362,25 @@ def test_losses_are_those_of_the_whole_models(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["class token", "hf tuples"])
+def test_what_enters_a_block_is_gone_on_with_from_an_earlier_one(name: str) -> None:
+    host, images, rows = build(name), make_images(), torch.tensor([3, 0, 20])
+    whole = TeacherCache(host, images, 0, views=2, shares_front=False)
+    earlier = whole.from_block(1, host)
+    seen = list[int]()
+    handle = next(iter(find_host(host).blocks)).register_forward_hook(lambda *_: seen.append(1))
+    later = whole.from_block(2, host, known=earlier)
+    handle.remove()
+    assert not seen
+    student = insert(copy.deepcopy(host), 2, 2)
+    for known in (later, whole.from_block(2, host, known=later)):
+        torch.testing.assert_close(
+            known.losses(student, rows), whole.from_block(2, host).losses(student, rows)
+        )
+    again = TeacherCache(host, images, 0, views=2, shares_front=False, targets=whole.targets())
+    assert again.error(student, rows) == pytest.approx(whole.error(student, rows))
+
+
 def output_error(ours: Tensor, theirs: Tensor, index: Tensor, model: nn.Module) -> Tensor:
     """The loss of the output on some of the images, in units of the variance over all of them."""
     if outputs_logits(model, ours.shape[-1]):

@@ -45,7 +45,7 @@ _RATES, _WHOLE_LR = Rates(new=1e-3, tail=3e-4), 1e-4  # the last of all blocks, 
 _LEAST_IMAGES, _LEAST_HELD_OUT = 16, 4
 _LEAST_STEPS, _MOST_STEPS = 10, 3000
 _TIMED_ROUNDS, _TIMED_SHARE = 11, 0.05  # of latency, and of the time that it may take
-STATE = "candidates/state.json"
+STATE, TARGETS = "candidates/state.json", "candidates/host.safetensors"
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def reduce(
         folder: Where to keep what is done, for a later call to go on from; deleted by none.
         seed: Of what is drawn.
         report: Called after each update with `candidate`, `round` of `rounds`, `step` of `steps`,
-            and `seconds` so far.
+            and `seconds` so far; while the model runs on views of images, the candidate is "host"
+            and they are the steps.
 
     Raises:
         ValueError: There are fewer than 16 images, nothing meets the budget, the model is unknown,
@@ -170,8 +171,9 @@ def reduce(
         config = FitConfig(batch_size=batch_size, patience=0, seed=seed)
         options = (budget, counts, views, config)
         store = _Store(folder, _digest(model, images, *options) if folder is not None else "")
-        race = _Race(model, images, candidates, store, config, views, report)
-        race.run((1 - _TIMED_SHARE) * seconds, len(_ROUNDS) - (not train_best))
+        rounds = len(_ROUNDS) - (not train_best)
+        race = _Race(model, images, candidates, store, config, views, rounds, report)
+        race.run((1 - _TIMED_SHARE) * seconds)
         rows = race.timed(batches, _TIMED_SHARE * seconds)
     return Reduction(
         model=race.student(race.ranked()[0]),
@@ -193,31 +195,50 @@ class _Race:
         store: _Store,
         config: FitConfig,
         views: int,
+        rounds: int,
         report: Callable[[dict[str, Any]], None] | None,
     ):
         self.host, self.images, self.store, self.config = host, images, store, config
-        self._report, self._start, self._rounds = report, time.perf_counter(), 0
+        self._report, self._start, self._rounds = report, time.perf_counter(), rounds
+        self._round, self._latest = 0, None
         (_, whole), *rest = candidates
         self.host_row = CandidateRow(None, whole / 1e9, 1.0)
         self.rows = store.rows or [CandidateRow(c, n / 1e9, n / whole) for c, n in rest]
         share = max(0.1, _LEAST_HELD_OUT / len(images))
         self.training, self.held_out = split_held_out(len(images), share, config.seed)
         options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+        options |= {"targets": store.load_targets(images.device), "report": self._tell_of_host}
         self.cache = TeacherCache(host, images, 0, views=views, shares_front=False, **options)
+        if options["targets"] is None:
+            store.keep_targets(self.cache.targets(), self.rows, time.perf_counter() - self._start)
 
-    def run(self, seconds: float, rounds: int) -> None:
-        """Runs the first rounds within a time; what an earlier call did is left out."""
-        self._rounds = rounds
+    def run(self, seconds: float) -> None:
+        """Runs the rounds within a time; what an earlier call did is left out."""
         end = self._start + max(0, seconds - self.store.seconds)
-        for number in range(rounds):
-            entered = self._entered(number)
+        for number in range(self._rounds):
+            entered, self._round = self._entered(number), number
             if str(number) not in self.store.round_seconds:
-                share = _ROUNDS[number][0] / sum(share for share, _ in _ROUNDS[number:rounds])
-                left = max(0, end - time.perf_counter())
+                share = _ROUNDS[number][0] / sum(
+                    share for share, _ in _ROUNDS[number : self._rounds]
+                )
+                left = max(0, end - time.perf_counter() - self._front_seconds(entered))
                 self.store.round_seconds[str(number)] = left * share / len(entered)
-            for i in entered:
+            for i in sorted(entered, key=self._first):
                 if len(self.rows[i].errors) == number:
                     self._fit(i, self.store.round_seconds[str(number)])
+            self._latest = None
+
+    def _first(self, i: int) -> int:
+        """Returns the first block that a candidate's front ends at; without a front the depth."""
+        candidate: Any = self.rows[i].candidate
+        first = candidate.first
+        return len(self.cache.features) if first is None else first
+
+    def _front_seconds(self, entered: Sequence[int]) -> float:
+        """Returns how long the host takes up to the deepest front, which the others are within."""
+        depth = len(self.cache.features)
+        deepest = max([first for i in entered if (first := self._first(i)) < depth], default=0)
+        return self.store.host_seconds * deepest / depth
 
     def _entered(self, number: int) -> list[int]:
         """Returns the candidates of a round, by their errors in the round before."""
@@ -229,26 +250,21 @@ class _Race:
         """Fits a candidate for a time, and keeps what became of it."""
         start, row, model = time.perf_counter(), self.rows[i], self.student(i)
         candidate: Any = row.candidate
+        skipped = mixed_blocks(find_host(model))
         if candidate.first is None:
             half = len(self.cache.features) // 2
-            cache = self.cache.from_block(half, None, mixed_blocks(find_host(model)))
+            cache = self.cache.from_block(half, None, skipped)
             student: nn.Module = ResizedInput(model, candidate.img_size)
             rates = replace(_RATES, tail=_WHOLE_LR, front=_WHOLE_LR)
         else:
-            skipped = mixed_blocks(find_host(model))
-            cache = self.cache.from_block(candidate.first, self.host, skipped)
-            student, rates = model, _RATES
+            cache = self.cache.from_block(candidate.first, self.host, skipped, self._latest)
+            self._latest, student, rates = cache, model, _RATES
         groups = rates.groups(model, candidate.first or 0)
-        left = seconds - (time.perf_counter() - start)
-        steps = int(left / self._step_seconds(student, cache))
+        steps = int(seconds / self._step_seconds(student, cache))
         config = replace(self.config, steps=min(_MOST_STEPS, max(_LEAST_STEPS, steps)))
 
         def report(of_fit: Any) -> None:
-            if self._report:
-                elapsed = self.store.seconds + time.perf_counter() - self._start
-                place = {"candidate": row.name, "round": len(row.errors), "rounds": self._rounds}
-                step = {"step": of_fit["step"], "steps": config.steps}
-                self._report({**place, **step, "seconds": elapsed})
+            self._tell(row.name, of_fit["step"], config.steps)
 
         done = fit(student, cache, groups, config, self.training, self.held_out, report)
         self.rows[i] = replace(
@@ -260,6 +276,15 @@ class _Race:
         )
         elapsed = time.perf_counter() - self._start
         self.store.keep(i, model, [p for group, _ in groups for p in group], self.rows, elapsed)
+
+    def _tell_of_host(self, done: int, views: int) -> None:
+        self._tell("host", done, views)
+
+    def _tell(self, name: str, step: int, steps: int) -> None:
+        if self._report:
+            elapsed = self.store.seconds + time.perf_counter() - self._start
+            place = {"candidate": name, "round": self._round, "rounds": self._rounds}
+            self._report({**place, "step": step, "steps": steps, "seconds": elapsed})
 
     def _step_seconds(self, student: nn.Module, cache: TeacherCache) -> float:
         """Times an update, after one that is not counted."""
@@ -339,7 +364,8 @@ class _Store:
         self.folder = None if folder is None else Path(folder).expanduser()
         self._digest, self._weights = digest, dict[int, dict[str, Tensor]]()
         self.rows: list[CandidateRow] = []
-        self.seconds, self.round_seconds = 0.0, dict[str, float]()
+        self.seconds, self.host_seconds = 0.0, 0.0
+        self.round_seconds = dict[str, float]()
         if self.folder is not None and (self.folder / STATE).exists():
             state = read_json(self.folder / STATE)
             require(
@@ -349,6 +375,7 @@ class _Store:
             )
             self.rows = [_row(row) for row in state["fitted"]]
             self.seconds, self.round_seconds = state["seconds"], state["round_seconds"]
+            self.host_seconds = state["host_seconds"]
 
     def keep(
         self,
@@ -364,12 +391,29 @@ class _Store:
         if self.folder is None:
             self._weights[i] = weights
             return
-        with atomic_write(self._file(i, len(rows[i].errors))) as path:
-            save_file({name: w.contiguous().cpu() for name, w in weights.items()}, path)
-        state = {"digest": self._digest, "seconds": self.seconds + elapsed}
-        state |= {"round_seconds": self.round_seconds, "fitted": [asdict(row) for row in rows]}
-        write_json(self.folder / STATE, state)
+        _save(self._file(i, len(rows[i].errors)), weights)
+        self._write_state(self.folder, rows, elapsed)
         self._file(i, len(rows[i].errors) - 1).unlink(missing_ok=True)
+
+    def keep_targets(
+        self, targets: Mapping[str, Tensor], rows: Sequence[CandidateRow], elapsed: float
+    ) -> None:
+        """Keeps what the host made of images in a folder, and how long that took."""
+        self.host_seconds = elapsed
+        if self.folder is not None:
+            _save(self.folder / TARGETS, targets)
+            self._write_state(self.folder, rows, elapsed)
+
+    def load_targets(self, device: torch.device) -> dict[str, Tensor] | None:
+        """Returns what the host made of images, if an earlier call kept it."""
+        if self.folder is None or not self.host_seconds:
+            return None
+        return load_file(self.folder / TARGETS, device=str(device))
+
+    def _write_state(self, folder: Path, rows: Sequence[CandidateRow], elapsed: float) -> None:
+        state = {"digest": self._digest, "seconds": self.seconds + elapsed}
+        state |= {"host_seconds": self.host_seconds, "round_seconds": self.round_seconds}
+        write_json(folder / STATE, {**state, "fitted": [asdict(row) for row in rows]})
 
     def load(self, i: int, model: nn.Module) -> nn.Module:
         """Gives a model the weights that were kept of a candidate."""
@@ -382,6 +426,11 @@ class _Store:
 
     def _file(self, i: int, rounds: int) -> Path:
         return Path(self.folder or "") / "candidates" / f"{i}-{rounds}.safetensors"
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    with atomic_write(file) as path:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
 
 
 def _row(values: dict[str, Any]) -> CandidateRow:

@@ -10,8 +10,8 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -92,6 +92,9 @@ class TeacherCache:
         shares_front: Whether students have the host's blocks in front of `first`, which are not run
             again then.
         skipped: Blocks behind which features are not compared, see `mixed_blocks`.
+        targets: What `targets` returned of another cache of the same, which the host is run for
+            else.
+        report: Called with how many views the host was run on, and how many there are.
 
     Raises:
         ValueError: There are fewer than 2 images, or they are all the same.
@@ -109,6 +112,8 @@ class TeacherCache:
         seed: int = 0,
         shares_front: bool = True,
         skipped: Collection[int] = (),
+        targets: Mapping[str, Tensor] | None = None,
+        report: Callable[[int, int], None] | None = None,
     ):
         check_count("batch_size", batch_size, least=2)  # one image has no variance
         if not isinstance(images, Tensor) or len(images) < 2:
@@ -121,10 +126,28 @@ class TeacherCache:
         self._find_student, self._place = HostFinder(), find_host(host)
         self.skipped = skipped
         self._front: _CachedBlocks | None = None
-        self._run_teacher(host, shares_front and first > 0)
+        self._report = report
+        if targets is None:
+            self._run_teacher(host, shares_front and first > 0)
+        else:
+            self.output = targets["output"]
+            self.features = [targets[f"{i}"] for i in range(len(targets) - 1)]
+        self._is_logits = outputs_logits(host, self.output.shape[-1])
+        self._variances = [_variance(layer) for layer in self.features]
+        self._output_variance = _variance(self.output)
+        square = self.output.float().square().mean()
+        self._has_output = bool(self._output_variance.mean() > 1e-9 * square)
+
+    def targets(self) -> dict[str, Tensor]:
+        """Returns the host's features and outputs, for another cache of the same to begin with."""
+        return {"output": self.output, **{f"{i}": x for i, x in enumerate(self.features)}}
 
     def from_block(
-        self, first: int, host: nn.Module | None = None, skipped: Collection[int] = ()
+        self,
+        first: int,
+        host: nn.Module | None = None,
+        skipped: Collection[int] = (),
+        known: TeacherCache | None = None,
     ) -> TeacherCache:
         """Returns a cache for students that differ from a later block on; targets are shared.
 
@@ -132,6 +155,8 @@ class TeacherCache:
             first: That block; behind the last one only the output is compared.
             host: Run again up to it, for students that have the blocks in front; else None.
             skipped: As in the class, instead of its own.
+            known: What this returned for the same host and a block no later; the host is gone on
+                with from there.
         """
         other, blocks = copy.copy(self), range(first, len(self._place.blocks))
         kept = [i - self.first for i in blocks if i not in skipped]
@@ -140,7 +165,10 @@ class TeacherCache:
         other.first, other.skipped, other._front = first, skipped, None
         other._find_student = HostFinder()
         if host is not None and first:
-            other._run_front(host)
+            if known and known.first == first:
+                other._front = known._front
+            else:
+                other._run_front(host, known)
         return other
 
     def rows(self, images: Tensor) -> Tensor:
@@ -151,10 +179,17 @@ class TeacherCache:
     def run(self, student: nn.Module, rows: Tensor) -> BlockOutputs:
         """Runs a student on some of the rows; returns its output and features from `first` on."""
         images, place = self.views[rows], self._find_student(student)
+        with self.fronted(rows, place):
+            return forward_with_features(student, images, self.first, place, self.skipped)
+
+    @contextmanager
+    def fronted(self, rows: Tensor, place: Place | None = None) -> Iterator[None]:
+        """Lets a model's forward begin with what is known of rows; without a front with images."""
         if self._front is None:
-            return forward_with_features(student, images, self.first, place, self.skipped)
-        with _replaced_front(place, self.first, self._front.select(rows)):
-            return forward_with_features(student, images, self.first, place, self.skipped)
+            yield
+            return
+        with _replaced_front(place or self._place, self.first, self._front.select(rows)):
+            yield
 
     def losses(self, student: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the losses of a student's features and of its output on some of the rows."""
@@ -210,16 +245,17 @@ class TeacherCache:
                     )
                     self._is_logits = outputs_logits(host, run.output.shape[-1])
                     self._keep(rows, *self._compared(run), raw)
+                    self._say(rows)
         finally:
             for hook in hooks:
                 hook.remove()
-        self._variances = [_variance(layer) for layer in self.features]
-        self._output_variance = _variance(self.output)
-        square = self.output.float().square().mean()
-        self._has_output = bool(self._output_variance.mean() > 1e-9 * square)
+
+    def _say(self, rows: Tensor) -> None:
+        if self._report:
+            self._report(int(rows[-1]) + 1, len(self.views))
 
     @torch.no_grad()
-    def _run_front(self, host: nn.Module) -> None:
+    def _run_front(self, host: nn.Module, known: TeacherCache | None) -> None:
         """Runs the blocks of the host in front of `first`, and keeps what they return."""
         raw: list[Any] = []
 
@@ -231,9 +267,10 @@ class TeacherCache:
         try:
             with training_mode(host, training=False):
                 for rows in torch.arange(len(self.views), device="cpu").split(self.batch_size):
-                    with suppress(_Stopped):
+                    with suppress(_Stopped), known.fronted(rows) if known else nullcontext():
                         host(self.views[rows])
                     self._keep_front(rows, raw)
+                    self._say(rows)
         finally:
             handle.remove()
 
