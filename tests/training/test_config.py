@@ -16,7 +16,7 @@ from tokenlearner.training.checkpointing import read_checkpoint
 
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "log_interval"), (0, -4)),
+    **dict.fromkeys(("epochs", "steps", "batch_size", "grad_accum_steps", "log_interval"), (0, -4)),
     **dict.fromkeys(("num_tokens", "insert", "images", "workers", "max_broken"), (-1,)),
     **dict.fromkeys(("save_every", "seed", "warmup_steps"), (-1,)),
     **dict.fromkeys(("weight_decay", "distill_loss_weight", "color_jitter", "cutmix"), (-0.1,)),
@@ -55,6 +55,7 @@ def test_a_value_out_of_range_is_refused(name: str, value: Any) -> None:
         ({"insert": 4, "head_bias": -10.0}, "insert .*head_bias"),
         ({"insert": 4, "drop_path": 0.1, "init_from": "a"}, "insert .*init_from and drop_path"),
         ({"learner": "v1", "at": 2}, "at and learner .*num_tokens or insert"),
+        ({"steps": 5, "epochs": 3}, "steps is 5 and epochs is 3"),
         ({"keep_head": True}, "keep_head .*init_from"),
         ({"keep_head": True, "init_from": "a", "head_bias": -10.0}, "keep_head .*head_bias"),
         ({"sched": "constant", "min_lr": 1e-5}, "min_lr is 1e-05"),

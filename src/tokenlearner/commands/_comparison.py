@@ -252,8 +252,12 @@ def _training(config: TrainConfig, result: TrainResult) -> list[str]:
         )
     teacher = f", distilled from {config.teacher}" if config.teacher else ""
     labels = "with labels" if config.label_weight else "without labels"
-    epochs = f"{config.epochs} epochs of {result.images} {unit}"
-    return [*notes, f"Training: {epochs}{teacher}, {labels}."]
+    length = (
+        f"{config.steps} steps of {config.batch_size}"
+        if config.steps
+        else f"{config.epochs} epochs"
+    )
+    return [*notes, f"Training: {length} of {result.images} {unit}{teacher}, {labels}."]
 
 
 def _number(value: float | None) -> str:

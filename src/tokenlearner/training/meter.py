@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 
 class StepRow(TypedDict):
-    """A step of training: every `log_interval` steps, and the last step of an epoch."""
+    """A step of training: every `log_interval` steps, and the last one before an evaluation."""
 
     step: int
     steps: int
@@ -45,9 +45,12 @@ class _Counts(TypedDict, total=False):
 
 
 class EpochRow(_Counts):
-    """An epoch, as in metrics.jsonl; `Evaluation` has the numbers that start with `test_`."""
+    """An evaluation, as in metrics.jsonl; `Evaluation` has the numbers that start with `test_`.
 
-    epoch: int
+    `epoch` counts passes over the training images: 1, 2, 3, or with `steps` parts of them too.
+    """
+
+    epoch: float
     step: int
     train_loss: float
     train_seconds: float
@@ -67,7 +70,7 @@ Report = Callable[[Any], None]
 
 @dataclass
 class EpochMeter:
-    """Running totals of an epoch.
+    """Running totals of an epoch, or of the steps up to an evaluation.
 
     Args:
         steps: Steps, those that were left out too.

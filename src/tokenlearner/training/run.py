@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class TrainResult:
     Args:
         model: In evaluation mode.
         checkpoint: File of its weights.
-        history: An `EpochRow` for every epoch.
+        history: An `EpochRow` for every evaluation.
         images: Number of training images.
         host: With insert, the model before inserting.
         calibration: With insert, the result of calibrating, if there was any.
@@ -64,7 +65,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
-    """Trains a model and writes it, with a line of metrics after every epoch.
+    """Trains a model and writes it, with a line of metrics after every evaluation.
 
     Nothing is written before the config, the data and the model have been checked. The same
     config gives the same weights on the same machine, also when the run was cut off and goes on
@@ -75,7 +76,7 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
         config: What to train, on what, and how.
         report: Called with a row (`tokenlearner.training.meter`): `CalibrationRow` after every
             step of calibrating, `StepRow` every `log_interval` steps, `EpochRow` after every
-            epoch, `WarningRow` for a step that is left out.
+            evaluation, `WarningRow` for a step that is left out.
 
     Returns:
         The model in evaluation mode, its checkpoint and the metrics.
@@ -126,7 +127,7 @@ def _train(
 
 @dataclass
 class _Run:
-    """A training run, its epochs and what it writes."""
+    """A training run, its evaluations and what it writes."""
 
     config: TrainConfig
     distributed: Distributed
@@ -151,8 +152,8 @@ class _Run:
             self.history = checkpoint["history"]
             self._write_model(checkpoint)
         self.trainer.after_step = self._after_step
-        with self.distributed.trackers():
-            while self.trainer.epochs_done < config.epochs:
+        with self.distributed.trackers(), closing(self.trainer):
+            while self.trainer.step < self.trainer.total_steps:
                 self._run_epoch()
         path = self.out / "model.safetensors"
         model = self._best_model().eval() if config.keep == "best" else self.model.eval()
@@ -169,7 +170,7 @@ class _Run:
         return calibration
 
     def _run_epoch(self) -> None:
-        row = {"epoch": self.trainer.epochs_done + 1, **self.trainer.train_epoch()}
+        row = self.trainer.train_epoch()
         metrics = asdict(self._evaluate())
         if not metrics["broken"]:
             del metrics["broken_files"]
@@ -178,7 +179,7 @@ class _Run:
         self._write_model(self._save())
         self.distributed.track(row)
         self.report(row)
-        if self.trainer.epochs_done < self.config.epochs:
+        if self.trainer.step < self.trainer.total_steps:
             self._stop_if_signaled(saved=True)
 
     def _after_step(self) -> None:
@@ -205,9 +206,9 @@ class _Run:
         return state
 
     def _write_model(self, state: dict[str, Any]) -> None:
-        """Writes the model and the metrics, if this is the end of an epoch."""
+        """Writes the model and the metrics, if this is a state that was evaluated."""
         trainer = self.trainer
-        if trainer.step % trainer.steps_per_epoch or trainer.epochs_done != len(self.history):
+        if not trainer.is_eval_step or trainer.evaluations != len(self.history):
             return
         self.model = trainer.whole_model(state)
         if self.accelerator.is_main_process:
@@ -236,11 +237,12 @@ class _Run:
         if not history:
             return model_card(self.model)
         config, row = self.config, history[-1]
+        unit = "step" if config.steps else "epoch"
         rows = {
             "data": f"{config.data}, {row['test_images']:,} held-out images",
             "top-1": f"{row['test_top1_percent']:.2f} %",
             "top-5": f"{row['test_top5_percent']:.2f} %",
-            "epoch": f"{row['epoch']} of {config.epochs}, the {config.keep} one",
+            unit: f"{row[unit]} of {getattr(config, f'{unit}s')}, the {config.keep} one",
         }
         return model_card(self.model, {"this model": rows})
 

@@ -201,7 +201,9 @@ def curve_charts(histories: Mapping[str, Sequence[Row]]) -> list[Chart]:
                 if (points := _points(get_x(rows), [row.get(key) for row in rows]))
             ]
             title = f"{title}, by {axis}"
-            charts.append(Chart(title, x_label, y_label, lines, whole=axis == "epochs"))
+            xs = [point.x for line in lines for point in line.points]
+            whole = axis == "epochs" and all(float(x).is_integer() for x in xs)
+            charts.append(Chart(title, x_label, y_label, lines, whole=whole))
     return [chart for chart in charts if chart.lines]
 
 
