@@ -225,8 +225,12 @@ class RunConfig:
 
     Args:
         out: New folder for the model, the checkpoint, train.json and metrics.jsonl.
-        keep: The last epoch's model, or the best one's by held-out top-1, which that number then
-            flatters.
+        held_out: Share of the training images to evaluate on in place of the validation split,
+            which is not read then.
+        keep: The model of the last evaluation, or of the best one, which its numbers then flatter:
+            by top-1, or where labels do not count by the loss against the teacher. None is best
+            where labels do not count and with patience.
+        patience: Evaluations in a row without a better one that end the run; 0 lets it run.
         license: Of the model, for its card, such as apache-2.0; None is that of the weights it
             started from, if they say.
         resume: auto goes on where the run in out was cut off, or starts it; None only starts.
@@ -246,7 +250,9 @@ class RunConfig:
     """
 
     out: str = "runs/train"
-    keep: Literal["last", "best"] = "last"
+    held_out: float = 0.0
+    keep: Literal["last", "best"] | None = None
+    patience: int = 0
     license: str | None = None
     resume: Literal["auto"] | None = None
     save_every: int = 0
@@ -262,7 +268,8 @@ class RunConfig:
 
     def check_run(self) -> None:
         """Refuses numbers out of range."""
-        for name in ("seed", "save_every"):
+        check_rate(self.held_out, "held_out")
+        for name in ("seed", "save_every", "patience"):
             check_count(name, getattr(self, name), least=0)
         check_count("log_interval", self.log_interval)
         require(
@@ -291,6 +298,9 @@ class TrainConfig(AugmentConfig, DistillConfig, OptimConfig, DataConfig, ModelCo
         self.check_optim()
         self.check_augment()
         self.check_distill()
+        if self.keep is None:
+            best = self.patience or not self.label_weight
+            object.__setattr__(self, "keep", "best" if best else "last")
         require(
             self.teacher != "host" or bool(self.insert),
             "teacher is 'host', the model before inserting, but insert is 0; pass insert too",

@@ -42,12 +42,14 @@ class _Counts(TypedDict, total=False):
     broken: int
     broken_files: list[str]
     test_broken_files: list[str]
+    test_distill_loss: float
 
 
 class EpochRow(_Counts):
     """An evaluation, as in metrics.jsonl; `Evaluation` has the numbers that start with `test_`.
 
     `epoch` counts passes over the training images: 1, 2, 3, or with `steps` parts of them too.
+    `test_distill_loss` is the loss against the teacher, if there is one, without its weight.
     """
 
     epoch: float

@@ -51,6 +51,7 @@ _BLACK_FROM = 0.47  # share from which black is read best on cividis, below it w
 _CURVES = (  # a metric, the label of its axis, and its title
     ("train_loss", "training loss", "Training loss"),
     ("test_loss", "held-out loss, nats", "Held-out loss"),
+    ("test_distill_loss", "held-out loss against the teacher", "Held-out loss against the teacher"),
     ("test_top1_percent", "held-out top-1, %", "Held-out top-1"),
 )
 
