@@ -176,6 +176,10 @@ class _Run:
         with self.distributed.trackers(), closing(self.trainer):
             while self.trainer.step < self.trainer.total_steps and not self._is_stalled():
                 self._run_epoch()
+        if (step := self.trainer.step) < self.trainer.total_steps:
+            logger.info(
+                "%s evaluations without a better one end the run at step %s", config.patience, step
+            )
         if config.keep == "best":
             self._load_best()
         return TrainResult(
