@@ -136,15 +136,16 @@ def trained(config: TrainConfig) -> TrainResult:
     """What `train` leaves, without the training."""
     host = create_model("vit_mini_patch4_28", **TINY, num_classes=4).eval()
     model = insert(create_model("vit_mini_patch4_28", **TINY, num_classes=4).eval(), config.insert)
-    history = [{"step": 2, "train_seconds": 3.0, "test_top1_percent": 12.5}]
+    row = {"epoch": 3, "step": 2, "train_seconds": 3.0, "test_top1_percent": 12.5}
+    history = [row, row | {"epoch": 4, "test_top1_percent": 10.0}]
     done = Calibration(16, 300, 1.25, 0.5, 7.0, held_out=2)
-    return TrainResult(model, Path(config.out) / "model.safetensors", history, 32, host, done)
+    path = Path(config.out) / "model.safetensors"
+    return TrainResult(model, path, history, 32, host, done, make_images(), kept=0)
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     monkeypatch.setattr(MODULE, "MAX_IMAGES", 1)
-    monkeypatch.setattr(MODULE, "load_data", lambda *args, **options: make_images())
     monkeypatch.setattr(MODULE, "benchmark", lambda models, images: dict.fromkeys(models, cost(1)))
     return TrainConfig(out=str(tmp_path), model="host", insert=3, teacher="host", epochs=4)
 

@@ -138,6 +138,16 @@ def test_a_terminal_shows_a_bar_with_lines_above_it_but_a_log_no_steps_of_a_quic
     assert "run: epoch 2, loss 1.235" in shown
 
 
+def test_the_loss_against_a_teacher_is_beside_that_of_training() -> None:
+    row = EPOCH | {"test_distill_loss": 1.5}
+    assert "loss 1.235, held-out 1.500, held-out top-1" in epoch_line(row)
+    history = [EPOCH | {"test_distill_loss": 1.25}, row]
+    cells = [[*column.cells] for column in summary_table(history, 1.0).columns]
+    found = dict(zip(*cells, strict=True))
+    label = "held-out loss against the teacher"
+    assert (found[f"{label}, last epoch"], found[f"{label}, lowest"]) == ("1.5000", "1.2500")
+
+
 # --- several processes --------------------------------------------------------------------------
 
 

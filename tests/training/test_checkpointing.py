@@ -36,6 +36,7 @@ from tokenlearner.training.checkpointing import (
 from tokenlearner.utils.io import LOCK, lock_folder
 
 AT_RANDOM: dict[str, Any] = {"drop_path": 0.3, "ema_decay": 0.9, "hflip": 0.5, "mixup": 0.4}
+IN_STEPS: dict[str, Any] = {**AT_RANDOM, "epochs": None, "steps": 21, "warmup_epochs": None}
 STEPS = 8
 
 
@@ -97,6 +98,32 @@ def test_a_run_that_crashed_ends_as_one_that_did_not(
     assert without_times(tmp_path / "run") == without_times(whole)
     left = range((step - 1) // 2 * 2 + 1, STEPS + 1)  # since the last checkpoint
     assert [row["step"] for row in rows if "epoch" not in row] == [*left]
+
+
+@pytest.fixture(scope="module")
+def in_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a number of steps that is no multiple of an epoch's."""
+    out = tmp_path_factory.mktemp("steps") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            import_module("tokenlearner.training.run"), "load_data", running.quarter_images
+        )
+        train(recipe(out, **IN_STEPS))
+    return out
+
+
+@pytest.mark.parametrize("step", [pytest.param(10, marks=pytest.mark.slow), 11])
+def test_a_run_of_steps_that_crashed_ends_as_one_that_did_not(
+    step: int, in_steps: Path, tmp_path: Path
+) -> None:
+    config = recipe(tmp_path / "run", save_every=3, **IN_STEPS)
+    cut_off(config, step)
+    train(config)
+    assert same(weights(tmp_path / "run"), weights(in_steps))
+    assert without_times(tmp_path / "run") == (rows := without_times(in_steps))
+    steps = [*range(2, 21, 2), 21]
+    assert [(row["step"], row["epoch"]) for row in rows] == [(step, step / 4) for step in steps]
+    assert "21 of 21, the last one" in (in_steps / "README.md").read_text()
 
 
 def test_a_run_that_was_over_is_returned_as_it_was(whole: Path) -> None:

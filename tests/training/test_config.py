@@ -16,12 +16,12 @@ from tokenlearner.training.checkpointing import read_checkpoint
 
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "log_interval"), (0, -4)),
+    **dict.fromkeys(("epochs", "steps", "batch_size", "grad_accum_steps", "log_interval"), (0, -4)),
     **dict.fromkeys(("num_tokens", "insert", "images", "workers", "max_broken"), (-1,)),
-    **dict.fromkeys(("save_every", "seed", "warmup_steps"), (-1,)),
+    **dict.fromkeys(("save_every", "seed", "warmup_steps", "patience"), (-1,)),
     **dict.fromkeys(("weight_decay", "distill_loss_weight", "color_jitter", "cutmix"), (-0.1,)),
     **dict.fromkeys(("lr", "kd_temperature"), (0.0, NAN)),
-    **dict.fromkeys(("smoothing", "ema_decay", "drop_path"), (1.0,)),
+    **dict.fromkeys(("smoothing", "ema_decay", "drop_path", "held_out"), (1.0,)),
     **dict.fromkeys(("hflip", "reprob"), (1.1, -0.1)),
     **dict.fromkeys(("resume", "nan", "sched", "loss", "mixed_precision"), ("abacus",)),
     **dict.fromkeys(("download", "fsdp"), ("no", 1)),
@@ -55,6 +55,7 @@ def test_a_value_out_of_range_is_refused(name: str, value: Any) -> None:
         ({"insert": 4, "head_bias": -10.0}, "insert .*head_bias"),
         ({"insert": 4, "drop_path": 0.1, "init_from": "a"}, "insert .*init_from and drop_path"),
         ({"learner": "v1", "at": 2}, "at and learner .*num_tokens or insert"),
+        ({"steps": 5, "epochs": 3}, "steps is 5 and epochs is 3"),
         ({"keep_head": True}, "keep_head .*init_from"),
         ({"keep_head": True, "init_from": "a", "head_bias": -10.0}, "keep_head .*head_bias"),
         ({"sched": "constant", "min_lr": 1e-5}, "min_lr is 1e-05"),
@@ -93,6 +94,23 @@ def test_options_that_do_not_go_together_are_refused(changes: dict[str, Any], na
 )
 def test_labels_count_unless_there_is_a_teacher(options: dict[str, Any], weight: float) -> None:
     assert TrainConfig(**options).label_weight == weight
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, "last"),
+        ({"patience": 3}, "best"),
+        ({"patience": 3, "keep": "last"}, "last"),
+        ({"teacher": "a"}, "best"),
+        ({"teacher": "a", "task_loss_weight": 0.5}, "last"),
+    ],
+    ids=str,
+)
+def test_the_best_model_is_kept_where_labels_do_not_count_or_a_run_may_end_early(
+    options: dict[str, Any], kept: str
+) -> None:
+    assert TrainConfig(**options).keep == kept
 
 
 def test_a_single_epoch_needs_no_option() -> None:

@@ -194,6 +194,18 @@ def test_a_file_is_a_recipe_too(tmp_path: Path) -> None:
     assert (config.lr, config.model_kwargs) == (1e-5, {"depth": 3})
 
 
+@pytest.mark.parametrize(("length", "other"), [("steps", "epochs"), ("epochs", "steps")])
+def test_how_long_a_run_is_may_be_said_in_steps_or_epochs_whatever_its_recipe_says(
+    length: str, other: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"{other}: 9\nbatch_size: 8\n")
+    config = config_of(str(recipe), f"--{length}", "5")
+    assert (getattr(config, length), getattr(config, other)) == (5, None)
+    with pytest.raises(ValueError, match=r"steps is .* and epochs is "):
+        config_of(str(recipe), f"--{length}=5", f"--{other}=4")
+
+
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match="'imagenet1k_papre'") as error:
         find_recipe("imagenet1k_papre")

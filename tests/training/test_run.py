@@ -18,6 +18,7 @@ from tokenlearner import TrainConfig, calibrate, create_model, load_model, save_
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.evaluation.accuracy import mean_metrics
 from tokenlearner.models.insertion import wrapped_blocks
+from tokenlearner.training.distillation import Distillation
 from tokenlearner.training.run import TrainResult
 from tokenlearner.training.setup import prepare
 
@@ -163,6 +164,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(
         ({"num_tokens": 50}, "num_tokens is 50"),
         ({"at": 6}, "at is 6"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
+        ({"held_out": 0.8}, "batch_size is 16, .* 13"),
+        ({"held_out": 0.01, "images": 32}, "held_out is 0.01, .* 32"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(
@@ -282,6 +285,53 @@ def test_a_model_built_new_can_have_a_teacher_and_has_no_host(
     result = train(changed(config, epochs=1, at=1, teacher=str(hosts / "host")))
     assert wrapped_blocks(result.model)
     assert result.host is None
+
+
+@pytest.mark.parametrize("keep", [None, "last"])
+def test_without_labels_the_held_out_loss_ends_a_run_and_says_which_model_is_kept(
+    keep: str | None, insertion: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, states = [3.0, 1.0, 2.0, 1.0], list[torch.Tensor]()
+    run = import_module("tokenlearner.training.run")
+    measure = run.sum_metrics
+
+    def measured(*args: Any) -> torch.Tensor:
+        states.append(vector(args[0]).clone())
+        sums = measure(*args).clone()
+        sums[5] = losses[len(states) - 1] * sums[0]
+        return sums
+
+    monkeypatch.setattr(run, "sum_metrics", measured)
+    config = changed(insertion, patience=2, epochs=9, keep=keep, onednn=True)
+    result = train(config)
+    assert [row["test_distill_loss"] for row in result.history] == losses
+    assert result.kept == (3 if keep else 1)
+    again = train(replace(config, resume="auto"))
+    assert (again.history, again.kept, len(states)) == (result.history, result.kept, 4)
+    for model in (result.model, again.model, load_model(config.out)):
+        assert torch.equal(vector(model), states[result.kept])
+
+
+def test_images_are_held_out_of_training_and_compared_with_the_teacher(
+    insertion: TrainConfig, hosts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read = import_module("tokenlearner.training.run"), list[str]()
+
+    def load(config: TrainConfig, split: str) -> ImageDataset:
+        read.append(split)
+        return quarter_images(config, split)
+
+    monkeypatch.setattr(run, "load_data", load)
+    config = changed(insertion, held_out=0.25, batch_size=10, kd_distill_type="logit")
+    result = train(config)
+    assert (read, result.images) == (["train"], 48)
+    whole = {image.tobytes() for image in quarter_images(config).images.numpy()}
+    ours = {image.tobytes() for image in result.held_out.images.numpy()}
+    assert (len(ours), ours < whole, result.held_out.split) == (16, True, "val")
+    images, _ = next(result.held_out.batches(16))
+    with torch.no_grad():
+        loss = Distillation(load_model(hosts / "host").eval(), "logit")(result.model, images)[1]
+    assert result.history[-1]["test_distill_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -183,9 +183,7 @@ def test_a_step_whose_loss_is_not_finite_can_be_left_out() -> None:
 def test_an_epoch_of_which_every_step_is_left_out_ends_the_run() -> None:
     run = loop(nan="skip")
     next(run.model.parameters()).data.fill_(torch.nan)
-    with pytest.raises(
-        RuntimeError, match=r"no step of the epoch that ends with step 4 .*there is no"
-    ):
+    with pytest.raises(RuntimeError, match=r"no step .*step 4, .*there is no"):
         run.train_epoch()
 
 
@@ -323,6 +321,7 @@ def test_the_rate_rises_and_falls_as_scheduled(
     ("options", "named"),
     [
         ({"warmup_steps": 12}, "warmup_steps is 12"),
+        ({"epochs": None, "steps": 4, "warmup_epochs": 1.0}, "warmup_epochs is 1.0, 4 steps"),
         ({"opt": "abacus"}, "opt is 'abacus', .*adamw"),
         ({"opt": "sgd", "betas": [0.9, 0.99]}, "betas .* sgd"),
         ({"opt": "adahessian"}, "opt='adahessian'"),
@@ -431,27 +430,64 @@ def dropping() -> nn.Module:
     return VisionTransformer(**TIMM, proj_drop_rate=0.3, drop_path_rate=0.3)
 
 
-@pytest.mark.parametrize(("at", "workers"), [(4, 0), (6, 0), (6, 1)])
-def test_a_restored_loop_goes_on_bit_by_bit(at: int, workers: int, tmp_path: Path) -> None:
-    first, other = (Trainer(config(**RANDOM, workers=workers), dropping(), data()) for _ in "ab")
+STEPS: dict[str, Any] = {"epochs": None, "steps": 21}  # 2 at a time; an epoch has 4
+
+
+@pytest.mark.parametrize(
+    ("at", "changes"),
+    [(4, {}), (6, {}), (6, {"workers": 1}), (6, STEPS | {"workers": 1}), (7, STEPS)],
+    ids=str,
+)
+def test_a_restored_loop_goes_on_bit_by_bit(
+    at: int, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    options = config(**RANDOM | {"workers": 0} | changes)
+    first, other = (Trainer(options, dropping(), data()) for _ in "ab")
 
     def save() -> None:
         if first.step == at:
             torch.save(first.state(), tmp_path / "state.pt")
 
     first.after_step = save
-    for epoch in range(3):
+    while first.step < first.total_steps:
         row = first.train_epoch()
-        if epoch == 0 and at == 4:
-            save()
+        save()
     other.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     torch.manual_seed(5)
     other.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    while other.epochs_done < 3:
+    while other.step < other.total_steps:
         again = other.train_epoch()
     assert again["train_loss"] == row["train_loss"]
     assert torch.equal(vector(other.model), vector(first.model))
     assert torch.equal(vector(other.average.module), vector(first.average.module))
+
+
+def test_steps_are_those_of_epochs_evaluated_20_times_whatever_the_number_of_images() -> None:
+    rows, reported = list[dict[str, Any]](), list[dict[str, Any]]()
+    options = {"sched": "constant", "warmup_steps": 0, "log_interval": 100}
+    torch.manual_seed(0)
+    by_epochs = loop(**options)
+    by_epochs.train_epoch()
+    torch.manual_seed(0)
+    run = loop(reported, **options, **STEPS)
+    while run.step < run.total_steps:
+        if run.step == 4:
+            assert torch.equal(vector(run.model), vector(by_epochs.model))
+        rows.append(run.train_epoch())
+    assert (
+        [row["step"] for row in rows] == [row["step"] for row in reported] == [*range(2, 21, 2), 21]
+    )
+    assert [row["epoch"] for row in rows] == [row["step"] / 4 for row in rows]
+    assert {row["steps"] for row in reported} == {21}
+
+
+def test_without_an_option_a_tenth_of_the_steps_warm_up() -> None:
+    run, rates = loop(**STEPS), []
+    for step in range(4):
+        run.schedule.step_update(step)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates[:3] == pytest.approx([0, 1.5e-3, 3e-3])
+    assert rates[3] < rates[2]
 
 
 def test_a_state_does_not_change_with_the_loop_that_gave_it() -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.dataset import LabeledDataset, MapDataset, require_order
-from ..data.factory import load_data
 from ..data.loader import SampleKey, load_batches
 from ..evaluation.accuracy import evaluate
 from ..evaluation.hardware import describe_machine
@@ -109,10 +108,15 @@ def compare_with_host(config: TrainConfig, result: TrainResult) -> ModelComparis
     if result.host is None:
         raise ValueError("there is no host to compare with; train with insert, or run the demo")
     require_package("matplotlib", "train", "drawing maps")
-    data = load_data(config, "val")
+    data = result.held_out
     models = {"host": result.host, f"{config.insert} learned tokens": result.model}
     comparison = compare_models(
-        models, data, ([], result.history), (None, "."), _training(config, result)
+        models,
+        data,
+        ([], result.history),
+        (None, "."),
+        _training(config, result),
+        (-1, result.kept),
     )
     out = Path(config.out)
     write_comparison(out, comparison, asdict(config))
@@ -128,6 +132,7 @@ def compare_models(
     histories: Sequence[list[dict[str, Any]]],
     runs: Sequence[str | None],
     remarks: Sequence[str] = (),
+    kept: Sequence[int] = (-1, -1),
 ) -> ModelComparison:
     """Measures two models, interleaved, on their device.
 
@@ -137,14 +142,17 @@ def compare_models(
         histories: Rows of metrics of each model's training.
         runs: Folder of each training, as in `Candidate`.
         remarks: As in `ModelComparison`.
+        kept: Index of each model's row in its history.
     """
     console().print("measuring both, interleaved ...")
     images, _ = next(data.batches(BATCH_SIZE))
     device = next(next(iter(models.values())).parameters()).device
     costs = benchmark(models, images.to(device))
     first, second = (
-        Candidate(name, _top1(model, data, history), costs[name], history, run)
-        for (name, model), history, run in zip(models.items(), histories, runs, strict=True)
+        Candidate(name, _top1(model, data, history, row), costs[name], history, run)
+        for (name, model), history, run, row in zip(
+            models.items(), histories, runs, kept, strict=True
+        )
     )
     return ModelComparison((first, second), len(data), remarks, _unit(images))
 
@@ -153,8 +161,8 @@ def _unit(images: Tensor) -> str:
     return "clips" if images.ndim > 4 else "images"
 
 
-def _top1(model: nn.Module, data: LabeledDataset, history: Sequence[dict[str, Any]]) -> float:
-    return history[-1]["test_top1_percent"] if history else evaluate(model, data).top1_percent
+def _top1(model: nn.Module, data: LabeledDataset, history: Sequence[Any], row: int) -> float:
+    return history[row]["test_top1_percent"] if history else evaluate(model, data).top1_percent
 
 
 def write_comparison(out: Path, comparison: ModelComparison, config: Mapping[str, Any]) -> None:
@@ -252,8 +260,11 @@ def _training(config: TrainConfig, result: TrainResult) -> list[str]:
         )
     teacher = f", distilled from {config.teacher}" if config.teacher else ""
     labels = "with labels" if config.label_weight else "without labels"
-    epochs = f"{config.epochs} epochs of {result.images} {unit}"
-    return [*notes, f"Training: {epochs}{teacher}, {labels}."]
+    last = result.history[-1]
+    length = f"{last['epoch']} epochs of {result.images} {unit}"
+    if config.steps:
+        length = f"{last['step']} steps of {config.batch_size}, drawn from {result.images} {unit}"
+    return [*notes, f"Training: {length}{teacher}, {labels}."]
 
 
 def _number(value: float | None) -> str:

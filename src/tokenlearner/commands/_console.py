@@ -156,6 +156,7 @@ def epoch_line(row: dict[str, Any], unit: str = "images") -> str:
     parts = [
         f"epoch {row['epoch']}",
         f"loss {row['train_loss']:.3f}",
+        *([f"held-out {loss:.3f}"] if (loss := row.get("test_distill_loss")) is not None else []),
         f"held-out top-1 {row['test_top1_percent']:.1f} %",
         _speed(row["images_per_second"], unit),
         f"{row['waiting_percent']:.1f} % waiting for data",
@@ -177,8 +178,13 @@ def summary_table(history: Sequence[dict[str, Any]], seconds: float, unit: str =
     last, best = history[-1], max(history, key=lambda row: row["test_top1_percent"])
     trained = sum(row["train_seconds"] for row in history)
     waited = sum(row["waiting_percent"] * row["train_seconds"] for row in history)
+    losses = [row["test_distill_loss"] for row in history if "test_distill_loss" in row]
     rows = {
         "epochs": last["epoch"],
+        **(
+            {"held-out loss against the teacher, last epoch": f"{losses[-1]:.4f}"} if losses else {}
+        ),
+        **({"held-out loss against the teacher, lowest": f"{min(losses):.4f}"} if losses else {}),
         "held-out top-1, last epoch": f"{last['test_top1_percent']:.2f} %",
         "held-out top-1, best epoch": f"{best['test_top1_percent']:.2f} % ({best['epoch']})",
         "speed, median of epochs": _speed(

@@ -59,7 +59,10 @@ def train_options(arguments: Sequence[str]) -> dict[str, Any]:
         recipe = path = find_recipe(arguments[0])
         check_recipe(path)
         complain(parser, lambda: parser.parse_path(path), f"{path}: ")
-        arguments = [f"--config={path}", *moved_options(path), *arguments[1:]]
+        given = {argument.partition("=")[0] for argument in arguments}
+        lengths = ("steps", "epochs"), ("epochs", "steps")
+        other = [f"--{other}=null" for name, other in lengths if f"--{name}" in given]
+        arguments = [f"--config={path}", *moved_options(path), *other, *arguments[1:]]
     for option, value in pairwise([*arguments, ""]):
         if option.partition("=")[0] == "--config":
             check_recipe(Path(option.partition("=")[2] or value))

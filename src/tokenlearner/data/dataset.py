@@ -76,6 +76,12 @@ class _Labeled(ABC):
             object.__setattr__(changed, name, tuple(value) if name in ("mean", "std") else value)
         return changed
 
+    def with_split(self, split: str) -> Any:
+        """Returns the same images as another split: a clip of `"train"` is drawn at random."""
+        changed = copy.copy(self)
+        object.__setattr__(changed, "split", split)
+        return changed
+
     @abstractmethod
     def __len__(self) -> int: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -149,16 +149,18 @@ def sum_metrics(
     process: int = 0,
     num_processes: int = 1,
     unreadable: list[str] | None = None,
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Sums over one process's part of the data: images, unreadable files, loss, top-1, top-5.
 
-    Names of unreadable files, with the reasons, are appended to `unreadable`.
+    Names of unreadable files, with the reasons, are appended to `unreadable`. `forward` makes
+    logits of images in place of the model, and another mean loss, whose sum comes last.
 
     Every process runs the model equally often, as sharded models need; one without an image left
     runs it on a blank.
     """
     device = stream_device(model)
-    sums = torch.zeros(5, dtype=torch.float64, device="cpu")
+    sums = torch.zeros(6, dtype=torch.float64, device="cpu")
     with training_mode(model, training=False):
         for batch in _batches(data, batch_size, process, num_processes):
             images, labels = batch.images.to(device), batch.labels.to(device)
@@ -168,13 +170,19 @@ def sum_metrics(
             if not len(images):
                 predict_logits(model, torch.zeros(1, *data.shape, device="cpu"))
                 continue
-            logits = mean_logits(model, images, data)
+            other = torch.zeros((), device="cpu")
+            if forward:
+                logits, other = forward(images)
+            else:
+                logits = mean_logits(model, images, data)
             _check_classes(logits.shape[1], data)
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             counts = best[:, 0].sum().item(), best.sum().item()
             sums += torch.tensor(
-                [len(images), 0, loss.item(), *counts], dtype=sums.dtype, device="cpu"
+                [len(images), 0, loss.item(), *counts, len(images) * other.item()],
+                dtype=sums.dtype,
+                device="cpu",
             )
     return sums
 
@@ -185,7 +193,7 @@ def mean_metrics(sums: Tensor, data: LabeledDataset, unreadable: Sequence[str] =
     Raises:
         ValueError: No image could be read.
     """
-    n, broken, loss, top1, top5 = sums.tolist()
+    n, broken, loss, top1, top5, _ = sums.tolist()
     names = f"{data.name} has no file that can be read: {shortened(unreadable)}"
     require(n > 0, names)
     means = loss / n, 100 * top1 / n, 100 * top5 / n

@@ -153,7 +153,7 @@ def check_space(config: TrainConfig, model: nn.Module) -> None:
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     copies = 2 if config.ema_decay else 1
     checkpoint = copies * weights + moments_per_weight(config) * trained
-    at_once = 2 if config.epochs > 1 or config.save_every else 1
+    at_once = 2 if config.epochs != 1 or config.save_every else 1
     files = (Path(config.out) / name for name in (CHECKPOINT, WEIGHTS))
     present = sum(file.stat().st_size for file in files if file.is_file())
     check_output_folder(config.out, size=max(0, at_once * checkpoint + weights - present))

@@ -1,5 +1,6 @@
 """`TrainConfig`: the options of `tokenlearner train`, in timm's words wherever timm has one."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from ..utils.validation import (
 )
 from .distillation import DistillType
 
+EVALUATIONS = 20  # within all steps, where these are counted and not epochs
 _LEARNER_DEFAULTS = {"at": 0.5, "learner": "v11", "fuse": False, "overlap": 0}
 
 
@@ -129,7 +131,9 @@ class OptimConfig:
     """Loss, optimizer and learning rate.
 
     Args:
-        epochs: Passes over the training images.
+        epochs: Passes over the training images, with an evaluation after each; None is 6, or what
+            steps make.
+        steps: Steps of the whole run in place of epochs, with 20 evaluations within them.
         batch_size: Images a step, over all processes; what is left of an epoch makes no step.
         grad_accum_steps: Parts in which each process takes its share of a step.
         opt: A name of timm's optimizers, such as adamw, lamb or sgd.
@@ -139,14 +143,16 @@ class OptimConfig:
         layer_decay: Factor of the learning rate from each block to the one before it.
         sched: What the learning rate falls along; constant does not fall.
         min_lr: What it falls to.
-        warmup_epochs: Epochs over which it rises from 0; half of a single epoch.
+        warmup_epochs: Epochs over which it rises from 0; None is 1, half of a single epoch, or a
+            tenth of steps.
         warmup_steps: Steps over which it rises, in place of warmup_epochs.
         clip_grad: Largest norm of the gradient; 0 is any.
         loss: softmax, or sigmoid for a sum over classes that each are right or wrong.
         ema_decay: Of the moving average of the weights, which is evaluated and saved; 0 is none.
     """
 
-    epochs: int = 6
+    epochs: int | None = None
+    steps: int | None = None
     batch_size: int = 64
     grad_accum_steps: int = 1
     opt: str = "adamw"
@@ -156,7 +162,7 @@ class OptimConfig:
     layer_decay: float | None = None
     sched: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr: float = 0.0
-    warmup_epochs: float = 1.0
+    warmup_epochs: float | None = None
     warmup_steps: int | None = None
     clip_grad: float = 1.0
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -164,7 +170,8 @@ class OptimConfig:
 
     def check_optim(self) -> None:
         """Refuses numbers out of range."""
-        for name in ("epochs", "batch_size", "grad_accum_steps"):
+        self._check_length()
+        for name in ("batch_size", "grad_accum_steps"):
             check_count(name, getattr(self, name))
         check_above_zero("lr", self.lr)
         check_rate(self.ema_decay, "ema_decay")
@@ -177,16 +184,39 @@ class OptimConfig:
             self.sched != "constant" or not self.min_lr,
             f"min_lr is {self.min_lr}, but a constant learning rate does not fall; leave it out",
         )
-        if self.epochs == 1 and self.warmup_epochs == 1:  # the default, and a first try
-            object.__setattr__(self, "warmup_epochs", 0.5)
-        require(
-            self.warmup_steps is not None or self.warmup_epochs < self.epochs,
-            f"warmup_epochs is {self.warmup_epochs}, expected fewer than {self.epochs} epochs",
-        )
         require(
             betas is None or (len(betas) == 2 and all(0 <= b < 1 for b in betas)),
             f"betas are {betas!r}, expected two shares from 0 to below 1, as [0.9, 0.999]",
         )
+
+    def _check_length(self) -> None:
+        """Checks steps, or epochs and those of warming up, which get their defaults."""
+        if self.steps is not None:
+            check_count("steps", self.steps)
+            require(
+                self.epochs is None,
+                f"steps is {self.steps} and epochs is {self.epochs}, but both say how long the run "
+                "is; pass either, and None for the other",
+            )
+            return
+        epochs = 6 if self.epochs is None else check_count("epochs", self.epochs)
+        warmup = 1.0 if self.warmup_epochs is None else self.warmup_epochs
+        if epochs == 1 and warmup == 1:  # the default, and a first try
+            warmup = 0.5
+        object.__setattr__(self, "epochs", epochs)
+        object.__setattr__(self, "warmup_epochs", warmup)
+        require(
+            self.warmup_steps is not None or warmup < epochs,
+            f"warmup_epochs is {warmup}, expected fewer than {epochs} epochs",
+        )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Returns the steps of the whole run."""
+        return self.steps or (self.epochs or 0) * steps_per_epoch
+
+    def eval_interval(self, steps_per_epoch: int) -> int:
+        """Returns the steps from one evaluation to the next."""
+        return math.ceil(self.steps / EVALUATIONS) if self.steps else steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -195,8 +225,12 @@ class RunConfig:
 
     Args:
         out: New folder for the model, the checkpoint, train.json and metrics.jsonl.
-        keep: The last epoch's model, or the best one's by held-out top-1, which that number then
-            flatters.
+        held_out: Share of the training images to evaluate on in place of the validation split,
+            which is not read then.
+        keep: The model of the last evaluation, or of the best one, which its numbers then flatter:
+            by top-1, or where labels do not count by the loss against the teacher. None is best
+            where labels do not count and with patience.
+        patience: Evaluations in a row without a better one that end the run; 0 lets it run.
         license: Of the model, for its card, such as apache-2.0; None is that of the weights it
             started from, if they say.
         resume: auto goes on where the run in out was cut off, or starts it; None only starts.
@@ -216,7 +250,9 @@ class RunConfig:
     """
 
     out: str = "runs/train"
-    keep: Literal["last", "best"] = "last"
+    held_out: float = 0.0
+    keep: Literal["last", "best"] | None = None
+    patience: int = 0
     license: str | None = None
     resume: Literal["auto"] | None = None
     save_every: int = 0
@@ -232,7 +268,8 @@ class RunConfig:
 
     def check_run(self) -> None:
         """Refuses numbers out of range."""
-        for name in ("seed", "save_every"):
+        check_rate(self.held_out, "held_out")
+        for name in ("seed", "save_every", "patience"):
             check_count(name, getattr(self, name), least=0)
         check_count("log_interval", self.log_interval)
         require(
@@ -261,6 +298,9 @@ class TrainConfig(AugmentConfig, DistillConfig, OptimConfig, DataConfig, ModelCo
         self.check_optim()
         self.check_augment()
         self.check_distill()
+        if self.keep is None:
+            best = self.patience or not self.label_weight
+            object.__setattr__(self, "keep", "best" if best else "last")
         require(
             self.teacher != "host" or bool(self.insert),
             "teacher is 'host', the model before inserting, but insert is 0; pass insert too",

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from ..models.insertion import get_insertion, set_num_tokens
 from ..utils.modules import check_plain, training_mode
 from ..utils.validation import check_count, check_rate, require
+from .config import EVALUATIONS
 from .meter import CalibrationRow, Report
 from .optim import MasterWeights
 from .teacher import TeacherCache
 
 Group = tuple[Sequence[nn.Parameter], float]
 """Parameters, and their highest learning rate."""
-
-_EVALUATIONS = 20  # on held-out images, within all steps
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def fit(
     best = _BestState(student, cache, parameters, held_out, config.ema_decay, elastic)
     rows = cache.rows(training)
     order, start = torch.Generator("cpu").manual_seed(config.seed), time.perf_counter()
-    every, step = math.ceil(config.steps / _EVALUATIONS), 0
+    every, step = math.ceil(config.steps / EVALUATIONS), 0
     with training_mode(student, training=False), _trainable(student, parameters):
         for step in range(1, config.steps + 1):
             drawn = torch.randperm(len(rows), generator=order, device="cpu")

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 
 class StepRow(TypedDict):
-    """A step of training: every `log_interval` steps, and the last step of an epoch."""
+    """A step of training: every `log_interval` steps, and the last one before an evaluation."""
 
     step: int
     steps: int
@@ -42,12 +42,17 @@ class _Counts(TypedDict, total=False):
     broken: int
     broken_files: list[str]
     test_broken_files: list[str]
+    test_distill_loss: float
 
 
 class EpochRow(_Counts):
-    """An epoch, as in metrics.jsonl; `Evaluation` has the numbers that start with `test_`."""
+    """An evaluation, as in metrics.jsonl; `Evaluation` has the numbers that start with `test_`.
 
-    epoch: int
+    `epoch` counts passes over the training images: 1, 2, 3, or with `steps` parts of them too.
+    `test_distill_loss` is the loss against the teacher, if there is one, without its weight.
+    """
+
+    epoch: float
     step: int
     train_loss: float
     train_seconds: float
@@ -67,7 +72,7 @@ Report = Callable[[Any], None]
 
 @dataclass
 class EpochMeter:
-    """Running totals of an epoch.
+    """Running totals of an epoch, or of the steps up to an evaluation.
 
     Args:
         steps: Steps, those that were left out too.

@@ -73,10 +73,11 @@ def make_schedule(
     """
     from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 
-    warmup = config.warmup_steps
+    warmup, epochs = config.warmup_steps, config.warmup_epochs
     if warmup is None:
-        warmup = round(config.warmup_epochs * steps_per_epoch)
-    require(warmup < steps, f"warmup_steps is {warmup}, expected fewer than all {steps} steps")
+        warmup = steps // 10 if epochs is None else round(epochs * steps_per_epoch)
+    given = "warmup_steps is" if config.warmup_steps else f"warmup_epochs is {epochs},"
+    require(warmup < steps, f"{given} {warmup} steps, expected fewer than all {steps}")
     kwargs: dict[str, Any] = {"warmup_t": warmup, "warmup_prefix": True, "t_in_epochs": False}
     if config.sched == "constant":
         return StepLRScheduler(optimizer, decay_t=steps, decay_rate=1.0, **kwargs)

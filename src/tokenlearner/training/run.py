@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.dataset import IterableDataset, require_order
 from ..data.factory import load_data
-from ..evaluation.accuracy import Evaluation, eval_batch_size, mean_metrics, sum_metrics
+from ..evaluation.accuracy import eval_batch_size, mean_metrics, sum_metrics
 from ..models.factory import load_model, save_model
 from ..models.hub import model_card
 from ..utils.io import atomic_write, write_json
 from ..utils.validation import require
-from .calibration import Calibration
+from .calibration import Calibration, split_held_out
 from .checkpointing import (
     RunFolder,
     StopSignal,
@@ -33,6 +36,7 @@ from .checkpointing import (
     write_metrics,
 )
 from .config import TrainConfig
+from .distillation import Distillation
 from .distributed import Distributed
 from .meter import Report
 from .paths import absolute_options
@@ -49,10 +53,12 @@ class TrainResult:
     Args:
         model: In evaluation mode.
         checkpoint: File of its weights.
-        history: An `EpochRow` for every epoch.
+        history: An `EpochRow` for every evaluation.
         images: Number of training images.
         host: With insert, the model before inserting.
         calibration: With insert, the result of calibrating, if there was any.
+        held_out: The images of the evaluations, as the model takes them.
+        kept: Index of the row in `history` that is the model's.
     """
 
     model: nn.Module
@@ -61,10 +67,12 @@ class TrainResult:
     images: int
     host: nn.Module | None = None
     calibration: Calibration | None = None
+    held_out: Any = None
+    kept: int = -1
 
 
 def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
-    """Trains a model and writes it, with a line of metrics after every epoch.
+    """Trains a model and writes it, with a line of metrics after every evaluation.
 
     Nothing is written before the config, the data and the model have been checked. The same
     config gives the same weights on the same machine, also when the run was cut off and goes on
@@ -75,7 +83,7 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
         config: What to train, on what, and how.
         report: Called with a row (`tokenlearner.training.meter`): `CalibrationRow` after every
             step of calibrating, `StepRow` every `log_interval` steps, `EpochRow` after every
-            epoch, `WarningRow` for a step that is left out.
+            evaluation, `WarningRow` for a step that is left out.
 
     Returns:
         The model in evaluation mode, its checkpoint and the metrics.
@@ -98,14 +106,7 @@ def _train(
     config: TrainConfig, report: Report | None, distributed: Distributed, folder: RunFolder
 ) -> TrainResult:
     checkpoint = read_checkpoint(config)
-    data, held_out = (load_data(config, split) for split in ("train", "val"))
-    if config.images:
-        ordered = require_order(data, f"draw {config.images} images")
-        require(
-            config.images <= len(data),
-            f"images is {config.images}, but {data.name} has {len(data)} to train on",
-        )
-        data = ordered.sample(config.images, config.seed)
+    data, held_out = _load_data(config)
     require(
         data.classes == held_out.classes,
         f"{data.name} has {len(data.classes)} classes to train on and {len(held_out.classes)} held "
@@ -124,9 +125,30 @@ def _train(
         return _Run(config, distributed, setup, report, stop).run(checkpoint)
 
 
+def _load_data(config: TrainConfig) -> tuple[Any, Any]:
+    """Returns the images to train on, and those to evaluate on."""
+    data = load_data(config, "train")
+    if config.images:
+        ordered = require_order(data, f"draw {config.images} images")
+        require(
+            config.images <= len(data),
+            f"images is {config.images}, but {data.name} has {len(data)} to train on",
+        )
+        data = ordered.sample(config.images, config.seed)
+    if not config.held_out:
+        return data, load_data(config, "val")
+    ordered = require_order(data, f"hold out {config.held_out:.0%} of its images")
+    training, rest = split_held_out(len(data), config.held_out, config.seed)
+    require(
+        len(rest) > 0,
+        f"held_out is {config.held_out}, but of {len(data)} images that is none; pass more",
+    )
+    return ordered.select(training), ordered.select(rest).with_split("val")
+
+
 @dataclass
 class _Run:
-    """A training run, its epochs and what it writes."""
+    """A training run, its evaluations and what it writes."""
 
     config: TrainConfig
     distributed: Distributed
@@ -151,12 +173,25 @@ class _Run:
             self.history = checkpoint["history"]
             self._write_model(checkpoint)
         self.trainer.after_step = self._after_step
-        with self.distributed.trackers():
-            while self.trainer.epochs_done < config.epochs:
+        with self.distributed.trackers(), closing(self.trainer):
+            while self.trainer.step < self.trainer.total_steps and not self._is_stalled():
                 self._run_epoch()
-        path = self.out / "model.safetensors"
-        model = self._best_model().eval() if config.keep == "best" else self.model.eval()
-        return TrainResult(model, path, self.history, len(self.data), setup.host, calibration)
+        if (step := self.trainer.step) < self.trainer.total_steps:
+            logger.info(
+                "%s evaluations without a better one end the run at step %s", config.patience, step
+            )
+        if config.keep == "best":
+            self._load_best()
+        return TrainResult(
+            self.model.eval(),
+            self.out / "model.safetensors",
+            self.history,
+            len(self.data),
+            setup.host,
+            calibration,
+            self.held_out,
+            self._kept(self.history) - 1,
+        )
 
     def _calibrate(self) -> Calibration | None:
         """Calibrates inserted learners, and writes how the run began."""
@@ -169,16 +204,13 @@ class _Run:
         return calibration
 
     def _run_epoch(self) -> None:
-        row = {"epoch": self.trainer.epochs_done + 1, **self.trainer.train_epoch()}
-        metrics = asdict(self._evaluate())
-        if not metrics["broken"]:
-            del metrics["broken_files"]
-        row |= {f"test_{name}": value for name, value in metrics.items()}
+        row = self.trainer.train_epoch()
+        row |= {f"test_{name}": value for name, value in self._evaluate().items()}
         self.history.append(row)
         self._write_model(self._save())
         self.distributed.track(row)
         self.report(row)
-        if self.trainer.epochs_done < self.config.epochs:
+        if self.trainer.step < self.trainer.total_steps:
             self._stop_if_signaled(saved=True)
 
     def _after_step(self) -> None:
@@ -205,28 +237,37 @@ class _Run:
         return state
 
     def _write_model(self, state: dict[str, Any]) -> None:
-        """Writes the model and the metrics, if this is the end of an epoch."""
+        """Writes the model and the metrics, if this is a state that was evaluated."""
         trainer = self.trainer
-        if trainer.step % trainer.steps_per_epoch or trainer.epochs_done != len(self.history):
+        if not trainer.is_eval_step or trainer.evaluations != len(self.history):
             return
         self.model = trainer.whole_model(state)
         if self.accelerator.is_main_process:
             with explain_write_errors(self.config, "model", trainer.step):
-                if self._kept_epoch(self.history) == len(self.history):
+                if self._kept(self.history) == len(self.history):
                     save_model(self.model, self.out)
                     self._write_card()
                 write_metrics(self.config, self.history)
 
-    def _kept_epoch(self, history: list[dict[str, Any]]) -> int:
-        """Returns the number of the epoch, from 1, whose model is kept; 0 before the first."""
-        if self.config.keep == "last" or not history:
-            return len(history)
-        accuracies = [row["test_top1_percent"] for row in history]
-        return accuracies.index(max(accuracies)) + 1
+    def _is_stalled(self) -> bool:
+        """Returns whether the last evaluations, as many as `patience`, were not the best."""
+        since = len(self.history) - self._best(self.history)
+        return self.distributed.any_rank(0 < self.config.patience <= since)
+
+    def _kept(self, history: list[dict[str, Any]]) -> int:
+        """Returns the number of the evaluation, from 1, whose model is kept; 0 before the first."""
+        return len(history) if self.config.keep == "last" else self._best(history)
+
+    def _best(self, history: list[dict[str, Any]]) -> int:
+        """Returns the number of the best evaluation, from 1; 0 before the first."""
+        errors = [row.get("test_distill_loss", math.inf) for row in history]
+        if self.config.label_weight or not any(map(math.isfinite, errors)):  # of an older version
+            errors = [-row["test_top1_percent"] for row in history]
+        return errors.index(min(errors)) + 1 if errors else 0
 
     def _write_card(self) -> None:
         """Writes what was measured to the model card, unless someone else has written to it."""
-        path, earlier = self.out / "README.md", self.history[: self._kept_epoch(self.history[:-1])]
+        path, earlier = self.out / "README.md", self.history[: self._kept(self.history[:-1])]
         written = [self._card([]), self._card(earlier)]
         if path.read_text(encoding="utf-8") in written:
             with atomic_write(path) as temporary:
@@ -236,32 +277,47 @@ class _Run:
         if not history:
             return model_card(self.model)
         config, row = self.config, history[-1]
+        unit, loss = "step" if config.steps else "epoch", row.get("test_distill_loss")
         rows = {
             "data": f"{config.data}, {row['test_images']:,} held-out images",
             "top-1": f"{row['test_top1_percent']:.2f} %",
             "top-5": f"{row['test_top5_percent']:.2f} %",
-            "epoch": f"{row['epoch']} of {config.epochs}, the {config.keep} one",
+            **({"loss against the teacher": f"{loss:.4f}"} if loss is not None else {}),
+            unit: f"{row[unit]} of {getattr(config, f'{unit}s')}, the {config.keep} one",
         }
         return model_card(self.model, {"this model": rows})
 
-    def _best_model(self) -> nn.Module:
-        """Returns the model that was kept; every process reads what the first one wrote."""
+    def _load_best(self) -> None:
+        """Loads the weights that were kept; every process reads what the first one wrote."""
         self.accelerator.wait_for_everyone()
-        model = load_model(self.out)
-        return model.to(next(self.model.parameters()).device)
+        self.model.load_state_dict(load_model(self.out).state_dict())
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self) -> dict[str, Any]:
         """Evaluates the model on the held-out images, each process on its part."""
-        data, model = self.held_out, self.trainer.eval_model
+        data, model, distillation = self.held_out, self.trainer.eval_model, self.setup.distillation
         batch_size = eval_batch_size(data.shape, self.config.views * self.config.crops)
+        if distillation:  # which keeps the tokens of all blocks, of two models
+            batch_size = min(batch_size, self.config.batch_size)
         part = self.accelerator.process_index, self.accelerator.num_processes
         unreadable: list[str] = []
-        sums = sum_metrics(model, data, batch_size, *part, unreadable)
+        forward = partial(self._distill, distillation) if distillation else None
+        sums = sum_metrics(model, data, batch_size, *part, unreadable, forward)
         if not isinstance(data, IterableDataset):  # of which every process evaluates all
             sums: Any = self.accelerator.reduce(sums.to(self.distributed.device), "sum")
             unreadable = [name for names in self.distributed.gather(unreadable) for name in names]
         self.trainer.note_unreadable(unreadable)
-        return mean_metrics(sums.cpu(), data, unreadable)
+        metrics = asdict(mean_metrics(sums := sums.cpu(), data, unreadable))
+        if not metrics["broken"]:
+            del metrics["broken_files"]
+        if distillation:
+            metrics["distill_loss"] = (sums[5] / sums[0]).item()
+        return metrics
+
+    def _distill(self, distillation: Distillation, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits, the mean over views if there are several, and the teacher's loss."""
+        views = images.reshape(-1, *self.held_out.shape)
+        logits, loss = distillation(self.trainer.eval_model, views)
+        return logits.float().unflatten(0, (len(images), -1)).mean(1), loss
 
     def _report(self, row: dict[str, Any]) -> None:
         if "step" in row:

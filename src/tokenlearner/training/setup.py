@@ -233,7 +233,7 @@ def _check_recipe(config: TrainConfig, model: nn.Module, data: LabeledDataset) -
     """Builds transform, optimizer and schedule once, so that their errors come early."""
     per_epoch = len(data) // config.batch_size
     train_transform(config, data)
-    make_schedule(config, make_optimizer(config, model), config.epochs * per_epoch, per_epoch)
+    make_schedule(config, make_optimizer(config, model), config.total_steps(per_epoch), per_epoch)
     require(
         len(data) > 1 or not (config.insert and config.calibrate),
         "images is 1, but calibrating takes 2 or more; pass more images, or calibrate=0",

@@ -64,7 +64,8 @@ class Trainer:
         self.distributed = distributed or Distributed(config)
         self.accelerator: Any = self.distributed.accelerator
         self.steps_per_epoch = len(data) // config.batch_size
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.total_steps = config.total_steps(self.steps_per_epoch)
+        self.eval_interval = config.eval_interval(self.steps_per_epoch)
         self.transform = train_transform(config, data)
         self.mixup = mixup_transform(config, len(data.classes), config.seed)
         self.step = self.skipped_steps = 0
@@ -72,6 +73,7 @@ class Trainer:
         self._named: set[str] = set()  # files that a warning has named, held-out ones too
         self.after_step: Callable[[], None] = lambda: None
         self.meter = EpochMeter()
+        self._epoch_batches: Iterator[Batch] | None = None  # what is left of an epoch
         self._unread: list[tuple[int, Tensor]] = []  # steps, with loss and norm on the device
         self._loss = math.nan  # that was read last
         self.distributed.broadcast_parameters(model)
@@ -99,14 +101,25 @@ class Trainer:
         return self.step // self.steps_per_epoch
 
     @property
+    def evaluations(self) -> int:
+        """Evaluations that are due up to now."""
+        return math.ceil(self.step / self.eval_interval)
+
+    @property
+    def is_eval_step(self) -> bool:
+        """Whether an evaluation is due after the step that was made last."""
+        return self.step % self.eval_interval == 0 or self.step == self.total_steps
+
+    @property
     def is_log_step(self) -> bool:
         """Returns whether losses are reported after the step that was made last."""
-        return not (self.step % self.config.log_interval and self.step % self.steps_per_epoch)
+        return self.step % self.config.log_interval == 0 or self.is_eval_step
 
     def train_epoch(self) -> dict[str, Any]:
-        """Makes the steps that are left of an epoch.
+        """Makes the steps that are left until an evaluation: of an epoch, or of a part of `steps`.
 
-        Returns the training's part of an `EpochRow`, of the whole epoch, wherever it was cut off.
+        Returns the training's part of an `EpochRow`, of all these steps, wherever they were cut
+        off.
         """
         self.objective.train()
         start = time.perf_counter()
@@ -122,7 +135,7 @@ class Trainer:
             if self.is_log_step:
                 step, steps = self.step, self.total_steps
                 self.report(StepRow(step=step, steps=steps, loss=self._loss, **self._rates()))
-            if self.step % self.steps_per_epoch:  # an epoch ends with its evaluation
+            if not self.is_eval_step:
                 self.after_step()
         self.unreadable = self._all_unreadable()
         row, self.meter = self._epoch_row(), EpochMeter()
@@ -186,7 +199,27 @@ class Trainer:
     def _scaler(self) -> Any:
         return self.accelerator.scaler
 
+    def close(self) -> None:
+        """Ends the processes that read what is left of an epoch."""
+        self._epoch_batches = None
+
     def _batches(self) -> Iterator[Batch]:
+        """Yields this process's part of what is left until an evaluation.
+
+        Readers of an epoch that goes on after it are kept.
+        """
+        end = min(self.total_steps, (self.step // self.eval_interval + 1) * self.eval_interval)
+        while self.step < end:
+            begun, left = self.step, self.steps_per_epoch - self.step % self.steps_per_epoch
+            if self._epoch_batches is None:
+                self._epoch_batches = self._read_epoch()
+            yield from itertools.islice(self._epoch_batches, min(left, end - begun))
+            if self.step in (begun, begun + left):
+                self.close()
+            if self.step == begun:  # nothing could be read
+                return
+
+    def _read_epoch(self) -> Iterator[Batch]:
         """Yields this process's part of what is left of the epoch."""
         config, data, start = self.config, self.data, self.step % self.steps_per_epoch
         num_processes = self.accelerator.num_processes
@@ -281,7 +314,7 @@ class Trainer:
 
     def _last_checkpoint(self, step: int) -> str:
         """Says which checkpoint a run leaves that stops in a step."""
-        every = self.config.save_every or self.steps_per_epoch
+        every = self.config.save_every or self.eval_interval
         if last := (step - 1) // every * every:
             return f"the last checkpoint in {self.config.out} is from step {last}"
         return f"there is no checkpoint in {self.config.out} yet"
@@ -295,12 +328,14 @@ class Trainer:
         meter = self.meter
         if not meter.finite_steps:
             raise RuntimeError(
-                f"no step of the epoch that ends with step {self.step} had a finite loss; "
+                f"no step since the last evaluation, up to step {self.step}, had a finite loss; "
                 f"{self._last_checkpoint(self.step)}. Try a lower lr"
             )
         counts = {"skipped_steps": self.skipped_steps, "broken": len(self.unreadable)}
         names = {"broken_files": sorted(self.unreadable)[:MAX_NAMED]} if self.unreadable else {}
+        epochs = self.step / self.steps_per_epoch
         return {
+            "epoch": int(epochs) if epochs.is_integer() else float(f"{epochs:.4g}"),
             "step": self.step,
             "train_loss": meter.loss_sum / meter.finite_steps,
             "train_seconds": meter.seconds,

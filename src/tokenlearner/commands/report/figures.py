@@ -51,6 +51,7 @@ _BLACK_FROM = 0.47  # share from which black is read best on cividis, below it w
 _CURVES = (  # a metric, the label of its axis, and its title
     ("train_loss", "training loss", "Training loss"),
     ("test_loss", "held-out loss, nats", "Held-out loss"),
+    ("test_distill_loss", "held-out loss against the teacher", "Held-out loss against the teacher"),
     ("test_top1_percent", "held-out top-1, %", "Held-out top-1"),
 )
 
@@ -201,7 +202,9 @@ def curve_charts(histories: Mapping[str, Sequence[Row]]) -> list[Chart]:
                 if (points := _points(get_x(rows), [row.get(key) for row in rows]))
             ]
             title = f"{title}, by {axis}"
-            charts.append(Chart(title, x_label, y_label, lines, whole=axis == "epochs"))
+            xs = [point.x for line in lines for point in line.points]
+            whole = axis == "epochs" and all(float(x).is_integer() for x in xs)
+            charts.append(Chart(title, x_label, y_label, lines, whole=whole))
     return [chart for chart in charts if chart.lines]
 
 

@@ -155,7 +155,8 @@ def _unreadable_files(run: Run) -> Iterator[str]:
 
 def _run_facts(run: Run) -> dict[str, str]:
     """Collects what distinguishes a training."""
-    labels = {"data": "data", "epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"}
+    labels = {"data": "data", "epochs": "epochs", "steps": "steps"}
+    labels |= {"batch_size": "batch size", "lr": "learning rate"}
     return {
         "model": _option(run.options.get("model")),
         "learned tokens": _tokens(run.options),
@@ -223,8 +224,9 @@ def _results(source: ReportSource) -> Section:
 
 def _learning_curves(source: ReportSource) -> Section:
     lead = (
-        "Each point is an epoch. A curve that still rises or falls at its end was cut off by the "
-        "number of epochs; losses compare only where trainings have the same objective."
+        "Each point is an evaluation, after an epoch or, where steps are counted, a twentieth of "
+        "them. A curve that still rises or falls at its end was cut off by their number; losses "
+        "compare only where trainings have the same objective."
     )
     models = [model for file in source.of_kind("comparison") for model in file.models]
     histories: dict[str, Any] = {model["name"]: model.get("epochs") for model in models}

@@ -24,7 +24,10 @@ _COSTS: dict[str, tuple[str, ...]] = {
     "peak memory, training, MiB": ("cost", "training_peak_memory_mib"),
     "parameters": ("cost", "parameters"),
 }
-_OPTIONAL = ("steps left out", "files that cannot be read")  # values that most runs do not have
+_OPTIONAL = (  # values that most runs do not have
+    *("steps left out", "files that cannot be read"),
+    *("held-out loss against the teacher, last epoch", "held-out loss against the teacher, lowest"),
+)
 _SPEEDS = {"value": None, "speedup": 2, "of_macs_ratio": 2}  # of a bench, and their digits
 
 
@@ -178,6 +181,10 @@ def _summary(history: Sequence[Row]) -> dict[str, float | None]:
         "held-out top-1, best epoch, %": max(top1s, default=None),
         "held-out top-5, last epoch, %": finite(last.get("test_top5_percent")),
         "held-out loss, last epoch, nats": finite(last.get("test_loss")),
+        "held-out loss against the teacher, last epoch": finite(last.get("test_distill_loss")),
+        "held-out loss against the teacher, lowest": min(
+            numbers(history, "test_distill_loss"), default=None
+        ),
         "training images/s, median": median(speeds) if speeds else None,
         "seconds of training": _seconds(history),
         "steps left out": finite(last.get("skipped_steps")),
