@@ -193,11 +193,13 @@ def search(
 
         def report(row: dict[str, Any]) -> None:
             nonlocal passed, shown
-            title = f"{row['candidate']}, round {row['round'] + 1} of {row['rounds']}"
-            advance(f"{title}, step {row['step']} of {row['steps']}", row["seconds"] - passed)
+            is_host = row["candidate"] == "host"
+            what, unit = ("the model", "views") if is_host else (row["candidate"], "steps")
+            title = f"{what}, round {row['round'] + 1} of {row['rounds']}"
+            advance(f"{title}, {row['step']} of {row['steps']} {unit}", row["seconds"] - passed)
             passed = row["seconds"]
             if title != shown and not console(stderr=True).is_terminal:
-                say(f"{passed:.0f} s: {title}, {row['steps']} steps", file=sys.stderr, flush=True)
+                say(f"{passed:.0f} s: {title}, {row['steps']} {unit}", file=sys.stderr, flush=True)
             shown = title
 
         return reduce(

@@ -44,6 +44,7 @@ _ROUNDS = ((0.35, 1.0), (0.3, 0.4), (0.35, 0.0))  # share of the time, and of th
 _RATES, _WHOLE_LR = Rates(new=1e-3, tail=3e-4), 1e-4  # the last of all blocks, on other images
 _LEAST_IMAGES, _LEAST_HELD_OUT = 16, 4
 _LEAST_STEPS, _MOST_STEPS = 10, 3000
+_SLOW = 2.0  # seconds of an update, beside which what the first one takes more is little
 _TIMED_ROUNDS, _TIMED_SHARE = 11, 0.05  # of latency, and of the time that it may take
 STATE, TARGETS = "candidates/state.json", "candidates/host.safetensors"
 
@@ -287,14 +288,16 @@ class _Race:
             self._report({**place, "step": step, "steps": steps, "seconds": elapsed})
 
     def _step_seconds(self, student: nn.Module, cache: TeacherCache) -> float:
-        """Times an update, after one that is not counted."""
-        rows, start = cache.rows(self.training)[: self.config.batch_size], 0.0
+        """Times an update, after one that is not counted unless it takes seconds."""
+        rows, seconds = cache.rows(self.training)[: self.config.batch_size], 0.0
         for _ in range(2):
+            if seconds > _SLOW:
+                break
             start = time.perf_counter()
             torch.stack(cache.losses(student, rows)).sum().backward()
             gradients = [p.grad for p in student.parameters() if p.grad is not None]
             gradients[0].sum().item()  # waits for an accelerator
-        seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start
         for parameter in student.parameters():
             parameter.grad = None
         return seconds
