@@ -25,7 +25,7 @@ from ..models.features import wrapped_blocks
 from ..models.hosts import find_host
 from ..utils.files import read_json
 from ..utils.io import atomic_write, write_json
-from ..utils.modules import eager_gradients, training_mode, uncompiled
+from ..utils.modules import clone_structure, eager_gradients, training_mode, uncompiled
 from ..utils.validation import check_above_zero, check_count, require
 from .calibration import Rates, split_held_out
 from .candidates import (
@@ -43,7 +43,7 @@ from .teacher import TeacherCache
 _ROUNDS = ((0.35, 1.0), (0.3, 0.4), (0.35, 0.0))  # share of the time, and of the candidates
 _RATES, _WHOLE_LR = Rates(new=1e-3, tail=3e-4), 1e-4  # the last of all blocks, on other images
 _LEAST_IMAGES, _LEAST_HELD_OUT = 16, 4
-_LEAST_STEPS, _MOST_STEPS = 10, 3000
+_FEWEST_STEPS, _LEAST_STEPS, _MOST_STEPS = 3, 10, 3000
 _SLOW = 2.0  # seconds of an update, beside which what the first one takes more is little
 _TIMED_ROUNDS, _TIMED_SHARE = 11, 0.05  # of latency, and of the time that it may take
 STATE, TARGETS = "candidates/state.json", "candidates/host.safetensors"
@@ -262,7 +262,8 @@ class _Race:
             self._latest, student, rates = cache, model, _RATES
         groups = rates.groups(model, candidate.first or 0)
         steps = int(seconds / self._step_seconds(student, cache))
-        config = replace(self.config, steps=min(_MOST_STEPS, max(_LEAST_STEPS, steps)))
+        least = max(_FEWEST_STEPS, min(_LEAST_STEPS, 2 * steps))  # which may overrun the time
+        config = replace(self.config, steps=min(_MOST_STEPS, max(least, steps)))
 
         def report(of_fit: Any) -> None:
             self._tell(row.name, of_fit["step"], config.steps)
@@ -304,12 +305,13 @@ class _Race:
 
     def student(self, i: int) -> nn.Module:
         """Builds a candidate's model, with the weights that it has come to."""
-        host = copy.deepcopy(self.host).requires_grad_(True)
+        return self.store.load(i, self._apply(i, copy.deepcopy(self.host).requires_grad_(True)))
+
+    def _apply(self, i: int, host: nn.Module) -> nn.Module:
         candidate: Any = self.rows[i].candidate
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            model = candidate.apply(host).eval()
-        return self.store.load(i, model)
+            return candidate.apply(host).eval()
 
     def ranked(self) -> list[int]:
         """Returns the candidates, those of more rounds and of a lower error first."""
@@ -321,7 +323,8 @@ class _Race:
     def timed(self, batches: Sequence[int], seconds: float) -> list[CandidateRow]:
         """Returns the rows of the host and the candidates, with their times."""
         rows, found = [self.host_row, *self.rows], [{}, *({} for _ in self.rows)]
-        models = [copy.deepcopy(self.host), *(self.student(i) for i in range(len(self.rows)))]
+        shared = (clone_structure(self.host) for _ in self.rows)  # the host's weights, not copies
+        models = [self.host, *(self._apply(i, host) for i, host in enumerate(shared))]
         for batch in batches:
             images = self.images[torch.arange(batch) % len(self.images)]
             runs = {
