@@ -122,6 +122,24 @@ def test_of_a_classifier_the_share_of_equal_classes_is_said() -> None:
     assert len(done.best.errors) == 2
 
 
+@pytest.mark.parametrize(("share", "views"), [(1e-9, 1), (1e9, 4)])
+def test_as_many_views_are_shown_as_there_is_time_for(
+    share: float, views: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reduction, "_HOST_SHARE", share)
+    options: dict[str, Any] = QUICK | {"num_tokens": [4], "folder": tmp_path, "views": None}
+    seen = list[int]()
+    reduce(
+        vit(),
+        make_images(),
+        0.6,
+        train_best=False,
+        report=lambda row: seen.append(row["steps"]) if row["candidate"] == "host" else None,
+        **options,
+    )
+    assert {*seen} == {20 * views}
+
+
 @pytest.mark.slow
 def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host, images = vit(), make_images()

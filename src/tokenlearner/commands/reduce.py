@@ -54,8 +54,9 @@ class ReduceConfig:
         resume: auto goes on where the run in out was cut off, or starts it; None only starts.
         most: Images to read at most, drawn by the seed.
         tokens: Numbers of tokens to try, with commas between them.
-        views: Each image, and so many crops of it less one.
-        batch_size: Images an update.
+        views: Each image, and so many crops of it less one; None is 4, or as many as the model runs
+            on in a tenth of the time.
+        batch_size: Images an update; None is 64, on a CPU 16.
         latency_batch: Images at a time that the speed is measured of, besides 1.
         pretrained: Whether a name has trained weights; false is random ones, to try it out.
         follow_links: Take files out of a folder too, where links in it lead there.
@@ -74,8 +75,8 @@ class ReduceConfig:
     resume: Literal["auto"] | None = None
     most: int = 2000
     tokens: str = ",".join(map(str, DEFAULT_TOKENS))
-    views: int = 4
-    batch_size: int = 64
+    views: int | None = None
+    batch_size: int | None = None
     latency_batch: int = 32
     pretrained: bool = True
     follow_links: bool = False
@@ -84,9 +85,11 @@ class ReduceConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        for name in ("most", "views", "latency_batch"):
+        for name in ("most", "latency_batch"):
             check_count(name, getattr(self, name))
-        check_count("batch_size", self.batch_size, least=2)
+        for name, least in (("views", 1), ("batch_size", 2)):
+            if (count := getattr(self, name)) is not None:
+                check_count(name, count, least=least)
         require(self.seconds > 0, f"time is {self.time!r}, expected such as 30m")
         for k in self.num_tokens:
             check_count("tokens", k)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..evaluation.latency import Timing, time_interleaved
 from ..models.features import wrapped_blocks
 from ..models.hosts import find_host
+from ..models.outputs import output_tensor
 from ..utils.files import read_json
 from ..utils.io import atomic_write, write_json
 from ..utils.modules import clone_structure, eager_gradients, training_mode, uncompiled
@@ -43,6 +44,7 @@ from .teacher import TeacherCache
 _ROUNDS = ((0.35, 1.0), (0.3, 0.4), (0.35, 0.0))  # share of the time, and of the candidates
 _RATES, _WHOLE_LR = Rates(new=1e-3, tail=3e-4), 1e-4  # the last of all blocks, on other images
 _LEAST_IMAGES, _LEAST_HELD_OUT = 16, 4
+_MOST_VIEWS, _HOST_SHARE = 4, 0.1  # share of the time, that a host takes on views
 _FEWEST_STEPS, _LEAST_STEPS, _MOST_STEPS = 3, 10, 3000
 _SLOW = 2.0  # seconds of an update, beside which what the first one takes more is little
 _TIMED_ROUNDS, _TIMED_SHARE = 11, 0.05  # of latency, and of the time that it may take
@@ -114,8 +116,8 @@ def reduce(
     *,
     seconds: float = 1800,
     num_tokens: Sequence[int] = DEFAULT_TOKENS,
-    views: int = 4,
-    batch_size: int = 64,
+    views: int | None = None,
+    batch_size: int | None = None,
     latency_batches: Sequence[int] = (1, 32),
     train_best: bool = True,
     folder: str | Path | None = None,
@@ -134,8 +136,8 @@ def reduce(
         budget: Share of its multiply-adds.
         seconds: Time to take, about; running the model on all views of all images is in it.
         num_tokens: Numbers of tokens to try.
-        views: As in `calibrate`.
-        batch_size: Images an update.
+        views: As in `calibrate`; None is 4, or as many as the model runs on in a tenth of the time.
+        batch_size: Images an update; None is 64, on a CPU 16.
         latency_batches: Images at a time that the time is measured of.
         train_best: Go on with the best candidate to the end; without, it is as far as the others.
         folder: Where to keep what is done, for a later call to go on from; deleted by none.
@@ -169,11 +171,16 @@ def reduce(
     start = time.perf_counter()
     with training_mode(model, training=False):
         candidates = find_candidates(model, images[:1], budget, counts)
+        if batch_size is None:
+            batch_size = 16 if images.device.type == "cpu" else 64
+        if views is not None:
+            check_count("views", views)
         config = FitConfig(batch_size=batch_size, patience=0, seed=seed)
         options = (budget, counts, views, config)
         store = _Store(folder, _digest(model, images, *options) if folder is not None else "")
         rounds = len(_ROUNDS) - (not train_best)
-        race = _Race(model, images, candidates, store, config, views, rounds, report)
+        store.views = store.views or views or _views_within(model, images, _HOST_SHARE * seconds)
+        race = _Race(model, images, candidates, store, config, rounds, report)
         race.run((1 - _TIMED_SHARE) * seconds)
         rows = race.timed(batches, _TIMED_SHARE * seconds)
     return Reduction(
@@ -195,7 +202,6 @@ class _Race:
         candidates: Sequence[tuple[Candidate, int]],
         store: _Store,
         config: FitConfig,
-        views: int,
         rounds: int,
         report: Callable[[dict[str, Any]], None] | None,
     ):
@@ -209,7 +215,8 @@ class _Race:
         self.training, self.held_out = split_held_out(len(images), share, config.seed)
         options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
         options |= {"targets": store.load_targets(images.device), "report": self._tell_of_host}
-        self.cache = TeacherCache(host, images, 0, views=views, shares_front=False, **options)
+        options |= {"views": store.views, "shares_front": False}
+        self.cache = TeacherCache(host, images, 0, **options)
         if options["targets"] is None:
             store.keep_targets(self.cache.targets(), self.rows, time.perf_counter() - self._start)
 
@@ -350,6 +357,17 @@ class _Race:
         return [timed[0], *(timed[i + 1] for i in self.ranked())]
 
 
+@torch.no_grad()
+def _views_within(host: nn.Module, images: Tensor, seconds: float) -> int:
+    """Returns how many views of images a host can be run on in a time: 1 to 4."""
+    start = 0.0
+    for batch in (images[:2], images[:_LEAST_IMAGES]):  # the first takes longer than the next
+        start = time.perf_counter()
+        output_tensor(host(batch)).sum().item()
+    views = seconds * _LEAST_IMAGES / (time.perf_counter() - start) / len(images)
+    return max(1, min(_MOST_VIEWS, int(views)))
+
+
 def _resized(images: Tensor, candidate: Candidate | None) -> Tensor:
     size = candidate.img_size if candidate else None
     return images if size is None else resize(images, size)
@@ -370,7 +388,7 @@ class _Store:
         self.folder = None if folder is None else Path(folder).expanduser()
         self._digest, self._weights = digest, dict[int, dict[str, Tensor]]()
         self.rows: list[CandidateRow] = []
-        self.seconds, self.host_seconds = 0.0, 0.0
+        self.seconds, self.host_seconds, self.views = 0.0, 0.0, 0
         self.round_seconds = dict[str, float]()
         if self.folder is not None and (self.folder / STATE).exists():
             state = read_json(self.folder / STATE)
@@ -381,7 +399,7 @@ class _Store:
             )
             self.rows = [_row(row) for row in state["fitted"]]
             self.seconds, self.round_seconds = state["seconds"], state["round_seconds"]
-            self.host_seconds = state["host_seconds"]
+            self.host_seconds, self.views = state["host_seconds"], state["views"]
 
     def keep(
         self,
@@ -419,6 +437,7 @@ class _Store:
     def _write_state(self, folder: Path, rows: Sequence[CandidateRow], elapsed: float) -> None:
         state = {"digest": self._digest, "seconds": self.seconds + elapsed}
         state |= {"host_seconds": self.host_seconds, "round_seconds": self.round_seconds}
+        state |= {"views": self.views}
         write_json(folder / STATE, {**state, "fitted": [asdict(row) for row in rows]})
 
     def load(self, i: int, model: nn.Module) -> nn.Module:
