@@ -20,8 +20,9 @@ from ..models.factory import create_model, load_model, save_model
 from ..models.features import wrapped_blocks
 from ..models.preprocessing import get_input_size, get_preprocessing
 from ..models.serialization import WEIGHTS
+from ..training.candidate_store import STATE, CandidateRow
 from ..training.candidates import DEFAULT_TOKENS, check_budget, resize
-from ..training.reduction import STATE, CandidateRow, Reduction, reduce
+from ..training.reduction import Reduction, reduce
 from ..utils.io import check_output_folder, is_model_path, write_json
 from ..utils.modules import pick_device
 from ..utils.validation import check_count, counted, require

@@ -10,25 +10,23 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..evaluation.latency import Timing, time_interleaved
+from ..evaluation.latency import time_interleaved
 from ..models.features import wrapped_blocks
 from ..models.hosts import find_host
 from ..models.outputs import output_tensor
-from ..utils.files import read_json
-from ..utils.io import atomic_write, write_json
 from ..utils.modules import clone_structure, eager_gradients, training_mode, uncompiled
 from ..utils.validation import check_above_zero, check_count, require
 from .calibration import Rates, split_held_out
+from .candidate_store import CandidateRow, CandidateStore
 from .candidates import (
     DEFAULT_TOKENS,
     Candidate,
@@ -48,40 +46,6 @@ _MOST_VIEWS, _HOST_SHARE = 4, 0.1  # share of the time, that a host takes on vie
 _FEWEST_STEPS, _LEAST_STEPS, _MOST_STEPS = 3, 10, 3000
 _SLOW = 2.0  # seconds of an update, beside which what the first one takes more is little
 _TIMED_ROUNDS, _TIMED_SHARE = 11, 0.05  # of latency, and of the time that it may take
-STATE, TARGETS = "candidates/state.json", "candidates/host.safetensors"
-
-
-@dataclass(frozen=True)
-class CandidateRow:
-    """What is known of a candidate.
-
-    Args:
-        candidate: The candidate; None is the host.
-        gmacs: Multiply-adds of one image, counted as 1, in 1e9.
-        macs_share: The same as a share of the host's.
-        errors: After each round, the share of the variance of the host's output on held-out images
-            that it leaves open.
-        agreement: Share of held-out images that it puts in the host's class; None without classes.
-        steps: Updates so far.
-        seconds: Time of all its rounds.
-        latency_ms: Time of a batch, by its images.
-        speedup: Times as fast as the host, by the batch's images.
-    """
-
-    candidate: Candidate | None
-    gmacs: float
-    macs_share: float
-    errors: Sequence[float] = ()
-    agreement: float | None = None
-    steps: int = 0
-    seconds: float = 0.0
-    latency_ms: Mapping[int, Timing] = field(default_factory=dict)
-    speedup: Mapping[int, Timing] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The candidate's name, or the host."""
-        return self.candidate.name if self.candidate else "host"
 
 
 @dataclass(frozen=True)
@@ -177,7 +141,9 @@ def reduce(
             check_count("views", views)
         config = FitConfig(batch_size=batch_size, patience=0, seed=seed)
         options = (budget, counts, views, config)
-        store = _Store(folder, _digest(model, images, *options) if folder is not None else "")
+        store = CandidateStore(
+            folder, _digest(model, images, *options) if folder is not None else ""
+        )
         rounds = len(_ROUNDS) - (not train_best)
         store.views = store.views or views or _views_within(model, images, _HOST_SHARE * seconds)
         race = _Race(model, images, candidates, store, config, rounds, report)
@@ -200,7 +166,7 @@ class _Race:
         host: nn.Module,
         images: Tensor,
         candidates: Sequence[tuple[Candidate, int]],
-        store: _Store,
+        store: CandidateStore,
         config: FitConfig,
         rounds: int,
         report: Callable[[dict[str, Any]], None] | None,
@@ -371,100 +337,6 @@ def _views_within(host: nn.Module, images: Tensor, seconds: float) -> int:
 def _resized(images: Tensor, candidate: Candidate | None) -> Tensor:
     size = candidate.img_size if candidate else None
     return images if size is None else resize(images, size)
-
-
-class _Store:
-    """What is done, in memory or in a folder, from which a later call goes on.
-
-    Args:
-        folder: None is memory.
-        digest: Of all that has to be the same.
-
-    Raises:
-        ValueError: The folder has what another call left.
-    """
-
-    def __init__(self, folder: str | Path | None, digest: str):
-        self.folder = None if folder is None else Path(folder).expanduser()
-        self._digest, self._weights = digest, dict[int, dict[str, Tensor]]()
-        self.rows: list[CandidateRow] = []
-        self.seconds, self.host_seconds, self.views = 0.0, 0.0, 0
-        self.round_seconds = dict[str, float]()
-        if self.folder is not None and (self.folder / STATE).exists():
-            state = read_json(self.folder / STATE)
-            require(
-                isinstance(state, dict) and state.get("digest") == digest,
-                f"{self.folder / STATE} is of another model, other images or other options; take "
-                "another folder, or delete it",
-            )
-            self.rows = [_row(row) for row in state["fitted"]]
-            self.seconds, self.round_seconds = state["seconds"], state["round_seconds"]
-            self.host_seconds, self.views = state["host_seconds"], state["views"]
-
-    def keep(
-        self,
-        i: int,
-        model: nn.Module,
-        fitted: Sequence[nn.Parameter],
-        rows: Sequence[CandidateRow],
-        elapsed: float,
-    ) -> None:
-        """Keeps the fitted weights of a candidate, and then all rows."""
-        self.rows, known = [*rows], {id(p) for p in fitted}
-        weights = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) in known}
-        if self.folder is None:
-            self._weights[i] = weights
-            return
-        _save(self._file(i, len(rows[i].errors)), weights)
-        self._write_state(self.folder, rows, elapsed)
-        self._file(i, len(rows[i].errors) - 1).unlink(missing_ok=True)
-
-    def keep_targets(
-        self, targets: Mapping[str, Tensor], rows: Sequence[CandidateRow], elapsed: float
-    ) -> None:
-        """Keeps what the host made of images in a folder, and how long that took."""
-        self.host_seconds = elapsed
-        if self.folder is not None:
-            _save(self.folder / TARGETS, targets)
-            self._write_state(self.folder, rows, elapsed)
-
-    def load_targets(self, device: torch.device) -> dict[str, Tensor] | None:
-        """Returns what the host made of images, if an earlier call kept it."""
-        if self.folder is None or not self.host_seconds:
-            return None
-        return load_file(self.folder / TARGETS, device=str(device))
-
-    def _write_state(self, folder: Path, rows: Sequence[CandidateRow], elapsed: float) -> None:
-        state = {"digest": self._digest, "seconds": self.seconds + elapsed}
-        state |= {"host_seconds": self.host_seconds, "round_seconds": self.round_seconds}
-        state |= {"views": self.views}
-        write_json(folder / STATE, {**state, "fitted": [asdict(row) for row in rows]})
-
-    def load(self, i: int, model: nn.Module) -> nn.Module:
-        """Gives a model the weights that were kept of a candidate."""
-        weights = self._weights.get(i, {})
-        if self.folder is not None and self.rows and self.rows[i].errors:
-            weights = load_file(self._file(i, len(self.rows[i].errors)))
-        if weights:
-            model.load_state_dict(weights, strict=False)
-        return model
-
-    def _file(self, i: int, rounds: int) -> Path:
-        return Path(self.folder or "") / "candidates" / f"{i}-{rounds}.safetensors"
-
-
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    with atomic_write(file) as path:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
-
-
-def _row(values: dict[str, Any]) -> CandidateRow:
-    """Reads a row as it was written."""
-    candidate: dict[str, Any] = values["candidate"]
-    size = candidate["img_size"]
-    candidate |= {"img_size": size and tuple(size)}
-    values["candidate"] = Candidate(**candidate)
-    return CandidateRow(**values)
 
 
 def _digest(model: nn.Module, images: Tensor, *options: object) -> str:
