@@ -254,7 +254,7 @@ def reduction_charts(file: ResultFile) -> list[Chart]:
             errors = row.get("errors")
             error = errors[-1] if isinstance(errors, list) and errors else 0.0
             points.append((row["name"], get_nested(row, *keys), error))
-        labels = (f"Error against {title}", label, "variance of the host's output left open")
+        labels = (f"Error against {title}", label, "variance left open")
         charts.append(Chart(*labels, _single_points(points)))
     return [chart for chart in charts if chart.lines]
 

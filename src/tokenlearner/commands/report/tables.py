@@ -252,7 +252,8 @@ def reduction_table(file: ResultFile) -> ReportTable:
                 **{f"times as fast at {batch}": value_text(v, 2) for batch, v in speeds.items()},
             }
         )
-    labels = [*dict.fromkeys(label for row in rows for label in row)]
+    known = [label for row in rows for label, cell in row.items() if cell != DASH]
+    labels = [*dict.fromkeys(known)]
     cells = [
         [model["name"], *(row.get(label, DASH) for label in labels)]
         for model, row in zip(file.models, rows, strict=True)
