@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -174,20 +174,28 @@ class _Costs:
             positions = positions * math.prod(size) // math.prod(self._size)
         args = self.place.position_args
         overlaps = (0,) if args and (args.arguments or args.parameters) else (1, 0)
+        guess = int(budget * self.depth)
         for k in counts:
             if k > positions // 2:
                 continue
             deepest = -1
             for overlap in overlaps:
-                places = range(overlap, self.depth)
-                fits = bisect_right(
-                    places,
-                    budget,
-                    key=lambda at, k=k, o=overlap: self.share(Candidate(k, at, o, size)),
-                )
-                if fits and places[fits - 1] > deepest:
-                    deepest = places[fits - 1]
+                plan = partial(Candidate, k, overlap=overlap, img_size=size)
+                guess = at = self._search(plan, overlap, budget, guess)
+                if at >= overlap and at > deepest:
+                    deepest = at
                     yield Candidate(k, deepest, overlap, size)
+
+    def _search(
+        self, plan: Callable[[int], Candidate], least: int, budget: float, guess: int
+    ) -> int:
+        """Returns the deepest place within a budget, looked for around a guess, or `least - 1`."""
+        at = min(max(guess, least), self.depth - 1)
+        while at >= least and self.share(plan(at)) > budget:
+            at -= 1
+        while at + 1 < self.depth and self.share(plan(at + 1)) <= budget:
+            at += 1
+        return at
 
     def cheapest(self, counts: Sequence[int]) -> list[Candidate]:
         smallest = [Candidate(img_size=size) for size in self.smaller_sizes()[:1]]
