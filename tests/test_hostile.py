@@ -28,6 +28,7 @@ from tokenlearner.commands.main import main
 from tokenlearner.data.dataset import UnreadableFile
 from tokenlearner.data.hub_datasets import TarShards
 from tokenlearner.data.image_folder import decoded
+from tokenlearner.models import serialization
 from tokenlearner.utils.limits import VARIABLE
 
 
@@ -39,6 +40,7 @@ from tokenlearner.utils.limits import VARIABLE
         {"name": "convnext_tiny", "kwargs": {"depths": [10**9, 1, 1, 1]}},
         {"name": "resnet18", "kwargs": {"layers": [10**9, 1, 1, 1]}},
         {"name": "cait_xxs24_224", "kwargs": {"depth_token_only": 10**7}},
+        {"name": "maxvit_tiny_tf_224", "kwargs": {"img_size": 22400}},
     ],
     ids=lambda config: config["name"],
 )
@@ -48,9 +50,20 @@ def test_a_small_file_that_names_a_huge_model_is_refused_at_once(
     header = {"tokenlearner": json.dumps(config | {"insert": None})}
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors", metadata=header)
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"does not fit|depths? is|layers is|modules"):
+    with pytest.raises(ValueError, match=r"does not fit|depths? is|layers is|modules|size"):
         load_model(tmp_path / "x.safetensors")
     assert time.perf_counter() - start < SECONDS
+
+
+def test_a_model_that_takes_long_to_build_without_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serialization, "_MOST_SECONDS", 0.05)
+    config = {"name": "maxvit_tiny_tf_224", "kwargs": {"img_size": 512}, "insert": None}
+    header = {"tokenlearner": json.dumps(config)}
+    save_file({f"{i}": torch.ones(1) for i in range(40)}, tmp_path / "x.safetensors", header)
+    with pytest.raises(ValueError, match=r"more than 0\.05 s to build"):
+        load_model(tmp_path / "x.safetensors")
 
 
 def read_limited(what: str, folder: Path) -> None:

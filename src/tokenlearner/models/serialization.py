@@ -9,14 +9,17 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from threading import get_ident
+from time import thread_time
 from typing import Any
 
 import safetensors.torch
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -44,6 +47,7 @@ _OF_SOURCE = (  # keys of timm's config about the weights that the model started
 )
 _DEPTHS = ("depth", "depths", "layers", "num_blocks")  # arguments that count blocks
 _MOST_MODULES = 20  # for a tensor; models have one or two
+_MOST_SECONDS = 5.0  # of building a model without weights; models take tenths
 _OF_SIZE = ("test_input_size", "pool_size", "test_pool_size")
 _BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError)
 
@@ -167,7 +171,11 @@ def _build(file: Path, config: Any, tensors: int) -> Any:
             depth = kwargs.get(name) or 0
             total = sum(depth) if isinstance(depth, list) else depth
             require(total <= tensors, f"{name} is {depth}, but the file has {tensors} tensors")
-        with _at_most_modules(_MOST_MODULES * (tensors + 10)):
+        if (size := kwargs.get("img_size")) is not None:
+            check_input_size([1, *(size if isinstance(size, list) else (size, size))])
+        is_trial = torch.get_default_device().type == "meta"
+        seconds = _MOST_SECONDS if is_trial else math.inf  # weights are drawn, for as long as it is
+        with _bounded(_MOST_MODULES * (tensors + 10), seconds):
             return _with_tokens(build_named(config["name"], kwargs), config["insert"])
     except _BUILD_ERRORS as error:
         raise ValueError(
@@ -176,14 +184,18 @@ def _build(file: Path, config: Any, tensors: int) -> Any:
 
 
 @contextmanager
-def _at_most_modules(most: int) -> Iterator[None]:
-    """Ends what this thread builds in the block once it has more modules."""
-    left, thread = most, get_ident()
+def _bounded(most: int, seconds: float) -> Iterator[None]:
+    """Ends what this thread builds in the block once it has more modules, or took longer."""
+    left, thread, start = most, get_ident(), thread_time()
 
     def count(*_: object) -> None:
         nonlocal left
-        left -= get_ident() == thread
+        if get_ident() != thread:
+            return
+        left -= 1
         require(left >= 0, f"it has more than {most} modules, far more than the file has tensors")
+        took = thread_time() - start
+        require(took <= seconds, f"it takes more than {seconds:g} s to build, even without weights")
 
     handle = register_module_module_registration_hook(count)
     try:
