@@ -420,6 +420,7 @@ of_transformers = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 @graphs("dinov3")
 def test_torch_compile_takes_the_whole_graph_for_any_batch(name: str) -> None:
     model = inserted(name)

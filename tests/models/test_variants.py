@@ -258,6 +258,7 @@ DEEPEST_FIRST = sorted(
 SHALLOWEST = {kind(name): name for name in DEEPEST_FIRST}.values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHALLOWEST)
 def test_counted_multiply_adds_are_those_of_the_closed_form(name: str) -> None:
     model = on_meta(name)

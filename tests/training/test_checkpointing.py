@@ -112,7 +112,8 @@ def in_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("step", [pytest.param(10, marks=pytest.mark.slow), 11])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [10, 11])
 def test_a_run_of_steps_that_crashed_ends_as_one_that_did_not(
     step: int, in_steps: Path, tmp_path: Path
 ) -> None:

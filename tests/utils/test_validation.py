@@ -203,7 +203,7 @@ pairs = st.tuples(st.integers(0, 6), st.integers(0, 6))
 grids = st.one_of(st.none(), pairs, st.sampled_from([5, (5,), "55", (2.0, 2), {2, 3}, (None, 2)]))
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(st.data())
 def test_inputs_give_what_is_documented_or_raise_value_error(data: st.DataObject) -> None:
     c, k, dtype = data.draw(sizes), data.draw(sizes), data.draw(floats)
