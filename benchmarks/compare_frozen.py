@@ -88,12 +88,12 @@ def evaluate_features(
     votes = F.one_hot(labels[nearest]) * (weights / 0.07).softmax(1)[..., None]
     knn = (votes.sum(1).argmax(1) == truth).float().mean()
     mean, std = train.mean(0), train.std(0) + 1e-6
-    probe = _probe((train - mean) / std, labels)
+    probe = fit_probe((train - mean) / std, labels)
     linear = (probe((test - mean) / std).argmax(1) == truth).float().mean()
     return {"knn_percent": 100 * knn.item(), "probe_percent": 100 * linear.item()}
 
 
-def _probe(features: Tensor, labels: Tensor) -> nn.Linear:
+def fit_probe(features: Tensor, labels: Tensor) -> nn.Linear:
     """Multinomial logistic regression with weight decay, to its optimum."""
     probe = nn.Linear(features.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(probe.weight)

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from compare_frozen import fit_probe
 from compare_report import head, line
 from insertion_sets import SETS, Setting, load_setting
 from measured import add_device, closing, in_ms, machine, write_results
@@ -41,7 +41,7 @@ from tokenlearner.utils.io import atomic_write
 
 RATES = (3e-4, 1e-4)  # of the host's parameters; the better one counts
 NEW_RATE = 1e-3
-FOLDS, PROBE_DECAY = 5, 1e-3
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -204,25 +204,12 @@ def _reduced(model: nn.Module) -> list[Any]:
 
 
 class Probe(nn.Module):
-    """Multinomial logistic regression with weight decay, to its optimum."""
+    """A linear probe on features of any mean and scale."""
 
     def __init__(self, features: Tensor, labels: Tensor):
         super().__init__()
         self.mean, self.std = features.mean(0), features.std(0) + 1e-6
-        self.linear = nn.Linear(features.shape[1], int(labels.max()) + 1)
-        nn.init.zeros_(self.linear.weight)
-        options: dict[str, Any] = {"max_iter": 100, "line_search_fn": "strong_wolfe"}
-        optimizer = torch.optim.LBFGS(self.parameters(), **options)
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = F.cross_entropy(self(features), labels)
-            value = value + PROBE_DECAY * self.linear.weight.square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        self.requires_grad_(False)
+        self.linear = fit_probe((features - self.mean) / self.std, labels)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear((features - self.mean) / self.std)

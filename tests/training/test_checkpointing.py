@@ -75,12 +75,15 @@ def cut_off(config: TrainConfig, step: int) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was not cut off."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+    return run_to_the_end(tmp_path_factory.mktemp("whole") / "run", AT_RANDOM)
+
+
+def run_to_the_end(out: Path, options: dict[str, Any]) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             import_module("tokenlearner.training.run"), "load_data", running.quarter_images
         )
-        train(recipe(out, **AT_RANDOM))
+        train(recipe(out, **options))
     return out
 
 
@@ -103,13 +106,7 @@ def test_a_run_that_crashed_ends_as_one_that_did_not(
 @pytest.fixture(scope="module")
 def in_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a number of steps that is no multiple of an epoch's."""
-    out = tmp_path_factory.mktemp("steps") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            import_module("tokenlearner.training.run"), "load_data", running.quarter_images
-        )
-        train(recipe(out, **IN_STEPS))
-    return out
+    return run_to_the_end(tmp_path_factory.mktemp("steps") / "run", IN_STEPS)
 
 
 @pytest.mark.slow

@@ -179,12 +179,13 @@ def summary_table(history: Sequence[dict[str, Any]], seconds: float, unit: str =
     trained = sum(row["train_seconds"] for row in history)
     waited = sum(row["waiting_percent"] * row["train_seconds"] for row in history)
     losses = [row["test_distill_loss"] for row in history if "test_distill_loss" in row]
+    ends = {"last epoch": losses[-1], "lowest": min(losses)} if losses else {}
+    against_teacher = {
+        f"held-out loss against the teacher, {end}": f"{loss:.4f}" for end, loss in ends.items()
+    }
     rows = {
         "epochs": last["epoch"],
-        **(
-            {"held-out loss against the teacher, last epoch": f"{losses[-1]:.4f}"} if losses else {}
-        ),
-        **({"held-out loss against the teacher, lowest": f"{min(losses):.4f}"} if losses else {}),
+        **against_teacher,
         "held-out top-1, last epoch": f"{last['test_top1_percent']:.2f} %",
         "held-out top-1, best epoch": f"{best['test_top1_percent']:.2f} % ({best['epoch']})",
         "speed, median of epochs": _speed(

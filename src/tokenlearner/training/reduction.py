@@ -132,14 +132,14 @@ def reduce(
         isinstance(images, Tensor) and images.ndim == 4 and len(images) >= _LEAST_IMAGES,
         f"images is {got}, expected a tensor of {_LEAST_IMAGES} images or more, b c h w",
     )
+    if views is not None:
+        check_count("views", views)
+    if batch_size is None:
+        batch_size = 16 if images.device.type == "cpu" else 64
+    config = FitConfig(batch_size=batch_size, patience=0, seed=seed)
     start = time.perf_counter()
     with training_mode(model, training=False):
         candidates = find_candidates(model, images[:1], budget, counts)
-        if batch_size is None:
-            batch_size = 16 if images.device.type == "cpu" else 64
-        if views is not None:
-            check_count("views", views)
-        config = FitConfig(batch_size=batch_size, patience=0, seed=seed)
         options = (budget, counts, views, config)
         store = CandidateStore(
             folder, _digest(model, images, *options) if folder is not None else ""

@@ -132,7 +132,7 @@ class TeacherCache:
         else:
             self.output = targets["output"]
             self.features = [targets[f"{i}"] for i in range(len(targets) - 1)]
-        self._is_logits = outputs_logits(host, self.output.shape[-1])
+            self._is_logits = outputs_logits(host, self.output.shape[-1])
         self._variances = [_variance(layer) for layer in self.features]
         self._output_variance = _variance(self.output)
         square = self.output.float().square().mean()
