@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from tokenlearner.commands.bench.run import (
     bench,
     load_bench_models,
 )
-from tokenlearner.commands.bench.table import bench_table
+from tokenlearner.commands.bench.table import bench_tables
 from tokenlearner.commands.main import main
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.evaluation.latency import Seconds, Timing, peak_memory_mib
@@ -84,6 +85,7 @@ def test_other_forms_are_refused(text: str) -> None:
         *(({name: value}, f"{name} is {value!r}") for name, value in OUT_OF_RANGE.items()),
         ({"models": ["vit+onednn"], "dtype": "bfloat16"}, "'vit+onednn' uses oneDNN"),
         ({"models": ["vit+onednn"], "compile": True}, "'vit+onednn' uses oneDNN"),
+        ({"time": "fast"}, "time is 'fast', expected such as 90s"),
         ({"json": "no/x.json"}, "there is no folder no"),
         ({"plot": "there.png"}, "plot is 'there.png', which is a folder"),
     ],
@@ -163,17 +165,17 @@ def test_a_model_takes_the_size_that_is_given_or_found(
 
 
 def measurements(batch_size: int) -> list[Measurement]:
-    counted = [Measurement(name, batch_size, "images/s") for name in ("throughput", "training")]
-    return [Measurement("latency", 1, "ms"), *counted]
+    counted = [Measurement(name, batch_size, "images/s", 3) for name in ("throughput", "training")]
+    return [Measurement("latency", 1, "ms", 3), *counted]
 
 
 class Stopwatch:
     """In place of `time_models`: the seconds are known, and the arguments are kept."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[list[int], int, dict[str, bool]]] = []
+        self.calls: list[tuple[list[int], int, dict[str, Any]]] = []
 
-    def __call__(self, models: Any, images: Any, rounds: int, **kwargs: bool) -> dict[str, Any]:
+    def __call__(self, models: Any, images: Any, rounds: int, **kwargs: Any) -> dict[str, Any]:
         self.calls.append(([*images.shape], rounds, kwargs))
         seconds = len(images) * (3.0 if kwargs["training"] else 1.0)
         return {name: Seconds([seconds / (i + 1)] * rounds) for i, name in enumerate(models)}
@@ -191,7 +193,7 @@ def test_latency_is_of_one_image_and_the_rest_of_the_batch_against_the_first_mod
     watch: Stopwatch,
 ) -> None:
     lines: list[str] = []
-    config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=3, compile=True)
+    config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=3, compile=True, training=True)
     result = bench(config, lines.append)
     assert lines[2] == "latency at batch 1, ms, in 3 rounds and 2 to warm up"
     for (shape, rounds, kwargs), batch_size in zip(watch.calls, (1, 4, 4), strict=True):
@@ -206,12 +208,13 @@ def test_latency_is_of_one_image_and_the_rest_of_the_batch_against_the_first_mod
 
 
 def test_clips_are_not_called_images(watch: Stopwatch) -> None:
-    result = bench(BenchConfig(["vivit_mini_patch8x2_32"], batch_size=2, rounds=2))
+    result = bench(BenchConfig(["vivit_mini_patch8x2_32"], batch_size=2, rounds=2, training=True))
     assert [one.unit for one in result.measurements] == ["ms", "clips/s", "clips/s"]
 
 
 def test_a_row_has_what_is_counted(watch: Stopwatch) -> None:
-    result = bench(BenchConfig([MINI, REDUCED], batch_size=4, rounds=2, dtype="bfloat16"))
+    config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=2, dtype="bfloat16", training=True)
+    result = bench(config)
     models, _ = loaded(MINI, REDUCED, dtype=torch.bfloat16)
     images = torch.zeros(4, 1, 28, 28, dtype=torch.bfloat16)
     macs = [count_macs(model, images[:1]) for model in models.values()]
@@ -234,17 +237,33 @@ def test_images_that_a_model_cannot_take_are_refused_before_anything_is_timed(
     assert not watch.calls
 
 
-def test_training_is_left_out_on_demand_and_threads_are_given_for_as_long_as_it_lasts(
+def test_training_is_measured_on_demand_and_threads_are_given_for_as_long_as_it_lasts(
     watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     for threads in (5, 0):
-        [row] = bench(BenchConfig([MINI], rounds=2, threads=threads, training=False)).rows
+        [row] = bench(BenchConfig([MINI], rounds=2, threads=threads)).rows
     assert given == [5, 2, 2, 2]
     assert [*row.speeds] == ["latency", "throughput"]
     assert row.training_peak_memory_mib is None
+
+
+def test_time_is_shared_among_measurements_and_ends_rounds(
+    watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    bench(BenchConfig([MINI], rounds=2, time="1m", training=True))
+    assert [kwargs["seconds"] for *_, kwargs in watch.calls] == [20, 30, 60]
+
+
+def test_tables_come_as_they_are_measured(watch: Stopwatch) -> None:
+    parts = bench_tables(BenchConfig([MINI], rounds=2))
+    assert "GMACs" in text_of(next(parts))
+    assert not watch.calls
+    assert "latency at batch 1" in text_of(next(parts))
+    assert len(watch.calls) == 1
 
 
 # --- tables and files ---------------------------------------------------------------------------
@@ -260,15 +279,17 @@ def test_a_run_gives_tables_and_a_line_and_writes_the_files(
     watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=2, json="x.json", plot="x.png")
-    parts = bench_table(config)
+    config = BenchConfig(
+        [MINI, REDUCED], batch_size=4, rounds=2, json="x.json", plot="x.png", training=True
+    )
+    parts = bench_tables(config)
     sizes, latency, _, training, line = (text_of(part, width=120) for part in parts)
     assert re.search(r"0\.31 +0\.010 +0\.019 +1\.69 ", sizes)
     assert re.search(r"500 \(500–500\) +2\.00 \(2\.00–2\.00\) +1\.18", latency)
     assert re.search(r"0\.7 \(0\.7–0\.7\) +2\.00 \(2\.00–2\.00\) +1\.18", training)
     assert line.startswith("1 x 28 x 28 on cpu (")
     values = json.loads((tmp_path / "x.json").read_text())
-    options = "--rounds 2 --batch_size 4 --json x.json --plot x.png"
+    options = "--rounds 2 --batch_size 4 --training true --json x.json --plot x.png"
     assert {*values["command"].split()} == {
         *f"tokenlearner bench {MINI} '{REDUCED}' {options}".split()
     }
@@ -278,7 +299,8 @@ def test_a_run_gives_tables_and_a_line_and_writes_the_files(
     assert speed["value"] == {"median": 2, "low": 2, "high": 2}
     assert speed["realized_speedup"] == pytest.approx(2 / values["models"][1]["macs_ratio"])
     assert speed["of_macs_ratio"] == speed["realized_speedup"]  # what version 0.3 called it
-    assert values["measurements"][1] == {"name": "throughput", "batch_size": 4, "unit": "images/s"}
+    throughput = {"name": "throughput", "batch_size": 4, "unit": "images/s", "rounds": 2}
+    assert values["measurements"][1] == throughput
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > 600
 
@@ -292,11 +314,11 @@ def test_without_files_nothing_is_written_and_a_missing_package_is_an_error_befo
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(ValueError, match=f"needs {package}"):
-                bench_table(BenchConfig([saved], plot=plot))
+                next(bench_tables(BenchConfig([saved], plot=plot)))
     assert not watch.calls
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # which only a plot needs
-    parts = bench_table(BenchConfig([saved], rounds=2))
-    assert text_of(*parts, width=300).count("[red]") == 5  # no markup, in four tables and the line
+    parts = bench_tables(BenchConfig([saved], rounds=2))
+    assert text_of(*parts, width=300).count("[red]") == 4  # no markup, in three tables and the line
     assert [path.name for path in tmp_path.iterdir()] == ["[red]"]
 
 
@@ -304,7 +326,7 @@ def test_the_command_prints_what_it_measured_and_what_it_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "x.json"
-    options = ["--rounds", "2", "--batch_size", "2", "--training", "false", "--json", str(path)]
+    options = ["--rounds", "2", "--batch_size", "2", "--time", "60s", "--json", str(path)]
     main(["bench", MINI, f"{MINI}+insert(8,3)", *options])
     out, err = capsys.readouterr()
     assert "throughput at batch 2, images/s" in out

@@ -104,7 +104,7 @@ def refused(*arguments: Any) -> str:
     [
         ("--budget=0.001", "nothing meets a budget of 0.001"),
         ("--budget=1", "budget is 1"),
-        ("--time=soon", "time is 'soon', expected such as 30m"),
+        ("--time=soon", "time is 'soon', expected such as 90s"),
         ("--tokens=4,many", "tokens is '4,many'"),
         ("--images=nowhere", "there is no file or folder 'nowhere'"),
         ("--device=abacus", "device 'abacus'"),

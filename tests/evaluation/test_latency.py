@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -176,3 +177,12 @@ def test_multiply_adds_are_the_same_in_every_thread() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = {*pool.map(lambda _: count_macs(model, x), range(40))}
     assert found == {2 * 2 * 4 * 9 * 9 * 8}
+
+
+def test_little_time_leaves_three_rounds_and_one_to_warm_up() -> None:
+    calls: list[str] = []
+    runs = {name: partial(calls.append, name) for name in "ab"}
+    assert {len(s) for s in time_interleaved(runs, rounds=9, seconds=1e-9).values()} == {3}
+    assert "".join(calls) == "baabbaab"
+    assert {len(s) for s in time_interleaved(runs, rounds=9, seconds=60).values()} == {9}
+    assert {len(s) for s in time_interleaved(runs, rounds=2, seconds=1e-9).values()} == {2}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from ..training.candidates import DEFAULT_TOKENS, check_budget, resize
 from ..training.reduction import Reduction, reduce
 from ..utils.io import check_output_folder, is_model_path, write_json
 from ..utils.modules import pick_device
-from ..utils.validation import check_count, counted, require
+from ..utils.validation import check_count, counted, parse_seconds, require
 from ._arguments import read_config, read_counts
 from ._comparison import denormalized, draw_maps
 from ._console import console, say, show_progress
@@ -38,7 +37,6 @@ _LEGEND = (
     "share: of the host's multiply-adds. left open: share of the variance of its output on "
     "held-out images. speed-up: of a batch of so many images, medians. rounds: of fitting."
 )
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,7 @@ class ReduceConfig:
         for name, least in (("views", 1), ("batch_size", 2)):
             if (count := getattr(self, name)) is not None:
                 check_count(name, count, least=least)
-        require(self.seconds > 0, f"time is {self.time!r}, expected such as 30m")
+        parse_seconds("time", self.time)
         for k in self.num_tokens:
             check_count("tokens", k)
         check_output_folder(self.out)
@@ -109,8 +107,7 @@ class ReduceConfig:
     @property
     def seconds(self) -> float:
         """The time in seconds."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", self.time.strip())
-        return float(found[1]) * _UNITS[found[2] or "s"] if found else 0
+        return parse_seconds("time", self.time)
 
     @property
     def num_tokens(self) -> list[int]:

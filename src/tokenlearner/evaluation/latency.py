@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +21,8 @@ from ..utils.validation import check_count
 from .flops import count_macs, live_peak_mib
 
 Key = TypeVar("Key")
+
+_LEAST_ROUNDS = 3  # where there is little time
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ def time_models(
     *,
     training: bool = False,
     compiled: bool = False,
+    seconds: float = math.inf,
 ) -> dict[str, Seconds]:
     """Times a forward pass, or a training step, of models interleaved on the same images.
 
@@ -128,6 +133,7 @@ def time_models(
         training: Measure forward and backward of the mean output, in training mode.
         compiled: Run what `torch.compile` makes of the models, each as one graph of fixed shapes;
             compiling happens in the runs that are not counted.
+        seconds: As in `time_interleaved`.
 
     Returns:
         The seconds of each run, one number a round.
@@ -144,7 +150,7 @@ def time_models(
             stack.enter_context(_ready(model, training))
             forward = _compiled(model) if compiled else model
             runs[name] = partial(_step if training else _pass, model, forward, images)
-        return time_interleaved(runs, rounds)
+        return time_interleaved(runs, rounds, seconds)
 
 
 def peak_memory_mib(model: nn.Module, images: Tensor, *, training: bool = False) -> float:
@@ -189,7 +195,9 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
 
-def time_interleaved(runs: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, Seconds]:
+def time_interleaved(
+    runs: Mapping[Key, Callable[[], object]], rounds: int, seconds: float = math.inf
+) -> dict[Key, Seconds]:
     """Times runs one after the other, round by round, so that a busy machine slows all alike.
 
     Every other round goes backwards, so that none always runs behind the same one. Each run is
@@ -198,19 +206,28 @@ def time_interleaved(runs: Mapping[Key, Callable[[], object]], rounds: int) -> d
     Args:
         runs: What to run, by name.
         rounds: Timed runs of each, after two that are not counted.
+        seconds: Time for all of it, after which there are no further rounds, but 3 at least; where
+            the first round takes a tenth of it, only that one is not counted.
 
     Returns:
         The seconds of each run, one number a round.
     """
-    seconds = {name: Seconds() for name in runs}
-    for i in range(rounds + 2):
-        for name in runs if i % 2 else reversed([*runs]):
+    begun, skipped = time.perf_counter(), 2
+    found = {name: Seconds() for name in runs}
+    for i in itertools.count(1):
+        for name in reversed([*runs]) if i % 2 else runs:
             _synchronize()
             start = time.perf_counter()
             runs[name]()
             _synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Seconds(values[2:]) for name, values in seconds.items()}
+            found[name].append(time.perf_counter() - start)
+        spent = time.perf_counter() - begun
+        if i == 1 and spent > seconds / 10:
+            skipped = 1
+        is_late = spent * (i + 1) / i > seconds and i - skipped >= _LEAST_ROUNDS
+        if i - skipped >= rounds or is_late:
+            break
+    return {name: Seconds(values[skipped:]) for name, values in found.items()}
 
 
 def _synchronize() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,6 +16,7 @@ from .text import plain_text as plain_text
 Grid = tuple[int, int]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 POSITIONS = {3: "[b, n, c]", 4: "[b, h, w, c]", 5: "[b, t, h, w, c]"}
 
 
@@ -55,6 +57,18 @@ def check_above_zero(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a number above 0")
     return value
+
+
+def parse_seconds(name: str, text: str) -> float:
+    """Returns the seconds in an option such as 90s, 30m or 2h.
+
+    Raises:
+        ValueError: It is something else, or 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    seconds = float(found[1]) * _SECONDS[found[2] or "s"] if found else 0
+    require(seconds > 0, f"{name} is {text!r}, expected such as 90s, 30m or 2h")
+    return seconds
 
 
 def check_from_zero(options: object, *names: str) -> None:

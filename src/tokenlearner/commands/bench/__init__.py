@@ -8,9 +8,10 @@ def bench_command(arguments: Sequence[str]) -> None:
     from .._arguments import read_config
     from .._console import console
     from .config import BenchConfig
-    from .table import bench_table
+    from .table import bench_tables
 
     summary = "a model's name, or a checkpoint; +insert(8,6) learns 8 tokens before block 6"
     models = {"type": str, "nargs": "+", "help": summary}
     config = read_config("bench", BenchConfig, arguments, models=models)
-    console().print(*bench_table(config, console(stderr=True).print), sep="\n")
+    for part in bench_tables(config, console(stderr=True).print):
+        console().print(part)

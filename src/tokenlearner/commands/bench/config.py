@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from ...layers.token_learner import LEARNERS
 from ...utils.io import check_output_file
-from ...utils.validation import check_count, check_literals, require
+from ...utils.validation import check_count, check_literals, parse_seconds, require
 
 _EXPECTED = (
     "expected MODEL or MODEL+insert(NUM_TOKENS, AT), AT a block such as 6 or a share "
@@ -31,12 +32,14 @@ class BenchConfig:
             behind either has its linear layers computed by oneDNN.
         batch_size: Images at a time for throughput and training; latency is that of one.
         img_size: Height and width of the images; 0 leaves them as the models have them.
-        rounds: Timed runs of each model and measurement.
+        rounds: Timed runs of each model and measurement, at most.
+        time: For all measurements together, such as 60s or 5m: slow models get fewer rounds, but 3
+            at least. Empty takes the time that rounds take.
         dtype: Of weights and images.
         threads: For torch on a CPU; 0 leaves them as they are.
         compile: Time what torch.compile makes of the models; multiply-adds and memory are counted
             without.
-        training: Measure a training step (forward and backward) too.
+        training: Measure a training step (forward and backward) too, which takes the most time.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         json: File for all numbers, for programs.
         plot: PNG file for a plot of speed-ups.
@@ -50,10 +53,11 @@ class BenchConfig:
     batch_size: int = 8
     img_size: int = 0
     rounds: int = 15
+    time: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = 0
     compile: bool = False
-    training: bool = True
+    training: bool = False
     device: str = "auto"
     json: str = ""
     plot: str = ""
@@ -61,6 +65,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("img_size", 0), ("rounds", 2), ("threads", 0)):
             check_count(name, getattr(self, name), least)
+        if self.time:
+            parse_seconds("time", self.time)
         check_literals(self)
         _check_file("json", self.json, ".json")
         _check_file("plot", self.plot, ".png")
@@ -78,6 +84,11 @@ class BenchConfig:
     def parsed_models(self) -> list[BenchModel]:
         """The models, parsed."""
         return [parse_bench_model(text) for text in self.models]
+
+    @property
+    def seconds(self) -> float:
+        """The time for all measurements."""
+        return parse_seconds("time", self.time) if self.time else math.inf
 
     @property
     def command(self) -> str:

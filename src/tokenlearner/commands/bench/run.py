@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,11 +42,13 @@ class Measurement:
         name: `latency`, `throughput` or `training`.
         batch_size: Images at a time.
         unit: `ms` of a batch, `images/s` or `clips/s`.
+        rounds: Timed runs of each model.
     """
 
     name: str
     batch_size: int
     unit: str
+    rounds: int
 
     @property
     def label(self) -> str:
@@ -102,6 +105,17 @@ def bench(config: BenchConfig, report: Callable[[str], object] = lambda line: No
         ValueError: There is no such model or device, tokens cannot be inserted, or the models do
             not take images of one size.
     """
+    *_, result = bench_parts(config, report)
+    return result
+
+
+def bench_parts(config: BenchConfig, report: Callable[[str], object]) -> Iterator[BenchResult]:
+    """Yields what `bench` returns as far as it is measured: after counting, and each measurement.
+
+    Args:
+        config: As in `bench`.
+        report: As in `bench`.
+    """
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     batch = config.batch_size
     with _threads(config.threads):
@@ -109,29 +123,40 @@ def bench(config: BenchConfig, report: Callable[[str], object] = lambda line: No
         models, axes = load_bench_models(config.parsed_models, config.img_size, device, dtype)
         images = torch.randn(batch, *axes).to(device, dtype)
         unit = "clips/s" if len(axes) == 4 else "images/s"
-        measurements = [Measurement("latency", 1, "ms"), Measurement("throughput", batch, unit)]
-        measurements += [Measurement("training", batch, unit)] if config.training else []
+        planned = [("latency", 1, "ms"), ("throughput", batch, unit)]
+        planned += [("training", batch, unit)] if config.training else []
         report("counting multiply-adds and memory")
         rows: list[BenchRow] = []
         for name, model in models.items():
             with _size_errors(name, config.img_size):
                 rows.append(_count(name, model, images, config.training, rows[:1]))
-        for measurement in measurements:
-            report(f"{measurement.label}, in {config.rounds} rounds and 2 to warm up")
+        reading = read_gigabytes_per_second(device)
+        result = BenchResult(config, describe_machine(device), reading, axes, [], rows)
+        yield result
+        end = time.perf_counter() + config.seconds
+        for i, (name, count, unit) in enumerate(planned):
+            report(f"{name} at batch {count}, {unit}, {_duration(config)}")
             seconds = time_models(
                 models,
-                images[: measurement.batch_size],
+                images[:count],
                 config.rounds,
-                training=measurement.name == "training",
+                training=name == "training",
                 compiled=config.compile,
+                seconds=(end - time.perf_counter()) / (len(planned) - i),
             )
+            measurement = Measurement(name, count, unit, len(seconds[rows[0].name]))
             for row in rows:
                 speedup = seconds[row.name].speedup_over(seconds[rows[0].name])
                 value = measurement.timing(seconds[row.name])
                 realized = speedup.median / row.macs_ratio
-                row.speeds[measurement.name] = Speed(value, speedup, realized)
-        reading = read_gigabytes_per_second(device)
-        return BenchResult(config, describe_machine(device), reading, axes, measurements, rows)
+                row.speeds[name] = Speed(value, speedup, realized)
+            result.measurements.append(measurement)
+            yield result
+
+
+def _duration(config: BenchConfig) -> str:
+    rounds = f"{config.rounds} rounds and 2 to warm up"
+    return f"in up to {rounds}, {config.time} in all" if config.time else f"in {rounds}"
 
 
 def load_bench_models(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from ...utils.imports import require_package
 from ...utils.io import atomic_write, write_json
 from .._tables import REALIZED, filled_table, realized_text
 from .config import BenchConfig
-from .run import BenchResult, BenchRow, bench
+from .run import BenchResult, BenchRow, bench_parts
 
 _COLORS = {"latency": "#0072b2", "throughput": "#e69f00", "training": "#009e73"}  # Okabe and Ito's
 
 
-def bench_table(
+def bench_tables(
     config: BenchConfig, report: Callable[[str], object] = lambda line: None
-) -> tuple[Any, ...]:
-    """Measures, writes the given files, and makes tables for rich, and a line.
+) -> Iterator[Any]:
+    """Measures, and yields tables for rich as they are done; writes the given files, in the end.
 
     Args:
         config: What to measure, and how.
         report: As in `bench`.
 
-    Returns:
+    Yields:
         A table of sizes, a table of speeds for each measurement, and a line on how it was measured.
 
     Raises:
@@ -35,13 +35,17 @@ def bench_table(
     for package in ("rich", "matplotlib") if config.plot else ("rich",):
         require_package(package, "train", "bench")
 
-    result = bench(config, report)
+    for result in bench_parts(config, report):
+        if not result.measurements:
+            yield filled_table(SIZE_COLUMNS, result.rows)
+            continue
+        one = result.measurements[-1]
+        yield speed_table(result, one.name, one.label)
     if config.json:
         write_json(config.json, bench_json(result))
     if config.plot:
         plot_bench(config.plot, result)
-    speeds = (speed_table(result, one.name, one.label) for one in result.measurements)
-    return filled_table(SIZE_COLUMNS, result.rows), *speeds, _summary(result)
+    yield _summary(result)
 
 
 SIZE_COLUMNS: dict[str, Callable[[BenchRow], str]] = {
@@ -131,8 +135,10 @@ def plot_bench(path: str | Path, result: BenchResult) -> Path:
 
 
 def _summary(result: BenchResult) -> str:
+    rounds = sorted({one.rounds for one in result.measurements})
     return (
-        f"{_setting(result)}; medians (quartiles) of {result.config.rounds} interleaved rounds. "
+        f"{_setting(result)}; medians (quartiles) of {'–'.join(map(str, rounds))} interleaved "
+        "rounds. "
         "GMACs are of one input, MiB of tensors alive at once at batch "
         f"{result.config.batch_size}, beyond weights and input. Ratios are to "
         f"{result.rows[0].name}; realized: the speed-up as a share of the MACs ratio, "
