@@ -86,6 +86,8 @@ def test_other_forms_are_refused(text: str) -> None:
         ({"models": ["vit+onednn"], "dtype": "bfloat16"}, "'vit+onednn' uses oneDNN"),
         ({"models": ["vit+onednn"], "compile": True}, "'vit+onednn' uses oneDNN"),
         ({"time": "fast"}, "time is 'fast', expected such as 90s"),
+        ({"advise": True, "compile": True, "dtype": "bfloat16"}, "leave out compile and dtype"),
+        ({"advise": True, "models": ["vit+onednn"]}, "leave out vit+onednn"),
         ({"json": "no/x.json"}, "there is no folder no"),
         ({"plot": "there.png"}, "plot is 'there.png', which is a folder"),
     ],

@@ -82,7 +82,7 @@ def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[s
 
 def test_several_models_are_taken_without_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Any] = []
-    for function in ("app.server.app", "bench.table.bench_table"):
+    for function in ("app.server.app", "bench.table.bench_tables"):
         fake = lambda config, *_: configs.append(config) or ()  # noqa: E731
         monkeypatch.setattr(f"tokenlearner.commands.{function}", fake)
     for arguments in ("app --port 8000", "app a b", "bench vit+insert(8,6) vit"):

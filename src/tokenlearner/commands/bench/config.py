@@ -40,6 +40,8 @@ class BenchConfig:
         compile: Time what torch.compile makes of the models; multiply-adds and memory are counted
             without.
         training: Measure a training step (forward and backward) too, which takes the most time.
+        advise: Measure the models in every form that runs here (float32, oneDNN, bfloat16, ONNX
+            Runtime and OpenVINO) instead, in a minute or in the time given, and say which to take.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
         json: File for all numbers, for programs.
         plot: PNG file for a plot of speed-ups.
@@ -58,6 +60,7 @@ class BenchConfig:
     threads: int = 0
     compile: bool = False
     training: bool = False
+    advise: bool = False
     device: str = "auto"
     json: str = ""
     plot: str = ""
@@ -79,6 +82,13 @@ class BenchConfig:
                 f"{model.text!r} uses oneDNN, which computes float32 and is not compiled; leave "
                 "out +onednn, or dtype and compile",
             )
+        given = [name for name in ("compile", "plot") if getattr(self, name)]
+        given += ["dtype"] * (self.dtype != "float32")
+        given += [model.text for model in self.parsed_models if model.onednn]
+        require(
+            not (self.advise and given),
+            f"advise measures all forms itself; leave out {' and '.join(given)}",
+        )
 
     @property
     def parsed_models(self) -> list[BenchModel]:

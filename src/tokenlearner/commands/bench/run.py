@@ -118,7 +118,7 @@ def bench_parts(config: BenchConfig, report: Callable[[str], object]) -> Iterato
     """
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     batch = config.batch_size
-    with _threads(config.threads):
+    with torch_threads(config.threads):
         report("building")
         models, axes = load_bench_models(config.parsed_models, config.img_size, device, dtype)
         images = torch.randn(batch, *axes).to(device, dtype)
@@ -233,7 +233,7 @@ def _size_errors(name: str, img_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Gives torch so many threads inside the block; 0 leaves them as they are."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
