@@ -199,8 +199,8 @@ def finetuned_host(
     wheel: Path,
     out: Path,
     *,
-    images: int = 3000,
-    epochs: int = 1,
+    images: int = 4000,
+    epochs: int = 2,
     scene: Scene = SCENE,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
@@ -353,8 +353,8 @@ def parse() -> Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/detail"), help="folder of the host")
     parser.add_argument("--data", default="fashion-mnist", help="whose garments")
     parser.add_argument("--root", help="folder with them, such as usr/share/datasets, unpacked")
-    parser.add_argument("--images", type=int, default=3000, help="of 224 pixels to fine-tune on")
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--images", type=int, default=4000, help="of 224 pixels to fine-tune on")
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0, help="processes that make images")
     parser.add_argument("--half", action="store_true", help="fine-tune in bfloat16")

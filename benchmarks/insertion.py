@@ -41,7 +41,6 @@ from tokenlearner.training.fitting import FitConfig, fit
 from tokenlearner.training.teacher import TeacherCache
 from tokenlearner.utils.io import atomic_write
 
-RATES = (3e-4, 1e-4)  # of the host's parameters; the better one counts
 NEW_RATE = 1e-3
 FOLDS = 5
 
@@ -243,15 +242,15 @@ class TokenLevel(TeacherCache):
 
 
 def planned(options: Namespace, bench: Bench) -> Iterator[Run]:
-    """All runs: both rates with the first budget and seed, and then the better one of these."""
+    """All runs: all rates with the first budget and seed, and then the best of these."""
     first = options.budgets[0], options.seeds[0]
     for seed, budget in product(options.seeds, options.budgets):
         for contender in chosen(options, bench, budget):
             if (budget, seed) == first:
-                yield from (Run(budget, contender, seed, rate) for rate in RATES)
+                yield from (Run(budget, contender, seed, rate) for rate in options.rates)
             else:
                 rate = better_rate(finished(options), contender.kind)
-                yield Run(budget, contender, seed, rate or RATES[0])
+                yield Run(budget, contender, seed, rate or options.rates[0])
 
 
 def chosen(options: Namespace, bench: Bench, budget: float) -> list[Contender]:
@@ -261,14 +260,14 @@ def chosen(options: Namespace, bench: Bench, budget: float) -> list[Contender]:
 
 
 def better_rate(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
-    """The rate with the lower error on the images that stop a run; None where neither has run.
+    """The rate with the lowest error on the images that stop a run; None where none has run.
 
-    Both are compared where both have run: with one seed and budget.
+    Rates are compared where several have run: with one seed and budget.
     """
     same = [row for row in rows if row["kind"] == kind]
     tried = Counter((row["budget"], row["seed"]) for row in same)
-    both = [row for row in same if tried[row["budget"], row["seed"]] > 1] or same
-    return min(both, key=lambda row: row["stopping_error"])["rate"] if both else None
+    fair = [row for row in same if tried[row["budget"], row["seed"]] > 1] or same
+    return min(fair, key=lambda row: row["stopping_error"])["rate"] if fair else None
 
 
 def protocol(options: Namespace) -> dict[str, Any]:
@@ -370,6 +369,9 @@ def parse() -> Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35])
     parser.add_argument("--kinds", nargs="+", help="contenders, by their kind; default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[3e-4, 1e-4], help="of the host; the best counts"
+    )
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--views", type=int, default=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from detail import finetuned_host, load_detail
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tokenlearner import TrainConfig, load_data, load_model, train
 from tokenlearner.utils.io import atomic_write
 
-DETAIL_HOST = 0, 1_000_000  # seeds of the images of the host's fine-tuning and of the students'
+DETAIL_SEED = 1_000_000  # of students' images; the host was fine-tuned to those of 0, 1 and 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +75,12 @@ def drawings(options: Namespace) -> Setting:
 
 def detail(options: Namespace) -> Setting:
     """The same host, fine-tuned to images in which detail decides, and new ones of the kind."""
-    host = finetuned_host(
-        options.wheel, options.out, device=options.device, root=options.garments, data=options.data
-    )
+    shared: dict[str, Any] = {"root": options.garments, "data": options.data}
+    half = options.dtype == "bfloat16"
+    host = finetuned_host(options.wheel, options.out, device=options.device, half=half, **shared)
     parts = []
     for split, count in (("train", options.detail_images), ("test", options.detail_images // 3)):
-        made = load_detail(split, count, DETAIL_HOST[1], root=options.garments, data=options.data)
+        made = load_detail(split, count, DETAIL_SEED, **shared)
         parts.append(Part(*made, torch.arange(count)))
     return Setting(host, *parts)
 

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import reference
 import torch
 from learners import LEARNERS, Golden, Make, check_golden, half_dtypes, randomized, uneven
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenlearner import TokenLearner, TokenLearnerModuleV11, TokenLearnerV11
 from tokenlearner.layers.functional import chunks
@@ -342,3 +344,34 @@ def test_256_frames_of_32_x_32_need_little_memory(
     peak_gib = float(result.stdout)
     print(f"{learner} backward={backward}: {peak_gib:.2f} GiB beyond the input")
     assert peak_gib < limit_gib
+
+
+# --- what an eager call starts, which bounds its time on a GPU ---------------------------------
+
+
+class Dispatched(TorchDispatchMode):
+    """Collects the operators that compute or copy something."""
+
+    VIEWS = frozenset(("view", "_unsafe_view", "t", "transpose", "alias", "split"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names += [name] * (name not in self.VIEWS)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_mlp_learner_starts_as_few_operators_as_its_definition_has() -> None:
+    learner, x = TokenLearnerV11(32, 4).eval(), torch.randn(2, 16, 32)
+    with torch.no_grad(), Dispatched() as dispatched:
+        learner(x)
+    mlp = ["addmm", "gelu", "addmm"]
+    assert dispatched.names == ["native_layer_norm", *mlp, "_softmax", "bmm"]
+    learner, x = learner.bfloat16(), x.bfloat16()
+    with torch.no_grad(), Dispatched() as dispatched:
+        learner(x)
+    there_and_back = ["_to_copy", "_softmax", "_to_copy"]  # on a GPU the first is in the softmax
+    assert dispatched.names == ["native_layer_norm", *mlp, *there_and_back, "bmm"]

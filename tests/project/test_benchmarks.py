@@ -326,9 +326,8 @@ def test_insertion_fits_all_contenders_alike_and_goes_on_where_it_was(
 
     monkeypatch.setattr(sets, "dinov2_small", host)
     monkeypatch.setattr(sets, "load_drawings", drawings)
-    monkeypatch.setattr(script, "RATES", (1e-3,))
     options = f"--out {tmp_path} --size 56 --steps 2 --views 1 --budgets 0.9 --seeds 0"
-    options += " --batch_size 8 --batches 1 --rounds 2"
+    options += " --batch_size 8 --batches 1 --rounds 2 --rates 1e-3"
     _, rows = table(run(script, options))
     kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("run-*.json"))]
     assert {row["kind"] for row in kept} >= {
@@ -357,6 +356,7 @@ def test_sets_of_insertion_have_a_host_and_images_for_it(
     monkeypatch.setattr(script, "finetuned_host", host)
     options = {"out": tmp_path, "data": "fashion-mnist-small", "garments": None, "wheel": None}
     options |= {"device": "cpu", "images": 20, "detail_images": 24, "host_epochs": 1}
+    options["dtype"] = "float32"
     for name, count in (("detail", 8), ("clothes", 2000)):
         found = script.load_setting(SimpleNamespace(set=name, **options))
         assert (len(found.train.images), len(found.test.images)) == (20, count)

@@ -56,13 +56,21 @@ def square_grid(n: int) -> Grid:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Converts to float32 unless `x` is wider, for sigmoid and softmax."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Converts to float32 unless `x` is wider, for a sigmoid."""
+    return x.to(_wide_dtype(x))
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Turns logits into maps, each a distribution over the positions: `b n k -> b k n`."""
-    return upcast(logits).transpose(1, 2).softmax(-1)
+    """Turns logits into maps, each a distribution over the positions: `b n k -> b k n`.
+
+    They are float32 or wider, which a GPU reads half precision as without a copy.
+    """
+    return logits.transpose(1, 2).softmax(-1, dtype=_wide_dtype(logits))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """Returns float32, or float64 for that; `torch.promote_types` would be an operator more."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def pool(maps: Tensor, x: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ class Learner(nn.Module):
             ValueError: The rank, channels, dtype or grid do not fit.
         """
         positions, grid = self._fold(x, grid)
-        tokens = torch.cat([self._tokens(p, self._active(p, grid)) for p in chunks(positions)])
+        pooled = [self._tokens(p, self._active(p, grid)) for p in chunks(positions)]
+        tokens = torch.cat(pooled) if len(pooled) > 1 else pooled[0]
         return tokens.to(x.dtype).reshape(*leading_dims(x), *tokens.shape[1:])
 
     def attention(self, x: Tensor, grid: Grid | None = None) -> Tensor:
