@@ -184,7 +184,7 @@ BATCH = 32  # images at a time, where nothing is trained
 def stages(images: int, epochs: int, scene: Scene = SCENE) -> tuple[Stage, ...]:
     """Parts of an image with as large garments first: 16 and 64 positions of 256 cost far less.
 
-    So there are 5 and 2 times as many of them.
+    So there are 5 and 2 times as many of them. In the end come new images at a lower rate.
     """
     one = replace(scene, size=scene.size // 4, distractors=0)
     quarter = replace(scene, size=scene.size // 2, distractors=2)
@@ -192,6 +192,7 @@ def stages(images: int, epochs: int, scene: Scene = SCENE) -> tuple[Stage, ...]:
         Stage(one, 5 * images, epochs, 3e-4),
         Stage(quarter, 2 * images, epochs, 3e-4),
         Stage(scene, images, epochs, 3e-4),
+        Stage(scene, images, max(1, epochs // 2), 1e-4),
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .layers.token_learner import TokenLearner as TokenLearner
     from .layers.token_learner import TokenLearnerModuleV11 as TokenLearnerModuleV11
     from .layers.token_learner import TokenLearnerV11 as TokenLearnerV11
+    from .models.compilation import compile_model as compile_model
     from .models.factory import create_model as create_model
     from .models.factory import list_models as list_models
     from .models.factory import load_model as load_model
@@ -49,6 +50,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ),
         "data": ("load_data",),
         "models": (
+            "compile_model",
             "create_model",
             "insert",
             "list_models",

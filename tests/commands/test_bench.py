@@ -84,9 +84,12 @@ def test_other_forms_are_refused(text: str) -> None:
         ({"models": ["vit+insert"]}, "'vit+insert'"),
         *(({name: value}, f"{name} is {value!r}") for name, value in OUT_OF_RANGE.items()),
         ({"models": ["vit+onednn"], "dtype": "bfloat16"}, "'vit+onednn' uses oneDNN"),
-        ({"models": ["vit+onednn"], "compile": True}, "'vit+onednn' uses oneDNN"),
+        ({"models": ["vit+onednn"], "compile": "default"}, "'vit+onednn' uses oneDNN"),
         ({"time": "fast"}, "time is 'fast', expected such as 90s"),
-        ({"advise": True, "compile": True, "dtype": "bfloat16"}, "leave out compile and dtype"),
+        (
+            {"advise": True, "compile": "default", "dtype": "bfloat16"},
+            "leave out compile and dtype",
+        ),
         ({"advise": True, "models": ["vit+onednn"]}, "leave out vit+onednn"),
         ({"json": "no/x.json"}, "there is no folder no"),
         ({"plot": "there.png"}, "plot is 'there.png', which is a folder"),
@@ -195,11 +198,11 @@ def test_latency_is_of_one_image_and_the_rest_of_the_batch_against_the_first_mod
     watch: Stopwatch,
 ) -> None:
     lines: list[str] = []
-    config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=3, compile=True, training=True)
+    config = BenchConfig([MINI, REDUCED], batch_size=4, rounds=3, compile="default", training=True)
     result = bench(config, lines.append)
     assert lines[2] == "latency at batch 1, ms, in 3 rounds and 2 to warm up"
     for (shape, rounds, kwargs), batch_size in zip(watch.calls, (1, 4, 4), strict=True):
-        assert (shape, rounds, kwargs["compiled"]) == ([batch_size, 1, 28, 28], 3, True)
+        assert (shape, rounds, kwargs["compiled"]) == ([batch_size, 1, 28, 28], 3, "default")
     assert [kwargs["training"] for *_, kwargs in watch.calls] == [False, False, True]
     assert result.measurements == measurements(4)
     first, second = (row.speeds for row in result.rows)

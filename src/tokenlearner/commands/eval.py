@@ -10,8 +10,9 @@ from typing import Any, Literal
 from ..data.config import DataConfig
 from ..data.factory import load_data
 from ..evaluation.accuracy import eval_batch_size, evaluate, with_model_size
+from ..models.compilation import CompileMode, compile_model
 from ..models.preprocessing import size_errors
-from ..utils.validation import check_count
+from ..utils.validation import check_count, check_literals
 from ._arguments import make_parser
 from ._console import say, show_progress
 from ._models import load_checkpoint
@@ -28,6 +29,8 @@ class EvalConfig(DataConfig):
             data set has one of them.
         batch_size: Images at a time, changes the speed only; None is up to 500, fewer of
             large ones.
+        compile: Compile blocks (default), or the whole model as a CUDA graph (reduce-overhead,
+            max-autotune); pays for many images.
         device: Such as cpu or cuda; auto takes a GPU where there is one.
 
     Raises:
@@ -37,9 +40,11 @@ class EvalConfig(DataConfig):
     checkpoint: str
     split: Literal["train", "val", "test"] = "val"
     batch_size: int | None = None
+    compile: CompileMode = "no"
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_literals(self)
         self.check_data()
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
@@ -54,6 +59,8 @@ def eval_command(arguments: Sequence[str]) -> None:
     config = EvalConfig(**eval_options(arguments))
     model = load_checkpoint(config.checkpoint, config.device)
     config = with_model_size(config, model)
+    if config.compile != "no":
+        compile_model(model, config.compile)
     data = preprocessed(load_data(config, config.split), model, config, config.checkpoint)
     with (
         size_errors(config.checkpoint, model, data.shape),

@@ -121,7 +121,7 @@ def time_models(
     rounds: int = 15,
     *,
     training: bool = False,
-    compiled: bool = False,
+    compiled: bool | str | None = None,
     seconds: float = math.inf,
 ) -> dict[str, Seconds]:
     """Times a forward pass, or a training step, of models interleaved on the same images.
@@ -131,8 +131,9 @@ def time_models(
         images: As in `benchmark`.
         rounds: As in `benchmark`.
         training: Measure forward and backward of the mean output, in training mode.
-        compiled: Run what `torch.compile` makes of the models, each as one graph of fixed shapes;
-            compiling happens in the runs that are not counted.
+        compiled: Run what `torch.compile` makes of the models, each as one graph of fixed shapes,
+            True in its default mode, or in one such as `"reduce-overhead"`; compiling happens in
+            the runs that are not counted.
         seconds: As in `time_interleaved`.
 
     Returns:
@@ -148,7 +149,7 @@ def time_models(
         runs: dict[str, Callable[[], object]] = {}
         for name, model in models.items():
             stack.enter_context(_ready(model, training))
-            forward = _compiled(model) if compiled else model
+            forward = _compiled(model, compiled) if compiled else model
             runs[name] = partial(_step if training else _pass, model, forward, images)
         return time_interleaved(runs, rounds, seconds)
 
@@ -181,7 +182,7 @@ def _step(model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor)
     torch.autograd.grad(output_tensor(forward(images)).mean(), parameters, allow_unused=True)
 
 
-def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _compiled(model: nn.Module, mode: bool | str) -> Callable[[Tensor], Tensor]:
     """Compiles a model apart from all others.
 
     torch keeps what it compiled by code object, tries one after the other, and gives up at the
@@ -192,7 +193,8 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return model(images)
 
     forward.__code__ = forward.__code__.replace()
-    return torch.compile(forward, fullgraph=True, dynamic=False)
+    mode = mode if isinstance(mode, str) else "default"
+    return torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
 
 
 def time_interleaved(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.config import AugmentConfig, DataConfig
+from ..models.compilation import CompileMode
 from ..utils.io import is_model_path
 from ..utils.validation import (
     check_above_zero,
@@ -245,7 +246,8 @@ class RunConfig:
         mixed_precision: no, bf16 or fp16.
         fsdp: Share weights, gradients and optimizer out among processes (FSDP2); otherwise
             several processes hold all of them each (DDP).
-        compile: Compile the model.
+        compile: Compile blocks, each once for all that are alike (default), or the whole model as a
+            CUDA graph (reduce-overhead, max-autotune); see `compile_model`.
         onednn: Have oneDNN compute linear layers, which many CPUs do faster; of float32.
     """
 
@@ -263,7 +265,7 @@ class RunConfig:
     device: str = "auto"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     fsdp: bool = False
-    compile: bool = False
+    compile: CompileMode = "no"
     onednn: bool = False
 
     def check_run(self) -> None:
@@ -273,7 +275,7 @@ class RunConfig:
             check_count(name, getattr(self, name), least=0)
         check_count("log_interval", self.log_interval)
         require(
-            not self.onednn or (self.mixed_precision == "no" and not self.compile),
+            not self.onednn or self.mixed_precision == self.compile == "no",
             "onednn is for float32 that is not compiled; leave out onednn, or mixed_precision and "
             "compile",
         )
@@ -291,6 +293,8 @@ class TrainConfig(AugmentConfig, DistillConfig, OptimConfig, DataConfig, ModelCo
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", os.path.expanduser(self.out))
+        if isinstance(self.compile, bool):  # of version 0.4
+            object.__setattr__(self, "compile", "default" if self.compile else "no")
         check_literals(self)
         self.check_run()
         self.check_model()
@@ -315,9 +319,9 @@ class TrainConfig(AugmentConfig, DistillConfig, OptimConfig, DataConfig, ModelCo
             "ratio is the shape of what scale cuts out at random; pass scale too",
         )
         require(
-            not (self.compile and self.teacher and "feature" in self.kd_distill_type),
+            self.compile == "no" or not self.teacher or "feature" not in self.kd_distill_type,
             "features are read by hooks, which a compiled model does not call; pass "
-            "kd_distill_type='logit', or compile=False",
+            "kd_distill_type='logit', or compile='no'",
         )
         require(
             not (self.fsdp and self.ema_decay),

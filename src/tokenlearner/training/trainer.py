@@ -19,6 +19,7 @@ from ..data.loader import epoch_keys, load_batches
 from ..data.transforms import mixup_transform, train_transform
 from ..evaluation.accuracy import MAX_NAMED
 from ..layers.onednn import use_onednn
+from ..models.compilation import compile_model
 from ..utils.random import random_states, set_random_states
 from ..utils.validation import plain_text, require, shortened
 from .config import TrainConfig
@@ -81,8 +82,8 @@ class Trainer:
         if config.onednn:
             for module in (model, *([distillation.teacher] if distillation else [])):
                 use_onednn(module)
-        if config.compile:
-            model.compile()
+        if config.compile != "no":
+            compile_model(model, config.compile)
         self.objective = self.distributed.prepare(Objective(config, model, distillation))
         self.optimizer = make_optimizer(config, model)
         self._prepared_optimizer = self.accelerator.prepare_optimizer(

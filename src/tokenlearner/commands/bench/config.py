@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...layers.token_learner import LEARNERS
+from ...models.compilation import CompileMode
 from ...utils.io import check_output_file
 from ...utils.validation import check_count, check_literals, parse_seconds, require
 
@@ -37,8 +38,8 @@ class BenchConfig:
             at least. Empty takes the time that rounds take.
         dtype: Of weights and images.
         threads: For torch on a CPU; 0 leaves them as they are.
-        compile: Time what torch.compile makes of the models; multiply-adds and memory are counted
-            without.
+        compile: Time what torch.compile makes of the models in this mode, each as one graph for one
+            batch size; multiply-adds and memory are counted without.
         training: Measure a training step (forward and backward) too, which takes the most time.
         advise: Measure the models in every form that runs here (float32, oneDNN, bfloat16, ONNX
             Runtime and OpenVINO) instead, in a minute or in the time given, and say which to take.
@@ -58,7 +59,7 @@ class BenchConfig:
     time: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = 0
-    compile: bool = False
+    compile: CompileMode = "no"
     training: bool = False
     advise: bool = False
     device: str = "auto"
@@ -78,12 +79,12 @@ class BenchConfig:
         require(not repeated, f"models has {', '.join(sorted(repeated))} twice, expected once")
         for model in self.parsed_models:
             require(
-                not model.onednn or (self.dtype == "float32" and not self.compile),
+                not model.onednn or (self.dtype == "float32" and self.compile == "no"),
                 f"{model.text!r} uses oneDNN, which computes float32 and is not compiled; leave "
                 "out +onednn, or dtype and compile",
             )
-        given = [name for name in ("compile", "plot") if getattr(self, name)]
-        given += ["dtype"] * (self.dtype != "float32")
+        usual = {"compile": "no", "plot": "", "dtype": "float32"}
+        given = [name for name, value in usual.items() if getattr(self, name) != value]
         given += [model.text for model in self.parsed_models if model.onednn]
         require(
             not (self.advise and given),

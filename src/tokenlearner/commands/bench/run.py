@@ -141,7 +141,7 @@ def bench_parts(config: BenchConfig, report: Callable[[str], object]) -> Iterato
                 images[:count],
                 config.rounds,
                 training=name == "training",
-                compiled=config.compile,
+                compiled=None if config.compile == "no" else config.compile,
                 seconds=(end - time.perf_counter()) / (len(planned) - i),
             )
             measurement = Measurement(name, count, unit, len(seconds[rows[0].name]))

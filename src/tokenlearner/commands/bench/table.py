@@ -150,7 +150,7 @@ def _setting(result: BenchResult) -> str:
     """Names the input, the machine and the form of the models."""
     machine, config = result.machine, result.config
     chip = machine["accelerator"] or f"{machine['cpu']}, threads: {machine['threads']}"
-    compiled = ", compiled" if config.compile else ""
+    compiled = "" if config.compile == "no" else f", compiled ({config.compile})"
     axes = " x ".join(map(str, result.input_axes))
     form = f"torch {machine['torch']}, {config.dtype}{compiled}"
     return f"{axes} on {machine['device']} ({chip}), {form}"
