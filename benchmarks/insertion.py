@@ -15,7 +15,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -64,21 +64,25 @@ class Bench:
     """A host, images, and what the host makes of all of their views."""
 
     def __init__(self, setting: Setting, options: Namespace):
-        dtype = getattr(torch, options.dtype)
         self.options, self.setting, self.device = options, setting, options.device
-        self.host = setting.host.to(options.device, dtype).eval()
-        train, test = (
-            setting.normalized(part.images.to(self.device)).to(dtype)
-            for part in (setting.train, setting.test)
-        )
-        self.image, count = train[:1], len(train)
-        self.fitted, self.stopped_by = split_held_out(count, 0.1)
+        self.dtype = getattr(torch, options.dtype)
+        self.host = setting.host.to(self.device, self.dtype).eval()
+        self.image = self._images(setting.train.images[:1])
+        self.fitted, self.stopped_by = split_held_out(len(setting.train.images), 0.1)
         self.contenders = cache(self._contenders)
-        self._whole = tuple(
-            TeacherCache(self.host, images, 0, views=views, shares_front=False)
-            for images, views in ((train, options.views), (test, 1))
-        )
         self._fronts: tuple[int | None, tuple[TeacherCache, ...]] = (None, ())
+
+    def _images(self, images: Tensor) -> Tensor:
+        return self.setting.normalized(images.to(self.device)).to(self.dtype)
+
+    @cached_property
+    def _whole(self) -> tuple[TeacherCache, ...]:
+        """What the host makes of the images to fit on, and of those to evaluate on."""
+        parts = ((self.setting.train, self.options.views), (self.setting.test, 1))
+        return tuple(
+            TeacherCache(self.host, self._images(part.images), 0, views=views, shares_front=False)
+            for part, views in parts
+        )
 
     def _contenders(self, budget: float) -> dict[str, Contender]:
         return contenders(self.host, self.image, budget)
@@ -379,12 +383,24 @@ def parse() -> Namespace:
     parser.add_argument("--dtype", default="float32", help="of the host, such as bfloat16")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32], help="to time")
     parser.add_argument("--rounds", type=int, default=15, help="timed runs")
+    parser.add_argument("--no_runs", action="store_true", help="tables of what has run")
     add_device(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    costs = {} if options.no_runs else fit_and_time(options)
+    rows = finished(options)
+    for budget in options.budgets:
+        print(f"\nBudget {budget}\n\n{table(rows, budget, costs.get(budget, {}))}")
+    setup = {"machine": machine(options.device), "rows": rows, "costs": costs}
+    write_results(options.out / "results.json", "insertion.py", setup)
+    print(closing("insertion.py", device=options.device, rounds=options.rounds))
+
+
+def fit_and_time(options: Namespace) -> dict[float, dict[str, Any]]:
+    """Makes all runs that earlier calls have not made; returns the times of a batch by budget."""
     done = {row_file(**row) for row in finished(options)}
     bench = Bench(load_setting(options), options)
     for run in planned(options, bench):
@@ -394,13 +410,7 @@ def main() -> None:
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(row))
             print(json.dumps({k: v for k, v in row.items() if k != "history"}), flush=True)
-    rows = finished(options)
-    costs = {budget: costs_in_turn(options, bench, budget) for budget in options.budgets}
-    for budget in options.budgets:
-        print(f"\nBudget {budget}\n\n{table(rows, budget, costs[budget])}")
-    setup = {"machine": machine(options.device), "rows": rows, "costs": costs}
-    write_results(options.out / "results.json", "insertion.py", setup)
-    print(closing("insertion.py", device=options.device, rounds=options.rounds))
+    return {budget: costs_in_turn(options, bench, budget) for budget in options.budgets}
 
 
 if __name__ == "__main__":

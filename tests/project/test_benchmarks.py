@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -342,6 +343,13 @@ def test_insertion_fits_all_contenders_alike_and_goes_on_where_it_was(
     }
     monkeypatch.setattr(script, "fit", lambda *_: pytest.fail("fitted again"))
     assert [*table(run(script, options))[1]] == [*rows]
+    known = shutil.move(tmp_path / "results.json", tmp_path / "known.json")
+    for path in tmp_path.glob("run-*"):
+        path.unlink()
+    monkeypatch.setattr(script, "load_setting", lambda *_: pytest.fail("loaded again"))
+    assert {*table(run(script, f"{options} --known {known} --no_runs"))[1]} == {*rows}
+    with pytest.raises(ValueError, match=r"was made with .* expected .* the same options"):
+        run(script, f"{options} --known {known} --no_runs --views 2")
 
 
 @pytest.mark.slow
