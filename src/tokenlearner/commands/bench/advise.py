@@ -68,18 +68,18 @@ class Form:
 
         return run
 
-    def training(self, model: nn.Module, images: Tensor) -> Run:
+    def training(self, model: nn.Module, images: Tensor) -> Callable[[Tensor], list[Tensor]]:
         """Returns what makes a step: forward and backward of the mean output, no optimizer."""
-        module: Any = clone_structure(model)
-        built = PlainModel(module) if self.autocast else self.build(module, images)
-        parameters = [p for p in module.train().parameters() if p.requires_grad]
+        module = clone_structure(model).train()
+        built: Any = PlainModel(module) if self.autocast else self.build(module, images)
+        parameters = [p for p in built.parameters() if p.requires_grad]
 
-        def run(images: Tensor) -> Tensor:
+        def run(images: Tensor) -> list[Tensor]:
             kind, on = images.device.type, self.autocast is not None
             with self.context(), torch.autocast(kind, self.autocast, enabled=on):
                 loss = built(images).mean()
-            torch.autograd.grad(loss, parameters, allow_unused=True)
-            return loss
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return [grad for grad in found if grad is not None]
 
         return run
 
@@ -200,7 +200,9 @@ def _measure(
         yield replace(measurement, rounds=len(next(iter(seconds.values())))), seconds
 
 
-def _bound(runs: Mapping[Key, Run], images: Tensor) -> dict[Key, Callable[[], object]]:
+def _bound(
+    runs: Mapping[Key, Callable[[Tensor], Any]], images: Tensor
+) -> dict[Key, Callable[[], object]]:
     return {key: partial(run, images) for key, run in runs.items()}
 
 
