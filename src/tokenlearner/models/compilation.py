@@ -49,6 +49,11 @@ def compile_model(model: Model, mode: str = "default", **options: Any) -> Model:
     return model
 
 
+def known_mode(value: bool | str) -> str:
+    """Returns a mode, or what True and False meant in options of version 0.4."""
+    return {True: "default", False: "no"}[value] if isinstance(value, bool) else value
+
+
 def _blocks(model: nn.Module) -> list[nn.Module]:
     try:
         return list(find_host(model).blocks)

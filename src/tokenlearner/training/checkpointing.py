@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..data.config import FRAMES, IMG_SIZE, OLD_NAMES, is_in_files
+from ..models.compilation import known_mode
 from ..models.serialization import WEIGHTS
 from ..utils.files import read_torch
 from ..utils.io import FULL, atomic_write, check_output_folder, lock_folder, system_error
@@ -219,6 +220,7 @@ def read_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
         saved = asdict(TrainConfig()) | json.loads(state["config"])
         version = state["format"]
         saved["data"] = OLD_NAMES.get(saved["data"], saved["data"])
+        saved["compile"] = known_mode(saved["compile"])
     except Exception as error:  # torch raises many kinds on damaged files
         raise ValueError(
             f"{path} is no checkpoint of a run ({error}); move it away to start anew"

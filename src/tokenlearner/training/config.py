@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.config import AugmentConfig, DataConfig
-from ..models.compilation import CompileMode
+from ..models.compilation import CompileMode, known_mode
 from ..utils.io import is_model_path
 from ..utils.validation import (
     check_above_zero,
@@ -293,8 +293,7 @@ class TrainConfig(AugmentConfig, DistillConfig, OptimConfig, DataConfig, ModelCo
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", os.path.expanduser(self.out))
-        if isinstance(self.compile, bool):  # of version 0.4
-            object.__setattr__(self, "compile", "default" if self.compile else "no")
+        object.__setattr__(self, "compile", known_mode(self.compile))
         check_literals(self)
         self.check_run()
         self.check_model()
