@@ -123,7 +123,7 @@ def test_more_models_are_compiled_than_torch_compiles_of_one_function(
     models = {str(n): nn.Sequential(*(nn.Linear(4, 4) for _ in range(n))) for n in range(1, 12)}
     seconds = time_models(models, torch.ones(2, 4), 2, compiled=True)
     assert [*seconds] == [*models]
-    assert compilations == [{"fullgraph": True, "dynamic": False}] * 11
+    assert compilations == [{"fullgraph": True, "dynamic": False, "mode": "default"}] * 11
 
 
 def test_a_model_is_compiled_once_before_anything_is_counted() -> None:
