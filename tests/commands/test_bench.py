@@ -105,6 +105,11 @@ def test_options_out_of_range_are_refused_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["there.png"]
 
 
+@pytest.mark.parametrize(("given", "mode"), [(True, "default"), (False, "no"), ("no", "no")])
+def test_compile_may_be_what_it_was_in_version_0_4(given: Any, mode: str) -> None:
+    assert BenchConfig([MINI], compile=given).compile == mode
+
+
 # --- models that can be run ---------------------------------------------------------------------
 
 

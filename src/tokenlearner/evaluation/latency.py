@@ -121,7 +121,7 @@ def time_models(
     rounds: int = 15,
     *,
     training: bool = False,
-    compiled: bool | str | None = None,
+    compiled: bool | str = False,
     seconds: float = math.inf,
 ) -> dict[str, Seconds]:
     """Times a forward pass, or a training step, of models interleaved on the same images.

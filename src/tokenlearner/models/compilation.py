@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from ..utils.validation import check_choice
 from .hosts import find_host
 
 CompileMode = Literal["no", "default", "reduce-overhead", "max-autotune"]
-MODES = ("default", "reduce-overhead", "max-autotune")
+MODES = get_args(CompileMode)[1:]
 
 Model = TypeVar("Model", bound=nn.Module)
 

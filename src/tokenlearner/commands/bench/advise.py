@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +28,7 @@ from ...utils.io import write_json
 from ...utils.modules import clone_structure, pick_device
 from .._tables import filled_table, realized_text
 from .config import BenchConfig
-from .run import Measurement, load_bench_models, torch_threads
+from .run import Measurement, load_bench_models, shares_of_time, torch_threads
 
 _SECONDS = 60.0  # for all measurements, where no time is given
 _ALIKE = 0.97  # share of the best speed at which a form is as good
@@ -181,11 +180,10 @@ def _measure(
     """Yields the times of all forms of all models with one image, with a batch, and in training."""
     planned = [Measurement("latency", n, "ms", 0) for n in sorted({1, len(images)})]
     planned += [Measurement("training", len(images), "ms", 0)] if config.training else []
-    end = time.perf_counter() + (config.seconds if config.time else _SECONDS)
-    for i, measurement in enumerate(planned):
+    seconds_in_all = config.seconds if config.time else _SECONDS
+    for measurement, share in shares_of_time(planned, seconds_in_all):
         report(f"{measurement.label}, in turn")
         part = images[: measurement.batch_size]
-        share = (end - time.perf_counter()) / (len(planned) - i)
         if measurement.name == "training":
             steps = {
                 (name, form): asked.training(models[name], part)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...layers.token_learner import LEARNERS
-from ...models.compilation import CompileMode
+from ...models.compilation import CompileMode, known_mode
 from ...utils.io import check_output_file
 from ...utils.validation import check_count, check_literals, parse_seconds, require
 
@@ -69,6 +69,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("img_size", 0), ("rounds", 2), ("threads", 0)):
             check_count(name, getattr(self, name), least)
+        object.__setattr__(self, "compile", known_mode(self.compile))
         if self.time:
             parse_seconds("time", self.time)
         check_literals(self)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from ...utils.modules import pick_device
 from ...utils.validation import require
 from .._models import load_sized
 from .config import BenchConfig, BenchModel
+
+Planned = TypeVar("Planned")
 
 
 @dataclass(frozen=True)
@@ -133,16 +135,15 @@ def bench_parts(config: BenchConfig, report: Callable[[str], object]) -> Iterato
         reading = read_gigabytes_per_second(device)
         result = BenchResult(config, describe_machine(device), reading, axes, [], rows)
         yield result
-        end = time.perf_counter() + config.seconds
-        for i, (name, count, unit) in enumerate(planned):
+        for (name, count, unit), share in shares_of_time(planned, config.seconds):
             report(f"{name} at batch {count}, {unit}, {_duration(config)}")
             seconds = time_models(
                 models,
                 images[:count],
                 config.rounds,
                 training=name == "training",
-                compiled=None if config.compile == "no" else config.compile,
-                seconds=(end - time.perf_counter()) / (len(planned) - i),
+                compiled=config.compile != "no" and config.compile,
+                seconds=share,
             )
             measurement = Measurement(name, count, unit, len(seconds[rows[0].name]))
             for row in rows:
@@ -152,6 +153,13 @@ def bench_parts(config: BenchConfig, report: Callable[[str], object]) -> Iterato
                 row.speeds[name] = Speed(value, speedup, realized)
             result.measurements.append(measurement)
             yield result
+
+
+def shares_of_time(planned: Sequence[Planned], seconds: float) -> Iterator[tuple[Planned, float]]:
+    """Yields what is planned, each with an equal share of the time that is left then."""
+    end = time.perf_counter() + seconds
+    for i, one in enumerate(planned):
+        yield one, (end - time.perf_counter()) / (len(planned) - i)
 
 
 def _duration(config: BenchConfig) -> str:
