@@ -99,7 +99,7 @@ def test_plain_attention_is_what_a_form_runs_on_and_torch_is_as_before() -> None
     assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == allowed
 
 
-@pytest.mark.parametrize("name", ["float32", "float32 by oneDNN", *HALF])
+@pytest.mark.parametrize("name", ["float32", "float32 by oneDNN", *sorted(HALF)])
 def test_training_has_all_gradients_and_leaves_the_model_as_it_is(name: str) -> None:
     [form] = [form for form in advising._forms(CPU) if form.name == name]
     model, images = create_model(MINI).eval(), torch.randn(2, 1, 28, 28)
