@@ -391,6 +391,28 @@ def test_a_program_of_lower_precision_is_near_the_model_and_not_equal_to_it(
     assert (out.shape, out.dtype) == ((3, 10), torch.float32)
 
 
+class Int8Product(nn.Module):
+    """Multiplies images by themselves, rounded to int8."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.flatten(1).to(torch.int8)
+        return torch._int_mm(rows, rows.T).float()
+
+
+def test_a_program_that_multiplies_int8_is_refused_where_products_overflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "product.pt2"
+    write_program(Int8Product(), torch.ones(32, 1, 8, 8), path)
+    for exact in (True, False):
+        monkeypatch.setattr(formats_module, "int8_products_are_exact", lambda _, it=exact: it)
+        if exact:
+            load_exported(path)
+        else:
+            with pytest.raises(ValueError, match=r"overflow on this processor.*to \.onnx\)$"):
+                load_exported(path)
+
+
 # --- the command --------------------------------------------------------------------------------
 
 

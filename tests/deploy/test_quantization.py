@@ -77,6 +77,17 @@ def test_a_copy_takes_and_gives_float32_near_the_model_which_stays(
     assert difference < 0.05
 
 
+@torch.no_grad()
+def test_int8_rounds_weights_alone_where_products_overflow(
+    vit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.full((len(a), b.shape[1]), 2**15 - 1))
+    copy = quantize(vit, "int8")  # no product of it is of int8, or it would be of no use
+    output, expected = copy(IMAGES), vit.eval()(IMAGES)
+    vit.train()
+    assert 1e-6 < largest_difference(expected, output) / expected.abs().max().item() < 0.05
+
+
 def test_a_difference_is_the_largest_and_absolute_or_nan_and_of_outputs_of_one_shape() -> None:
     assert largest_difference(torch.tensor([1.0, 5.0]), torch.tensor([1.5, 2.0])) == 3
     assert math.isnan(largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")])))

@@ -18,7 +18,7 @@ from ..utils.io import check_output_file
 from ..utils.preprocessing import NAMES
 from ..utils.validation import check_choice, require
 from .programs import read_program
-from .quantization import PRECISIONS
+from .quantization import PRECISIONS, int8_products_are_exact
 
 SUFFIXES = (".onnx", ".pt2")
 
@@ -83,7 +83,8 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Loade
     try:
         return (_load_onnx if path.suffix == ".onnx" else _load_pt2)(path, device)
     except Exception as error:  # each library has its own
-        hint = "" if path.suffix == ".onnx" else "; an int8 one needs torchao where it is read"
+        ours = path.suffix == ".onnx" or isinstance(error, ValueError)
+        hint = "" if ours else "; an int8 one needs torchao where it is read"
         raise ValueError(f"{path} cannot be read ({first_line(error)}){hint}") from error
 
 
@@ -218,6 +219,7 @@ def quantize_onnx(source: Path, target: Path) -> None:
 def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
     files = {_METADATA: ""}
     program = read_program(path, files)
+    _check_products(program.graph_module, device)
     nodes = {node.name: node for node in program.graph.nodes}
     signature = program.graph_signature
     [input_], [output] = signature.user_inputs, signature.user_outputs
@@ -225,6 +227,16 @@ def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
     outputs = {_OUTPUT: _axes(nodes[output].meta["val"].shape)}
     described = _described(path, files[_METADATA], inputs)
     return LoadedFile(program.module(), inputs, outputs, device, described)
+
+
+def _check_products(program: torch.fx.GraphModule, device: torch.device) -> None:
+    """Checks that products of int8, if a program has any, come out right on this processor."""
+    has_products = any(n.target is torch.ops.aten._int_mm.default for n in _all_nodes(program))
+    require(
+        not has_products or int8_products_are_exact(device),
+        "it multiplies int8, and torch's products of int8 overflow on this processor, which has no "
+        "VNNI; export it here anew, or to .onnx",
+    )
 
 
 def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
