@@ -7,8 +7,10 @@ Both run in turn in one process; the ratio is taken frame by frame.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from itertools import product
 
 import torch
+from compare_report import head, line
 from measured import add_device, closing
 from models_speed import ratio
 from torch import Tensor
@@ -18,6 +20,8 @@ from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.models.framevit import FrameViT
 from tokenlearner.models.streaming import TokenStream
 
+HEADER = ("MACs ratio", "speed-up (quartiles)", "ms a new frame", "largest difference")
+
 
 def macs(model: FrameViT, clip: Tensor) -> float:
     """How many times fewer multiply-adds a new frame takes."""
@@ -26,27 +30,27 @@ def macs(model: FrameViT, clip: Tensor) -> float:
     return whole / (whole - (model.num_frames - 1) * encoding)
 
 
-def measure(name: str, rounds: int, device: torch.device) -> str:
+def measure(name: str, robots: int, rounds: int, device: torch.device) -> str:
     torch.manual_seed(0)
     model = create_model(name).eval().to(device)
+    torch.nn.init.normal_(model.head.weight)  # as it starts, it is 0, and so are all differences
     channels, height, width = model.pretrained_cfg["input_size"]
-    clip = torch.randn(1, channels, model.num_frames, height, width).to(device)
+    clip = torch.randn(robots, channels, model.num_frames, height, width).to(device)
     stream = TokenStream(model)
     for i in range(model.num_frames):
         out = stream.push(clip[:, :, i])
     with torch.inference_mode():
         error = (out - model(clip)).abs().max().item()
         speedup, seconds = ratio(lambda: model(clip), lambda: stream.push(clip[:, :, 0]), rounds)
-    latency = f"{1000 * seconds:.1f}"
-    return f"| `{name}` | {macs(model, clip):.2f} | {speedup:.2f} | {latency} | {error:.1e} |"
+    cells = [f"{macs(model, clip[:1]):.2f}", f"{speedup:.2f}", f"{1000 * seconds:.1f}"]
+    return line(f"`{name}`, {robots}", [*cells, f"{error:.1e}"])
 
 
 def main() -> None:
     arguments = parse()
-    print("| model | MACs ratio | speed-up (quartiles) | ms a new frame | largest difference |")
-    print("| --- | --: | --: | --: | --: |")
-    for name in arguments.models:
-        print(measure(name, arguments.rounds, arguments.device), flush=True)
+    print("\n".join(head(HEADER)))
+    for name, robots in product(arguments.models, arguments.robots):
+        print(measure(name, robots, arguments.rounds, arguments.device), flush=True)
     print(closing("streaming.py", device=arguments.device, rounds=arguments.rounds))
 
 
@@ -54,6 +58,7 @@ def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     names = [f"framevit_{size}_patch16_f6_tl8at6_224" for size in ("tiny", "small", "base")]
     parser.add_argument("--models", nargs="+", default=names)
+    parser.add_argument("--robots", type=int, nargs="+", default=[1, 4, 16], help="at a time")
     parser.add_argument("--rounds", type=int, default=15)
     add_device(parser)
     return parser.parse_args()

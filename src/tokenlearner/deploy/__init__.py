@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .formats import load_exported as load_exported
     from .quantization import compare_precisions as compare_precisions
     from .quantization import quantize as quantize
+    from .streams import export_stream as export_stream
+    from .streams import load_stream as load_stream
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -16,5 +18,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "exporting": ("export",),
         "formats": ("load_exported",),
         "quantization": ("compare_precisions", "quantize"),
+        "streams": ("export_stream", "load_stream"),
     },
 )

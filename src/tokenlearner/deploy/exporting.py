@@ -169,7 +169,7 @@ def _write(
     images = batches[0]
     sizes = {len(batch) for batch in batches}
     traced = next(n for n in (2, 3, 4) if n not in sizes)  # 1 would be taken for a constant
-    with _export_errors(path.suffix):
+    with export_errors(path.suffix):
         write_program(exact, images.new_zeros(traced, *images.shape[1:]), path, described)
         if path.suffix == ".onnx":
             write_metadata(path, described)
@@ -189,7 +189,7 @@ def _write(
 
 
 @contextmanager
-def _export_errors(suffix: str) -> Iterator[None]:
+def export_errors(suffix: str) -> Iterator[None]:
     """Shortens an exporter's error, which fills pages, to a line."""
     try:
         yield

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,28 +158,47 @@ def write_metadata(path: Path, described: str) -> None:
     onnx.save(graph, path)
 
 
-def write_program(model: nn.Module, blank: Tensor, path: Path, described: str = "{}") -> None:
-    """Traces a model on a blank batch and writes ONNX or a program, by the path's ending."""
-    axes = ({0: torch.export.Dim(_BATCH, min=1)},)
+def write_program(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    path: Path,
+    described: str = "{}",
+    outputs: Sequence[str] = (_OUTPUT,),
+) -> None:
+    """Traces a model on blank inputs and writes ONNX or a program, by the path's ending.
+
+    Args:
+        model: Takes the inputs in their order; the first axis of all is the batch, of any size.
+        inputs: Images, or inputs by name.
+        path: Of the file.
+        described: What `describe_input` returned.
+        outputs: Names of what it returns.
+    """
+    named = {_INPUT: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    batch, blanks = torch.export.Dim(_BATCH, min=1), tuple(named.values())
+    axes = tuple({0: batch} for _ in blanks)
     with torch.no_grad():
         if path.suffix == ".pt2":
-            program = torch.export.export(model, (blank,), dynamic_shapes=axes, strict=False)
+            program = torch.export.export(model, blanks, dynamic_shapes=axes, strict=False)
             program.example_inputs = None  # they would be in the file
+            program._guards_code = []  # of batches that differ; torch would execute their text
             for node in _all_nodes(program.graph_module):
                 node.meta = {k: v for k, v in node.meta.items() if k not in _OF_THIS_MACHINE}
             packed = io.BytesIO()  # torch's own file ends the process where a disk is full
             torch.export.save(program, packed, extra_files={_METADATA: described})
             path.write_bytes(packed.getbuffer())
             return
-        written: Any = torch.onnx.export(
-            model,
-            (blank,),
-            dynamo=True,
-            dynamic_shapes=axes,
-            input_names=[_INPUT],
-            output_names=[_OUTPUT],
-            verbose=False,
-        )
+        with warnings.catch_warnings():  # that one name of an axis is enough for all inputs
+            warnings.filterwarnings("ignore", r".*shares the same shape constraints")
+            written: Any = torch.onnx.export(
+                model,
+                blanks,
+                dynamo=True,
+                dynamic_shapes=axes,
+                input_names=list(named),
+                output_names=list(outputs),
+                verbose=False,
+            )
     for node in written.model.graph.all_nodes():
         node.metadata_props.clear()  # files and lines of the program that exported
     written.save(path, external_data=False)
@@ -216,16 +236,43 @@ def quantize_onnx(source: Path, target: Path) -> None:
         )
 
 
-def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
+def open_program(path: Path, device: torch.device) -> tuple[Any, str]:
+    """Reads a program; returns it and what `describe_input` wrote into the file.
+
+    Raises:
+        ValueError: It is no program, or would be wrong on this processor.
+    """
     files = {_METADATA: ""}
     program = read_program(path, files)
     _check_products(program.graph_module, device)
+    return program, files[_METADATA]
+
+
+def open_session(path: Path, device: torch.device) -> Any:
+    """Returns an ONNX file in onnxruntime, with as many threads as torch has, on a GPU if it can.
+
+    Raises:
+        ValueError: onnxruntime is missing.
+    """
+    onnxruntime = require_package("onnxruntime", "export", "running .onnx")
+    str(path).encode()  # onnxruntime takes names in UTF-8
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    available = onnxruntime.get_available_providers()
+    gpu = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+    providers = [name for name in [*gpu, "CPUExecutionProvider"] if name in available]
+    options.log_severity_level = 4  # it would print names of the file as they are
+    return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+
+
+def _load_pt2(path: Path, device: torch.device) -> LoadedFile:
+    program, text = open_program(path, device)
     nodes = {node.name: node for node in program.graph.nodes}
     signature = program.graph_signature
     [input_], [output] = signature.user_inputs, signature.user_outputs
     inputs = {str(input_): _axes(nodes[input_].meta["val"].shape)}
     outputs = {_OUTPUT: _axes(nodes[output].meta["val"].shape)}
-    described = _described(path, files[_METADATA], inputs)
+    described = _described(path, text, inputs)
     return LoadedFile(program.module(), inputs, outputs, device, described)
 
 
@@ -240,18 +287,7 @@ def _check_products(program: torch.fx.GraphModule, device: torch.device) -> None
 
 
 def _load_onnx(path: Path, device: torch.device) -> LoadedFile:
-    import onnxruntime
-
-    str(path).encode()  # onnxruntime takes names in UTF-8
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    available = onnxruntime.get_available_providers()
-    gpu = ["CUDAExecutionProvider"] if device.type == "cuda" else []
-    providers = [name for name in [*gpu, "CPUExecutionProvider"] if name in available]
-    options.log_severity_level = 4  # it would print names of the file as they are
-    session = onnxruntime.InferenceSession(
-        str(path), options, providers=providers, enable_fallback=0
-    )
+    session = open_session(path, device)
 
     def run(images: Tensor) -> Tensor:
         [out] = session.run(None, {_INPUT: images.cpu().numpy()})

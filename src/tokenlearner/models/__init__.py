@@ -6,6 +6,7 @@ TYPE_CHECKING = False  # as typing has it, whose import would take most of the t
 
 if TYPE_CHECKING:
     from ..utils.preprocessing import Preprocessing as Preprocessing
+    from .actions import ActionBins as ActionBins
     from .compilation import compile_model as compile_model
     from .factory import create_model as create_model
     from .factory import list_models as list_models
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "actions": ("ActionBins",),
         "compilation": ("compile_model",),
         "factory": (
             "create_model",

@@ -1,0 +1,119 @@
+"""Actions of a robot as classes: `ActionBins` puts numbers into bins, and bins back into numbers.
+
+Axes: `a` numbers of an action; `...` any axes in front, such as `b` or `b t`.
+Source: Brohan et al., RT-1, arXiv 2212.06817: 256 equal bins a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..utils.validation import check_count, require
+
+
+class ActionBins(nn.Module):
+    """Equal bins between the least and the largest value of each number of an action.
+
+    A policy is a model with `num_classes=len(low)` and the same `num_bins`.
+
+    Args:
+        low: Least value of each number.
+        high: Largest value; numbers beyond are put into the outermost bins.
+        num_bins: Bins of each number.
+
+    Raises:
+        ValueError: A range is empty or not finite.
+
+    >>> bins = ActionBins([-1, 0], [1, 10], num_bins=4)
+    >>> bins.to_bins(torch.tensor([[0.6, 2.0], [-7, 10]]))
+    tensor([[3, 0],
+            [0, 3]])
+    >>> bins.to_actions(torch.tensor([[3, 0]]))
+    tensor([[0.7500, 1.2500]])
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Sequence[float], high: Sequence[float], num_bins: int = 256):
+        super().__init__()
+        self.num_bins = check_count("num_bins", num_bins, least=2)
+        ends = [torch.as_tensor(end, dtype=torch.float32) for end in (low, high)]
+        shapes = [list(end.shape) for end in ends]
+        require(
+            shapes[0] == shapes[1] and ends[0].ndim == 1 and len(ends[0]) > 0,
+            f"low and high are {shapes[0]} and {shapes[1]}, expected a value for each number",
+        )
+        width = ends[1] - ends[0]
+        require(
+            bool((width > 0).all() and torch.isfinite(width).all()),
+            f"low is {ends[0].tolist()} and high {ends[1].tolist()}, expected finite, low below "
+            "high",
+        )
+        for name, end in zip(("low", "high"), ends, strict=True):
+            self.register_buffer(name, end)
+
+    def to_bins(self, actions: Tensor) -> Tensor:
+        """Returns the bin of each number: `... a -> ... a`, int64.
+
+        Raises:
+            ValueError: There are other numbers than ranges, or one is not finite.
+        """
+        self._check(actions, "actions")
+        require(bool(torch.isfinite(actions).all()), "actions hold a number that is not finite")
+        part = (actions.float() - self.low) / (self.high - self.low)
+        return (part * self.num_bins).long().clamp(0, self.num_bins - 1)
+
+    def to_actions(self, bins: Tensor) -> Tensor:
+        """Returns the middle of bins, of the likeliest where logits are given.
+
+        Shape:
+            int64 `... a`, or logits `... a bins`, to float32 `... a`
+        """
+        if bins.is_floating_point():
+            self._check_logits(bins)
+            bins = bins.argmax(-1)
+        self._check(bins, "bins")
+        return self.low + (bins + 0.5) / self.num_bins * (self.high - self.low)
+
+    def loss(self, logits: Tensor, actions: Tensor, present: Tensor | None = None) -> Tensor:
+        """Returns the mean cross-entropy of actions.
+
+        Args:
+            logits: `... a bins`.
+            actions: `... a`.
+            present: `...` bool, whether there is an action; others count nothing, and may be
+                anything. Without any the loss is 0.
+
+        Raises:
+            ValueError: Shapes do not fit, or a number is not finite.
+        """
+        self._check_logits(logits)
+        got, expected = list(actions.shape), list(logits.shape[:-1])
+        require(got == expected, f"actions are {got}, expected {expected} as the logits")
+        if present is None:
+            return F.cross_entropy(logits.flatten(0, -2).float(), self.to_bins(actions).flatten())
+        got, expected = list(present.shape), list(actions.shape[:-1])
+        require(got == expected, f"present is {got}, expected {expected}, one an action")
+        chosen = present.to(torch.bool)
+        logits, actions = logits[chosen], actions[chosen]
+        losses = F.cross_entropy(
+            logits.flatten(0, -2).float(), self.to_bins(actions).flatten(), reduction="sum"
+        )
+        return losses / max(1, actions.numel())
+
+    def _check(self, values: Tensor, name: str) -> None:
+        got, count = list(values.shape), len(self.low)
+        require(got[-1:] == [count], f"{name} are {got}, expected [..., {count}], one a range")
+
+    def _check_logits(self, logits: Tensor) -> None:
+        got, expected = list(logits.shape), [len(self.low), self.num_bins]
+        require(
+            got[-2:] == expected,
+            f"logits are {got}, expected [..., {expected[0]}, {expected[1]}]; build the model with "
+            f"num_classes={expected[0]} and num_bins={expected[1]}",
+        )
