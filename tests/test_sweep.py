@@ -124,6 +124,12 @@ def _app(case: Case) -> Any:
     return shown.shares, shown.maps
 
 
+def _adapter(case: Case) -> Any:
+    """What a copy of the host computes with the tokens that were written alone."""
+    file = tl.save_model(case.model, case.folder / "a.safetensors", only="learned")
+    return tl.load_adapter(tl.remove(copy.deepcopy(case.model)), file)(case.x)
+
+
 def _convert(case: Case) -> Any:
     """There and back."""
     there, back = case.folder / "checkpoint_7", case.folder / "back.safetensors"
@@ -150,6 +156,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "plan": _plan,
     "evaluate": lambda c: tl.evaluate(c.model, c.data).loss,
     "save_model": lambda c: tl.load_model(c.saved())(c.x),
+    "load_adapter": _adapter,
     "use_onednn": lambda c: tl.use_onednn(c.model)(c.x),
     "count_macs": lambda c: count_macs(c.model, c.x),
     "forward_with_features": lambda c: vars(forward_with_features(c.model, c.x)),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .layers.token_learner import TokenLearner as TokenLearner
     from .layers.token_learner import TokenLearnerModuleV11 as TokenLearnerModuleV11
     from .layers.token_learner import TokenLearnerV11 as TokenLearnerV11
+    from .models.adapters import load_adapter as load_adapter
     from .models.compilation import compile_model as compile_model
     from .models.factory import create_model as create_model
     from .models.factory import list_models as list_models
@@ -54,6 +55,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "create_model",
             "insert",
             "list_models",
+            "load_adapter",
             "load_model",
             "push_to_hub",
             "remove",

@@ -7,6 +7,7 @@ TYPE_CHECKING = False  # as typing has it, whose import would take most of the t
 if TYPE_CHECKING:
     from ..utils.preprocessing import Preprocessing as Preprocessing
     from .actions import ActionBins as ActionBins
+    from .adapters import load_adapter as load_adapter
     from .compilation import compile_model as compile_model
     from .factory import create_model as create_model
     from .factory import list_models as list_models
@@ -33,6 +34,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "actions": ("ActionBins",),
+        "adapters": ("load_adapter",),
         "compilation": ("compile_model",),
         "factory": (
             "create_model",

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import (
     HfApi,
@@ -22,6 +22,8 @@ from torch import nn
 
 from ..utils.modules import uncompiled
 from ..utils.text import plain_text
+from ..utils.validation import check_choice, require
+from .adapters import write_adapter
 from .hub_access import hub_or_cache, within
 from .insertion import get_insertion
 from .serialization import (
@@ -198,11 +200,21 @@ def _cell(value: object) -> str:
     return _MARKUP.sub(r"\\\g<0>", plain_text(" ".join(str(value).split())))
 
 
-def save_model(model: nn.Module, path: str | Path, measured: Measured | None = None) -> Path:
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    measured: Measured | None = None,
+    *,
+    only: Literal["learned"] | None = None,
+    host: nn.Module | None = None,
+) -> Path:
     """Writes a model and all that is needed to build it again, to a file or a folder.
 
     The classes, the pooling and the size of images may have been changed since it was made, by
     `reset_classifier` and `set_input_size`.
+
+    With `only="learned"` the learners and fusers are written alone, for `load_adapter`; a few
+    hundred kilobytes. The model may then be any host that `insert` takes.
 
     Args:
         model: Made by `create_model` or `load_model`, or a named one of ours by
@@ -211,13 +223,22 @@ def save_model(model: nn.Module, path: str | Path, measured: Measured | None = N
             `config.json`, which timm reads too, and a model card. An existing README is kept, and
             so is a `config.json` that is not a model's: timm cannot read the folder then.
         measured: A table for the model card, as columns of rows: `{"ours": {"top-1": 0.81}}`.
+        only: `"learned"`, or None for the whole model.
+        host: With `only`, the host as it was before tokens were inserted, to write what was fitted
+            of it too, as by `calibrate(tail=True)`. None takes the host as it is in the model.
 
     Returns:
         The file with the weights.
 
     Raises:
-        ValueError: The model could not be built again, or `measured` is no table or has no card.
+        ValueError: The model could not be built again, or `measured` is no table or has no card;
+            with `only`, it has no learned tokens, or is not the host with tokens.
     """
+    if only is not None:
+        check_choice("only", only, ("learned",))
+        require(measured is None, "measured has no card with only; leave it out")
+        return write_adapter(model, path, host)
+    require(host is None, 'host is for only="learned"; leave it out')
     path, model = Path(path).expanduser(), uncompiled(model)
     if weights_file(path) != path:
         card = None if (path / CARD).exists() else model_card(model, measured)
