@@ -97,9 +97,9 @@ def clothes(options: Namespace) -> Setting:
         epochs=options.host_epochs,
         lr=1e-3,
         device=str(options.device),
+        resume="auto",  # a host whose training was cut off would be another one
     )
-    if not (folder / "model.safetensors").exists():
-        train(config)
+    train(config)
     kept = [load_data(options.data, split, root=options.garments) for split in ("train", "test")]
     parts = [Part(d.images, d.labels, torch.arange(len(d.labels))) for d in kept]
     host = load_model(folder / "model.safetensors").eval()

@@ -40,7 +40,8 @@ from .fitting import FitConfig, fit
 from .teacher import TeacherCache
 
 _ROUNDS = ((0.35, 1.0), (0.3, 0.4), (0.35, 0.0))  # share of the time, and of the candidates
-_RATES, _WHOLE_LR = Rates(new=1e-3, tail=3e-4), 1e-4  # the last of all blocks, on other images
+_NEW_LR, _HOST_LR = 1e-3, 1e-4  # the host's for batches of _RATED_BATCH; smaller ones take less
+_RATED_BATCH = 64
 _LEAST_IMAGES, _LEAST_HELD_OUT = 16, 4
 _MOST_VIEWS, _HOST_SHARE = 4, 0.1  # share of the time, that a host takes on views
 _FEWEST_STEPS, _LEAST_STEPS, _MOST_STEPS = 3, 10, 3000
@@ -174,6 +175,7 @@ class _Race:
         self.host, self.images, self.store, self.config = host, images, store, config
         self._report, self._start, self._rounds = report, time.perf_counter(), rounds
         self._round, self._latest = 0, None
+        self.host_lr = _HOST_LR * min(1, config.batch_size / _RATED_BATCH)
         (_, whole), *rest = candidates
         self.host_row = CandidateRow(None, whole / 1e9, 1.0)
         self.rows = store.rows or [CandidateRow(c, n / 1e9, n / whole) for c, n in rest]
@@ -229,10 +231,11 @@ class _Race:
             half = len(self.cache.features) // 2
             cache = self.cache.from_block(half, None, skipped)
             student: nn.Module = ResizedInput(model, candidate.img_size)
-            rates = replace(_RATES, tail=_WHOLE_LR, front=_WHOLE_LR)
+            front_lr = self.host_lr
         else:
             cache = self.cache.from_block(candidate.first, self.host, skipped, self._latest)
-            self._latest, student, rates = cache, model, _RATES
+            self._latest, student, front_lr = cache, model, 0.0
+        rates = Rates(new=_NEW_LR, tail=self.host_lr, front=front_lr)
         groups = rates.groups(model, candidate.first or 0)
         steps = int(seconds / self._step_seconds(student, cache))
         least = max(_FEWEST_STEPS, min(_LEAST_STEPS, 2 * steps))  # which may overrun the time
