@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from tokenlearner import insert
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.evaluation.flops import count_macs
-from tokenlearner.training.calibration import new_parameters, tail_parameters
+from tokenlearner.models.features import new_parameters
+from tokenlearner.training.calibration import tail_parameters
 from tokenlearner.training.distillation import output_loss
 from tokenlearner.training.fitting import FitConfig, fit
 from tokenlearner.training.teacher import TeacherCache

@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .layers.token_learner import TokenLearner as TokenLearner
     from .layers.token_learner import TokenLearnerModuleV11 as TokenLearnerModuleV11
     from .layers.token_learner import TokenLearnerV11 as TokenLearnerV11
-    from .models.adapters import load_adapter as load_adapter
     from .models.compilation import compile_model as compile_model
     from .models.factory import create_model as create_model
     from .models.factory import list_models as list_models
+    from .models.factory import load_adapter as load_adapter
     from .models.factory import load_model as load_model
     from .models.factory import push_to_hub as push_to_hub
     from .models.factory import save_model as save_model

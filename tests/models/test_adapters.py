@@ -63,6 +63,7 @@ def test_a_host_gets_its_tokens_back(case: str, tmp_path: Path) -> None:
             nn.init.normal_(parameter, std=0.3)
     file = save_model(model, tmp_path / "tokens", only="learned")
     assert file == tmp_path / "tokens" / "adapter.safetensors"
+    assert "load_adapter(host" in (file.parent / "README.md").read_text()
     with safe_open(file, "pt") as opened:
         assert all("learner" in key or "fuser" in key for key in opened.keys())  # noqa: SIM118
     loaded = load_adapter(host, tmp_path / "tokens")
@@ -155,8 +156,8 @@ def test_what_cannot_be_written_alone_is_refused(tmp_path: Path) -> None:
             "host is for",
         ),
         (
-            lambda: save_model(model, tmp_path, {"a": {"b": 1}}, only="learned"),
-            "measured has no card",
+            lambda: save_model(model, tmp_path / "a.safetensors", {"a": {"b": 1}}, only="learned"),
+            "has no model card",
         ),
         (lambda: save_model(model, tmp_path, only="learned", host=model), "not what the tokens"),
         (

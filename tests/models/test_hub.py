@@ -21,7 +21,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny import images_for, randomized
 from torch import nn
 
-from tokenlearner import create_model, load_model, push_to_hub, save_model
+from tokenlearner import (
+    create_model,
+    insert,
+    load_adapter,
+    load_model,
+    push_to_hub,
+    save_model,
+)
 from tokenlearner.models.hub import HubModel, model_card
 from tokenlearner.models.mixer import TokenLearnerMixer
 from tokenlearner.models.vit import TokenLearnerViT
@@ -346,6 +353,21 @@ def test_nothing_is_made_on_the_hub_for_a_model_that_cannot_be_saved(hub: Hub) -
     with pytest.raises(ValueError, match="Repo id"):
         push_to_hub(small(), "a/b/c")
     assert hub.calls == []
+
+
+def test_learned_tokens_alone_go_to_the_hub_and_into_their_host(hub: Hub) -> None:
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    model = insert(copy.deepcopy(plain), 2, 1).eval()
+    push_to_hub(model, "me/tokens", {"ours": {"top-1": 0.5}}, only="learned")
+    (upload,) = hub.uploads
+    assert upload["files"].keys() == {"adapter.safetensors", "README.md"}
+    card = upload["files"]["README.md"].decode()
+    assert 'load_adapter(host, "hf-hub:me/tokens")  # host: vit_tiny_patch16_224' in card
+    assert "12,866 parameters to put into a VisionTransformer, alone" in card
+    assert "| top-1 | 0.5 |" in card
+    assert same(model, load_adapter(copy.deepcopy(plain).eval(), "hf-hub:me/tokens"))
+    with pytest.raises(ValueError, match=r"none is not a file or folder, and adapter\.safetensors"):
+        load_adapter(plain, "hf-hub:me/none")
 
 
 def test_options_reach_the_hub(hub: Hub, tmp_path: Path) -> None:

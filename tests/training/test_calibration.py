@@ -19,6 +19,7 @@ from tiny import HF, TIMM, torchvision_vit, transformers_vit
 from torch import Tensor, nn
 
 from tokenlearner import calibrate, insert, remove, set_num_tokens
+from tokenlearner.models.features import new_parameters
 from tokenlearner.models.framevit import FrameViT
 from tokenlearner.models.hosts import find_host
 from tokenlearner.models.insertion import get_insertion, wrapped_blocks
@@ -26,7 +27,6 @@ from tokenlearner.models.outputs import output_tensor, outputs_logits, summarize
 from tokenlearner.models.vivit import ViViT
 from tokenlearner.training.calibration import (
     Calibration,
-    new_parameters,
     split_held_out,
     tail_parameters,
 )

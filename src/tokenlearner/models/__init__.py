@@ -7,7 +7,6 @@ TYPE_CHECKING = False  # as typing has it, whose import would take most of the t
 if TYPE_CHECKING:
     from ..utils.preprocessing import Preprocessing as Preprocessing
     from .actions import ActionBins as ActionBins
-    from .adapters import load_adapter as load_adapter
     from .compilation import compile_model as compile_model
     from .factory import create_model as create_model
     from .factory import list_models as list_models
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from .hosts import HOSTS as HOSTS
     from .hosts import Host as Host
     from .hosts import find_host as find_host
+    from .hub import load_adapter as load_adapter
     from .hub import load_model as load_model
     from .hub import push_to_hub as push_to_hub
     from .hub import save_model as save_model
@@ -34,7 +34,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "actions": ("ActionBins",),
-        "adapters": ("load_adapter",),
         "compilation": ("compile_model",),
         "factory": (
             "create_model",
@@ -46,7 +45,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "Host",
             "find_host",
         ),
-        "hub": ("load_model", "push_to_hub", "save_model"),
+        "hub": ("load_adapter", "load_model", "push_to_hub", "save_model"),
         "insertion": (
             "InsertionConfig",
             "insert",

@@ -85,30 +85,14 @@ def write_adapter(model: nn.Module, path: str | Path, host: nn.Module | None = N
     return file
 
 
-def load_adapter(host: Host, path: str | Path) -> Host:
-    """Inserts the learned tokens that `save_model(only="learned")` wrote; changes a host in place.
-
-    Args:
-        host: The same as they were written for, with the same weights, in the same dtype.
-        path: The file, or its folder.
-
-    Returns:
-        The host with tokens; its mode, device and dtype stay.
+def read_adapter(host: Host, file: Path) -> Host:
+    """Inserts the learned tokens of a file into a host, as `load_adapter`.
 
     Raises:
         ValueError: There is no such file, it is damaged, or of another host. The host is as it was
             then.
-
-    >>> import tempfile, timm
-    >>> from tokenlearner import insert, save_model
-    >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = save_model(insert(vit, 2), folder, only="learned")
-    ...     again = load_adapter(remove(vit), folder)
-    >>> get_insertion(again)["num_tokens"]
-    2
     """
-    file, plain = adapter_file(path), uncompiled(host)
+    plain = uncompiled(host)
     header, state = _read(file)
     require(not wrapped_blocks(plain), "the host has learned tokens; call remove(host) first")
     own = plain.state_dict()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .features import wrapped_blocks
+from .hub import load_adapter as load_adapter
 from .hub import load_model as load_model
 from .hub import push_to_hub as push_to_hub
 from .hub import save_model as save_model

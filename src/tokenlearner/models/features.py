@@ -32,6 +32,12 @@ def wrapped_blocks(model: nn.Module) -> dict[int, ReducedBlock]:
     return blocks
 
 
+def new_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that `insert` added: those of learners and fusers."""
+    parts = [[b.learner, getattr(b, "fuser", None)] for b in wrapped_blocks(model).values()]
+    return [p for pair in parts for part in pair if part is not None for p in part.parameters()]
+
+
 def check_has_grid(model: nn.Module, indices: list[int]) -> None:
     """Checks that the blocks of these indices leave a grid, not learned tokens only.
 

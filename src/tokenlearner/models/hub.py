@@ -20,10 +20,12 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from ..utils.io import atomic_write
 from ..utils.modules import uncompiled
 from ..utils.text import plain_text
 from ..utils.validation import check_choice, require
-from .adapters import write_adapter
+from .adapters import ADAPTER, Host, adapter_file, read_adapter, write_adapter
+from .features import new_parameters
 from .hub_access import hub_or_cache, within
 from .insertion import get_insertion
 from .serialization import (
@@ -139,7 +141,12 @@ class HubModel(
         return ModelCard(model_card(self, *args, **kwargs))
 
 
-def model_card(model: Any, measured: Measured | None = None, location: str | None = None) -> str:
+def model_card(
+    model: Any,
+    measured: Measured | None = None,
+    location: str | None = None,
+    only: Literal["learned"] | None = None,
+) -> str:
     """Returns the text of a model card: what the model is, how to load it, what was measured.
 
     Args:
@@ -147,10 +154,13 @@ def model_card(model: Any, measured: Measured | None = None, location: str | Non
         measured: A table as columns of rows, such as `{"ours": asdict(benchmark(...)["ours"])}`
             or `{"ours": {"top-1": 0.81}}`.
         location: Path of the model, or its name on the Hub, `hf-hub:user/name`.
+        only: As in `save_model`.
 
     Raises:
         ValueError: `measured` is no table, or the model does not know how it was built.
     """
+    name = _host_name(model) if only else get_build_args(model)["name"]
+    parts = new_parameters(model) if only else model.parameters()
     is_video = hasattr(model, "num_frames")
     data = ModelCardData(
         library_name=LIBRARY,
@@ -161,10 +171,11 @@ def model_card(model: Any, measured: Measured | None = None, location: str | Non
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=get_build_args(model)["name"],
+        name=name,
+        only=only,
         class_name=type(model).__name__,
         is_ours=isinstance(model, HubModel),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in parts),
         insertion=get_insertion(model),
         location=location or "path/to/this/folder",
         paper=PAPER,
@@ -220,8 +231,9 @@ def save_model(
         model: Made by `create_model` or `load_model`, or a named one of ours by
             `timm.create_model`; with or without learned tokens.
         path: A file that ends in `.safetensors`, or a folder for `model.safetensors`,
-            `config.json`, which timm reads too, and a model card. An existing README is kept, and
-            so is a `config.json` that is not a model's: timm cannot read the folder then.
+            `config.json`, which timm reads too, and a model card; with `only` for
+            `adapter.safetensors` and a card. An existing README is kept, and so is a `config.json`
+            that is not a model's: timm cannot read the folder then.
         measured: A table for the model card, as columns of rows: `{"ours": {"top-1": 0.81}}`.
         only: `"learned"`, or None for the whole model.
         host: With `only`, the host as it was before tokens were inserted, to write what was fitted
@@ -234,18 +246,54 @@ def save_model(
         ValueError: The model could not be built again, or `measured` is no table or has no card;
             with `only`, it has no learned tokens, or is not the host with tokens.
     """
-    if only is not None:
-        check_choice("only", only, ("learned",))
-        require(measured is None, "measured has no card with only; leave it out")
-        return write_adapter(model, path, host)
-    require(host is None, 'host is for only="learned"; leave it out')
     path, model = Path(path).expanduser(), uncompiled(model)
-    if weights_file(path) != path:
-        card = None if (path / CARD).exists() else model_card(model, measured)
-        return write_files(model, path, card)
-    if measured is not None:
-        raise ValueError(f"{path} is one file and has no model card; pass measured with a folder")
-    return write_files(model, path)
+    check_only(only, host)
+    has_card = path.suffix != ".safetensors"
+    require(
+        has_card or measured is None,
+        f"{path} is one file and has no model card; pass measured with a folder",
+    )
+    has_card &= not (path / CARD).exists()
+    if only is None:
+        return write_files(model, path, model_card(model, measured) if has_card else None)
+    card = model_card(model, measured, only=only) if has_card else None
+    file = write_adapter(model, path, host)
+    if card is not None:
+        with atomic_write(path / CARD) as temporary:
+            temporary.write_text(card, encoding="utf-8")
+    return file
+
+
+def load_adapter(host: Host, path: str | Path, *, token: str | bool | None = None) -> Host:
+    """Inserts the learned tokens that `save_model(only="learned")` wrote; changes a host in place.
+
+    Args:
+        host: The same as they were written for, with the same weights, in the same dtype.
+        path: The file, its folder, or on the Hub `hf-hub:user/repo` or `hf-hub:user/repo@revision`.
+        token: For the Hub; by default that of `hf auth login`.
+
+    Returns:
+        The host with tokens; its mode, device and dtype stay.
+
+    Raises:
+        ValueError: There is no such file, it is damaged, or of another host. The host is as it was
+            then.
+
+    >>> import tempfile, timm
+    >>> from tokenlearner import insert, remove
+    >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = save_model(insert(vit, 2), folder, only="learned")
+    ...     again = load_adapter(remove(vit), folder)
+    >>> get_insertion(again)["num_tokens"]
+    2
+    """
+    repo = _REPO.fullmatch(path) if isinstance(path, str) and path.startswith(_HUB) else None
+    if repo is None:
+        return read_adapter(host, adapter_file(path))
+    with hub_or_cache():
+        options = {"revision": repo[2], "token": token}
+        return read_adapter(host, _download_file(repo[1], ADAPTER, options))
 
 
 def load_model(
@@ -298,6 +346,8 @@ def push_to_hub(
     repo_id: str,
     measured: Measured | None = None,
     *,
+    only: Literal["learned"] | None = None,
+    host: nn.Module | None = None,
     commit_message: str = "Push a model of tokenlearner",
     private: bool | None = None,
     token: str | None = None,
@@ -310,6 +360,8 @@ def push_to_hub(
         model: As in `save_model`.
         repo_id: Such as `user/name`; the repository is created if there is none.
         measured: As in `save_model`. An existing README of the repository is kept.
+        only: As in `save_model`.
+        host: As in `save_model`.
         commit_message: Message of the commit.
         private: Make a new repository private.
         token: For the Hub; by default that of `hf auth login`.
@@ -324,15 +376,41 @@ def push_to_hub(
             created on the Hub then.
     """
     validate_repo_id(repo_id)
+    check_only(only, host)
     model = uncompiled(model)
     with TemporaryDirectory() as folder:
-        write_files(model, Path(folder), model_card(model, measured, f"{_HUB}{repo_id}"))
+        card = model_card(model, measured, f"{_HUB}{repo_id}", only)
+        if only:
+            write_adapter(model, folder, host)
+            (Path(folder) / CARD).write_text(card, encoding="utf-8")
+        else:
+            write_files(model, Path(folder), card)
         api = HfApi(token=token, library_name=LIBRARY)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if api.file_exists(repo_id, CARD, revision=branch):
             (Path(folder) / CARD).unlink()
         options = {"repo_id": repo_id, "folder_path": folder, "revision": branch}
         return api.upload_folder(**options, commit_message=commit_message, **upload)
+
+
+def check_only(only: str | None, host: nn.Module | None) -> None:
+    """Checks what of a model is to be written.
+
+    Raises:
+        ValueError: `only` is unknown, or a host is given without it.
+    """
+    if only is not None:
+        check_choice("only", only, ("learned",))
+    require(only is not None or host is None, 'host is for only="learned"; leave it out')
+
+
+def _host_name(model: Any) -> str:
+    """Returns what a host is called, whoever built it."""
+    built = (getattr(model, "tokenlearner_config", None) or {}).get("name")
+    config = getattr(model, "config", None)
+    known = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    return built or architecture or known or type(model).__name__
 
 
 def _check_no_folder(path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.blocks import FusedBlock
-from ..models.features import wrapped_blocks
+from ..models.features import new_parameters, wrapped_blocks
 from ..models.hosts import find_host
 from ..models.insertion import remove
 from ..utils.modules import clone_structure, eager_gradients, uncompiled
@@ -215,12 +215,6 @@ def split_held_out(images: int, share: float, seed: int = 0) -> tuple[Tensor, Te
     order = torch.randperm(images, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     count = min(round(share * images), max(0, images - 2))
     return order[count:].sort().values, order[:count].sort().values
-
-
-def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that `insert` added: those of learners and fusers."""
-    parts = [[b.learner, getattr(b, "fuser", None)] for b in wrapped_blocks(model).values()]
-    return [p for pair in parts for part in pair if part is not None for p in part.parameters()]
 
 
 def tail_parameters(model: nn.Module, first: int) -> list[nn.Parameter]:
