@@ -7,6 +7,7 @@ import shlex
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -123,9 +124,18 @@ GUIDES = [
 
 
 def run_short(words: list[str]) -> None:
-    """Runs a command in this process, with what makes it short unless it only prints."""
+    """Runs a command in this process, with what makes it short unless it only prints.
+
+    Graphs are traced, but not compiled, which takes minutes for a ViT-B; other tests compile.
+    """
+    compile_module = torch.nn.Module.compile
+
+    def traced(module: torch.nn.Module, **options: Any) -> None:
+        compile_module(module, **{k: v for k, v in options.items() if k != "mode"}, backend="eager")
+
+    quick = patch.object(setup, "calibrate", partial(tokenlearner.calibrate, steps=2))
     try:
-        with patch.object(setup, "calibrate", partial(tokenlearner.calibrate, steps=2)):
+        with quick, patch.object(torch.nn.Module, "compile", traced):
             main([*words, *([] if "--print_config" in words else SHORT.get(words[0], []))])
     except SystemExit as end:
         if end.code:
