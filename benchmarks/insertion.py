@@ -310,11 +310,7 @@ def table(rows: Sequence[dict[str, Any]], budget: float, costs: dict[str, Any]) 
     """A row for each contender of a budget, with the better rate, the best first."""
     times = [f"ms, batch {batch}" for batch in costs.get("batches", ())]
     lines = head((*HEADER, *times))
-    best: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["budget"] == budget and row["rate"] == better_rate(rows, row["kind"]):
-            best.setdefault(row["name"], []).append(row)
-    for name, same in sorted(best.items(), key=lambda kept: _median(kept[1], "error")):
+    for name, same in ranked(rows, budget).items():
         errors = [row["error"] for row in same]
         spread = f" ({min(errors):.3f}–{max(errors):.3f})" if len(errors) > 1 else ""
         error = f" ± {_median(same, 'accuracy_error_percent'):.1f}"
@@ -330,6 +326,15 @@ def table(rows: Sequence[dict[str, Any]], budget: float, costs: dict[str, Any]) 
         cells += [f"{of_model['median']:.2f}" for of_model in costs.get(name, {}).values()]
         lines.append(line(name, cells))
     return "\n".join(lines) + "\n"
+
+
+def ranked(rows: Sequence[dict[str, Any]], budget: float) -> dict[str, list[dict[str, Any]]]:
+    """The runs of a budget with the better rate, by contender, the one that leaves least first."""
+    best: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["budget"] == budget and row["rate"] == better_rate(rows, row["kind"]):
+            best.setdefault(row["name"], []).append(row)
+    return dict(sorted(best.items(), key=lambda kept: _median(kept[1], "error")))
 
 
 def _median(rows: Sequence[dict[str, Any]], column: str) -> float:
@@ -358,8 +363,8 @@ def _timed(student: Student, images: Tensor) -> Any:
     return lambda: model(sized)
 
 
-def parse() -> Namespace:
-    parser = ArgumentParser(description=__doc__)
+def build_parser(description: str | None = __doc__) -> ArgumentParser:
+    parser = ArgumentParser(description=description)
     parser.add_argument("--set", default="drawings", choices=SETS)
     parser.add_argument("--out", type=Path, default=Path("runs/insertion"), help="of all runs")
     parser.add_argument("--known", type=Path, help="results of earlier runs, not made again")
@@ -385,11 +390,11 @@ def parse() -> Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="timed runs")
     parser.add_argument("--no_runs", action="store_true", help="tables of what has run")
     add_device(parser)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    options = parse()
+    options = build_parser().parse_args()
     costs = {} if options.no_runs else fit_and_time(options)
     rows = finished(options)
     for budget in options.budgets:

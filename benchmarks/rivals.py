@@ -68,8 +68,8 @@ def contenders(host: nn.Module, image: Tensor, budget: float) -> dict[str, Conte
         image: One image as it takes it, `1 c h w`.
         budget: Share of its multiply-adds.
     """
-    found = [*_candidates(host, image, budget), *_rivals(host, image, budget)]
-    return {contender.kind: contender for contender in found}
+    found = [*_rivals(host, image, budget), *_candidates(host, image, budget)]
+    return {contender.kind: contender for contender in found}  # a rival may be a candidate too
 
 
 def _candidates(host: nn.Module, image: Tensor, budget: float) -> Iterator[Contender]:

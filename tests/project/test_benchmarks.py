@@ -343,6 +343,11 @@ def test_insertion_fits_all_contenders_alike_and_goes_on_where_it_was(
     }
     monkeypatch.setattr(script, "fit", lambda *_: pytest.fail("fitted again"))
     assert [*table(run(script, options))[1]] == [*rows]
+    picks = importlib.import_module("reduce_picks")
+    run(picks, f"{options} --minutes 0.02")
+    [found] = json.loads((tmp_path / "reduce_picks.json").read_text())["rows"]
+    assert found["picked"] in found["full_errors"]
+    assert {*found["brief_errors"]} == {row["name"] for row in kept if row["candidate"]}
     known = shutil.move(tmp_path / "results.json", tmp_path / "known.json")
     for path in tmp_path.glob("run-*"):
         path.unlink()
