@@ -135,7 +135,7 @@ def advise(config: BenchConfig, report: Callable[[str], object] = lambda line: N
         ValueError: As in `bench`.
     """
     device = pick_device(config.device)
-    with torch_threads(config.threads):
+    with torch_threads(config.threads), TemporaryDirectory() as folder:
         report("building")
         models, axes = load_bench_models(
             config.parsed_models, config.img_size, device, torch.float32
@@ -143,8 +143,8 @@ def advise(config: BenchConfig, report: Callable[[str], object] = lambda line: N
         images = torch.randn(config.batch_size, *axes).to(device)
         macs = {name: count_macs(model.eval(), images[:1]) for name, model in models.items()}
         rows, runs, left_out = list[AdviceRow](), dict[Key, tuple[Form, Run]](), dict[str, str]()
-        for name, model in models.items():
-            for form in _forms(device):
+        for i, (name, model) in enumerate(models.items()):
+            for form in _forms(device, Path(folder) / f"{i}.onnx"):
                 report(f"preparing {name} in {form.name}")
                 try:
                     run = form.inference(model, images)
@@ -227,8 +227,13 @@ def _fill(
         row.realized[label] = found.speedup_over(same).median / ratio
 
 
-def _forms(device: torch.device) -> list[Form]:
-    """Lists the forms of a device, simple ones first."""
+def _forms(device: torch.device, file: Path) -> list[Form]:
+    """Lists the forms of a device, simple ones first.
+
+    Args:
+        device: Where models run.
+        file: Where to write the model as ONNX; the first form that needs it does.
+    """
     as_it_is = Form("float32", "the model as it is", lambda model, _: PlainModel(model))
     half = [_half_precision(dtype) for dtype in (torch.bfloat16, torch.float16)]
     if device.type != "cpu":
@@ -239,14 +244,19 @@ def _forms(device: torch.device) -> list[Form]:
         use="bfloat16 within sdpa_kernel(SDPBackend.MATH); of timm's models TIMM_FUSED_ATTN=0 does",
         context=unfused_attention,
     )
-    file = "tokenlearner export MODEL model.onnx"
+    export = "tokenlearner export MODEL model.onnx"
     return [
         as_it_is,
         Form("float32 by oneDNN", "use_onednn(model), train --onednn true", _onednn),
         half[0],
         plain_attention,
-        Form("ONNX Runtime", file, _onnxruntime, trains=False),
-        Form("OpenVINO", f"{file}, openvino.compile_model", _openvino, trains=False),
+        Form("ONNX Runtime", export, partial(_onnxruntime, file), trains=False),
+        Form(
+            "OpenVINO",
+            f"{export}, openvino.compile_model",
+            partial(_openvino, file),
+            trains=False,
+        ),
     ]
 
 
@@ -274,27 +284,23 @@ def _onednn(model: nn.Module, images: Tensor) -> Run:
     return PlainModel(use_onednn(clone_structure(model)))
 
 
-def _onnxruntime(model: nn.Module, images: Tensor) -> Run:
-    with _onnx_file(model, images) as path:
-        return load_exported(path)
+def _onnxruntime(file: Path, model: nn.Module, images: Tensor) -> Run:
+    return load_exported(_written(file, model, images))
 
 
-def _openvino(model: nn.Module, images: Tensor) -> Run:
+def _openvino(file: Path, model: nn.Module, images: Tensor) -> Run:
     if find_spec("openvino") is None:
         raise ValueError("pip install openvino has it measured too")
     openvino = import_module("openvino")
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    with _onnx_file(model, images) as path:
-        compiled = openvino.compile_model(str(path), "CPU", threads)
+    compiled = openvino.compile_model(str(_written(file, model, images)), "CPU", threads)
     return lambda images: torch.from_numpy(compiled(images.numpy())[0])
 
 
-@contextmanager
-def _onnx_file(model: nn.Module, images: Tensor) -> Iterator[Path]:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        write_program(PlainModel(model).eval(), images.new_zeros(2, *images.shape[1:]), path)
-        yield path
+def _written(file: Path, model: nn.Module, images: Tensor) -> Path:
+    if not file.exists():
+        write_program(PlainModel(model).eval(), images.new_zeros(2, *images.shape[1:]), file)
+    return file
 
 
 def advice_table(advice: Advice, measurement: Measurement, model: str) -> Any:
