@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from compare_frozen import fit_probe
+import torch.nn.functional as F
 from compare_report import head, line
 from insertion_sets import SETS, Setting, load_setting
 from measured import add_device, closing, in_ms, machine, write_results
@@ -42,7 +42,7 @@ from tokenlearner.training.teacher import TeacherCache
 from tokenlearner.utils.io import atomic_write
 
 NEW_RATE = 1e-3
-FOLDS = 5
+FOLDS, PROBE_DECAY = 5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -202,12 +202,26 @@ def _reduced(model: nn.Module) -> list[Any]:
 
 
 class Probe(nn.Module):
-    """A linear probe on features of any mean and scale."""
+    """A linear probe on features of any mean and scale: logistic regression with weight decay."""
 
     def __init__(self, features: Tensor, labels: Tensor):
         super().__init__()
         self.mean, self.std = features.mean(0), features.std(0) + 1e-6
-        self.linear = fit_probe((features - self.mean) / self.std, labels)
+        self.linear = nn.Linear(features.shape[1], int(labels.max()) + 1)
+        nn.init.zeros_(self.linear.weight)
+        optimizer = torch.optim.LBFGS(
+            self.linear.parameters(), max_iter=300, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(self(features), labels)
+            value = value + PROBE_DECAY * self.linear.weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        self.requires_grad_(False)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear((features - self.mean) / self.std)
