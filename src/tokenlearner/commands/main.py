@@ -26,7 +26,16 @@ COMMANDS = {
     "export": "write a model to an ONNX file or a torch.export program, and compare the two",
     "models": "list the named models with their size and cost",
     "convert": "turn a checkpoint of scenic's (JAX) into a model, or back",
+    "doctor": "print versions, devices and extras, and what is wrong with them",
 }
+NEXT = """
+  tokenlearner reduce vit_small_patch16_224 --images photos/ --budget 0.5 --out runs/half
+      makes a pretrained ViT cheaper, as close to itself on your images as it can be
+  tokenlearner train folder --root photos/ --num_tokens 8 --out runs/mine
+      trains a ViT on 8 learned tokens on a folder of images, one subfolder a class
+  tokenlearner maps runs/mine photos/ looked/
+      draws where its tokens look
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,10 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    if not arguments:
+        print(f"Begin with one of these; tokenlearner --help lists all commands:\n{NEXT}", end="")
+        return
     name = _parse_command(arguments[:1])
     try:
-        extra = name if name in ("app", "convert", "demo") else "train"
-        require_package("jsonargparse", extra, "the command")
+        if name != "doctor":  # which says what is missing
+            extra = name if name in ("app", "convert", "demo") else "train"
+            require_package("jsonargparse", extra, "the command")
         _load(name)(arguments[1:])
     except ValueError as error:
         sys.exit(_complain(name, error, 2))
