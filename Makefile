@@ -18,10 +18,10 @@ SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modu
 NUMERIC_TESTS := $(addprefix tests/,layers models checkpoints evaluation training deploy)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-isa fuzz test-oldest check docs notebook bench compare format clean
+.PHONY: help install demo test test-slow test-isa fuzz test-oldest check release-check docs notebook bench compare format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 install: $(VENV)/.dev  ## make .venv with everything that the other targets need
 
@@ -48,13 +48,21 @@ fuzz: $(VENV)/.dev  ## give damaged files to every reader, an hour or ARGS="--mi
 test-oldest: $(VENV)/.dev  ## run the tests of hosts with the oldest timm and transformers
 	$(BIN)/python scripts/oldest.py -q -n auto $(ARGS)
 
-check: $(VENV)/.dev  ## format, lint, types, the project's own rules, known holes in packages
+check: $(VENV)/.dev  ## format, lint, types, spelling, the project's own rules, known holes in packages
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m pyright
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_project.py
+	$(BIN)/codespell
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/zizmor -q --offline .github/workflows
 	$(BIN)/python scripts/audit.py
+
+release-check: $(VENV)/.dev  ## build the wheel and use it in bare environments, as a release is
+	$(BIN)/python scripts/release_check.py $(ARGS)
 
 docs: $(VENV)/.dev  ## build the documentation into site/ and check every link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -2,7 +2,7 @@
 
 `python scripts/make_fashion_mnist_small.py SOURCE_DIR OUT_DIR` takes the first images of each
 class from the full files in SOURCE_DIR and writes them into OUT_DIR as one compressed .npz file,
-with their licence and a README. The same input gives the same bytes.
+with their license and a README. The same input gives the same bytes.
 """
 
 from __future__ import annotations

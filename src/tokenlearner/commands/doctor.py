@@ -1,6 +1,7 @@
 """`tokenlearner doctor`: versions, devices and extras, and what is wrong with them.
 
-This is to read, or to send with a report of a bug. It needs no extra, and goes on where a package is broken.
+This is to read, or to send with a report of a bug. It needs no extra, and goes on where a package
+is broken.
 """
 
 from __future__ import annotations
