@@ -18,15 +18,18 @@ SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modu
 NUMERIC_TESTS := $(addprefix tests/,layers models checkpoints evaluation training deploy)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-isa fuzz test-oldest check release-check docs notebook bench compare format clean
+.PHONY: help install demo announce-demo test test-slow test-isa fuzz test-oldest check release-check docs notebook bench compare format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 install: $(VENV)/.dev  ## make .venv with everything that the other targets need
 
-demo: $(VENV)/.demo  ## train on bundled images, draw where the tokens look
+demo: announce-demo $(VENV)/.demo  ## train on bundled images, draw where the tokens look
 	$(BIN)/tokenlearner demo $(ARGS)
+
+announce-demo:
+	@[ -e $(VENV)/.demo ] || echo "make demo installs into $(VENV), trains a small ViT with and without learned tokens, and draws what they look at: 2 minutes each."
 
 test: $(VENV)/.dev  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -99,8 +102,9 @@ $(BIN)/pip:
 
 # Shows the larger downloads and how it ended; pip writes its errors to stderr, past the filter.
 define pip_install
-@echo "Installing tokenlearner[$(1)] into $(VENV): about 2 minutes, and up to 6 GB on Linux (PyTorch with CUDA)."
-@set -o pipefail; $(BIN)/python -m pip install -e '.[$(1)]' | \
+@set -o pipefail; index="$$($(BIN)/python scripts/cpu_torch.py)"; \
+	echo "Installing tokenlearner[$(1)] into $(VENV): about 2 minutes, $$([ -n "$$index" ] && echo 'PyTorch for CPUs' || echo 'and up to 6 GB on Linux (PyTorch with CUDA)')."; \
+	$(BIN)/python -m pip install $$index -e '.[$(1)]' | \
 	{ grep --line-buffered -E '(Downloading|Using cached) .* [MG]B\)|^Installing collected|^Successfully installed' || true; }
 endef
 
