@@ -80,7 +80,7 @@ class OfTraining(nn.Module):
 def test_a_model_that_comes_out_otherwise_leaves_no_file(tmp_path: Path) -> None:
     model = live()
     model.head = OfTraining()
-    with pytest.raises(RuntimeError, match=r"with 3 videos, at frame 0, the files differ"):
+    with pytest.raises(RuntimeError, match=r"at 3 videos, frame 0 the file differs"):
         export_stream(model, tmp_path / "live", ".pt2")
     assert list((tmp_path / "live").iterdir()) == []
 

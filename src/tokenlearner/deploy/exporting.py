@@ -176,16 +176,24 @@ def _write(
     loaded = load_exported(path, images.device)
     with torch.inference_mode():
         for batch in batches:
-            expected = exact(batch)
-            difference = largest_difference(expected, loaded(batch))
-            allowed = tolerance * max(1.0, expected.abs().max().item())
-            if not difference <= allowed:  # NaN is not either
-                raise RuntimeError(
-                    f"at batch size {len(batch)} the file differs from the model by "
-                    f"{difference:.2g}, expected {allowed:.2g} at most; it was not kept; pass a "
-                    "larger tolerance to keep it"
-                )
+            check_output(exact(batch), loaded(batch), tolerance, f"batch size {len(batch)}")
     return loaded
+
+
+def check_output(expected: Tensor, found: Tensor, tolerance: float, where: str) -> None:
+    """Compares what a file gives with what its model gives.
+
+    Raises:
+        RuntimeError: They differ by more than the tolerance, as a share of the largest output, or
+            absolute where that is below 1.
+    """
+    difference = largest_difference(expected, found)
+    allowed = tolerance * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:  # NaN is not either
+        raise RuntimeError(
+            f"at {where} the file differs from the model by {difference:.2g}, expected "
+            f"{allowed:.2g} at most; nothing was kept; pass a larger tolerance to keep it"
+        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..utils.io import atomic_write, check_output_folder, write_json
 from ..utils.modules import clone_structure
 from ..utils.preprocessing import Preprocessing
 from ..utils.validation import check_above_zero, check_choice, check_count, require
-from .exporting import export_errors
+from .exporting import check_output, export_errors
 from .formats import (
     SUFFIXES,
     check_target,
@@ -31,7 +31,6 @@ from .formats import (
     open_session,
     write_program,
 )
-from .quantization import largest_difference
 
 DESCRIPTION = "stream.json"
 _STEP_OUTPUTS = ("prediction", "features", "next_tokens", "next_present", "next_ages")
@@ -192,13 +191,6 @@ def _compare(model: FrameViT, stream: FrameStream, tolerance: float) -> None:
                 arrived = torch.arange(b) % 3 != i % 3 if b > 1 else None
                 expected = live.push(*inputs, arrived=arrived, elapsed=1 + i / 8)
                 found = stream.push(*inputs, arrived=arrived, elapsed=1 + i / 8)
-                difference = largest_difference(expected, found)
-                allowed = tolerance * max(1.0, expected.abs().max().item())
-                if not difference <= allowed:  # NaN is not either
-                    raise RuntimeError(
-                        f"with {b} videos, at frame {i}, the files differ from the model by "
-                        f"{difference:.2g}, expected {allowed:.2g} at most; they were not kept; "
-                        "pass a larger tolerance to keep them"
-                    )
+                check_output(expected, found, tolerance, f"{b} videos, frame {i}")
         finally:
             model.train(was_training)
