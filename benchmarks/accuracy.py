@@ -3,8 +3,8 @@
 Three real data sets, each with and without learned tokens, over several seeds: the bundled images
 of clothes; photographs that move, where a third model sees a single frame of each clip; and color
 drawings in a folder (`openclipart.py`), which are read from their files and cut out and mirrored
-at random. Every run leaves a folder in `--out`; a command that was cut off goes on where it
-stopped.
+at random. Of images there is the simplest rival too, all positions of a smaller image. Every run
+leaves a folder in `--out`; a command that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from tokenlearner.utils.io import write_json
 
 VIT, VIVIT = "vit_mini_patch4_28", "vivit_mini_patch8x2_32"
 TOKENS: dict[str, dict[str, Any]] = {"all": {}, "8 learned, halfway": {"num_tokens": 8, "at": 0.5}}
+SMALLER = {  # multiply-adds just below and above those of learned tokens, or like them
+    "fashion-mnist-small": (20, 24),
+    "openclipart": (48,),
+}
 MOTION_TOKENS: dict[str, dict[str, Any]] = {
     "all": {},
     "8 learned, halfway": {"num_tokens": 4, "at": 0.5},  # of each of the two slices of time
@@ -70,7 +74,8 @@ def recipes(options: Namespace) -> dict[str, dict[str, Any]]:
 
 def tokens_of(name: str) -> dict[str, dict[str, Any]]:
     """What differs between the models of a data set."""
-    return MOTION_TOKENS if name == "moving-photographs" else TOKENS
+    smaller = {f"all of {size} pixels": {"img_size": size} for size in SMALLER.get(name, ())}
+    return MOTION_TOKENS if name == "moving-photographs" else TOKENS | smaller
 
 
 def write_drawings(source: Path, root: Path, size: int = 96) -> None:
@@ -107,8 +112,8 @@ def row(out: Path, name: str, tokens: str, seeds: list[int]) -> dict[str, Any]:
 
 
 def place(out: Path, name: str, tokens: str, seed: int) -> Path:
-    short = {"all": "full", "8 learned, halfway": "tl8", "all of one frame": "frame"}[tokens]
-    return out / f"{name}-{short}-{seed}"
+    short = {"all": "full", "8 learned, halfway": "tl8", "all of one frame": "frame"}
+    return out / f"{name}-{short.get(tokens, tokens.replace(' ', '-'))}-{seed}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
