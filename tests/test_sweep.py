@@ -204,6 +204,7 @@ NOT_SWEPT = {
     **dict.fromkeys(("push_to_hub",), "asks the network; it writes what save_model writes"),
     **dict.fromkeys(("load_model",), "is called behind save_model"),
     **dict.fromkeys(("compile_model",), "takes seconds; tests/models compile every host"),
+    **dict.fromkeys(("encode",), "takes videos; tests/evaluation/test_encoding.py has other hosts"),
     **dict.fromkeys(
         ("reduce",), "fits for a while; tests/training/test_reduction.py has other hosts"
     ),

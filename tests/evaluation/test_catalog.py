@@ -20,7 +20,7 @@ COMMAND = "tokenlearner models --markdown true"
 def table(path: str) -> list[str]:
     """The lines about models in a Markdown file."""
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if re.match(r"\| `(vit|vivit|mixer|framevit)_", line)]
+    return [line for line in lines if re.match(r"\| `(vit|vivit|mixer|framevit|temporal)_", line)]
 
 
 def name_of(line: str) -> str:

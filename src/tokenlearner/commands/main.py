@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a named model on a named data set",
     "eval": "evaluate a checkpoint on a data set",
     "predict": "label images or videos with a checkpoint",
+    "encode": "turn a folder of videos into the tokens of their frames, to train on",
     "reduce": "make a trained ViT cheaper on a folder of images, by tokens or a smaller image",
     "plan": "list where tokens can be learned, and how many, within a budget",
     "bench": "measure models side by side: multiply-adds, memory, speed, training",

@@ -17,11 +17,19 @@ from .hub_datasets import load_library_dataset
 from .image_folder import load_folder
 from .moving_photos import load_moving_photos
 from .tensor_dataset import ImageDataset as ImageDataset
+from .token_dataset import load_tokens
 from .video_folder import load_video_folder
 
 SPLITS = ("train", "val", "test")
 _TWO = {"val": "test"}  # of sets with two parts
-_WITH_VAL = ("folder", "video-folder", "hfds/", "hfids/", "wds/")  # may have both val and test
+_WITH_VAL = (
+    "folder",
+    "video-folder",
+    "tokens",
+    "hfds/",
+    "hfids/",
+    "wds/",
+)  # may have both val and test
 
 
 def load_data(
@@ -41,7 +49,7 @@ def load_data(
     (9,000 + 1,800 clips) is made of what scikit-image ships. These are `ImageDataset`.
 
     `folder` and `video-folder` are your own images and videos, in `root`, by folders of classes or
-    lists.
+    lists; `tokens` are those that `tokenlearner encode` wrote of videos, in `root`.
     `torch/NAME` is a set of torchvision's, `hfds/NAME` of Hugging Face datasets; `hfids/NAME` and
     `wds/` (WebDataset's tar files in `root`) are streams, which have no order. All of these are
     read image by image.
@@ -92,5 +100,6 @@ _LOADERS: dict[str, Callable[[str, str, DataConfig], LabeledDataset]] = {
     "hfids/": load_library_dataset,
     "wds/": load_library_dataset,
     "video-folder": load_video_folder,
+    "tokens": load_tokens,
     "moving-photographs": load_moving_photos,
 }

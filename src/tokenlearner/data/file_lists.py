@@ -6,6 +6,7 @@ import csv
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
@@ -63,6 +64,58 @@ def list_labeled_files(
         _check_same_classes(source, classes, other, others)
     number = {label: i for i, label in enumerate(classes)}
     return [path for path, _ in files], [number[label] for _, label in files], tuple(classes)
+
+
+@dataclass(frozen=True)
+class ListedFiles:
+    """Files of a split; labels are empty where the folder tells none."""
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+
+
+def list_splits(
+    root: Path, extensions: Sequence[str], follow_links: bool = False
+) -> tuple[dict[str, ListedFiles], tuple[str, ...]]:
+    """Lists the files of every split of a folder, and the classes; opens none of them.
+
+    A folder with no split is one, `"train"`: of folders of classes, or of files without labels if
+    some lie in it directly.
+
+    Args:
+        root: As in `list_labeled_files`, or without splits.
+        extensions: As in `list_labeled_files`.
+        follow_links: As in `list_labeled_files`.
+
+    Raises:
+        ValueError: As in `list_labeled_files`, or there is no such file.
+    """
+    require(root.is_dir(), f"{root} is not a folder; pass the one that holds the files")
+    sources = {split: _find_source(root, split) for split in FOLDERS}
+    first = {source: split for split, source in reversed(sources.items()) if source is not None}
+    found: dict[str, ListedFiles] = {}
+    classes: tuple[str, ...] = ()
+    for split in sorted(first.values(), key=list(FOLDERS).index):
+        paths, labels, classes = list_labeled_files(root, split, extensions, follow_links)
+        found[split] = ListedFiles(tuple(paths), tuple(labels))
+    return (found, classes) if found else _without_splits(root, extensions, follow_links)
+
+
+def _without_splits(
+    root: Path, extensions: Sequence[str], follow_links: bool
+) -> tuple[dict[str, ListedFiles], tuple[str, ...]]:
+    top, ends = None if follow_links else root, tuple(extensions)
+    paths, others = split_by_suffix(walk_files(root, top), ends)
+    require(
+        bool(paths), f"{root} holds no file that ends in {', '.join(ends)}; pass another folder"
+    )
+    if any(os.path.dirname(path) == str(root) for path in paths):
+        warn_left_out(root, others)
+        return {"train": ListedFiles(tuple(paths), ())}, ()
+    pairs = _read_folder(root, extensions, top)
+    classes = sorted({label for _, label in pairs})
+    labels = tuple(classes.index(label) for _, label in pairs)
+    return {"train": ListedFiles(tuple(path for path, _ in pairs), labels)}, tuple(classes)
 
 
 def _find_source(root: Path, split: str) -> Path | None:

@@ -62,7 +62,7 @@ def load_batches(
                 collate_fn=_same,
                 num_workers=workers,
                 pin_memory=pin,
-                worker_init_fn=_leave_signals,
+                worker_init_fn=ignore_signals,
                 generator=torch.Generator(),  # a private one: torch's global one is left as it is
             )
         )
@@ -169,7 +169,7 @@ class _Lists:
         return iter(self.keys)
 
 
-def _leave_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Lets a worker live on when its process group gets a signal: its reader ends it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, groupby
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,17 +100,11 @@ class VideoFolderDataset(FromFiles, MapDataset):
         Raises:
             UnreadableFile: The video cannot be read.
         """
-        from av.error import FFmpegError
-
         path, (c, t, _, _) = self.paths[index], self.shape
-        try:
-            with ExitStack() as files:
-                video = _Video(files, path)
-                chosen = self._choose(len(video.times))
-                clips = video.images(chosen.flatten().tolist(), _PIXELS[c])
-        except (FFmpegError, OSError, ValueError) as error:
-            message = f"{path} cannot be read ({error}); replace it, or take it out"
-            raise UnreadableFile(message) from error
+        with ExitStack() as files, read_errors(path):
+            video = _Video(files, path)
+            chosen = self._choose(len(video.times))
+            clips = video.images(chosen.flatten().tolist(), _PIXELS[c])
         clips = clips.unflatten(0, (-1, t))
         return clips if len(clips) * self._crops > 1 else clips[0]
 
@@ -155,20 +148,60 @@ class VideoFolderDataset(FromFiles, MapDataset):
         return 1 if self.split == "train" else self.config.crops
 
     def _choose(self, n: int) -> Tensor:
-        """The numbers of the frames of each view, `v t`, of a video of `n` frames."""
         t, stride, views = self.config.clip_frames, self.config.stride, self.config.views
-        steps = torch.arange(t, dtype=torch.float64)
-        if self.split == "train":
-            drawn = torch.rand(1, 1 if stride else t, dtype=torch.float64)
-        elif stride and views > 1:
-            drawn = torch.linspace(0, 1, views, dtype=torch.float64)[:, None]
-        else:
-            drawn = (torch.arange(views, dtype=torch.float64)[:, None] + 0.5) / views
-        if stride == 0:
-            return ((steps + drawn) * n / t).long().clamp(max=n - 1)
-        last = max(n - 1 - (t - 1) * stride, 0)  # at which a clip may start
-        starts = (drawn * (last + 1)).long().clamp(max=last)
-        return (starts + steps.long() * stride).clamp(max=n - 1)
+        return choose_frames(n, t, stride, None if self.split == "train" else views)
+
+
+def choose_frames(n: int, t: int, stride: int, views: int | None) -> Tensor:
+    """Returns the numbers of the frames of each clip, `v t`, of a video of `n` frames.
+
+    Args:
+        n: Frames of the video; a clip that is longer goes on with the last.
+        t: Frames of a clip.
+        stride: Frames of the video from one frame of a clip to the next; 0 spreads it over them.
+        views: Clips at fixed places; None draws one from torch's global generator.
+    """
+    steps = torch.arange(t, dtype=torch.float64)
+    if views is None:
+        drawn = torch.rand(1, 1 if stride else t, dtype=torch.float64)
+    elif stride and views > 1:
+        drawn = torch.linspace(0, 1, views, dtype=torch.float64)[:, None]
+    else:
+        drawn = (torch.arange(views, dtype=torch.float64)[:, None] + 0.5) / views
+    if stride == 0:
+        return ((steps + drawn) * n / t).long().clamp(max=n - 1)
+    last = max(n - 1 - (t - 1) * stride, 0)  # at which a clip may start
+    starts = (drawn * (last + 1)).long().clamp(max=last)
+    return (starts + steps.long() * stride).clamp(max=n - 1)
+
+
+def iterate_frames(path: str, stride: int, channels: int = 3) -> Iterator[Tensor]:
+    """Decodes every `stride`-th frame of a video from the first on, one at a time: uint8 `c h w`.
+
+    They are those that a clip has at the same places. No more than one of them is kept.
+
+    Raises:
+        UnreadableFile: The video cannot be read, or not to its end.
+    """
+    with ExitStack() as files, read_errors(path):
+        video = _Video(files, path)
+        first: VideoFrame | None = None
+        for _, frame in video.decode(video.times[::stride]):
+            first = first or frame
+            yield video.image(frame, first, _PIXELS[channels])
+            video.until = monotonic() + max_seconds()  # the limit is of a frame here
+
+
+@contextmanager
+def read_errors(path: str) -> Iterator[None]:
+    """Turns the errors of reading a video into `UnreadableFile`."""
+    from av.error import FFmpegError
+
+    try:
+        yield
+    except (FFmpegError, OSError, ValueError) as error:
+        message = f"{path} cannot be read ({error}); replace it, or take it out"
+        raise UnreadableFile(message) from error
 
 
 def _three(frames: Tensor) -> Tensor:
@@ -207,29 +240,31 @@ class _Video:
         """Decodes the frames of those numbers, uint8 `t c h w`."""
         check_unpacked(f"its {len(numbers)} frames have", len(numbers) * self.frame_bytes)
         times = [self.times[number] for number in numbers]
-        frames = self._at(sorted(set(times)))
+        frames = dict(self.decode(sorted(set(times))))
         first = frames[times[0]]
-        same = dict[str, Any](format=pixels, width=first.width, height=first.height)
-        arrays = {time: frame.to_ndarray(**same) for time, frame in frames.items()}
-        clip = torch.from_numpy(np.stack([arrays[time] for time in times]))
-        clip = clip[:, None] if clip.ndim == 3 else clip.movedim(-1, 1)
-        return torch.rot90(clip, round(first.rotation / 90), (-2, -1))
+        images = {time: self.image(frame, first, pixels) for time, frame in frames.items()}
+        return torch.stack([images[time] for time in times])
 
-    def _at(self, times: Sequence[int]) -> dict[int, VideoFrame]:
-        """The frames of rising times; for what is missing the next one, at the end the last."""
-        frames: dict[int, VideoFrame] = {}
+    def image(self, frame: VideoFrame, first: VideoFrame, pixels: str) -> Tensor:
+        """Returns a frame in the size of another and turned as that is, uint8 `c h w`."""
+        array = frame.to_ndarray(format=pixels, width=first.width, height=first.height)
+        image = torch.from_numpy(array)
+        image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
+        return torch.rot90(image, round(first.rotation / 90), (-2, -1))
+
+    def decode(self, times: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """Yields the frames of rising times; for a missing one the next, at the end the last."""
         last = None
         for key, group in groupby(times, self._key_before):
             waiting = list(group)
             for time, last in self._frames_from(key):
                 while waiting and waiting[0] <= time:
-                    frames[waiting.pop(0)] = last
+                    yield waiting.pop(0), last
                 if not waiting:
                     break
             if last is None:
                 raise ValueError("its frames cannot be decoded")
-            frames |= dict.fromkeys(waiting, last)
-        return frames
+            yield from ((time, last) for time in waiting)
 
     def _key_before(self, time: int) -> int | None:
         before = bisect_right(self.keys, time)

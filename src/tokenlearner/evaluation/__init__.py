@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from .accuracy import Evaluation as Evaluation
     from .accuracy import evaluate as evaluate
     from .accuracy import preprocess_for as preprocess_for
+    from .encoding import EncodeResult as EncodeResult
+    from .encoding import encode as encode
     from .flops import count_macs as count_macs
     from .latency import Cost as Cost
     from .latency import Seconds as Seconds
@@ -26,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "evaluate",
             "preprocess_for",
         ),
+        "encoding": ("EncodeResult", "encode"),
         "maps": ("attention_maps",),
         "flops": ("count_macs",),
         "latency": ("Cost", "Seconds", "Timing", "benchmark"),

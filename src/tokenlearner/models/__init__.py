@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .compilation import compile_model as compile_model
     from .factory import create_model as create_model
     from .factory import list_models as list_models
+    from .frame_encoder import FrameEncoder as FrameEncoder
     from .framevit import FrameViT as FrameViT
     from .hosts import HOSTS as HOSTS
     from .hosts import Host as Host
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .preprocessing import get_preprocessing as get_preprocessing
     from .preprocessing import set_preprocessing as set_preprocessing
     from .streaming import TokenStream as TokenStream
+    from .temporal import TemporalTransformer as TemporalTransformer
     from .vit import TokenLearnerViT as TokenLearnerViT
     from .vivit import ViViT as ViViT
 
@@ -39,6 +41,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "create_model",
             "list_models",
         ),
+        "frame_encoder": ("FrameEncoder",),
         "framevit": ("FrameViT",),
         "hosts": (
             "HOSTS",
@@ -60,6 +63,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "set_preprocessing",
         ),
         "streaming": ("TokenStream",),
+        "temporal": ("TemporalTransformer",),
         "vit": ("TokenLearnerViT",),
         "vivit": ("ViViT",),
     },

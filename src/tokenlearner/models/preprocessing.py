@@ -173,12 +173,14 @@ def check_input_size(size: Any) -> None:
 
 
 def get_input_size(model: Any) -> list[int]:
-    """Returns the size of a model's images, `c h w`, or clips, `c t h w`.
+    """Returns the size of a model's images, `c h w`, clips, `c t h w`, or tokens, `t k c`.
 
     Args:
         model: Any; of a file that `export` wrote too. One that does not show it has the size of its
             `pretrained_cfg`, or `3 224 224`.
     """
+    if hasattr(model, "token_shape"):  # of a model that runs on tokens
+        return list(model.token_shape)
     for _, *size in getattr(model, "inputs", {}).values():  # of an exported file
         if all(isinstance(axis, int) for axis in size):
             return size

@@ -26,6 +26,8 @@ _NOT_ARCHITECTURE = (
     "cache_dir",
 )
 
+_OF_PIXELS = ("in_chans", "img_size")
+
 SIZES = {  # width, heads, depth
     "mini": (64, 2, 6),
     "tiny": (192, 3, 12),
@@ -43,6 +45,7 @@ def register(
     first_conv: str,
     crop_pct: float = 0.9,
     is_video: bool = False,
+    takes_pixels: bool = True,
     filter_fn: Callable[..., Any] | None = None,
 ) -> Callable[..., Model]:
     """Registers the variants of a class with timm, as functions of the file that defines the class.
@@ -54,6 +57,7 @@ def register(
         crop_pct: Share of an image that timm's evaluation crops.
         is_video: Whether it takes clips: then it has no `features_only`, and its first layer is one
             that timm cannot adapt to other channels.
+        takes_pixels: Whether it has a size and channels of images, as arguments too.
         filter_fn: Fits a checkpoint's state dict to a model, as timm's `pretrained_filter_fn`.
 
     Returns:
@@ -66,9 +70,13 @@ def register(
         _check_pretrained(name, pretrained, kwargs)
         if is_video:
             _check_video(cls, pretrained, kwargs)
+        if not takes_pixels:
+            _check_no_pixels(name, kwargs)
         kwargs = _checkpoint_kwargs(kwargs) | kwargs
         config = dict(variants[name]) | kwargs
         timm_options: dict[str, Any] = {"pretrained_filter_fn": filter_fn}
+        if not takes_pixels:  # timm passes them to every model
+            timm_options["kwargs_filter"] = _OF_PIXELS
         if kwargs.get("features_only"):
             timm_options["feature_cfg"] = _feature_cfg(config)
         model: Any = build_model_with_cfg(cls, name, pretrained, **timm_options, **config)
@@ -132,6 +140,16 @@ def _check_pretrained(name: str, pretrained: bool, kwargs: Mapping[str, Any]) ->
         has_source or not pretrained,
         f"there are no pretrained weights for {name}; pass pretrained=False, or load a checkpoint "
         "of yours with tokenlearner.load_model",
+    )
+
+
+def _check_no_pixels(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Refuses arguments about images."""
+    given = [argument for argument in _OF_PIXELS if kwargs.get(argument) is not None]
+    require(
+        not given,
+        f"{name} runs on tokens and takes no {' and '.join(given)}; leave it out, or take a model "
+        "of images or clips",
     )
 
 

@@ -56,10 +56,11 @@ def named_models() -> list[str]:
     """Returns the names of our models, which timm knows from here on."""
     from .framevit import FRAMES
     from .mixer import MIXERS
+    from .temporal import TEMPORAL
     from .vit import VARIANTS
     from .vivit import VIDEOS
 
-    return [*VARIANTS, *MIXERS, *VIDEOS, *FRAMES]
+    return [*VARIANTS, *MIXERS, *VIDEOS, *FRAMES, *TEMPORAL]
 
 
 def build_named(name: str, kwargs: Mapping[str, Any]) -> Any:

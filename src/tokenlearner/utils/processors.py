@@ -30,6 +30,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def local_process() -> int:
+    """Returns the number of this process among those of its computer, from 0; it takes that GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def _folders(cgroups: Path, own: Path) -> list[Path]:
     """Lists the folders of this process's cgroups that may limit processors, and those above."""
     folders = [cgroups, cgroups / "cpu", cgroups / "cpu,cpuacct"]
