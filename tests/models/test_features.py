@@ -23,6 +23,8 @@ from transformers import (
     VideoMAEModel,
     ViTConfig,
     ViTModel,
+    VivitConfig,
+    VivitModel,
 )
 
 from tokenlearner import attention_maps, calibrate, insert, remove
@@ -36,6 +38,10 @@ TRANSFORMERS: dict[str, tuple[Callable[[], Any], torch.Tensor]] = {
     "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**HF)), IMAGES),
     "videomae": (
         lambda: VideoMAEModel(VideoMAEConfig(**HF, num_frames=4, tubelet_size=2)),
+        CLIPS,
+    ),
+    "vivit": (
+        lambda: VivitModel(VivitConfig(**HF, num_frames=4, tubelet_size=[2, 4, 4])),
         CLIPS,
     ),
 }

@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import HF, TIMM, check_compiled, drawn, inputs_of, torchvision_vit
 from torch import Tensor, nn
 
-from tokenlearner import attention_maps, insert, remove
+from tokenlearner import attention_maps, create_model, insert, remove
 from tokenlearner.layers.blocks import PositionFreeBlock, ReducedBlock
 from tokenlearner.models.framevit import FrameViT
 from tokenlearner.models.hosts import HOSTS, find_host
@@ -171,12 +171,18 @@ FAMILIES: dict[str, Family] = {
     "hf_videomae_classes": Family(
         hf("VideoMAEForVideoClassification", num_frames=4, **FIVE), 0, "videomae", frames=2
     ),
+    "hf_vivit": Family(hf("VivitModel", num_frames=4, tubelet_size=[2, 4, 4]), 1, frames=2),
+    "hf_vivit_classes": Family(
+        hf("VivitForVideoClassification", num_frames=4, tubelet_size=[2, 4, 4], **FIVE),
+        *(1, "vivit"),
+        frames=2,
+    ),
     "our_video": Family(lambda: ViViT(**TIMM, num_frames=4, tubelet_size=2), 0, frames=2),
     "nested": Family(Net, 1, "backbone"),
 }
 KINDS = (
     *("timm_vit", "timm_dinov2", "dinov3", "beit", "torchvision", "our_video"),
-    *("hf_vit", "hf_dinov2_registers", "hf_siglip", "hf_clip", "hf_videomae"),
+    *("hf_vit", "hf_dinov2_registers", "hf_siglip", "hf_clip", "hf_videomae", "hf_vivit"),
 )
 each_family = pytest.mark.parametrize("name", FAMILIES)
 BARE = [name for name, family in FAMILIES.items() if not family.host]  # others hold one of them
@@ -573,7 +579,7 @@ def test_a_mask_over_positions_is_refused_by_timms_hosts(name: str, fuse: bool) 
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["hf_vit", "hf_clip", "hf_siglip", "hf_videomae"])
+@pytest.mark.parametrize("name", ["hf_vit", "hf_clip", "hf_siglip", "hf_videomae", "hf_vivit"])
 def test_a_mask_over_positions_is_refused_by_transformers_hosts(name: str, fuse: bool) -> None:
     block, mask = find_host(inserted(name, fuse)).blocks[AT], torch.zeros(2, 1, 33, 33)
     with pytest.raises(ValueError, match="attention_mask"):
@@ -624,6 +630,14 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "our_frames": (
         lambda: FrameViT(img_size=32, embed_dim=24, num_heads=2, depth=2),
         "FrameViT is .*learns tokens already",
+    ),
+    "our_temporal": (
+        lambda: create_model("temporal_mini"),
+        "TemporalTransformer is .*runs on learned tokens already",
+    ),
+    "timesformer": (
+        hf("TimesformerForVideoClassification", num_frames=4),
+        "TimesformerForVideo.* is .*over time and over the grid of a frame in turn.*take .* ViViT",
     ),
     "backbone": (hf("Dinov2Backbone", MLP), "Dinov2Backbone .*feature maps"),
     "backbone_registers": (
@@ -686,7 +700,7 @@ def test_v1_needs_a_grid_that_is_told_where_images_have_any_size(name: str) -> N
     assert run(model, FAMILIES[name].inputs(model)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["torchvision", "beit", "hf_videomae", "dinov3"])
+@pytest.mark.parametrize("name", ["torchvision", "beit", "hf_videomae", "hf_vivit", "dinov3"])
 def test_v1_learns_on_the_grid_of_hosts_with_one_size(name: str) -> None:
     model = inserted(name, learner="v1")
     block = find_host(model).blocks[AT]

@@ -119,6 +119,13 @@ CASES: dict[str, Case] = {
         PLAIN,
         (4, 3, 16, 16),
     ),
+    "hf clips with a class": Case(
+        lambda: transformers.VivitModel(
+            transformers.VivitConfig(**HF, num_frames=4, tubelet_size=[2, 4, 4])
+        ),
+        PLAIN,
+        (4, 3, 16, 16),
+    ),
     "clips": Case(
         lambda: ViViT(**TIMM | {"num_frames": 4, "tubelet_size": 2}), PLAIN, (3, 4, 16, 16)
     ),

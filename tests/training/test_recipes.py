@@ -21,6 +21,7 @@ from tokenlearner import calibrate, create_model, save_model, train
 from tokenlearner.commands.main import main
 from tokenlearner.commands.train import train_options
 from tokenlearner.data.factory import list_data, load_data
+from tokenlearner.evaluation import encode
 from tokenlearner.models.vit import VARIANTS
 from tokenlearner.training.config import TrainConfig
 from tokenlearner.training.recipes import find_recipe, list_recipes
@@ -76,6 +77,13 @@ def write_videos(root: Path) -> None:
         (root / f"{split}.csv").write_text("\n".join(lines))
 
 
+def write_tokens(root: Path) -> None:
+    """Those of such videos, in splits that lists name."""
+    write_videos(root.parent / "videos")
+    model = create_model("vit_mini_patch4_28", **TINY, in_chans=3, img_size=16, num_tokens=3, at=1)
+    encode(model, root.absolute().parent / "videos", root, stride=2, workers=0)
+
+
 def write_cifar(root: Path) -> None:
     """CIFAR-10 as torchvision keeps it, with 2 images in each file."""
     folder = root / "cifar-10-batches-py"
@@ -114,6 +122,7 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {  # model_kwargs, other op
     "finetune_384": (AT_1, ["--img_size", "24", "--init_from", "from/model.safetensors"]),
     "cifar10_keras": (TINY, ["--img_size", "16", "--at", "1"]),
     "kinetics400": (AT_1 | CLIP, ["--img_size", "16", "--init_from", "plain.safetensors", *VIDEOS]),
+    "tokens": ({"embed_dim": 16, "depth": 2, "num_heads": 2}, [*VIDEOS, "--stride", "2"]),
     "fashion_mnist": (TINY, []),
     "fashion_mnist_tl8": (AT_1, []),
     "distill_inserted": ({}, ["--model", "host", "--calibrate", "8"]),
@@ -124,6 +133,7 @@ WRITE = {
     "folder": partial(make_image_folder, classes=("dark", "light"), count=4),
     "video-folder": write_videos,
     "torch/cifar10": write_cifar,
+    "tokens": write_tokens,
 }
 SLOW = {"moving_photographs_full", "imagenet1k_deit"}  # as their neighbors, but for a few options
 QUICK = ["--images", "8", "--batch_size", "4", "--epochs", "1", "--warmup_steps", "0"]

@@ -21,7 +21,8 @@ OLD_NAMES = {"film": "video-folder"}  # of version 0.3, which still work
 
 def unit_of(data: object) -> str:
     """Returns what a data set of that name has: images or clips."""
-    return "clips" if data in ("video-folder", "moving-photographs", "film") else "images"
+    clips = ("video-folder", "tokens", "moving-photographs", "film")
+    return "clips" if data in clips else "images"
 
 
 def is_in_files(data: str) -> bool:
@@ -52,12 +53,13 @@ class DataConfig:
             square, `border` keeps all of it between margins; or center. Clips have center.
         frames: Frames of a clip; None is the model's, or 8 where there is none.
         stride: Frames of the video from one frame of a clip to the next; 0 spreads a clip over it.
+            Of tokens a multiple of the stride that they were encoded with.
         views: Clips of a video in evaluation, spread over its length; their logits are averaged.
         crops: Squares of each of them: 1 is the middle, 3 lie side by side.
         num_samples: Images of a stream of unknown length.
         num_classes: Classes of a stream that does not list them.
         workers: Processes that read files, at most two a processor; None is one a processor that
-            may be used, and none for data in memory.
+            may be used, and none for data in memory and for tokens.
         max_broken: Files that may be unreadable; they are left out, counted and reported.
 
     Raises:
@@ -144,6 +146,8 @@ class DataConfig:
         processors = usable_processors()
         if self.workers is not None:
             return min(self.workers, MOST_WORKERS * processors)
+        if self.data == "tokens":  # read in less time than it takes to hand them over
+            return 0
         return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 

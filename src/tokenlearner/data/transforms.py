@@ -15,6 +15,7 @@ from ..utils.validation import require
 from .config import AugmentConfig
 from .dataset import LabeledDataset
 from .loader import Transform
+from .token_dataset import TokenDataset
 
 _OPTIONS = ("scale", "hflip", "color_jitter", "aa", "reprob")
 _EXAMPLE = "'rand-m9-mstd0.5-inc1'"
@@ -36,8 +37,13 @@ def train_transform(config: AugmentConfig, data: LabeledDataset) -> Transform | 
         None without augmentation: `data.eval_transform` will do.
 
     Raises:
-        ValueError: timm or torchvision does not know the policy.
+        ValueError: timm or torchvision does not know the policy, or the data are tokens.
     """
+    given = [name for name in (*_OPTIONS, "cutmix") if getattr(config, name)]
+    require(
+        not (given and isinstance(data, TokenDataset)),
+        f"{' and '.join(given)} change pixels, which tokens have no more; leave them out",
+    )
     if not any(getattr(config, name) for name in _OPTIONS):
         return None
     from torchvision.transforms import ToTensor, v2

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data.config import DataConfig
 from ..data.dataset import Batch, IterableDataset, LabeledDataset, match_classes
 from ..data.loader import SampleKey, load_batches
+from ..data.token_dataset import check_token_source
 from ..models.outputs import predict_logits
 from ..models.preprocessing import get_classes, get_input_size, get_preprocessing, has_fixed_size
 from ..utils.modules import stream_device, training_mode
@@ -70,8 +71,10 @@ def by_class_names(model: nn.Module, data: LabeledDataset) -> LabeledDataset:
     count, and `evaluate` compares how many.
 
     Raises:
-        ValueError: The data have a class that the model does not know.
+        ValueError: The data have a class that the model does not know, or are other tokens than
+            those of the model.
     """
+    check_token_source(model, data)
     classes = get_classes(model)
     if classes is None and len(data.classes) != (count := getattr(model, "num_classes", None)):
         classes = _imagenet_names(count)
@@ -116,6 +119,8 @@ def with_model_size(config: Config, model: Any) -> Config:
     """
     if not config.lacks_size:
         return config
+    if config.data == "tokens":
+        return replace(config, frames=getattr(model, "num_frames", None))
     _, *frames, height, width = get_input_size(model)
     is_fixed = has_fixed_size(model) and height == width
     sizes = {"img_size": height if is_fixed else None, "frames": frames[0] if frames else None}

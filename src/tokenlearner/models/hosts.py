@@ -125,6 +125,14 @@ _TRANSFORMERS = Host(
     dynamic_img_size=True,  # by interpolate_pos_encoding
     position_args=PositionArgs(exported=("attention_mask",)),
 )
+
+
+def _tubelets(model: Any) -> PatchGrid:
+    """Returns the grid of a frame of transformers' ViViT, whose patches are tubelets, `t h w`."""
+    _, height, width = model.config.tubelet_size
+    return PatchGrid(_pair(model.config.image_size), (height, width))
+
+
 _CLIP = replace(_TRANSFORMERS, grid=_patches("embeddings"), position_args=None)
 _SIGLIP = replace(_CLIP, num_prefix_tokens=0)
 
@@ -157,10 +165,20 @@ HOSTS: dict[str, Host] = {
         dynamic_img_size=False,
         position_args=None,
     ),
+    "transformers.models.vivit.modeling_vivit.VivitModel": replace(
+        _TRANSFORMERS,
+        grid=_tubelets,
+        frames=lambda model: model.config.num_frames // model.config.tubelet_size[0],
+        dynamic_img_size=False,  # its interpolate_pos_encoding takes clips for squares of positions
+    ),
 }
 
 _WINDOWS = "attends in windows of the grid, and learned tokens have no place in one"
 _GRID = "pools or convolves the grid in its blocks, and learned tokens have no place in one"
+_DIVIDED = (
+    "attends over time and over the grid of a frame in turn, and learned tokens have no place in "
+    "one; take transformers' ViViT or VideoMAE, where all positions attend to each other"
+)
 _MIXES = "mixes tokens with weights whose size depends on the count of tokens"
 _MAPS = "returns feature maps of its blocks, which learned tokens are not; use the plain model"
 _OUTER = "wraps a model: insert into that model first, then compile or distribute it"
@@ -182,6 +200,8 @@ REFUSED: dict[str, str] = {  # classes, or files with all of theirs
     "timm.models.mlp_mixer": f"{_MIXES}; tokenlearner.models.TokenLearnerMixer is built for them",
     "tokenlearner.models.mixer": f"{_MIXES}; pass num_tokens and at when you build it",
     "tokenlearner.models.framevit": "learns tokens already; pass num_tokens when you build it",
+    "tokenlearner.models.temporal": "runs on learned tokens already",
+    "transformers.models.timesformer.modeling_timesformer": _DIVIDED,
     "transformers.models.dinov2.modeling_dinov2.Dinov2Backbone": _MAPS,
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
     ".Dinov2WithRegistersBackbone": _MAPS,

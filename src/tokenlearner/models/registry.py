@@ -27,6 +27,7 @@ _NOT_ARCHITECTURE = (
 )
 
 _OF_PIXELS = ("in_chans", "img_size")
+_OF_LEARNERS = ("num_tokens", "at", "learner", "fuse", "overlap")
 
 SIZES = {  # width, heads, depth
     "mini": (64, 2, 6),
@@ -144,12 +145,14 @@ def _check_pretrained(name: str, pretrained: bool, kwargs: Mapping[str, Any]) ->
 
 
 def _check_no_pixels(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Refuses arguments about images."""
-    given = [argument for argument in _OF_PIXELS if kwargs.get(argument) is not None]
+    """Refuses arguments about images, and about tokens that are learned from them."""
+    given = [
+        argument for argument in (*_OF_PIXELS, *_OF_LEARNERS) if kwargs.get(argument) is not None
+    ]
     require(
         not given,
-        f"{name} runs on tokens and takes no {' and '.join(given)}; leave it out, or take a model "
-        "of images or clips",
+        f"{name} runs on tokens that were learned before and takes no {' and '.join(given)}; leave "
+        "it out (tokens_per_frame is how many come), or take a model of images or clips",
     )
 
 

@@ -36,7 +36,7 @@ class TemporalTransformer(FrameViT):
 
     Args:
         num_frames: Maximum number of frames of a clip.
-        num_tokens: Tokens of a frame.
+        tokens_per_frame: Tokens of a frame, of all cameras together.
         token_dim: Channels of a token as it comes.
         embed_dim: Channels of the blocks.
         depth: Blocks.
@@ -61,7 +61,7 @@ class TemporalTransformer(FrameViT):
         self,
         *,
         num_frames: int = 16,
-        num_tokens: int = 8,
+        tokens_per_frame: int = 8,
         token_dim: int = 768,
         embed_dim: int = 192,
         depth: int = 4,
@@ -76,7 +76,7 @@ class TemporalTransformer(FrameViT):
     ):
         nn.Module.__init__(self)
         self.num_frames = check_count("num_frames", num_frames)
-        self.num_tokens = check_count("num_tokens", num_tokens)
+        self.num_tokens = check_count("tokens_per_frame", tokens_per_frame)
         self.token_dim = check_count("token_dim", token_dim)
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.num_classes = check_count("num_classes", num_classes, least=0)
@@ -167,7 +167,7 @@ def _variant(size: str, depth: int) -> dict[str, Any]:
     """Returns the arguments of a named model, for tokens of a ViT of that size."""
     width, heads, _ = SIZES[size]
     shape = {"token_dim": width, "embed_dim": width, "num_heads": heads, "depth": depth}
-    return {"num_frames": 16, "num_tokens": 8, "num_classes": 400} | shape
+    return {"num_frames": 16, "tokens_per_frame": 8, "num_classes": 400} | shape
 
 
 TEMPORAL: dict[str, dict[str, Any]] = {  # not in the paper

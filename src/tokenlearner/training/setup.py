@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.init_from import init_from
 from ..data.dataset import LabeledDataset, require_order
+from ..data.token_dataset import TokenDataset
 from ..data.transforms import train_transform
 from ..evaluation.accuracy import preprocess_for, with_model_size
 from ..models.factory import create_model
@@ -28,6 +29,7 @@ from ..models.preprocessing import (
     size_errors,
     without_classes,
 )
+from ..models.temporal import TEMPORAL
 from ..utils.modules import building_on_meta, training_mode
 from ..utils.preprocessing import Preprocessing
 from ..utils.validation import require, shortened
@@ -178,7 +180,7 @@ def _load_teacher(name: str, data: LabeledDataset) -> nn.Module:
 
 def _build_model(config: TrainConfig, data: LabeledDataset) -> nn.Module:
     """Builds a model by its name for the data's classes and channels."""
-    kwargs: dict[str, Any] = {"num_classes": len(data.classes), "in_chans": data.shape[0]}
+    kwargs: dict[str, Any] = {"num_classes": len(data.classes), **_input_kwargs(config, data)}
     if config.num_tokens:
         kwargs |= {k: getattr(config, k) for k in ("num_tokens", "at", "learner", "fuse")}
         kwargs |= {"overlap": config.overlap} if config.overlap else {}
@@ -192,6 +194,29 @@ def _build_model(config: TrainConfig, data: LabeledDataset) -> nn.Module:
     if config.init_from:
         init_from(model, config.init_from, keep_head=config.keep_head)
     return model
+
+
+def _input_kwargs(config: TrainConfig, data: LabeledDataset) -> dict[str, Any]:
+    """Returns the arguments of a new model that say what its inputs are.
+
+    Raises:
+        ValueError: The model takes pixels and the data are tokens, or the other way round.
+    """
+    is_tokens = isinstance(data, TokenDataset)
+    require(
+        is_tokens == (config.model in TEMPORAL),
+        f"{config.model} takes {'pixels' if is_tokens else 'tokens'}, and {data.name} has "
+        f"{'tokens' if is_tokens else 'pixels'}; models of tokens are {', '.join(TEMPORAL)}, and "
+        "go with data='tokens'",
+    )
+    if not isinstance(data, TokenDataset):
+        return {"in_chans": data.shape[0]}
+    require(
+        not config.num_tokens,
+        f"num_tokens is {config.num_tokens}, but the tokens are learned already; leave it out",
+    )
+    shape = dict(zip(("num_frames", "tokens_per_frame", "token_dim"), data.shape, strict=True))
+    return shape | {"token_source": dict(data.source)}
 
 
 def _set_head_bias(model: Any, value: float) -> None:
