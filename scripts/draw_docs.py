@@ -275,6 +275,32 @@ def draw_stream() -> Figure:
     return figure
 
 
+def draw_kept() -> Figure:
+    """Frames are encoded once; a small transformer is trained on the tokens that were kept."""
+    figure, ax = sheet(8.4, 3.3)
+    for i in range(4):
+        x = 0.35 + 0.16 * i
+        box(ax, x, 1.75 - 0.1 * i, 0.8, 0.6, "" if i < 3 else "frames", GRAY, alpha=0.4)
+    arrow(ax, (1.68, 1.75), (2.05, 1.75))
+    box(ax, 2.05, 1.2, 1.35, 1.1, "image ViT\nup to block a,\nlearner", BLUE, fontsize=10)
+    arrow(ax, (3.4, 1.75), (3.8, 1.75))
+    for i in range(3):
+        row(ax, 3.85, 2.05 - 0.42 * i, 8, ORANGE, 0.1)
+    arrow(ax, (4.98, 1.75), (5.38, 1.75))
+    box(ax, 5.38, 1.2, 1.35, 1.1, "transformer\nover time", GREEN, fontsize=10)
+    arrow(ax, (6.73, 1.75), (7.13, 1.75))
+    ax.text(7.2, 1.75, "logits", va="center")
+    ax.text(4.4, 0.85, "8 tokens a frame,\nin shards", ha="center", va="center", fontsize=10)
+    for left, right, color, text in [
+        (0.35, 4.85, BLUE, "once, frozen: tokenlearner encode"),
+        (5.0, 8.05, GREEN, "every epoch: tokenlearner train"),
+    ]:
+        ax.plot([left, left, right, right], [2.7, 2.8, 2.8, 2.7], color=color, lw=1.3)
+        ax.text((left + right) / 2, 2.98, text, ha="center", color=color)
+    ax.text(4.2, 0.25, "a video of 10 s, every 4th frame: 75 x 8 tokens", ha="center", fontsize=9)
+    return figure
+
+
 def draw_packages() -> Figure:
     """The packages as floors of a house: a package imports from the floors below it."""
     figure, ax = sheet(8.4, 4.75)
@@ -308,6 +334,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "fuser": draw_fuser,
     "insertion": draw_insertion,
     "stream": draw_stream,
+    "kept": draw_kept,
     "packages": draw_packages,
 }
 

@@ -109,6 +109,7 @@ SHORT = {
     ],  # what makes a page's command short; the numbers on the page took longer
     "bench": ["--rounds", "2", "--batch_size", "2", "--training", "false"],
     "export": ["--rounds", "2"],
+    "encode": ["--workers", "0"],
     "plan": ["--rounds", "2"],
     "train": shlex.split("--epochs 1 --images 128 --warmup_epochs 0.1 --calibrate 16"),
 }
@@ -174,6 +175,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("images").mkdir()
         make_image(Path("images/ramp.png"))
         make_video(Path("clip.mkv"), (48, 40))
+        for name, count in (("train/a", 70), ("train/b", 70), ("val/a", 2), ("val/b", 2)):
+            Path("videos", name).mkdir(parents=True)
+            for i in range(count):
+                make_video(Path("videos", name, f"{i}.mp4"))
     return folder
 
 

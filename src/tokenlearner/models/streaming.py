@@ -338,7 +338,15 @@ class TokenStream(FrameStream):
 
 
 def stream_shape(model: FrameViT) -> StreamShape:
-    """Returns what a stream of a model keeps."""
+    """Returns what a stream of a model keeps.
+
+    Raises:
+        ValueError: The model has no encoder of frames.
+    """
+    require(
+        hasattr(model, "encoder"),
+        f"a {type(model).__name__} has no encoder of frames; pass a FrameViT",
+    )
     embed: Any = model.encoder.patch_embed
     size = (embed.proj.in_channels, *embed.img_size)
     return StreamShape(model.num_frames, model.tokens_per_frame, model.embed_dim, size)
