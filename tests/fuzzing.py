@@ -48,6 +48,7 @@ from tokenlearner.data.config import DataConfig
 from tokenlearner.data.file_lists import _read_list
 from tokenlearner.data.hub_datasets import TarShards, _read_info
 from tokenlearner.data.image_folder import ImagePaths, decoded
+from tokenlearner.data.token_shards import FORMAT, MANIFEST, read_index, read_manifest
 from tokenlearner.data.video_folder import VideoFolderDataset
 from tokenlearner.deploy.formats import load_exported, write_program
 from tokenlearner.models.serialization import read_config
@@ -105,12 +106,28 @@ def _run(path: Path) -> None:
     run_options(str(folder))
 
 
+def _manifest(path: Path) -> None:
+    """What `encode` says of tokens, as `train` reads it."""
+    folder = Path(tempfile.mkdtemp(dir=path.parent))
+    path.replace(folder / MANIFEST)
+    read_manifest(folder)
+
+
+def _index(path: Path) -> None:
+    """What `encode` says of the videos in a shard."""
+    folder = Path(tempfile.mkdtemp(dir=path.parent))
+    (folder / "x.tar").write_bytes(b"x")
+    path.replace(folder / "x.json")
+    read_index(folder / "x.tar")
+
+
 FAMILIES: dict[str, dict[str, Callable[[Path], Any]]] = {
     "images": dict.fromkeys(IMAGES, _image),
     "videos": dict.fromkeys(("mp4", "avi"), _video),
     "uploads": dict.fromkeys(("upload.png", "upload.mp4"), _upload),
     "archives": {"tar": _tar},
     "texts": {"csv": _list, "json": _info, "yaml": _recipe, "run.json": _run},
+    "tokens": {"manifest.json": _manifest, "index.json": _index},
     "programs": dict.fromkeys(("onnx", "pt2"), load_exported),
     "weights": {
         **dict.fromkeys(("safetensors", "npz", "pt"), read_weights),
@@ -148,6 +165,12 @@ def valid_files(folder: Path) -> dict[str, bytes]:
     (folder / "x.json").write_text(json.dumps(info))
     run = {"data": "folder", "root": "data", "img_size": 28, "crop_pct": 0.9, "mean": [0.5]}
     (folder / "x.run.json").write_text(json.dumps(run | {"tokenlearner": {}, "epoch": 1}))
+    split = {"train": {"videos": 1, "shards": 1, "listing": ""}}
+    manifest = {"format": FORMAT, "source": {"stride": 2}, "tokens_per_frame": 4, "channels": 8}
+    manifest |= {"dtype": "float32", "shard_size": 5, "classes": ["a"], "splits": split}
+    (folder / "x.manifest.json").write_text(json.dumps(manifest))
+    row = {"video": "a.mp4", "size": 9, "label": 0, "frames": 3, "offset": 512, "error": ""}
+    (folder / "x.index.json").write_text(json.dumps({"bytes": 1, "videos": [row]}))
     save_file(weights, folder / "x.safetensors")
     torch.save(weights, folder / "x.pt")
     np.savez(folder / "x.npz", **{name: value.numpy() for name, value in weights.items()})

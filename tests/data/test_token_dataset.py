@@ -183,9 +183,16 @@ def change_index(root: Path, **values: Any) -> None:
     (root / "train-000000.json").write_text(json.dumps(content))
 
 
+ENDLESS = {"videos": 12, "shards": 10**15, "listing": ""}
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "not written": (lambda r: (r / "train-000000.json").unlink(), "0 of 1 shard"),
-    "cut off": (lambda r: (r / "train-000000.tar").write_bytes(b"x"), "0 of 1 shard"),
+    "not written": (lambda r: (r / "train-000000.json").unlink(), "not written yet"),
+    "cut off": (lambda r: (r / "train-000000.tar").write_bytes(b"x"), "not written yet"),
+    "endless": (
+        lambda r: change_manifest(r, splits={"train": ENDLESS}),
+        "expected 1 of 100",
+    ),
+    "names": (lambda r: change_manifest(r, classes=[1, 2]), "expected names"),
+    "video": (lambda r: change_index(r, video=1), "is no text"),
     "format": (lambda r: change_manifest(r, format="2"), "format"),
     "dtype": (lambda r: change_manifest(r, dtype="int8"), "dtype is 'int8'"),
     "no JSON": (lambda r: (r / "manifest.json").write_text("{"), "manifest.json is not"),

@@ -76,9 +76,17 @@ class Manifest:
             check_count(name, getattr(self, name))
         check_choice("dtype", self.dtype, list(DTYPES))
         check_count("stride", self.source["stride"])
-        for split in self.splits.values():
-            check_count("videos", split.videos)
-            check_count("shards", split.shards)
+        require(
+            all(isinstance(name, str) for name in self.classes),
+            f"classes are {self.classes!r:.80}, expected names",
+        )
+        for name, split in self.splits.items():
+            shards = -(-check_count("videos", split.videos) // self.shard_size)
+            require(
+                split.shards == shards,
+                f"split {name!r:.80} has {split.shards!r:.80} shards, expected {shards} of "
+                f"{self.shard_size} of its {split.videos} videos",
+            )
 
     @property
     def stride(self) -> int:
@@ -192,6 +200,7 @@ def read_index(tar: Path) -> list[VideoRow] | None:
         for row in rows:
             numbers = (row.size, row.frames, row.offset, row.label or 0)
             require(all(is_integer(n) and n >= 0 for n in numbers), f"{row} has no such numbers")
+            require(isinstance(row.video, str) and isinstance(row.error, str), f"{row} is no text")
         return rows
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{path} is not as `encode` writes it ({error!r}); remove it, and encode again"
@@ -270,14 +279,17 @@ def read_split(folder: Path, split: str, info: SplitInfo) -> list[list[VideoRow]
     Raises:
         ValueError: Some are not written yet, or damaged.
     """
-    found = [read_index(shard_path(folder, split, shard)) for shard in range(info.shards)]
-    rows = [index for index in found if index is not None]
-    require(
-        len(rows) == info.shards,
-        f"{folder} has {len(rows)} of {counted(info.shards, 'shard')} of split {split!r}; run "
-        "encode again, which goes on",
-    )
-    return rows
+    shards: list[list[VideoRow]] = []
+    for shard in range(info.shards):
+        tar = shard_path(folder, split, shard)
+        index = read_index(tar)
+        if index is None:
+            raise ValueError(
+                f"{tar.name}, one of {counted(info.shards, 'shard')} of split {split!r} in "
+                f"{folder}, is not written yet; run encode again, which goes on"
+            )
+        shards.append(index)
+    return shards
 
 
 def read_tokens(tar: Path, row: VideoRow, frames: Tensor, manifest: Manifest) -> Tensor:
