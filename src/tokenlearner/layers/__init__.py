@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .blocks import ReducedBlock as ReducedBlock
     from .onednn import OneDNNLinear as OneDNNLinear
     from .onednn import use_onednn as use_onednn
+    from .token_connector import NeighborPooling as NeighborPooling
+    from .token_connector import NeighborTokenLearner as NeighborTokenLearner
+    from .token_connector import TokenConnector as TokenConnector
     from .token_fuser import TokenFuser as TokenFuser
     from .token_learner import LEARNERS as LEARNERS
     from .token_learner import TokenLearner as TokenLearner
@@ -34,6 +37,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "OneDNNLinear",
             "use_onednn",
         ),
+        "token_connector": ("NeighborPooling", "NeighborTokenLearner", "TokenConnector"),
         "token_fuser": ("TokenFuser",),
         "token_learner": (
             "LEARNERS",
