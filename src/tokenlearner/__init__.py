@@ -18,11 +18,15 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .evaluation.maps import attention_maps as attention_maps
     from .evaluation.planning import plan as plan
     from .layers.onednn import use_onednn as use_onednn
+    from .layers.token_connector import TokenConnector as TokenConnector
     from .layers.token_fuser import TokenFuser as TokenFuser
     from .layers.token_learner import TokenLearner as TokenLearner
     from .layers.token_learner import TokenLearnerModuleV11 as TokenLearnerModuleV11
     from .layers.token_learner import TokenLearnerV11 as TokenLearnerV11
     from .models.compilation import compile_model as compile_model
+    from .models.connection import connect as connect
+    from .models.connection import disconnect as disconnect
+    from .models.connection import load_connected as load_connected
     from .models.factory import create_model as create_model
     from .models.factory import list_models as list_models
     from .models.factory import load_adapter as load_adapter
@@ -34,6 +38,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is for Pytho
     from .models.insertion import set_num_tokens as set_num_tokens
     from .training.calibration import calibrate as calibrate
     from .training.config import TrainConfig as TrainConfig
+    from .training.connector_fit import fit_connector as fit_connector
     from .training.reduction import reduce as reduce
     from .training.run import train as train
 
@@ -43,6 +48,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "layers": (
+            "TokenConnector",
             "TokenFuser",
             "TokenLearner",
             "TokenLearnerModuleV11",
@@ -52,10 +58,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "data": ("load_data",),
         "models": (
             "compile_model",
+            "connect",
             "create_model",
+            "disconnect",
             "insert",
             "list_models",
             "load_adapter",
+            "load_connected",
             "load_model",
             "push_to_hub",
             "remove",
@@ -64,7 +73,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ),
         "checkpoints": (),
         "evaluation": ("attention_maps", "benchmark", "evaluate", "plan"),
-        "training": ("TrainConfig", "calibrate", "reduce", "train"),
+        "training": ("TrainConfig", "calibrate", "fit_connector", "reduce", "train"),
         "deploy": ("export",),
     },
     alias,

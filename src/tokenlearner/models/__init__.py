@@ -8,6 +8,12 @@ if TYPE_CHECKING:
     from ..utils.preprocessing import Preprocessing as Preprocessing
     from .actions import ActionBins as ActionBins
     from .compilation import compile_model as compile_model
+    from .connection import ConnectionConfig as ConnectionConfig
+    from .connection import connect as connect
+    from .connection import connect_processor as connect_processor
+    from .connection import disconnect as disconnect
+    from .connection import disconnected as disconnected
+    from .connection import load_connected as load_connected
     from .factory import create_model as create_model
     from .factory import list_models as list_models
     from .frame_encoder import FrameEncoder as FrameEncoder
@@ -37,6 +43,14 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "actions": ("ActionBins",),
         "compilation": ("compile_model",),
+        "connection": (
+            "ConnectionConfig",
+            "connect",
+            "connect_processor",
+            "disconnect",
+            "disconnected",
+            "load_connected",
+        ),
         "factory": (
             "create_model",
             "list_models",

@@ -1,7 +1,8 @@
 """What was added to a host, alone: `save_model(model, path, only="learned")`, `load_adapter`.
 
 A file has the learners and fusers, what was fitted of the host, if anything, and short digests of
-the host's weights, so that it goes into no other. It is of any host that `insert` takes.
+the host's weights, so that it goes into no other. It is of any host that `insert` or `connect`
+takes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +23,20 @@ from ..utils.files import check_downloaded
 from ..utils.io import atomic_write
 from ..utils.modules import check_plain, clone_structure, uncompiled
 from ..utils.validation import find_not_finite, require, shortened
+from .connection import (
+    ConnectionConfig,
+    connect,
+    disconnect,
+    get_connection,
+    keep_connection,
+    learners_of,
+)
 from .features import wrapped_blocks
 from .insertion import get_insertion, insert, remove
 
 ADAPTER = "adapter.safetensors"  # in a folder
-_KEY = "tokenlearner_adapter"  # in the header: the arguments of insert, and the host's digests
+_KEY = "tokenlearner_adapter"  # in the header: arguments as below, and the host's digests
+_INSERT, _CONNECT = "insert", "connect"  # what made the tokens
 _NEW, _CHANGED = "learned.", "host."  # before names of tensors
 _SHOWN = 16  # hexadecimal digits of a digest
 
@@ -59,13 +70,13 @@ def write_adapter(model: nn.Module, path: str | Path, host: nn.Module | None = N
         "the model is one of PEFT, whose save_pretrained writes its adapters alone, and learners "
         'with modules_to_save=["learner"]; call that, or merge_and_unload() first',
     )
-    insertion = get_insertion(model)
+    arguments = _arguments(model)
     require(
-        insertion is not None,
-        "the model has no learned tokens that insert made; pass one that insert returned",
+        bool(arguments),
+        "the model has no learned tokens that insert or connect made; pass one that they returned",
     )
     new = _new_state(model)
-    own = remove(clone_structure(model)).state_dict()
+    own = _without_tokens(clone_structure(model)).state_dict()
     theirs = own if host is None else uncompiled(host).state_dict()
     _check_same(own, theirs, "host is not what the tokens were inserted in")
     changed = {
@@ -77,7 +88,7 @@ def write_adapter(model: nn.Module, path: str | Path, host: nn.Module | None = N
     state |= {_CHANGED + name: value for name, value in changed.items()}
     for name, value in state.items():
         check_plain(name, value, "save")
-    header = {"insert": insertion, "host": {n: _digest(t) for n, t in theirs.items()}}
+    header = {**arguments, "host": {n: _digest(t) for n, t in theirs.items()}}
     file = adapter_file(path)
     with atomic_write(file) as temporary:
         plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -94,7 +105,10 @@ def read_adapter(host: Host, file: Path) -> Host:
     """
     plain = uncompiled(host)
     header, state = _read(file)
-    require(not wrapped_blocks(plain), "the host has learned tokens; call remove(host) first")
+    require(
+        not _arguments(plain) and not wrapped_blocks(plain),
+        "the host has learned tokens; call remove(host) first, or disconnect(host)",
+    )
     own = plain.state_dict()
     _check_same(own, header["host"], f"{file} is of another host")
     if other := [name for name, value in own.items() if _digest(value) != header["host"][name]]:
@@ -102,7 +116,7 @@ def read_adapter(host: Host, file: Path) -> Host:
             f"{file} is of a host with other weights: {len(other)} of {len(own)} tensors differ, "
             f"{shortened(other)}; pass the host that it was written for, in its dtype"
         )
-    trial = _inserted(clone_structure(plain, "meta"), header["insert"], file)
+    trial = _with_tokens(clone_structure(plain, "meta"), header, file)
     new = {k.removeprefix(_NEW): v for k, v in state.items() if k.startswith(_NEW)}
     changed = {k.removeprefix(_CHANGED): v for k, v in state.items() if k.startswith(_CHANGED)}
     _check_shapes(new, _new_state(trial), file)
@@ -113,15 +127,37 @@ def read_adapter(host: Host, file: Path) -> Host:
         for name, value in changed.items():
             own[name].copy_(value)
         with torch.random.fork_rng(devices=[]):  # what is drawn is replaced
-            _inserted(plain, header["insert"], file)
+            _with_tokens(plain, header, file)
         for name, value in _new_state(plain).items():
             value.copy_(new[name])
     return host
 
 
-def _inserted(model: nn.Module, arguments: Any, file: Path) -> nn.Module:
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """Returns what tokens were made with, by `insert`, by `connect`, or by both."""
+    insertion, connection = get_insertion(model), get_connection(model)
+    made = {} if insertion is None else {_INSERT: insertion}
+    return made | ({} if connection is None else {_CONNECT: asdict(connection)})
+
+
+def _without_tokens(model: nn.Module) -> nn.Module:
+    """Takes all learned tokens out of a model."""
+    made = _arguments(model)
+    if _CONNECT in made:
+        disconnect(model)
+    return remove(model) if _INSERT in made else model
+
+
+def _with_tokens(model: nn.Module, header: Mapping[str, Any], file: Path) -> nn.Module:
+    """Puts tokens into a host as a file says; the processor is left to `connect_processor`."""
     try:
-        return insert(model, **arguments)
+        if _INSERT in header:
+            insert(model, **header[_INSERT])
+        if _CONNECT in header:
+            connection = ConnectionConfig(**header[_CONNECT])
+            connect(model, None, **connection.to_kwargs())
+            keep_connection(model, connection)
+        return model
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} does not fit this host ({error})") from error
 
@@ -132,6 +168,8 @@ def _new_state(model: nn.Module) -> dict[str, Tensor]:
     for block in wrapped_blocks(model).values():
         for part in (block.learner, getattr(block, "fuser", None)):
             parts |= {id(t) for t in part.state_dict(keep_vars=True).values()} if part else set()
+    for part in learners_of(model) if get_connection(model) else []:
+        parts |= {id(t) for t in part.state_dict(keep_vars=True).values()}
     state = model.state_dict(keep_vars=True)
     return {name: value.detach() for name, value in state.items() if id(value) in parts}
 
@@ -151,10 +189,11 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     )
     try:
         header = json.loads(text or "")
-        are_dicts = isinstance(header["insert"], dict) and isinstance(header["host"], dict)
+        made = [header[name] for name in (_INSERT, _CONNECT) if name in header]
+        are_dicts = bool(made) and all(isinstance(x, dict) for x in (*made, header["host"]))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); save it again") from error
-    require(are_dicts, f"{file} is damaged (no arguments of insert); save it again")
+    require(are_dicts, f"{file} is damaged (no arguments of insert or connect); save it again")
     return header, state
 
 
@@ -167,7 +206,7 @@ def _check_same(own: Mapping[str, Any], other: Mapping[str, Any], message: str) 
 def _check_shapes(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path) -> None:
     shapes = [{(k, tuple(v.shape)) for k, v in tensors.items()} for tensors in (got, expected)]
     if names := sorted({name for name, _ in shapes[0] ^ shapes[1]}):
-        raise ValueError(f"{file} does not fit its own arguments of insert: {shortened(names)}")
+        raise ValueError(f"{file} does not fit its own arguments: {shortened(names)}")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

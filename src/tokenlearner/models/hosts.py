@@ -265,6 +265,7 @@ def check_positions_are_not_needed(model: nn.Module) -> None:
                     raise ValueError(
                         f"{type(part).__name__} {need}; insert with fuse=True, which puts the "
                         f"tokens back on all positions, or in model.{name} for use on its own"
+                        + _hint(part)
                     )
 
 
@@ -283,6 +284,12 @@ def _need_of_positions(part: nn.Module) -> str:
     if any(getattr(config, name, None) is not None for name in COUNTS_IMAGE_TOKENS):
         return "reserves a place in its text for every position, but learned tokens are fewer"
     return ""
+
+
+def _hint(part: nn.Module) -> str:
+    """Returns another way out for a model whose text has a place for every position."""
+    reserves = any(getattr(getattr(part, "config", None), n, None) for n in COUNTS_IMAGE_TOKENS)
+    return "; tokenlearner.connect gives its language model fewer image tokens" if reserves else ""
 
 
 _NO_HOST = "no model that tokens can be inserted in"

@@ -25,6 +25,7 @@ from ..utils.modules import uncompiled
 from ..utils.text import plain_text
 from ..utils.validation import check_choice, require
 from .adapters import ADAPTER, Host, adapter_file, read_adapter, write_adapter
+from .connection import get_connection, learners_of
 from .features import new_parameters
 from .hub_access import hub_or_cache, within
 from .insertion import get_insertion
@@ -160,12 +161,16 @@ def model_card(
         ValueError: `measured` is no table, or the model does not know how it was built.
     """
     name = _host_name(model) if only else get_build_args(model)["name"]
-    parts = new_parameters(model) if only else model.parameters()
-    is_video = hasattr(model, "num_frames")
+    parts = [*(new_parameters(model) if only else model.parameters())]
+    if only and (connection := get_connection(model)):
+        parts += [p for learner in learners_of(model) for p in learner.parameters()]
+    else:
+        connection = None
+    task = "video-classification" if hasattr(model, "num_frames") else "image-classification"
     data = ModelCardData(
         library_name=LIBRARY,
         license=getattr(model, "pretrained_cfg", {}).get("license"),
-        pipeline_tag="video-classification" if is_video else "image-classification",
+        pipeline_tag="image-text-to-text" if connection else task,
         tags=list(TAGS),
     )
     card = ModelCard.from_template(
@@ -177,6 +182,7 @@ def model_card(
         is_ours=isinstance(model, HubModel),
         parameters=sum(parameter.numel() for parameter in parts),
         insertion=get_insertion(model),
+        connection=connection,
         location=location or "path/to/this/folder",
         paper=PAPER,
         code=CODE,

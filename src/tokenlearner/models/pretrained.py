@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..layers.blocks import ReducedBlock
+from ..layers.token_connector import TokenConnector
 
 _METHOD = "save_pretrained"
 _IGNORED = "_keys_to_ignore_on_load_unexpected"
@@ -48,12 +49,19 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Returns a name that a plain model has and this one has not for each block with a learner."""
+    """Returns a name that a plain model has and this one has not for each part that is wrapped."""
     return [
-        f"{name}.{next(iter(dict(block.block.named_parameters())))}"
-        for name, block in model.named_modules()
-        if isinstance(block, ReducedBlock)
+        f"{name}.{next(iter(dict(part.named_parameters())))}"
+        for name, wrapper in model.named_modules()
+        if (part := _wrapped(wrapper)) is not None
     ]
+
+
+def _wrapped(wrapper: nn.Module) -> nn.Module | None:
+    """Returns the block or the projector in a wrapper that learns tokens."""
+    if isinstance(wrapper, TokenConnector):
+        return wrapper.projector
+    return wrapper.block if isinstance(wrapper, ReducedBlock) else None
 
 
 def _patterns(model: nn.Module) -> set[str]:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .calibration import calibrate as calibrate
     from .checkpointing import TrainingInterrupted as TrainingInterrupted
     from .config import TrainConfig as TrainConfig
+    from .connector_fit import ConnectorFit as ConnectorFit
+    from .connector_fit import fit_connector as fit_connector
     from .distillation import Distillation as Distillation
     from .distillation import feature_loss as feature_loss
     from .distillation import forward_with_features as forward_with_features
@@ -29,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "calibration": ("Calibration", "calibrate"),
         "checkpointing": ("TrainingInterrupted",),
         "config": ("TrainConfig",),
+        "connector_fit": ("ConnectorFit", "fit_connector"),
         "distillation": ("Distillation", "feature_loss", "forward_with_features", "logit_loss"),
         "meter": ("Report",),
         "recipes": ("find_recipe", "list_recipes"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,23 @@ from ..utils.validation import check_count, check_rate, require
 from .config import EVALUATIONS
 from .meter import CalibrationRow, Report
 from .optim import MasterWeights
-from .teacher import TeacherCache
+
+
+class Teacher(Protocol):
+    """What a student is compared with, as `TeacherCache`; examples go by their indices."""
+
+    def rows(self, images: Tensor, /) -> Tensor:
+        """Returns what to draw batches from for some examples."""
+        ...
+
+    def losses(self, student: nn.Module, rows: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Returns the losses of features and of outputs; their sum is minimized."""
+        ...
+
+    def error(self, student: nn.Module, rows: Tensor, /) -> float:
+        """Returns what the best state is chosen by."""
+        ...
+
 
 Group = tuple[Sequence[nn.Parameter], float]
 """Parameters, and their highest learning rate."""
@@ -89,7 +105,7 @@ class Fit:
 
 def fit(
     student: nn.Module,
-    cache: TeacherCache,
+    cache: Teacher,
     groups: Sequence[Group],
     config: FitConfig,
     training: Tensor,
@@ -208,7 +224,7 @@ class _BestState:
     def __init__(
         self,
         student: nn.Module,
-        cache: TeacherCache,
+        cache: Teacher,
         parameters: Sequence[nn.Parameter],
         held_out: Tensor,
         ema_decay: float,
