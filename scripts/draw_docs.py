@@ -301,6 +301,30 @@ def draw_kept() -> Figure:
     return figure
 
 
+def draw_connector() -> Figure:
+    """Few tokens of an image among those of a text."""
+    figure, ax = sheet(8.4, 2.9)
+    inset(figure, 0.25, 1.05, 1.3, 1.3).imshow(drawn_image(), interpolation="nearest")
+    arrow(ax, (1.55, 1.7), (1.9, 1.7))
+    box(ax, 1.9, 1.15, 0.95, 1.1, "vision\ntower", GRAY)
+    arrow(ax, (2.85, 1.7), (3.15, 1.7))
+    for i in range(4):
+        row(ax, 3.2, 2.0 - 0.3 * i, 4, SKY)
+    ax.text(3.6, 0.75, "576\npositions", ha="center", va="center", fontsize=10, color=BLUE)
+    arrow(ax, (4.05, 1.7), (4.3, 1.7))
+    box(ax, 4.3, 1.75, 1.25, 0.5, "projector", GRAY)
+    box(ax, 4.3, 1.15, 1.25, 0.5, "TokenLearner", ORANGE, weight="bold", fontsize=10)
+    ax.text(4.92, 2.45, "TokenConnector", ha="center", color=RED, fontsize=10)
+    arrow(ax, (5.55, 1.7), (5.95, 1.7), ORANGE)
+    box(ax, 5.95, 1.95, 2.15, 0.5, "language model", GRAY)
+    end = row(ax, 5.98, 1.4, 1, GREEN)
+    end = row(ax, end, 1.4, 4, ORANGE)
+    row(ax, end, 1.4, 5, GREEN)
+    ax.text(5.95, 0.8, "64 tokens of the image\namong those of the text", va="center", fontsize=10)
+    arrow(ax, (7.0, 1.68), (7.0, 1.95))
+    return figure
+
+
 def draw_packages() -> Figure:
     """The packages as floors of a house: a package imports from the floors below it."""
     figure, ax = sheet(8.4, 4.75)
@@ -335,6 +359,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "insertion": draw_insertion,
     "stream": draw_stream,
     "kept": draw_kept,
+    "connector": draw_connector,
     "packages": draw_packages,
 }
 

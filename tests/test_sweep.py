@@ -203,6 +203,10 @@ NOT_SWEPT = {
     ),
     **dict.fromkeys(("push_to_hub",), "asks the network; it writes what save_model writes"),
     **dict.fromkeys(("load_model",), "is called behind save_model"),
+    **dict.fromkeys(
+        ("connect", "disconnect", "fit_connector", "load_connected", "TokenConnector"),
+        "are for vision-language models; tests/models/test_connection.py has all families",
+    ),
     **dict.fromkeys(("compile_model",), "takes seconds; tests/models compile every host"),
     **dict.fromkeys(("encode",), "takes videos; tests/evaluation/test_encoding.py has other hosts"),
     **dict.fromkeys(

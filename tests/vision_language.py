@@ -14,11 +14,13 @@ from PIL import Image
 from tiny import HF, drawn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = "<pad> <unk> <bos> <eos> a b c d e f g h i j k l m n o p".split()
-SPECIAL = (
-    "<image> <video> <img> </img> <IMG_CONTEXT> <start_of_image> <end_of_image> <image_soft_token> "
-    "<fake_token_around_image> <global-img> <end_of_utterance>"
-).split() + [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
+WORDS = ["<pad>", "<unk>", "<bos>", "<eos>", *"abcdefghijklmnop"]
+SPECIAL = [
+    *("<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>"),  # of LLaVA and InternVL
+    *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),  # of Gemma 3
+    *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),  # of Idefics3
+    *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)),
+]
 IDS = {word: i for i, word in enumerate([*WORDS, *SPECIAL])}
 SIZE = {"height": 16, "width": 16}
 PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]

@@ -378,6 +378,24 @@ def test_sets_of_insertion_have_a_host_and_images_for_it(
         assert found.host(images[:2]).shape == (2, 10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["connectors"], indirect=True)
+def test_connectors_fits_all_contenders_alike_and_goes_on_where_it_was(
+    script: ModuleType, run: Run, tmp_path: Path
+) -> None:
+    options = f"--models {tmp_path} --out {tmp_path / 'a.json'} --tokens 16 --scenes 8 --test 4"
+    options += " --tower-steps 1 --train-steps 1 --fit-scenes 8 --steps 2 --rounds 2 --batch 1"
+    run(script, f"{options} --seeds 0")
+    assert (tmp_path / "seed0" / "model.safetensors").exists()
+    text = run(script, f"{options} --seeds 0 1")
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert len(rows) == 2 * (1 + len(script.CONTENDERS))
+    assert all(row["kl"] < 1e-6 for row in rows if row["contender"] == script.ALL)
+    assert "'seed': 0" not in text  # made already
+    with pytest.raises(SystemExit):
+        run(script, f"{options} --seeds 0 --steps 3")
+
+
 @pytest.mark.parametrize("script", MEASURING, indirect=True)
 def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
     script: ModuleType, run: Run, capsys: pytest.CaptureFixture[str]

@@ -79,7 +79,7 @@ def test_the_projector_is_fitted_on_demand() -> None:
     model, processor = made("Llava", learner="pool")
     before = [p.clone() for p in connector_of(model).projector.parameters()]
     options: dict[str, Any] = {"steps": 10, "batch_size": 4, "held_out": 0}
-    with pytest.raises(ValueError, match="nothing to fit.*projector_lr"):
+    with pytest.raises(ValueError, match=r"nothing to fit.*projector_lr"):
         fit_connector(model, processor, examples("Llava"), **options)
     done = fit_connector(model, processor, examples("Llava"), projector_lr=1e-2, **options)
     assert done.kl_after < done.kl_before
