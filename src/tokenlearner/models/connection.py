@@ -4,14 +4,13 @@ These models write the projected positions of an image over as many placeholders
 the projector is wrapped by a `TokenConnector`, which makes `k` tokens of an image, and the
 processor writes `k` placeholders. No code of the model runs differently but where images are cut
 into tiles: their tokens are put one tile after the other, as they lie on no grid.
-
-A family is a row in `FAMILIES`. Classes are given by name, so that nothing has to be imported.
+`vision_language.py` has the families.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
@@ -23,15 +22,15 @@ from torch import Tensor, nn
 
 from ..layers.token_connector import NeighborPooling, NeighborTokenLearner, TokenConnector
 from ..utils.imports import require_package
-from ..utils.modules import stream_device, stream_dtype, uncompiled
+from ..utils.modules import stream_device, stream_dtype
 from ..utils.validation import Grid, check_choice, check_count, require
 from .pretrained import guard_saving, remove_saving_guard
+from .vision_language import VisionLanguage, find_vision_language
 
 Model = TypeVar("Model", bound=nn.Module)
 
 KEY = "tokenlearner_connection"  # in a model's config.json, and in the file of what was learned
 _CONNECTORS = ("v11", "pool")
-_NO_PATCHES = 2**30  # pixels: no image has a patch of that size, so a processor counts none
 
 
 @dataclass(frozen=True)
@@ -55,121 +54,6 @@ class ConnectionConfig:
     def to_kwargs(self) -> dict[str, Any]:
         """Returns the arguments of `connect`, without model and processor."""
         return {key: value for key, value in asdict(self).items() if key != "processor"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Describes a family of vision-language models: where positions are projected and counted.
-
-    Args:
-        projector: Attribute of the base model.
-        grid: Function of the config: height and width of the projected positions of an image, and
-            tokens in front of them.
-        counts: Function of a processor and `k`: what its attributes, by path, have to be.
-        tiles: Whether images are cut into tiles whose positions are put together on a grid.
-        videos: Whether tokens of a clip can be learned over time.
-    """
-
-    projector: str
-    grid: Callable[[Any], tuple[Grid, int]]
-    counts: Callable[[Any, int], dict[str, Any]]
-    tiles: bool = False
-    videos: bool = False
-
-
-def _side(vision: Any) -> int:
-    size, patch = vision.image_size, vision.patch_size
-    size, patch = (x if isinstance(x, int) else x[0] for x in (size, patch))
-    return size // patch
-
-
-def _square(scale: Callable[[Any], float]) -> Callable[[Any], tuple[Grid, int]]:
-    """Returns a function from a config to a square grid: the patches' side, times a scale."""
-
-    def grid(config: Any) -> tuple[Grid, int]:
-        side = int(_side(config.vision_config) * scale(config))
-        return (side, side), 0
-
-    return grid
-
-
-_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-
-
-def _of_strategy(config: Any) -> tuple[Grid, int]:
-    """Returns the grid of LLaVA's towers, whose class token may be kept."""
-    kind = config.vision_config.model_type
-    require(
-        kind in _CLASS_TOKENS,
-        f"its vision tower is a {kind}, whose positions are not known to be a grid of fixed size; "
-        f"supported: {', '.join(_CLASS_TOKENS)}",
-    )
-    side, prefix = _side(config.vision_config), _CLASS_TOKENS[kind]
-    if config.vision_feature_select_strategy == "default":
-        require(
-            prefix == 1,
-            'vision_feature_select_strategy is "default", which drops a position of a tower that '
-            'has no class token; set it to "full" in the config',
-        )
-        prefix = 0
-    return (side, side), prefix
-
-
-def _per_tile(attribute: str) -> Callable[[Any, int], dict[str, Any]]:
-    return lambda processor, k: {attribute: k}
-
-
-def _llava_counts(processor: Any, k: int) -> dict[str, Any]:
-    """Lets a processor of LLaVA count no patches, and `k` tokens besides."""
-    return {
-        "patch_size": _NO_PATCHES,
-        "num_additional_image_tokens": k,
-        "vision_feature_select_strategy": "full",
-    }
-
-
-def _gemma3_counts(processor: Any, k: int) -> dict[str, Any]:
-    tokenizer = processor.tokenizer
-    tokens = f"{tokenizer.boi_token}{tokenizer.image_token * k}{tokenizer.eoi_token}"
-    return {"image_seq_length": k, "full_image_sequence": f"\n\n{tokens}\n\n"}
-
-
-_LLAVA = Family("multi_modal_projector", _of_strategy, _llava_counts)
-_TILED = replace(
-    _LLAVA, counts=lambda processor, k: {"vision_feature_select_strategy": "full"}, tiles=True
-)
-_IDEFICS3 = Family(
-    "connector", _square(lambda config: 1 / config.scale_factor), _per_tile("image_seq_len")
-)
-FAMILIES: dict[str, Family] = {
-    "llava.modeling_llava.LlavaModel": _LLAVA,
-    "llava_next.modeling_llava_next.LlavaNextModel": _TILED,
-    "llava_onevision.modeling_llava_onevision.LlavaOnevisionModel": replace(
-        _TILED,
-        counts=lambda processor, k: {
-            "vision_feature_select_strategy": "full",
-            "num_image_tokens": k,
-        },
-        videos=True,
-    ),
-    "paligemma.modeling_paligemma.PaliGemmaModel": Family(
-        "multi_modal_projector",
-        _square(lambda config: 1),
-        lambda processor, k: {"image_seq_length": k, "image_processor.image_seq_length": k},
-    ),
-    "gemma3.modeling_gemma3.Gemma3Model": Family(
-        "multi_modal_projector",
-        lambda config: ((round(config.mm_tokens_per_image**0.5),) * 2, 0),
-        _gemma3_counts,
-    ),
-    "idefics3.modeling_idefics3.Idefics3Model": _IDEFICS3,
-    "smolvlm.modeling_smolvlm.SmolVLMModel": _IDEFICS3,
-    "internvl.modeling_internvl.InternVLModel": Family(
-        "multi_modal_projector",
-        _square(lambda config: config.downsample_ratio),
-        _per_tile("image_seq_length"),
-    ),
-}
 
 
 def connect(
@@ -208,7 +92,7 @@ def connect(
         ValueError: The model is of no such family or connected already, the processor is of
             another, or an argument is out of range. Nothing is changed then.
     """
-    base, family = _find(model)
+    base, family = find_vision_language(model)
     require(
         not isinstance(getattr(base, family.projector), TokenConnector),
         "this model is connected already; call disconnect(model, processor) first",
@@ -235,9 +119,8 @@ def disconnect(model: Model, processor: Any = None) -> Model:
     Raises:
         ValueError: The model is not connected, or was without this processor.
     """
-    base, family = _find(model)
-    connector, config = _connector(base, family), get_connection(base)
-    _restore_counts(processor, family, config)
+    base, family, connector, config = _connected(model)
+    _restore_counts(processor, config)
     remove_saving_guard(model)
     _detach(base, family, connector)
     delattr(base.config, KEY)
@@ -251,9 +134,8 @@ def disconnected(model: nn.Module, processor: Any = None) -> Iterator[None]:
     Raises:
         ValueError: As in `disconnect`.
     """
-    base, family = _find(model)
-    connector, config = _connector(base, family), get_connection(base)
-    _restore_counts(processor, family, config)
+    base, family, connector, config = _connected(model)
+    _restore_counts(processor, config)
     _detach(base, family, connector)
     try:
         yield
@@ -272,9 +154,7 @@ def connect_processor(processor: Any, model: nn.Module) -> Any:
     Raises:
         ValueError: The model is not connected, or the processor is of another family.
     """
-    base, family = _find(model)
-    _connector(base, family)
-    config = get_connection(base)
+    base, family, _, config = _connected(model)
     before = _counts(processor, family.counts, config.num_tokens) or config.processor
     keep_connection(base, replace(config, processor=before))
     _set_counts(processor, family, config)
@@ -300,14 +180,14 @@ def load_connected(folder: Any, processor: Any = None, **kwargs: Any) -> nn.Modu
         f"{folder} has no connected model; read it by from_pretrained, and call connect",
     )
     name, saved = config.architectures[0], ConnectionConfig(**getattr(config, KEY))
-    plain = getattr(transformers, name, None)
+    plain: Any = getattr(transformers, name, None)
     require(plain is not None, f"{folder} is a {name}, which this transformers does not have")
 
     def build(self: Any, config: Any, *args: Any, **options: Any) -> None:
         plain.__init__(self, config, *args, **options)
         connect(self, None, **saved.to_kwargs())
 
-    connected = type(name, (plain,), {"__init__": build, "__module__": plain.__module__})
+    connected: Any = type(name, (plain,), {"__init__": build, "__module__": plain.__module__})
     model = connected.from_pretrained(folder, **kwargs)
     model.__class__ = plain  # which can be pickled; the connector stays
     keep_connection(model, saved)
@@ -318,7 +198,7 @@ def load_connected(folder: Any, processor: Any = None, **kwargs: Any) -> nn.Modu
 
 def keep_connection(model: nn.Module, connection: ConnectionConfig) -> None:
     """Keeps what a model was connected with in its config, from where it is saved."""
-    setattr(_find(model)[0].config, KEY, asdict(connection))
+    setattr(find_vision_language(model)[0].config, KEY, asdict(connection))
 
 
 def get_connection(model: nn.Module) -> ConnectionConfig | None:
@@ -336,7 +216,7 @@ def connector_of(model: nn.Module) -> TokenConnector:
     Raises:
         ValueError: The model is not connected.
     """
-    return _connector(*_find(model))
+    return _connected(model)[2]
 
 
 def learners_of(model: nn.Module) -> list[nn.Module]:
@@ -346,32 +226,20 @@ def learners_of(model: nn.Module) -> list[nn.Module]:
     return [learner for learner in both if learner is not None]
 
 
-def _find(model: nn.Module) -> tuple[Any, Family]:
-    """Finds the base model of a family in a model, and its row."""
-    for part in uncompiled(model).modules():
-        for cls in type(part).__mro__:
-            name = f"{cls.__module__}.{cls.__qualname__}".removeprefix("transformers.models.")
-            if name in FAMILIES:
-                return part, FAMILIES[name]
-    names = ", ".join(name.rpartition(".")[2].removesuffix("Model") for name in FAMILIES)
-    raise ValueError(
-        f"{type(model).__name__} is no vision-language model whose projector is known: {names} of "
-        "transformers; for another, wrap its projector by tokenlearner.layers.TokenConnector"
-    )
-
-
-def _connector(base: Any, family: Family) -> TokenConnector:
-    connector = getattr(base, family.projector)
-    require(
-        isinstance(connector, TokenConnector),
-        "this model is not connected; connect(model, processor) does it",
-    )
-    return connector
+def _connected(
+    model: nn.Module,
+) -> tuple[Any, VisionLanguage, TokenConnector, ConnectionConfig]:
+    """Returns the base of a connected model, its family, its connector, and its arguments."""
+    base, family = find_vision_language(model)
+    connector, saved = getattr(base, family.projector), getattr(base.config, KEY, None)
+    if not isinstance(connector, TokenConnector) or saved is None:
+        raise ValueError("this model is not connected; connect(model, processor) does it")
+    return base, family, connector, ConnectionConfig(**saved)
 
 
 def _build(
     base: Any,
-    family: Family,
+    family: VisionLanguage,
     num_tokens: int,
     learner: str,
     video_tokens: int | None,
@@ -409,7 +277,7 @@ def _learner(kind: str, width: int, num_tokens: int, grid: Grid, prefix: int) ->
     return NeighborTokenLearner(width, num_tokens, grid, prefix)
 
 
-def _attach(base: Any, family: Family, connector: TokenConnector, config: Any) -> None:
+def _attach(base: Any, family: VisionLanguage, connector: TokenConnector, config: Any) -> None:
     """Puts a connector in its place, and what goes with it."""
     setattr(base, family.projector, connector)
     if family.tiles:
@@ -423,7 +291,7 @@ def _attach(base: Any, family: Family, connector: TokenConnector, config: Any) -
         base.get_video_features = _ClipFeatures(base, family.projector)
 
 
-def _detach(base: Any, family: Family, connector: TokenConnector) -> None:
+def _detach(base: Any, family: VisionLanguage, connector: TokenConnector) -> None:
     setattr(base, family.projector, connector.projector)
     for name in ("pack_image_features", "apply_pooling", "get_video_features"):
         vars(base).pop(name, None)
@@ -528,7 +396,7 @@ def _write(owner: Any, path: str, value: Any) -> None:
     setattr(reduce(getattr, steps, owner), name, value)
 
 
-def _set_counts(processor: Any, family: Family, config: ConnectionConfig) -> None:
+def _set_counts(processor: Any, family: VisionLanguage, config: ConnectionConfig) -> None:
     for path, value in family.counts(processor, config.num_tokens).items():
         _write(processor, path, value)
     if family.tiles:
@@ -537,16 +405,15 @@ def _set_counts(processor: Any, family: Family, config: ConnectionConfig) -> Non
         processor.replace_video_token = _ClipCount(config, processor.video_token)
 
 
-def _restore_counts(processor: Any, family: Family, config: ConnectionConfig | None) -> None:
+def _restore_counts(processor: Any, config: ConnectionConfig) -> None:
     if processor is None:
         return
-    before: Mapping[str, Any] = config.processor if config else {}
     require(
-        bool(before),
+        bool(config.processor),
         "the model was connected without its processor, so what that counted by is not known; load "
         "the processor again, and call disconnect(model)",
     )
-    for path, value in before.items():
+    for path, value in config.processor.items():
         _write(processor, path, value)
     for name in ("_get_number_of_features", "replace_video_token"):
         vars(processor).pop(name, None)
