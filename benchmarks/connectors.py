@@ -28,8 +28,8 @@ ALL = "all positions"
 CONTENDERS: dict[str, tuple[str, float, float]] = {  # learner, its rate, the projector's
     "neighbors averaged": ("pool", 0, 0),
     "neighbors averaged, projector fitted": ("pool", 0, 3e-3),
-    "learned, projector fitted": ("v11", 1e-2, 3e-3),
     "learned": ("v11", 1e-2, 0),
+    "learned, projector fitted": ("v11", 1e-2, 3e-3),
 }
 COLUMNS = {"kl": 3, "same_percent": 1, "exact_percent": 1, "found_percent": 1}  # and digits
 KEPT = ("scenes", "tower_steps", "train_steps", "fit_scenes", "steps", "test", "host")
@@ -155,7 +155,7 @@ def tables(options: Any, rows: list[dict[str, Any]], cost: dict[int, dict[str, A
     """Both tables, as Markdown."""
     lines = ["| tokens | contender | divergence, nats | as on all, % | right, % | garments, % |"]
     lines.append("| --: | --- | --: | --: | --: | --: |")
-    for k in (GRID**2, *options.tokens):
+    for k in (GRID**2, *sorted(options.tokens, reverse=True)):
         for name in (ALL, *CONTENDERS):
             each = [r for r in rows if (r["contender"], r["tokens"]) == (name, k)]
             if each:
@@ -198,7 +198,7 @@ def main() -> None:
         parser.error(f"{path} was made with {known['options']}; take these, or another --out")
     rows, trials = known["rows"], dict[int, Trial]()
     setup = {"machine": machine(options.device, packages=("transformers",)), **known}
-    places = [(ALL, GRID**2), *((name, k) for name in CONTENDERS for k in options.tokens)]
+    places = [(ALL, GRID**2), *((name, k) for k in options.tokens for name in CONTENDERS)]
     for name, k in places:
         for seed in options.seeds:
             if any((r["seed"], r["contender"], r["tokens"]) == (seed, name, k) for r in rows):

@@ -23,6 +23,9 @@ from tokenlearner.layers import NeighborPooling, TokenConnector
 from tokenlearner.models import ConnectionConfig, connect_processor, disconnected
 from tokenlearner.models.connection import get_connection, learners_of
 
+pytestmark = pytest.mark.filterwarnings(  # of torch's tensors, in the processor of PaliGemma
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
+)
 NAMES = [*FAMILIES]
 SINGLE = [name for name in NAMES if name not in ("LlavaNext", "LlavaOnevision")]
 TWO = ["* a b c", "d * e"], [[picture(0)], [picture(1)]]
