@@ -119,7 +119,7 @@ def costs(options: Any) -> dict[int, dict[str, Any]]:
     bytes_of: dict[int, int] = {}
     example = draw_scenes(options.batch, 0).examples(range(options.batch), False)
     texts, images = ([e[name] for e in example] for name in ("text", "images"))
-    for k in (GRID**2, *options.tokens):
+    for k in (GRID**2, *sorted(options.tokens, reverse=True)):
         torch.manual_seed(0)
         model, processor = make_model().to(options.device).eval(), make_processor()
         if k < GRID**2:
@@ -131,7 +131,8 @@ def costs(options: Any) -> dict[int, dict[str, Any]]:
         runs[k, "first"] = partial(model, **inputs, use_cache=True, logits_to_keep=1)
         language = partial(model.model.language_model, inputs_embeds=embeds, attention_mask=mask)
         runs[k, "language"] = partial(language, use_cache=True)
-        cache = runs[k, "first"]().past_key_values
+        output = runs[k, "first"]()
+        cache = getattr(output, "cache", None) or output.past_key_values  # as versions name it
         tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         bytes_of[k] = sum(t.nbytes for t in tensors) // options.batch
     found = time_interleaved(runs, options.rounds)
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=300, help="images to judge on")
     parser.add_argument("--batch", type=int, default=4, help="images, for the times")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--costs-only", action="store_true", help="make no further rows")
     parser.add_argument("--models", default="runs/connectors", help="keeps trained models")
     parser.add_argument("--out", help="JSON with the rows; those in it are not made again")
     options = parser.parse_args()
@@ -199,7 +201,7 @@ def main() -> None:
     rows, trials = known["rows"], dict[int, Trial]()
     setup = {"machine": machine(options.device, packages=("transformers",)), **known}
     places = [(ALL, GRID**2), *((name, k) for k in options.tokens for name in CONTENDERS)]
-    for name, k in places:
+    for name, k in [] if options.costs_only else places:
         for seed in options.seeds:
             if any((r["seed"], r["contender"], r["tokens"]) == (seed, name, k) for r in rows):
                 continue
