@@ -21,7 +21,7 @@ from tokenlearner.models.framevit import FrameViT
 from tokenlearner.models.preprocessing import get_preprocessing, set_preprocessing
 from tokenlearner.models.streaming import TokenStream, prepare_frames
 from tokenlearner.models.vivit import ViViT
-from tokenlearner.utils.preprocessing import Preprocessing
+from tokenlearner.utils.preprocessing import INTERPOLATIONS, Preprocessing
 
 
 def live(**kwargs: Any) -> FrameViT:
@@ -333,6 +333,16 @@ def test_pixels_are_prepared_as_for_evaluation(mode: str, size: tuple[int, int])
     out = TokenStream(model).push(pixels[None])
     assert torch.equal(out, TokenStream(model).push(pixels.movedim(-1, 0)[None]))
     torch.testing.assert_close(out, TokenStream(model).push(found))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("size", [(30, 40), (7, 11)])
+def test_pixels_are_resized_as_the_model_says(interpolation: str, size: tuple[int, int]) -> None:
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
+    how = Preprocessing((0.0,) * 3, (1.0,) * 3, 1.0, interpolation, "squash")
+    expected = how.eval_transform((3, 16, 16))(Image.fromarray(pixels.numpy()))[None]
+    found = prepare_frames(pixels[None], (3, 16, 16), how)
+    assert (found - expected).abs().max() < 1.5 / 255
 
 
 def test_frames_that_are_no_pixels_of_the_model_are_refused() -> None:

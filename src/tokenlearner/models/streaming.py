@@ -387,11 +387,30 @@ def prepare_frames(frames: Tensor, size: tuple[int, int, int], how: Preprocessin
     resized = max(h, int(sides[0] + 1e-6)), max(w, int(sides[1] + 1e-6))
     pixels = frames.reshape(-1, *frames.shape[-3:]).float()
     if resized != (height, width):
-        mode = "nearest-exact" if how.interpolation == "nearest" else how.interpolation
-        mode = "bicubic" if mode == "lanczos" else mode
-        smooth = {} if mode == "nearest-exact" else {"antialias": True}
-        pixels = F.interpolate(pixels, resized, mode=mode, **smooth).clamp(0, 255)
+        pixels = _resize(pixels, resized, how.interpolation)
     top, left = round((resized[0] - h) / 2), round((resized[1] - w) / 2)
     pixels = pixels[..., top : top + h, left : left + w] / 255
     mean, std = pixels.new_tensor([how.mean, how.std])[..., None, None]
     return ((pixels - mean) / std).reshape(*frames.shape[:-2], h, w)
+
+
+def _resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resizes `b c h w`, 0 to 255, as PIL does: first the width, then the height, clipped each."""
+    if interpolation == "nearest":
+        return F.interpolate(pixels, size, mode="nearest-exact")
+    (h, w), height = size, pixels.shape[-2]
+    if interpolation == "lanczos":  # not in every torch
+        pixels = (pixels @ _lanczos(pixels.shape[-1], w).to(pixels).T).clamp(0, 255)
+        return (_lanczos(height, h).to(pixels) @ pixels).clamp(0, 255)
+    for sides in ((height, w), (h, w)):
+        pixels = F.interpolate(pixels, sides, mode=interpolation, antialias=True).clamp(0, 255)
+    return pixels
+
+
+def _lanczos(length: int, size: int) -> Tensor:
+    """Returns the part of each of `length` pixels in each of `size` new ones: `size length`."""
+    step = length / size
+    centers = (torch.arange(size, dtype=torch.float64) + 0.5) * step - 0.5
+    x = (torch.arange(length, dtype=torch.float64) - centers[:, None]) / max(step, 1.0)
+    weights = (torch.sinc(x) * torch.sinc(x / 3)).where(x.abs() < 3, 0)
+    return weights / weights.sum(1, keepdim=True)
