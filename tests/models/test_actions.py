@@ -41,6 +41,25 @@ def test_the_loss_is_the_cross_entropy_of_those_that_are_present() -> None:
     assert nothing.item() == 0
 
 
+def test_smoothed_targets_are_the_normal_distribution_around_an_action() -> None:
+    bins = ActionBins([0], [8], num_bins=8, smoothing=0.75)
+    actions = torch.tensor([[3.5], [0.0], [8.0], [99.0]])
+    targets = bins._targets(actions)
+    torch.testing.assert_close(targets.sum(-1), torch.ones(4))
+    assert targets.argmax(-1).tolist() == [3, 0, 7, 7]
+    torch.testing.assert_close(targets[0, 2:5], targets[0, 2:5].flip(0))
+    normal = torch.distributions.Normal(3.5, 0.75).cdf(torch.arange(9.0)).diff()
+    torch.testing.assert_close(targets[0], normal / normal.sum())
+    logits = torch.randn(4, 1, 8)
+    expected = -(targets * logits[:, 0].log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(bins.loss(logits, actions), expected)
+    present = torch.tensor([True, True, False, False])
+    some = bins.loss(logits[:2], actions[:2])
+    torch.testing.assert_close(bins.loss(logits, actions, present), some)
+    near, far = (9 * torch.eye(8)[i].expand(1, 1, 8) for i in (4, 7))
+    assert bins.loss(near, actions[:1]) < bins.loss(far, actions[:1])
+
+
 def test_a_policy_learns_what_its_frames_say() -> None:
     torch.manual_seed(0)
     model: Any = FrameViT(**FRAMES | {"num_classes": 1, "num_bins": 4, "causal": True})
@@ -66,6 +85,7 @@ def test_a_policy_learns_what_its_frames_say() -> None:
         (lambda: ActionBins([0, 1], [1, 1]), r"expected finite, low below high"),
         (lambda: ActionBins([0], [float("inf")]), r"expected finite"),
         (lambda: ActionBins([0], [1], num_bins=1), "num_bins is 1"),
+        (lambda: ActionBins([0], [1], smoothing=-1), "smoothing is -1, expected a number of bins"),
         (lambda: ActionBins([0], [1]).to_bins(torch.zeros(2, 3)), r"actions are \[2, 3\]"),
         (lambda: ActionBins([0], [1]).to_bins(torch.tensor([float("nan")])), "not finite"),
         (

@@ -1,18 +1,20 @@
 """Actions of a robot as classes: `ActionBins` puts numbers into bins, and bins back into numbers.
 
 Axes: `a` numbers of an action; `...` any axes in front, such as `b` or `b t`.
-Source: Brohan et al., RT-1, arXiv 2212.06817: 256 equal bins a number.
+Source: Brohan et al., RT-1, arXiv 2212.06817: 256 equal bins a number. Smoothed targets: Imani and
+White, arXiv 1806.04613 (HL-Gauss).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..utils.validation import check_count, require
+from ..utils.validation import check_count, is_number, require
 
 
 class ActionBins(nn.Module):
@@ -24,9 +26,12 @@ class ActionBins(nn.Module):
         low: Least value of each number.
         high: Largest value; numbers beyond are put into the outermost bins.
         num_bins: Bins of each number.
+        smoothing: Standard deviation, in bins, of the normal distribution around an action that
+            `loss` compares with, so that bins nearby count as nearly right. 0 is the one bin alone,
+            as in RT-1; with few demonstrations 0.75 to 2 is learned in fewer steps.
 
     Raises:
-        ValueError: A range is empty or not finite.
+        ValueError: A range is empty or not finite, or `smoothing` is below 0.
 
     >>> bins = ActionBins([-1, 0], [1, 10], num_bins=4)
     >>> bins.to_bins(torch.tensor([[0.6, 2.0], [-7, 10]]))
@@ -39,9 +44,20 @@ class ActionBins(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, low: Sequence[float], high: Sequence[float], num_bins: int = 256):
+    def __init__(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        num_bins: int = 256,
+        smoothing: float = 0.0,
+    ):
         super().__init__()
         self.num_bins = check_count("num_bins", num_bins, least=2)
+        require(
+            is_number(smoothing) and 0 <= smoothing < math.inf,
+            f"smoothing is {smoothing!r}, expected a number of bins from 0 on, such as 0.75",
+        )
+        self.smoothing = float(smoothing)
         ends = [torch.as_tensor(end, dtype=torch.float32) for end in (low, high)]
         shapes = [list(end.shape) for end in ends]
         require(
@@ -65,8 +81,7 @@ class ActionBins(nn.Module):
         """
         self._check(actions, "actions")
         require(bool(torch.isfinite(actions).all()), "actions hold a number that is not finite")
-        part = (actions.float() - self.low) / (self.high - self.low)
-        return (part * self.num_bins).long().clamp(0, self.num_bins - 1)
+        return self._place(actions).long().clamp(max=self.num_bins - 1)
 
     def to_actions(self, bins: Tensor) -> Tensor:
         """Returns the middle of bins, of the likeliest where logits are given.
@@ -96,15 +111,30 @@ class ActionBins(nn.Module):
         got, expected = list(actions.shape), list(logits.shape[:-1])
         require(got == expected, f"actions are {got}, expected {expected} as the logits")
         if present is None:
-            return F.cross_entropy(logits.flatten(0, -2).float(), self.to_bins(actions).flatten())
+            return F.cross_entropy(logits.flatten(0, -2).float(), self._targets(actions))
         got, expected = list(present.shape), list(actions.shape[:-1])
         require(got == expected, f"present is {got}, expected {expected}, one an action")
         chosen = present.to(torch.bool)
         logits, actions = logits[chosen], actions[chosen]
         losses = F.cross_entropy(
-            logits.flatten(0, -2).float(), self.to_bins(actions).flatten(), reduction="sum"
+            logits.flatten(0, -2).float(), self._targets(actions), reduction="sum"
         )
         return losses / max(1, actions.numel())
+
+    def _place(self, actions: Tensor) -> Tensor:
+        """Returns where numbers are, in bins from the lowest end: `... a`."""
+        part = (actions.float() - self.low) / (self.high - self.low)
+        return (part * self.num_bins).clamp(0, self.num_bins)
+
+    def _targets(self, actions: Tensor) -> Tensor:
+        """Returns what logits are compared with: the bins, `n`, or the share of each, `n bins`."""
+        bins = self.to_bins(actions).flatten()
+        if not self.smoothing:
+            return bins
+        edges = torch.arange(self.num_bins + 1, device=bins.device)
+        away = edges - self._place(actions).flatten()[:, None]
+        shares = torch.special.ndtr(away / self.smoothing).diff(dim=-1)
+        return shares / shares.sum(-1, keepdim=True)
 
     def _check(self, values: Tensor, name: str) -> None:
         got, count = list(values.shape), len(self.low)
