@@ -18,7 +18,7 @@ SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modu
 NUMERIC_TESTS := $(addprefix tests/,layers models checkpoints evaluation training deploy)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo announce-demo test test-slow test-isa fuzz test-oldest check release-check docs notebook bench compare format clean
+.PHONY: help install demo announce-demo test test-slow test-isa fuzz test-oldest check release-check docs notebook bench compare lerobot format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,12 @@ bench: $(VENV)/.dev  ## run the scripts in benchmarks/ that take minutes
 
 compare: $(VENV)/.demo  ## compare ways to reduce tokens: two hours, goes on where it was cut off
 	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+# LeRobot and this project's own environment want different versions of torch.
+lerobot:  ## try examples/lerobot beside LeRobot, in build/lerobot; needs Python 3.12
+	$(PYTHON) -m venv build/lerobot
+	build/lerobot/bin/python -m pip install . ./examples/lerobot
+	HF_HUB_OFFLINE=1 build/lerobot/bin/python examples/lerobot/try_policy.py
 
 format: $(VENV)/.dev  ## format the code and fix what ruff can fix
 	$(BIN)/python -m ruff check --fix
