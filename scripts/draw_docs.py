@@ -325,6 +325,36 @@ def draw_connector() -> Figure:
     return figure
 
 
+def draw_policy() -> Figure:
+    """Frames of a robot, one of them lost, become tokens and, from the newest, an action."""
+    figure, ax = sheet(8.4, 3.5)
+    for i, name in enumerate(["none yet", "t - 2", "lost", "now"]):
+        x, is_there = 0.3 + 1.15 * i, i in (1, 3)
+        color = ORANGE if i == 3 else BLUE if is_there else GRAY
+        box(ax, x, 2.7, 0.95, 0.55, name, color, fontsize=9, alpha=0.18 if is_there else 0.04)
+        if is_there:
+            arrow(ax, (x + 0.475, 2.7), (x + 0.475, 2.42), color)
+            row(ax, x + 0.04, 2.12, 4, color)
+        else:
+            ax.text(x + 0.475, 2.25, "empty slot", ha="center", va="center", fontsize=9, color=GRAY)
+        arrow(ax, (x + 0.475, 2.05), (x + 0.475, 1.75), color)
+    box(ax, 0.3, 1.15, 4.4, 0.6, "causal transformer: a frame sees those before it", BLUE)
+    arrow(ax, (4.23, 1.15), (4.23, 0.8), ORANGE)
+    ax.text(4.05, 0.95, "the newest frame's", ha="right", va="center", fontsize=9, color=INK)
+    box(ax, 3.75, 0.3, 0.95, 0.5, "head", ORANGE)
+    arrow(ax, (4.7, 0.55), (5.35, 0.55), ORANGE)
+    ax.text(0.3, 0.35, "goal, instruction or the robot's\nstate: FiLM in the encoder", fontsize=9)
+    for j, (middle, width) in enumerate([(6, 1.6), (11, 2.2)]):
+        bins = np.exp(-(((np.arange(16) - middle) / width) ** 2) / 2)
+        base = 0.3 + 1.5 * j
+        for i, height in enumerate(bins):
+            box(ax, 5.4 + 0.17 * i, base, 0.13, 0.06 + 0.8 * height, "", ORANGE, alpha=0.5)
+        ax.text(5.4, base + 1.02, f"number {2 - j} of the action: bins", fontsize=9)
+        place = 5.465 + 0.17 * int(bins.argmax())
+        ax.text(place, base - 0.05, "the likeliest", ha="center", va="top", fontsize=8)
+    return figure
+
+
 def draw_packages() -> Figure:
     """The packages as floors of a house: a package imports from the floors below it."""
     figure, ax = sheet(8.4, 4.75)
@@ -360,6 +390,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "stream": draw_stream,
     "kept": draw_kept,
     "connector": draw_connector,
+    "policy": draw_policy,
     "packages": draw_packages,
 }
 

@@ -308,6 +308,37 @@ def test_detail_prints_what_the_host_loses_on_smaller_images(
         run(script, options.replace("--epochs 1", "--epochs 2"))
 
 
+@pytest.mark.parametrize("script", ["pusht"], indirect=True)
+def test_the_expert_gets_to_the_t_and_mirrored_clips_show_mirrored_places(
+    script: ModuleType,
+) -> None:
+    data = script.collect(3, 64, noise=0.0)
+    ends = [*data.first.unique().tolist()[1:], len(data.first)]
+    assert max(end - start for start, end in zip([0, *ends], ends, strict=False)) < script.STEPS
+    last = torch.arange(len(data.first))
+    frames, places, present = data.clips(last, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(present[:, 0], last > data.first)
+    blue = (frames[:, -1].float() * torch.tensor([-1.0, 0.0, 1.0])).sum(-1)  # the agent's color
+    columns = blue.flatten(1).argmax(1) % 64
+    assert ((8 * columns - places[:, -1, 2]).abs() < 24).float().mean() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["policy"], indirect=True)
+def test_policy_trains_acts_and_goes_on_where_it_stopped(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = f"--out {tmp_path} --seeds 0 --episodes 3 --steps 2 --held_out 2 --rounds 2"
+    _, rows = table(run(script, options))
+    assert [*rows] == [*script.CONTENDERS]
+    macs = {name: row[0] for name, row in rows.items()}
+    assert macs["4 learned tokens"] < macs["8 learned tokens"] < macs["all positions"] / 2
+    monkeypatch.setattr(script, "train", lambda *_: pytest.fail("trained again"))
+    assert [*table(run(script, options))[1]] == [*rows]
+    with pytest.raises(ValueError, match=r"was made with .* expected .* the same options"):
+        run(script, options.replace("--steps 2", "--steps 3"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["insertion"], indirect=True)
 def test_insertion_fits_all_contenders_alike_and_goes_on_where_it_was(
