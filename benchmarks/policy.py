@@ -39,7 +39,7 @@ SIZE, PATCH, FRAMES = 64, 8, 2  # of an image, in pixels, and how many a policy 
 DEPTH, AT = 3, 1  # blocks, and those in front of the tokens
 POSITIONS = (SIZE // PATCH) ** 2
 NUM_BINS, PLACES = 64, 6  # of a number, and numbers: the action, and two places known
-# The ground is white; as 0 it tells nothing, and things on it are found in a fifth of the steps.
+# The ground is white; as 0 it tells nothing, and things on it are found in a third of the steps.
 WHITE_IS_0 = Preprocessing(mean=(1.0,) * 3, std=(0.1,) * 3, crop_pct=1.0)
 HEADER = ("MMACs a step", "success, %", "of each seed", "steps", "ms a step", "times as fast")
 
