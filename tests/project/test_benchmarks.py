@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from simulators import require_gym_pusht
 from timm.models import VisionTransformer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -312,6 +313,7 @@ def test_detail_prints_what_the_host_loses_on_smaller_images(
 def test_the_expert_gets_to_the_t_and_mirrored_clips_show_mirrored_places(
     script: ModuleType,
 ) -> None:
+    require_gym_pusht()
     data = script.collect(3, 64, noise=0.0)
     ends = [*data.first.unique().tolist()[1:], len(data.first)]
     assert max(end - start for start, end in zip([0, *ends], ends, strict=False)) < script.STEPS
@@ -328,6 +330,7 @@ def test_the_expert_gets_to_the_t_and_mirrored_clips_show_mirrored_places(
 def test_policy_trains_acts_and_goes_on_where_it_stopped(
     script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    require_gym_pusht()
     options = f"--out {tmp_path} --seeds 0 --episodes 3 --steps 2 --held_out 2 --rounds 2"
     _, rows = table(run(script, options))
     assert [*rows] == [*script.CONTENDERS]
@@ -432,6 +435,7 @@ def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
     script: ModuleType, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needed = {"accuracy": "--drawings b", "against_version": "src", "detail": "--wheel a"}
+    needed |= {"pretrained_maps": "--wheel a"}
     with pytest.raises(SystemExit):
         run(script, f"{needed.get(script.__name__, '')} --device cuda:99")
     said = capsys.readouterr().err
