@@ -39,10 +39,11 @@ from tokenlearner.training.candidates import ResizedInput, resize
 from tokenlearner.training.distillation import BlockOutputs, unexplained_variance
 from tokenlearner.training.fitting import FitConfig, fit
 from tokenlearner.training.teacher import TeacherCache
-from tokenlearner.utils.io import atomic_write
+from tokenlearner.utils.io import atomic_write, write_json
 
 NEW_RATE = 1e-3
 FOLDS, PROBE_DECAY = 5, 1e-3
+HOST = "host.json"
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,14 @@ class Bench:
         agreement = (found == theirs).float().mean().item()
         error = (right.std() / len(right) ** 0.5).item()
         return _percent(accuracy=right.mean().item(), accuracy_error=error, agreement=agreement)
+
+    def host_accuracy(self) -> dict[str, float]:
+        """How often the host itself is right on the images to evaluate on; of a classifier."""
+        if not self.has_classes:
+            return {}
+        right = (self._whole[1].output.cpu().argmax(1) == self.setting.test.labels).float()
+        error = (right.std() / len(right) ** 0.5).item()
+        return _percent(accuracy=right.mean().item(), accuracy_error=error)
 
     def probe(self, train: TeacherCache, test: TeacherCache, model: nn.Module) -> dict[str, float]:
         """The same of probes: the host's own one, and ones that are fitted to the model's features.
@@ -413,7 +422,10 @@ def main() -> None:
     rows = finished(options)
     for budget in options.budgets:
         print(f"\nBudget {budget}\n\n{table(rows, budget, costs.get(budget, {}))}")
-    setup = {"machine": machine(options.device), "rows": rows, "costs": costs}
+    setup = {"machine": machine(options.device), "rows": rows, "costs": costs, "host": {}}
+    if (host := options.out / HOST).exists():
+        setup["host"] = json.loads(host.read_text())
+        print("the host:", setup["host"])
     write_results(options.out / "results.json", "insertion.py", setup)
     print(closing("insertion.py", device=options.device, rounds=options.rounds))
 
@@ -429,6 +441,7 @@ def fit_and_time(options: Namespace) -> dict[float, dict[str, Any]]:
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(row))
             print(json.dumps({k: v for k, v in row.items() if k != "history"}), flush=True)
+    write_json(options.out / HOST, bench.host_accuracy())
     return {budget: costs_in_turn(options, bench, budget) for budget in options.budgets}
 
 

@@ -48,9 +48,9 @@ def to_tensor(pixels: object) -> Tensor:
 
 def draw(image: Tensor, maps: Tensor, path: Path) -> None:
     """Writes the image, its maps over it, and their mean, in two rows."""
-    every = torch.cat([maps, maps.mean(0, keepdim=True)])
-    scale = map_scale([FigureRow("", image, every)], gates=False)
-    panels = [image.permute(1, 2, 0).numpy(), *(overlay(image, one, scale) for one in every)]
+    scale = map_scale([FigureRow("", image, maps)], gates=False)
+    shown = [overlay(image, one, scale) for one in scale.shown(maps)]  # and their mean
+    panels = [image.permute(1, 2, 0).numpy(), *shown]
     framed = [np.pad(p, ((GAP, GAP), (GAP, GAP), (0, 0)), constant_values=1) for p in panels]
     half = len(framed) // 2
     pixels = np.concatenate([np.concatenate(r, 1) for r in (framed[:half], framed[half:])])

@@ -198,7 +198,7 @@ NOT_SWEPT = {
         "are parts of every host; tests/layers has their dtypes",
     ),
     **dict.fromkeys(
-        ("list_models", "load_data", "TrainConfig", "demo", "models"),
+        ("list_models", "load_data", "TrainConfig", "demo", "doctor", "models"),
         "take no model",
     ),
     **dict.fromkeys(("push_to_hub",), "asks the network; it writes what save_model writes"),

@@ -92,6 +92,7 @@ def labels_of(batches: object) -> list[int]:
 def test_the_known_names_are_listed() -> None:
     assert set(list_data()) == {
         *("fashion-mnist-small", "fashion-mnist", "moving-photographs", "folder", "video-folder"),
+        "tokens",
         *("torch/", "hfds/", "hfids/", "wds/"),
     }
 
