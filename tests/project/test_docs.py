@@ -154,8 +154,17 @@ def test_the_commands_of_a_first_page_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     commands = commands_named("tokenlearner", [page], to_run=True)
     assert commands
+    if commands[0][0] == "reduce":  # a model and photographs of the reader's
+        run_short(["train", "--out", "runs/host"])
+        make_photos()
     for words in commands:
         run_short(words)
+
+
+def make_photos() -> None:
+    Path("photos").mkdir()
+    for i in range(16):
+        make_image(Path(f"photos/{i}.png"), (40 + 2 * i, 30))
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +181,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_short(["train", "--out", "runs/reduced", *insertion])
         shutil.copytree("runs/reduced", "tokenlearner-demo")
         run_short(["bench", "runs/host", "runs/reduced", "--json", "speed.json"])
-        Path("photos").mkdir()
-        for i in range(16):
-            make_image(Path(f"photos/{i}.png"), (40 + 2 * i, 30))
+        make_photos()
         Path("images").mkdir()
         make_image(Path("images/ramp.png"))
         make_video(Path("clip.mkv"), (48, 40))
