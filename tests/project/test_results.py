@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -67,3 +68,17 @@ def test_all_cells_of_the_tables_of_a_gpu_are_in_its_results() -> None:
 def test_a_cell_that_is_not_in_the_results_is_found_out(texts: tuple[str, ...]) -> None:
     assert found(texts, {(0.867, 0.83, 0.92), (0.871,)})
     assert not found(texts, {(0.861, 0.83, 0.92), (0.877,)})
+
+
+@pytest.mark.parametrize("name", ["clothes", "detail"])
+def test_rows_of_insertion_are_those_of_its_results(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    insertion = importlib.import_module("insertion")
+    rows = json.loads((ROOT / f"benchmarks/results/insertion_{name}.json").read_text())["rows"]
+    page = (ROOT / "benchmarks/README.md").read_text("utf-8")
+    for budget in {row["budget"] for row in rows}:
+        lines = insertion.table(rows, budget, {}).splitlines()[2:]
+        assert len(lines) >= 6
+        assert [line for line in lines if line not in page] == []
