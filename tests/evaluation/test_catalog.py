@@ -55,12 +55,6 @@ def test_all_rows_of_the_docs_are_those_that_the_command_prints() -> None:
     assert catalog_markdown(catalog()).splitlines()[2:] == table("docs/models.md")
 
 
-def test_the_readme_shows_rows_of_the_same_table() -> None:
-    rows = table("README.md")
-    assert len(rows) > 9
-    assert set(rows) <= set(table("docs/models.md"))
-
-
 def test_the_command_prints_columns(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "vit_mini*"])
     header, *rows = capsys.readouterr().out.splitlines()
