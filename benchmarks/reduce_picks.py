@@ -16,6 +16,7 @@ from insertion_sets import load_setting
 from measured import closing, write_results
 
 from tokenlearner import reduce
+from tokenlearner.training.candidates import find_candidates
 
 
 def full_errors(options: Namespace, budget: float) -> dict[str, float]:
@@ -37,6 +38,9 @@ def pick(options: Namespace, budget: float) -> dict[str, Any]:
     setting, errors = load_setting(options), full_errors(options, budget)
     host = setting.host.to(options.device, getattr(torch, options.dtype)).eval()
     images = setting.normalized(setting.train.images.to(options.device)).to(next(host.parameters()))
+    names = [candidate.name for candidate, _ in find_candidates(host, images[:1], budget)[1:]]
+    if missing := sorted({*names} - {*errors}):
+        raise ValueError(f"no full run of {'; '.join(missing)} yet; run insertion.py with them")
     done = reduce(
         host,
         images,
@@ -48,8 +52,6 @@ def pick(options: Namespace, budget: float) -> dict[str, Any]:
         train_best=False,
     )
     brief = {row.name: row.errors for row in done.rows[1:]}
-    if missing := sorted({*brief} - {*errors}):
-        raise ValueError(f"no full run of {', '.join(missing)} yet; run insertion.py with them")
     among = [name for name in errors if name in brief]
     found: dict[str, Any] = {"budget": budget, "picked": done.best.name, "brief_errors": brief}
     found |= {"rank": among.index(done.best.name) + 1, "candidates": len(among)}

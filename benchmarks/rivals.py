@@ -78,7 +78,7 @@ def _candidates(host: nn.Module, image: Tensor, budget: float) -> Iterator[Conte
     for c in listed:
         kind = f"{c.num_tokens} tokens" + " early" * bool(c.overlap)
         if c.img_size and c.num_tokens:
-            kind = f"smaller image {sizes.index(c.img_size) + 1} and {c.num_tokens} tokens"
+            kind = f"smaller image {sizes.index(c.img_size) + 1} and {kind}"
         elif c.img_size:
             kind = "smaller image"
         yield Contender(kind, c.name, partial(_candidate, c), is_candidate=True)
