@@ -31,7 +31,7 @@ DRAWN = "chelsea"  # a cat, CC0
 
 def photograph(name: str) -> Tensor:
     """One of scikit-image's photographs as `3 h w` in [0, 1]."""
-    return torch.from_numpy(getattr(data, name)()[..., :3].copy()).permute(2, 0, 1).float() / 255
+    return to_tensor(getattr(data, name)()[..., :3])
 
 
 def crops(count: int) -> Tensor:
@@ -43,6 +43,7 @@ def crops(count: int) -> Tensor:
 
 
 def to_tensor(pixels: object) -> Tensor:
+    """Pixels `h w 3` of 0 to 255 as `3 h w` in [0, 1]."""
     return torch.as_tensor(pixels).permute(2, 0, 1).float() / 255
 
 

@@ -39,6 +39,7 @@ EXTRAS = {
     "hf": "import transformers as t, tokenlearner as l; c = t.ViTConfig(hidden_size=32, "
     "num_hidden_layers=2, num_attention_heads=2, intermediate_size=32); l.insert(t.ViTModel(c), 4)",
     "convert": "tokenlearner convert --help",
+    "robots": "import gymnasium, gym_pusht",
 }
 MODEL = (
     "from tokenlearner import create_model, save_model; "

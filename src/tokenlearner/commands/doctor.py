@@ -13,13 +13,17 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from ..utils.processors import usable_processors
 from ..utils.text import plain_text
 
-_EXTRAS = ("train", "demo", "video", "data", "export", "app", "hf", "convert")
+_EXTRAS = tuple(  # of users
+    extra
+    for extra in metadata("tokenlearner").get_all("Provides-Extra") or ()
+    if extra not in ("dev", "docs")
+)
 _IMPORTED = ("torch", "torchvision", "timm", "numpy", "safetensors", "huggingface_hub", "einops")
 _NVIDIA = Path("/dev/nvidia0")
 
@@ -100,23 +104,23 @@ def _unmet(extra: str) -> Iterator[str]:
         yield "packaging is missing"
         return
     for text in requires("tokenlearner") or ():
-        wanted = Requirement(text)
-        marker = wanted.marker
+        requirement = Requirement(text)
+        marker = requirement.marker
         if marker and not marker.evaluate({"extra": extra}):
             continue
         if not marker and extra:
             continue  # asked for without extras
-        if wanted.name == "tokenlearner":
-            for inner in sorted(wanted.extras):
+        if requirement.name == "tokenlearner":
+            for inner in sorted(requirement.extras):
                 yield from _unmet(inner)
             continue
         try:
-            got = version(wanted.name)
+            got = version(requirement.name)
         except PackageNotFoundError:
-            yield f"{wanted.name} is missing"
+            yield f"{requirement.name} is missing"
             continue
-        if not wanted.specifier.contains(got, prereleases=True):
-            yield f"{wanted.name} is {got}, expected {wanted.specifier}"
+        if not requirement.specifier.contains(got, prereleases=True):
+            yield f"{requirement.name} is {got}, expected {requirement.specifier}"
 
 
 def report(found: Diagnosis) -> list[str]:

@@ -59,7 +59,7 @@ def load_batches(
             DataLoader(
                 _Examples(data, transform, replace_unreadable),
                 batch_sampler=sampler,
-                collate_fn=_same,
+                collate_fn=as_it_is,
                 num_workers=workers,
                 pin_memory=pin,
                 worker_init_fn=ignore_signals,
@@ -175,5 +175,6 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _same(batch: Any) -> Batch:
+def as_it_is(batch: Any) -> Any:
+    """Returns what a worker read, which is a batch already."""
     return batch

@@ -267,9 +267,8 @@ class ShardWriter:
         return begin
 
 
-def is_done(tar: Path, sizes: Callable[[str], int]) -> bool:
-    """Returns whether a shard was written, of videos that are as large as they are now."""
-    rows = read_index(tar)
+def is_done(rows: Sequence[VideoRow] | None, sizes: Callable[[str], int]) -> bool:
+    """Returns whether an index is there, of videos that are as large as they are now."""
     return rows is not None and all(sizes(row.video) == row.size for row in rows)
 
 

@@ -23,7 +23,7 @@ from ..data.config import DataConfig
 from ..data.dataset import UnreadableFile
 from ..data.file_lists import ListedFiles, list_splits
 from ..data.image_folder import imagenet_mean_std
-from ..data.loader import ignore_signals
+from ..data.loader import as_it_is, ignore_signals
 from ..data.token_shards import (
     DTYPES,
     Manifest,
@@ -327,18 +327,14 @@ class _Run:
 
     def run(self, tasks: list[_Task], of_all: list[_Task], workers: int) -> EncodeResult:
         self.result = EncodeResult(self.folder, shards=len(tasks))
-        open_tasks = [task for task in tasks if not is_done(task.tar, self._size)]
-        self.broken = {
-            row.error
-            for task in of_all
-            if task not in open_tasks
-            for row in read_index(task.tar) or ()
-            if row.error
-        }
+        indexes = {task.tar: read_index(task.tar) for task in of_all}
+        open_tasks = [task for task in tasks if not is_done(indexes[task.tar], self._size)]
+        opened = {task.tar for task in open_tasks}
+        kept = {tar: index or [] for tar, index in indexes.items() if tar not in opened}
+        self.broken = {row.error for index in kept.values() for row in index if row.error}
         for task in tasks:
-            if task not in open_tasks:
-                for row in read_index(task.tar) or ():
-                    self._count(row)
+            for row in kept.get(task.tar, ()):
+                self._count(row)
         for task in open_tasks:
             for stale in self.folder.glob(f".{task.tar.stem}.*"):  # of a process that was killed
                 with suppress(OSError):
@@ -394,7 +390,7 @@ class _Run:
         loader = DataLoader(
             chunks,
             batch_size=None,
-            collate_fn=_same,
+            collate_fn=as_it_is,
             num_workers=min(workers, len(paths)),
             worker_init_fn=ignore_signals,
             generator=torch.Generator("cpu"),  # torch's global one is left as it is
@@ -431,7 +427,3 @@ class _Run:
             return os.path.getsize(self.root / name)
         except OSError:
             return 0
-
-
-def _same(chunk: Any) -> Any:
-    return chunk

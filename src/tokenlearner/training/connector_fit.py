@@ -100,15 +100,15 @@ def fit_connector(
     start = time.perf_counter()
     teacher = TextTeacher(model, processor, examples, kind, batch_size)
     training, evaluated = split_held_out(len(examples), held_out, seed)
-    judged = evaluated if len(evaluated) else training
-    before = teacher.error(model, judged)
+    scored = evaluated if len(evaluated) else training
+    before = teacher.error(model, scored)
     done = fit(model, teacher, groups, config, training, evaluated, report)
     return ConnectorFit(
         examples=len(training),
         steps=done.steps,
         best_step=done.best_step,
         kl_before=before,
-        kl_after=teacher.error(model, judged),
+        kl_after=teacher.error(model, scored),
         held_out=len(evaluated),
         seconds=time.perf_counter() - start,
     )
