@@ -18,7 +18,7 @@ SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modu
 NUMERIC_TESTS := $(addprefix tests/,layers models checkpoints evaluation training deploy)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo announce-demo test test-slow test-isa fuzz test-oldest check release-check docs notebook bench compare lerobot format clean
+.PHONY: help install demo announce-demo test test-slow test-isa fuzz test-oldest check release-check docs figures models notebook bench compare lerobot format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,14 @@ release-check: $(VENV)/.dev  ## build the wheel and use it in bare environments,
 docs: $(VENV)/.dev  ## build the documentation into site/ and check every link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	$(BIN)/python scripts/check_site.py site
+
+# Those of measurements are drawn from benchmarks/results; maps need models, and commands of docs/maps.md.
+figures: $(VENV)/.dev  ## draw the schemes and charts of the documentation anew
+	$(BIN)/python scripts/draw_docs.py
+	$(BIN)/python benchmarks/figures.py $(ARGS)
+
+models: $(VENV)/.demo  ## train the small models of a release into build/models: 10 minutes
+	$(BIN)/python scripts/make_models.py $(ARGS)
 
 notebook: $(VENV)/.dev  ## execute the notebook and keep what it shows
 	$(BIN)/python scripts/run_notebook.py $(ARGS)

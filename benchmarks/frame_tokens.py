@@ -1,11 +1,12 @@
 """What does it save to train on tokens that were kept? Accuracy and processor time, in one run.
 
-Films that slide over one of nine photographs are written to files; which photograph it is, is the
-class, and held-out films lie in a part of it that no other film shows. A `FrameViT` is trained on
-the films end to end. Then its encoder is frozen, the films are encoded once, and a transformer over
-time is trained anew on the tokens, with as many epochs and blocks and the same rate; and so for an
-encoder that never saw a film, a ViT trained on the bundled pictures of clothes. Time is that of the
-processor, so that other work on the machine does not count; an epoch has its evaluation in it.
+Videos that slide over one of nine photographs are written to files; which photograph it is, is
+the class, and held-out ones lie in a part of it that no other video shows. A `FrameViT` is trained
+on the files end to end. Then its encoder is frozen, the videos are encoded once, and a transformer
+over time is trained anew on the tokens, with as many epochs and blocks and the same rate; and so
+for an encoder that never saw a video, a ViT trained on the bundled pictures of clothes. Time is
+that of the processor, so that other work on the machine does not count; an epoch has its
+evaluation in it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ ENCODER: dict[str, Any] = {"in_chans": 1, "num_frames": FRAMES, "depth": 6, "at"
 BLOCKS: dict[str, Any] = {"embed_dim": 64, "num_heads": 2, "depth": 3}
 
 
-def write_films(root: Path, count: int) -> None:
-    """Lossless films by folders of classes, `count` to train on and a fifth of it held out."""
+def write_videos(root: Path, count: int) -> None:
+    """Lossless videos by folders of classes, `count` to train on and a fifth of it held out."""
     draw = np.random.default_rng(0)
     for i in range(count + count // 5):
         name = MOVING_PHOTOGRAPHS["train"][i % 9]
@@ -79,9 +80,9 @@ def run(out: Path, options: Namespace, **changes: Any) -> tuple[dict[str, float]
 
 
 def on_tokens(model: Any, name: str, folder: Path, options: Namespace) -> dict[str, float]:
-    """Encodes the films and trains on the tokens."""
+    """Encodes the videos and trains on the tokens."""
     start, out = time.process_time(), folder / f"tokens of {name}"
-    encode(model.to(options.device), folder / "films", out, stride=1, workers=0, name=name)
+    encode(model.to(options.device), folder / "videos", out, stride=1, workers=0, name=name)
     seconds = time.process_time() - start
     tokens = {"data": "tokens", "root": str(out), "frames": FRAMES, "stride": 1}
     blocks = {"model": "temporal_mini", "model_kwargs": BLOCKS}
@@ -101,11 +102,11 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_films(folder / "films", options.videos)
-        films = {"data": "video-folder", "root": str(folder / "films"), "img_size": SIZE}
-        films |= {"in_chans": 1, "crop_pct": 1.0, "frames": FRAMES, "stride": 1}
+        write_videos(folder / "videos", options.videos)
+        videos = {"data": "video-folder", "root": str(folder / "videos"), "img_size": SIZE}
+        videos |= {"in_chans": 1, "crop_pct": 1.0, "frames": FRAMES, "stride": 1}
         model = {"model": "framevit_mini_patch8_f6_tl4at3_32", "model_kwargs": ENCODER}
-        rows["end to end"], whole = run(folder / "end to end", options, **films, **model)
+        rows["end to end"], whole = run(folder / "end to end", options, **videos, **model)
         rows["its encoder, frozen"] = on_tokens(whole, "FrameViT", folder, options)
         clothes = {"model": "vit_mini_patch4_tl8at3_28", "epochs": 2, "batch_size": 64}
         _, image = run(folder / "clothes", options, **clothes)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -56,6 +57,18 @@ def complaints(browser: webdriver.Chrome) -> list[str]:
     """What went wrong on the page since the last call, as its console tells."""
     rows = browser.get_log("browser")
     return [row["message"] for row in rows if row["level"] in ("SEVERE", "WARNING")]
+
+
+def barriers(browser: webdriver.Chrome) -> list[str]:
+    """What on the page keeps people out, as axe finds it: contrast, names, alt texts, headings."""
+    script = files("axe_core_python").joinpath("axe.min.js").read_text("utf-8")
+    browser.execute_script(script)
+    run = "axe.run(document, {resultTypes: ['violations']}).then(arguments[arguments.length - 1])"
+    return [
+        f"{rule['id']}: {rule['help']}: {node['html'][:200]} {node['target']}"
+        for rule in browser.execute_async_script(run)["violations"]
+        for node in rule["nodes"]
+    ]
 
 
 def shoot_page(browser: webdriver.Chrome, path: Path, width: int = 1200) -> None:

@@ -23,6 +23,7 @@ from simulators import require_gym_pusht
 from timm.models import VisionTransformer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+DOCS = BENCHMARKS.parent / "docs"
 MODEL = "model.safetensors"
 Run = Callable[[ModuleType, str], str]
 
@@ -33,7 +34,7 @@ MEASURING = [
         name, marks=pytest.mark.slow if "against" in name else ()
     )  # jax takes seconds to import
     for name in SCRIPTS
-    if name != "compare_report"
+    if name not in ("compare_report", "figures")
 ]
 
 
@@ -441,3 +442,34 @@ def test_every_script_takes_a_device_and_refuses_one_that_is_not_there(
     said = capsys.readouterr().err
     assert "--device" in said
     assert "cuda:99" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["compile_time"], indirect=True)
+def test_compile_time_counts_graphs(script: ModuleType, run: Run) -> None:
+    header, rows = table(run(script, "--model test_vit --modes default --batches 2 3"))
+    assert header[-2:] == ["graphs", "more at 3 images"]
+    assert [row[2:] for row in rows.values()] == [[1, 0], [2, 0]]  # blocks, and the learner's
+
+
+@pytest.mark.parametrize("script", ["figures"], indirect=True)
+def test_figures_draws_the_kept_results(script: ModuleType, run: Run, tmp_path: Path) -> None:
+    run(script, f"--out {tmp_path}")
+    for name in ("errors.png", "speed.png"):
+        with Image.open(tmp_path / name) as found, Image.open(DOCS / name) as kept:
+            assert found.size == kept.size
+            assert len(found.convert("RGB").quantize(64).getcolors()) > 8
+
+
+@pytest.mark.parametrize("script", ["figures"], indirect=True)
+def test_a_figure_has_the_best_of_each_family(script: ModuleType) -> None:
+    def row(kind: str, error: float, seed: int = 0) -> dict[str, Any]:
+        shared = {"name": kind, "budget": 0.5, "rate": 1e-4, "share": 0.4}
+        return {"kind": kind, "error": error, "seed": seed, **shared}
+
+    rows = [row("8 tokens", 0.3), row("8 tokens", 0.2, 1), row("16 tokens early", 0.4)]
+    rows += [row("smaller image 1 and 16 tokens", 0.1), row("4 tokens, same place", 0.05)]
+    assert script.best_points(rows) == {
+        "learned tokens": [(0.4, [0.3, 0.2])],
+        "smaller image and learned tokens": [(0.4, [0.1])],
+    }

@@ -39,6 +39,7 @@ from ..data.video_folder import VIDEO_EXTENSIONS, VideoFolderDataset, iterate_fr
 from ..models.frame_encoder import FrameEncoder, count_tokens
 from ..models.framevit import FrameViT
 from ..models.preprocessing import get_input_size, get_preprocessing
+from ..utils.digest import digest_tensors
 from ..utils.imports import require_package
 from ..utils.io import check_output_folder
 from ..utils.modules import training_mode
@@ -232,13 +233,9 @@ def _source(
 ) -> dict[str, Any]:
     """Returns what tokens are made by, as plain values: another of these makes other tokens."""
     built = getattr(model, "tokenlearner_config", None) or {}
-    weights = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        weights.update(f"{key} {value.dtype} {list(value.shape)} ".encode())
-        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return {
         "model": name or built.get("name") or type(model).__name__,
-        "weights": weights.hexdigest(),
+        "weights": digest_tensors(model.state_dict()),
         "at": at,
         "stride": stride,
         "size": list(pixels.size),

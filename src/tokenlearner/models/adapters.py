@@ -7,7 +7,6 @@ takes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..utils.digest import digest_tensors
 from ..utils.files import check_downloaded
 from ..utils.io import atomic_write
 from ..utils.modules import check_plain, clone_structure, uncompiled
@@ -214,8 +214,5 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _digest(value: Tensor) -> str:
-    """Returns a short digest of a tensor's type, shape and bytes."""
-    plain = value.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:_SHOWN]
+    """Returns a short digest of a tensor."""
+    return digest_tensors({"": value})[:_SHOWN]

@@ -7,7 +7,6 @@ the round before take part in, and ranked by their error on images that were hel
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from ..evaluation.latency import time_interleaved
 from ..models.features import wrapped_blocks
 from ..models.hosts import find_host
 from ..models.outputs import output_tensor
+from ..utils.digest import digest_tensors
 from ..utils.modules import clone_structure, eager_gradients, training_mode, uncompiled
 from ..utils.validation import check_above_zero, check_count, require
 from .calibration import Rates, split_held_out
@@ -142,9 +142,8 @@ def reduce(
     with training_mode(model, training=False):
         candidates = find_candidates(model, images[:1], budget, counts)
         options = (budget, counts, views, config)
-        store = CandidateStore(
-            folder, _digest(model, images, *options) if folder is not None else ""
-        )
+        given = {**model.state_dict(), "": images}
+        store = CandidateStore(folder, "" if folder is None else digest_tensors(given, *options))
         rounds = len(_ROUNDS) - (not train_best)
         store.views = store.views or views or _views_within(model, images, _HOST_SHARE * seconds)
         race = _Race(model, images, candidates, store, config, rounds, report)
@@ -338,12 +337,3 @@ def _views_within(host: nn.Module, images: Tensor, seconds: float) -> int:
 def _resized(images: Tensor, candidate: Candidate | None) -> Tensor:
     size = candidate.img_size if candidate else None
     return images if size is None else resize(images, size)
-
-
-def _digest(model: nn.Module, images: Tensor, *options: object) -> str:
-    """Returns a digest of weights, images and options."""
-    digest = hashlib.sha256(repr(options).encode())
-    for tensor in (images, *model.state_dict().values()):
-        plain = tensor.detach().cpu().contiguous().flatten()
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
