@@ -53,6 +53,12 @@ def requested(browser: webdriver.Chrome) -> list[str]:
     return [url for url in sent if urlsplit(url).scheme not in ("data", "blob")]
 
 
+def prefer_scheme(browser: webdriver.Chrome, scheme: str) -> None:
+    """Lets pages think that the user prefers `"light"` or `"dark"`."""
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
 def complaints(browser: webdriver.Chrome) -> list[str]:
     """What went wrong on the page since the last call, as its console tells."""
     rows = browser.get_log("browser")
@@ -61,6 +67,12 @@ def complaints(browser: webdriver.Chrome) -> list[str]:
 
 def barriers(browser: webdriver.Chrome) -> list[str]:
     """What on the page keeps people out, as axe finds it: contrast, names, alt texts, headings."""
+    still = "*, ::before, ::after {transition: none !important}"  # colors are the last ones at once
+    browser.execute_script(
+        "document.head.append(Object.assign(document.createElement('style'), {textContent: "
+        "arguments[0]}))",
+        still,
+    )
     script = files("axe_core_python").joinpath("axe.min.js").read_text("utf-8")
     browser.execute_script(script)
     run = "axe.run(document, {resultTypes: ['violations']}).then(arguments[arguments.length - 1])"

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from browser import chromium, complaints, requested
+from browser import barriers, chromium, complaints, requested
 from files import MINI, make_checkpoint, make_image, make_video, png_bomb
 from tiny import randomized
 
@@ -157,6 +157,11 @@ def tab_to(browser: Any, kind: str, name: str) -> None:
 
 
 # --- images and clips -------------------------------------------------------------------------
+
+
+def test_nothing_on_the_page_keeps_people_out(page: Any) -> None:
+    of_gradio = ("aria-allowed-attr", "image-redundant-alt")  # its meters, and its thumbnails
+    assert [found for found in barriers(page) if not found.startswith(of_gradio)] == []
 
 
 def test_an_image_that_is_uploaded_is_looked_at_by_one_model_after_the_other(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import chromium, complaints, requested
+from browser import barriers, chromium, complaints, prefer_scheme, requested
 from PIL import Image
 from torch import nn
 
@@ -257,8 +257,8 @@ def test_chromium_renders_it_at_every_width_in_light_and_dark_without_a_request(
             widths = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
             assert widths == [40]
         for scheme, is_light in (("light", True), ("dark", False)):
-            feature = {"name": "prefers-color-scheme", "value": scheme}
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            prefer_scheme(browser, scheme)
+            assert barriers(browser) == []
             ground, *inks = map(luminance, browser.execute_script(script))
             assert (ground > 0.5) == is_light
             for ink in inks:

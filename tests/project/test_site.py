@@ -72,6 +72,18 @@ def test_pages_fetch_nothing_from_elsewhere_fit_a_phone_and_can_be_searched(site
         assert any("distilling.html" in (link.get_attribute("href") or "") for link in results)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_on_the_pages_keeps_people_out(scheme: str, site: Path) -> None:
+    from browser import barriers, chromium, prefer_scheme
+
+    with served(site) as address, chromium() as browser:
+        prefer_scheme(browser, scheme)
+        for page in sorted(site.rglob("*.html")):
+            browser.get(f"{address}/{page.relative_to(site).as_posix()}")
+            assert barriers(browser) == [], page.name
+
+
 # --- the tools ---------------------------------------------------------------------------------
 
 

@@ -28,6 +28,9 @@ _ENVIRONMENT = {  # read by Gradio when it is imported or started
 }
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 _MONO = ["ui-monospace", "Consolas", "monospace"]
+_CONTRAST = {  # of lesser texts, 4.5 to 1 and more
+    "body_text_color_subdued": "*neutral_500",
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def serving(config: AppConfig) -> Iterator[str]:
                 ssr_mode=False,
                 mcp_server=False,
                 footer_links=[],
-                theme=gr.themes.Default(font=_FONTS, font_mono=_MONO),
+                theme=gr.themes.Default(font=_FONTS, font_mono=_MONO).set(**_CONTRAST),
                 js=ON_LOAD,
             )
             page.app.user_middleware.reverse()  # in front of Gradio's, which answers preflights
