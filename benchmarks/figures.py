@@ -1,7 +1,8 @@
 """Draws the figures of the pages from results that were kept: error and speed against cost.
 
 `errors.png` has what reduced models leave open of their host, `speed.png` how much faster 8 tokens
-are by images at a time. Nothing is measured here.
+are by images at a time, `scaling-*.png` cost by resolution, tokens, frames and images. Nothing is
+measured here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from insertion import ranked
-from scaling_plot import STYLES
+from scaling_plot import STYLES, plot_scaling
 
 from tokenlearner.utils.io import atomic_write
 
@@ -176,6 +177,7 @@ def main() -> None:
     rows = {name: read[path.stem]["rows"] for name, path in files.items() if path.stem in read}
     draw_errors(options.out / "errors.png", rows)
     draw_speed(options.out / "speed.png", read["gpu"], read["scaling"])
+    plot_scaling(options.out, read["scaling"]["points"], read["scaling"])
 
 
 if __name__ == "__main__":

@@ -124,19 +124,12 @@ def main() -> None:
             write_results(options.json, "scaling.py", {**header, "points": points})
         requested.append(point)
         print(line(point), flush=True)
-    plot_scaling(Path(options.out), requested, caption(options))
+    plot_scaling(Path(options.out), requested, header)
     print(closing("scaling.py", device=options.device, rounds=options.rounds))
 
 
 def _key(point: dict[str, Any]) -> tuple[str, int, str]:
     return point["axis"], point["value"], point["model"]
-
-
-def caption(options: Namespace) -> str:
-    """What an image says about the machine."""
-    found = machine(options.device)
-    chip = found["accelerator"] or f"{found['cpu']}, {found['threads']} threads"
-    return f"{chip}, torch {found['torch']}, float32, {options.rounds} rounds"
 
 
 def parse() -> Namespace:

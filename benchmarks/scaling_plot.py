@@ -24,20 +24,22 @@ STYLES: dict[str, dict[str, Any]] = {  # colors of Okabe and Ito, and forms for 
 }
 
 
-def plot_scaling(folder: Path, points: list[dict[str, Any]], caption: str) -> list[Path]:
+def plot_scaling(
+    folder: Path, points: list[dict[str, Any]], measured: dict[str, Any]
+) -> list[Path]:
     """Draws `scaling-AXIS.png` for every axis that has two points or more, and model.
 
     Args:
         folder: Where to.
         points: As `scaling.py` writes them, by value.
-        caption: The machine, in a line.
+        measured: The machine, and how many rounds there were.
     """
     written = []
     for axis in LABELS:
         own = [p for p in points if p["axis"] == axis]
         if len(own) > 1:
             path = folder / f"scaling-{axis}.png"
-            _image(path, axis, own, caption)
+            _image(path, axis, own, _caption(measured))
             written.append(path)
     return written
 
@@ -123,3 +125,9 @@ def _shape(axis: str, points: list[dict[str, Any]]) -> str:
     size = " x ".join(map(str, axes[-2:]))
     shapes = {"resolution": "one image", "frames": f"one clip at {size}"}
     return shapes.get(axis, f"{f'{batch} ' if axis == 'tokens' else ''}images at {size}")
+
+
+def _caption(measured: dict[str, Any]) -> str:
+    machine, rounds = measured["machine"], measured["rounds"]
+    chip = machine["accelerator"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{chip}, torch {machine['torch']}, float32, {rounds} rounds"

@@ -1,11 +1,11 @@
 """Build what a release uploads, and use it as a stranger does, without the repository.
 
 `python scripts/release_check.py` builds the sdist and from it the wheel, checks their metadata and
-sizes, and installs the wheel into bare environments, for every Python at hand with the oldest and
-the newest torch that it allows. There it runs the doctests, the code of the README and the demo.
-Of every extra it asks whether what needs it works with the extra alone, and whether it is named
-where it is missing. Prints times and sizes; exits with 1 if anything fails. Needs `build` and
-`twine`, the package index, and 8 GB of disk for each environment.
+sizes, and installs the wheel into bare environments, the oldest Python at hand with the oldest
+torch that is allowed, and the newest with the newest. There it runs the doctests, the code of the
+README and the demo. Of every extra it asks whether what needs it works with the extra alone, and
+whether it is named where it is missing. Prints times and sizes; exits with 1 if anything fails.
+Needs `build` and `twine`, the package index, and 8 GB of disk for each environment.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def build(checks: Checks, out: Path) -> Path:
 
 def environment(checks: Checks, folder: Path, python: str, wants: list[str]) -> Path:
     """Makes an environment with packages, and returns its Python."""
-    checks.run(f"{folder.name}: venv", [python, "-m", "venv", str(folder)], folder.parent)
+    checks.run(
+        f"{folder.name}: venv of {python}", [python, "-m", "venv", str(folder)], folder.parent
+    )
     inside = folder / "bin" / "python"
     pip = [str(inside), "-m", "pip", "install", "--quiet", *wants]
     checks.run(f"{folder.name}: pip install {' '.join(wants)[-60:]}", pip, folder.parent)
@@ -150,32 +152,34 @@ def oldest_torch() -> str:
     return found[1]
 
 
+def at_hand(pythons: list[str]) -> list[str]:
+    """Returns the interpreters that start."""
+    found = filter(shutil.which, pythons)
+    return [p for p in found if not subprocess.run([p, "-c", ""], capture_output=True).returncode]
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--torch", nargs="*", help="versions; default: the oldest and the newest")
+    parser.add_argument("--pythons", nargs="+", default=PYTHONS, help="from the oldest on")
     parser.add_argument("--out", type=Path, help="folder to keep both files in")
     parser.add_argument("--no-extras", action="store_true", help="leave the extras out")
     options = parser.parse_args()
-    old, checks = oldest_torch(), Checks()
-    versions = ["", old] if options.torch is None else options.torch
+    checks, pythons, old = Checks(), at_hand(options.pythons), oldest_torch()
+    if not pythons:
+        parser.error(f"none of {', '.join(options.pythons)} starts")
+    pinned = [f"torch=={old}.*", f"torchvision=={FITTING_VISION[old]}.*"]
     with TemporaryDirectory() as name:
         folder = Path(name)
         (empty := folder / "empty").mkdir()
         wheel = build(checks, folder)
-        bare: Path | None = None
-        for python in filter(shutil.which, PYTHONS):
-            for torch in versions:
-                pins = [f"torch=={torch}.*"] if torch else []
-                pins += [f"torchvision=={v}.*"] if (v := FITTING_VISION.get(torch)) else []
-                title = f"{python}-torch-{torch or 'newest'}"
-                if bare is None and not options.no_extras:
-                    bare = environment(
-                        checks, folder / f"{title}-bare", python, [str(wheel), *pins]
-                    )
-                    try_extras(checks, wheel, bare, folder, empty)
-                wants = [f"{wheel}[demo,hf]", "pytest", *pins]
-                use(checks, environment(checks, folder / title, python, wants), empty)
-                shutil.rmtree(folder / title)
+        if not options.no_extras:
+            bare = environment(checks, folder / "bare", pythons[-1], [str(wheel)])
+            try_extras(checks, wheel, bare, folder, empty)
+        for python, pins in ((pythons[0], pinned), (pythons[-1], [])):
+            own = folder / ("oldest" if pins else "newest")
+            wants = [f"{wheel}[demo,hf]", "pytest", *pins]
+            use(checks, environment(checks, own, python, wants), empty)
+            shutil.rmtree(own)
         if options.out and not checks.failed:
             options.out.mkdir(parents=True, exist_ok=True)
             for file in (*folder.glob("*.whl"), *folder.glob("*.tar.gz")):

@@ -464,7 +464,7 @@ def test_figures_draws_the_kept_results(script: ModuleType, run: Run, tmp_path: 
 @pytest.mark.parametrize("script", ["figures"], indirect=True)
 def test_a_figure_has_the_best_of_each_family(script: ModuleType) -> None:
     def row(kind: str, error: float, seed: int = 0) -> dict[str, Any]:
-        shared = {"name": kind, "budget": 0.5, "rate": 1e-4, "share": 0.4}
+        shared = {"name": kind, "budget": 0.5, "rate": 1e-4, "share": 0.4, "stopping_error": 1}
         return {"kind": kind, "error": error, "seed": seed, **shared}
 
     rows = [row("8 tokens", 0.3), row("8 tokens", 0.2, 1), row("16 tokens early", 0.4)]
