@@ -1,8 +1,8 @@
 """Draws the figures of the pages from results that were kept: error and speed against cost.
 
-`errors.png` has what reduced models leave open of their host, `speed.png` how much faster 8 tokens
-are by images at a time, `scaling-*.png` cost by resolution, tokens, frames and images. Nothing is
-measured here.
+`errors.png` has what reduced models leave open of their host, `curves.png` the same while they are
+trained, `speed.png` how much faster 8 tokens are by images at a time, and `scaling-*.png` cost by
+resolution, tokens, frames and images. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -80,6 +80,29 @@ def draw_errors(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
         panel.set_yscale("log")
         _ticks(panel)
     panels[0].set_ylabel("left open on held-out images (median, range of seeds)", fontsize=9)
+    _legend(figure, panels)
+    _save(figure, path)
+
+
+def draw_curves(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Held-out error against updates at half of the cost, a panel for each set."""
+    figure, panels = _figure(len(found))
+    for panel, (name, rows) in zip(panels, found.items(), strict=True):
+        seen = set[str | None]()
+        for same in ranked(rows, max(row["budget"] for row in rows)).values():
+            kind = family(same[0]["kind"])
+            if kind is not None and kind not in seen:
+                steps = [step for step, _ in same[0]["history"]]
+                each = [[error for _, error in row["history"]] for row in same]
+                middle = [median(errors) for errors in zip(*each, strict=True)]
+                style = FAMILIES[kind] | {"markevery": max(1, len(steps) // 6)}
+                panel.plot(steps, middle, lw=1.6, ms=6, label=kind, **style)
+            seen.add(kind)
+        panel.set_title(SETS[name], fontsize=11)
+        panel.set_xlabel("updates", fontsize=10)
+        panel.set_yscale("log")
+        _ticks(panel)
+    panels[0].set_ylabel("left open on held-out images (median of seeds)", fontsize=9)
     _legend(figure, panels)
     _save(figure, path)
 
@@ -176,6 +199,7 @@ def main() -> None:
     }
     rows = {name: read[path.stem]["rows"] for name, path in files.items() if path.stem in read}
     draw_errors(options.out / "errors.png", rows)
+    draw_curves(options.out / "curves.png", rows)
     draw_speed(options.out / "speed.png", read["gpu"], read["scaling"])
     plot_scaling(options.out, read["scaling"]["points"], read["scaling"])
 

@@ -455,7 +455,7 @@ def test_compile_time_counts_graphs(script: ModuleType, run: Run) -> None:
 @pytest.mark.parametrize("script", ["figures"], indirect=True)
 def test_figures_draws_the_kept_results(script: ModuleType, run: Run, tmp_path: Path) -> None:
     run(script, f"--out {tmp_path}")
-    for name in ("errors.png", "speed.png"):
+    for name in ("errors.png", "curves.png", "speed.png"):
         with Image.open(tmp_path / name) as found, Image.open(DOCS / name) as kept:
             assert found.size == kept.size
             assert len(found.convert("RGB").quantize(64).getcolors()) > 8

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is not None:
         return _run(list(arguments))
+    _let_threads_sleep()
     output = replace_streams()
     _run(sys.argv[1:])
     if output is not None:
@@ -57,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             reason = plain_text(output.error)
             print(f"tokenlearner: the output cannot be written: {reason}", file=sys.stderr)
             sys.exit(1)
+
+
+def _let_threads_sleep() -> None:
+    """Lets torch's threads spin only briefly where they wait for each other, before it is imported.
+
+    As they come they spin on, and a command takes many times as long as soon as another program
+    wants the same cores. What the user says of it counts.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _run(arguments: list[str]) -> None:
