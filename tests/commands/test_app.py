@@ -18,7 +18,7 @@ import torch
 from files import MINI, make_checkpoint, make_image, make_image_folder, make_video
 from tiny import randomized
 
-from tokenlearner import attention_maps, create_model, load_data, remove
+from tokenlearner import attention_maps, create_model, load_data, remove, save_model
 from tokenlearner.commands._inputs import InputPipeline
 from tokenlearner.commands.app import inference
 from tokenlearner.commands.app.addresses import reachable
@@ -119,6 +119,17 @@ def test_without_anything_a_model_with_random_weights_is_offered_and_says_so(
     shown = page.look(model.name, None, None)
     for state in (shown, page.redraw(shown[page.state], None, 1)):
         assert "This model has random weights" in state[page.status]
+
+
+def test_a_backbone_without_classifier_is_looked_at_and_says_nothing(tmp_path: Path) -> None:
+    model = create_model("vit_mini_patch4_28", num_classes=0, num_tokens=4, depth=2)
+    save_model(model, tmp_path / "bare")
+    [offered] = load_offered([str(tmp_path / "bare")], "cpu").values()
+    page = make_page(offered)
+    shown = page.look(offered.name, str(make_image(tmp_path / "a.png")), None)
+    assert "bare has no classifier" in shown[page.status]
+    assert not shown[page.prediction]["visible"]
+    assert shown[page.maps]["value"]
 
 
 def test_models_with_learned_tokens_come_first_with_names_of_classes_and_evaluated_examples(

@@ -143,3 +143,16 @@ def test_numbers_that_are_not_finite_are_refused(files: Path) -> None:
         next(predict(model, [files / "photos" / "0.png"]))
     with pytest.raises(ValueError, match="top is 0"):
         predict(model, [files / "photos" / "0.png"], top=0)
+
+
+def test_a_backbone_without_classifier_labels_nothing(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = create_model("vit_mini_patch4_28", num_classes=0, depth=1)
+    with pytest.raises(ValueError, match="has no classifier"):
+        predict(bare, [files / "photos"])
+    save_model(bare, tmp_path / "bare")
+    with pytest.raises(SystemExit) as left:
+        main(["predict", str(tmp_path / "bare"), str(files / "photos")])
+    assert left.value.code == 2
+    assert "has no classifier" in capsys.readouterr().err

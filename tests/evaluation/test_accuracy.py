@@ -11,7 +11,7 @@ import torch
 from files import Files
 from torch import Tensor, nn
 
-from tokenlearner import evaluate
+from tokenlearner import create_model, evaluate, load_data
 from tokenlearner.data.dataset import Batch, IterableDataset
 from tokenlearner.data.factory import ImageDataset
 from tokenlearner.evaluation.accuracy import mean_metrics, sum_metrics
@@ -141,3 +141,10 @@ def test_all_processes_see_the_whole_of_a_stream() -> None:
     data = Stream()
     for process in range(2):
         assert mean_metrics(sum_metrics(Brightness(3), data, 2, process, 2), data).images == 3
+
+
+def test_features_of_a_backbone_are_not_taken_for_classes() -> None:
+    data = load_data("fashion-mnist-small", "test").sample(20)
+    bare = create_model("vit_mini_patch4_28", num_classes=0, depth=1, embed_dim=20, num_heads=2)
+    with pytest.raises(ValueError, match="TokenLearnerViT has no classifier"):
+        evaluate(bare, data)

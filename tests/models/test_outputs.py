@@ -13,8 +13,15 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import torchvision_vit, transformers_vit
 from torch import nn
 
+from tokenlearner import create_model
 from tokenlearner.models.hosts import find_host
-from tokenlearner.models.outputs import output_tensor, outputs_logits, summarize_tokens
+from tokenlearner.models.outputs import (
+    check_classifier,
+    has_classifier,
+    output_tensor,
+    outputs_logits,
+    summarize_tokens,
+)
 
 
 def vit(**changes: Any) -> VisionTransformer:
@@ -79,3 +86,19 @@ def test_of_an_output_of_transformers_the_last_that_was_made_is_taken(
 )
 def test_logits_are_distinguished_from_features(build: Any, width: int, expected: bool) -> None:
     assert outputs_logits(build(), width) is expected
+
+
+def test_a_bare_backbone_has_no_classifier() -> None:
+    own = create_model("vit_mini_patch4_28", num_classes=0, depth=1)
+    for bare in (vit(num_classes=0), own, transformers_vit().vit):
+        assert not has_classifier(bare)
+        with pytest.raises(ValueError, match=f"{type(bare).__name__} has no classifier"):
+            check_classifier(bare)
+
+
+def test_a_model_with_a_head_of_any_kind_has_a_classifier() -> None:
+    replaced = vit(num_classes=0)
+    replaced.head = nn.Linear(replaced.num_features, 3)  # num_classes stays 0
+    for model in (vit(), replaced, torchvision_vit(), transformers_vit(), nn.Linear(2, 2)):
+        assert has_classifier(model)
+        check_classifier(model)

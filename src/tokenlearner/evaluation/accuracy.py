@@ -16,7 +16,7 @@ from ..data.config import DataConfig
 from ..data.dataset import Batch, IterableDataset, LabeledDataset, match_classes
 from ..data.loader import SampleKey, load_batches
 from ..data.token_dataset import check_token_source
-from ..models.outputs import predict_logits
+from ..models.outputs import check_classifier, predict_logits
 from ..models.preprocessing import get_classes, get_input_size, get_preprocessing, has_fixed_size
 from ..utils.modules import stream_device, training_mode
 from ..utils.validation import check_count, require, shortened
@@ -56,9 +56,10 @@ def evaluate(model: nn.Module, data: LabeledDataset, batch_size: int = 500) -> E
 
     Raises:
         ValueError: The data have classes that the model does not know, or as the model has no
-            names of classes, another number of them; or no image can be read.
+            names of classes, another number of them; it has no classifier; or no image can be read.
     """
     check_count("batch_size", batch_size)
+    check_classifier(model)
     unreadable: list[str] = []
     sums = sum_metrics(model, by_class_names(model, data), batch_size, unreadable=unreadable)
     return mean_metrics(sums, data, unreadable)

@@ -14,6 +14,7 @@ from ..data.config import DataConfig
 from ..data.dataset import Batch, MapDataset
 from ..data.loader import SampleKey, load_batches
 from ..data.unlabeled import list_files, load_unlabeled
+from ..models.outputs import check_classifier
 from ..models.preprocessing import get_classes, get_input_size, get_preprocessing, size_errors
 from ..utils.modules import training_mode
 from ..utils.validation import check_count, require
@@ -58,10 +59,11 @@ def predict(
         A prediction for each file, those that cannot be read too.
 
     Raises:
-        ValueError: There is no file, the model takes no squares, its numbers are not finite, or it
-            returns no logits.
+        ValueError: There is no file, the model takes no squares or has no classifier, its numbers
+            are not finite, or it returns no logits.
     """
     check_count("top", top)
+    check_classifier(model)
     files, data, config = _open(model, sources, options)
     most = min(_BATCH, eval_batch_size(data.shape, config.views * config.crops))
     return _predictions(model, files, data, config, top, batch_size or most)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.modules import stream_device, stream_dtype
+from ..utils.validation import require
 
 _OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")  # of transformers
 
@@ -34,6 +35,31 @@ def output_tensor(result: Any, num_prefix_tokens: int = 1) -> Tensor:
     raise ValueError(
         f"the model returns {type(result).__name__}, expected a tensor or an output of "
         "transformers with logits or features; wrap it in a module that returns one tensor"
+    )
+
+
+def has_classifier(model: nn.Module) -> bool:
+    """Returns False for a bare backbone, whose output is features.
+
+    timm's have `num_classes` 0 and nothing as their head; of transformers the name decides.
+    """
+    if any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__):
+        return "Classification" in type(model).__name__
+    head: Any = getattr(model, "get_classifier", None)
+    is_bare = getattr(model, "num_classes", None) == 0 and callable(head)
+    return not (is_bare and isinstance(head(), nn.Identity))
+
+
+def check_classifier(model: nn.Module) -> None:
+    """Checks that outputs of a model are logits of classes.
+
+    Raises:
+        ValueError: It is a bare backbone.
+    """
+    require(
+        has_classifier(model),
+        f"{type(model).__name__} has no classifier, so its output is features, not classes; build it "
+        "with num_classes, and train it such as by `tokenlearner train`",
     )
 
 

@@ -17,6 +17,7 @@ from ...evaluation.map_figures import FigureRow, MapScale, map_scale
 from ...evaluation.map_stats import AttentionStats, map_stats
 from ...evaluation.maps import has_gates
 from ...models.insertion import remove
+from ...models.outputs import has_classifier
 from ...utils.modules import clone_structure
 from ...utils.validation import counted, require
 from .._inputs import MapInput
@@ -35,14 +36,15 @@ class Prediction:
 
     Args:
         image: The image or clip, as the model got it.
-        shares: Of each class by softmax, `c`; the mean over the frames of a clip.
+        shares: Of each class by softmax, `c`, the mean over the frames of a clip; None without a
+            classifier.
         maps: `t k h w` for each block at which tokens are learned; none without learned tokens.
         stats: Numbers about them, for each block.
         scale: What their colors mean.
     """
 
     image: MapInput
-    shares: Tensor
+    shares: Tensor | None
     maps: dict[int, Tensor]
     stats: dict[int, AttentionStats]
     scale: MapScale
@@ -75,7 +77,8 @@ def predict(offered: OfferedModel, image: MapInput) -> Prediction:
     frames = range(len(image.pixels)) if maps else ()
     rows = [row for frame in frames for row in time_step_rows(image, maps, frame)]
     scale = map_scale(rows, gates) if rows else MapScale(1.0, gates)
-    return Prediction(image, logits.softmax(-1).mean(0).cpu(), maps, stats, scale)
+    shares = logits.softmax(-1).mean(0).cpu() if has_classifier(model) else None
+    return Prediction(image, shares, maps, stats, scale)
 
 
 def measure_cost(offered: OfferedModel, model_input: Tensor) -> tuple[list[list[str]], str]:

@@ -193,17 +193,18 @@ class AppPage:
     def _predicted(
         self, offered: OfferedModel, prediction: Prediction, remarks: list[str], *, is_example: bool
     ) -> Updates:
-        shares, image = prediction.shares.tolist(), prediction.image
-        best = max(range(len(shares)), key=shares.__getitem__)
         source = "held-out example, " if is_example else ""
-        text = f"{source}{image.name}: {offered.name} says {offered.class_name(best)}, "
+        says, named = "has no classifier", None
+        if prediction.shares is not None:
+            named = {offered.class_name(i): s for i, s in enumerate(prediction.shares.tolist())}
+            best = max(named, key=named.__getitem__)
+            says = f"says {best}, {100 * named[best]:.0f} %"
+        text = f"{source}{prediction.image.name}: {offered.name} {says}."
         updates: Updates = {
             self.state: (offered.name, prediction),
             self.button: gr.update(visible=True),
-            self.status: _status([f"{text}{100 * shares[best]:.0f} %.", *remarks], offered),
-            self.prediction: gr.update(
-                value={offered.class_name(i): share for i, share in enumerate(shares)}, visible=True
-            ),
+            self.status: _status([text, *remarks], offered),
+            self.prediction: gr.update(value=named, visible=named is not None),
         }
         if not prediction.maps:
             return updates | {self.notes: NO_MAPS}
