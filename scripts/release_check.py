@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 MAX_WHEEL_MB = 5.0
 PYTHONS = [f"python3.{minor}" for minor in range(10, 20)]
-FITTING_VISION = {"2.7": "0.22"}  # torchvision of the oldest torch; pip finds that of the newest
+FITTING_VISION = {"2.9": "0.24"}  # torchvision of the oldest torch; pip finds that of the newest
 IN_WHEEL = ("py.typed", "assets/model_card.md", "assets/recipes/", "assets/report/")
 # What shows that an extra is there; the first word tells a command from a program of Python.
 EXTRAS = {

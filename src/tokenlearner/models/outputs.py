@@ -58,8 +58,8 @@ def check_classifier(model: nn.Module) -> None:
     """
     require(
         has_classifier(model),
-        f"{type(model).__name__} has no classifier, so its output is features, not classes; build it "
-        "with num_classes, and train it such as by `tokenlearner train`",
+        f"{type(model).__name__} has no classifier, so its output is features, not classes; "
+        "build it with num_classes, and train it such as by `tokenlearner train`",
     )
 
 
