@@ -47,7 +47,8 @@ def family(kind: str) -> str | None:
     }.items():
         if kind.startswith(start):
             return name
-    return "learned tokens" if kind[0].isdigit() and "same place" not in kind else None
+    is_learned = kind == "two places" or (kind[0].isdigit() and "same place" not in kind)
+    return "learned tokens" if is_learned else None
 
 
 def best_points(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, list[float]]]]:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 from browser import barriers, chromium, complaints, requested
 from files import MINI, make_checkpoint, make_image, make_video, png_bomb
+from selenium.webdriver.support.wait import WebDriverWait
 from tiny import randomized
 
 from tokenlearner import create_model, save_model
@@ -112,6 +113,12 @@ def until(browser: Any, holds: Callable[[str], bool]) -> str:
     raise AssertionError(f"still not as expected after {SECONDS} s:\n{text}")
 
 
+def found(browser: Any, selector: str) -> list[Any]:
+    """The elements, once there are any: they come after the text that tells of them."""
+    wait = WebDriverWait(browser, SECONDS)
+    return wait.until(lambda b: b.find_elements("css selector", selector))
+
+
 def upload(browser: Any, path: Path) -> None:
     browser.find_element("css selector", "#file input[type=file]").send_keys(str(path))
 
@@ -180,7 +187,7 @@ def test_a_clip_is_looked_at_frame_by_frame(page: Any, tmp_path: Path) -> None:
     until(page, lambda text: "choose an image or a clip" in text)
     upload(page, make_video(tmp_path / "mine.mp4"))
     until(page, lambda text: "mine.mp4: clips says" in text)
-    field = page.find_element("css selector", "input[type=number]")
+    [field] = found(page, "input[type=number]")
     field.clear()
     field.send_keys("5\ue007")
     until(page, lambda text: "mine.mp4, frame 5 of 8" in text)

@@ -92,7 +92,7 @@ class Confusions:
                 share = 100 * count / int(self.counts[true].sum())
                 rows.append([label, f"{count:,}", f"{share:.0f}"])
         head = ("", "images", "% of the class")
-        return ReportTable(head, rows, "The most frequent confusions")
+        return ReportTable(head, rows, f"The most frequent confusions of {self.name}")
 
     def svg(self, salt: str) -> str:
         """Draws the matrix; `salt` keeps its ids apart from those of other figures."""
