@@ -15,6 +15,7 @@ from matplotlib.image import imread
 
 from tokenlearner import TrainConfig, load_model
 from tokenlearner.commands.demo import DemoConfig, demo
+from tokenlearner.commands.main import main
 from tokenlearner.commands.report.render import write_report
 from tokenlearner.data import factory as data
 
@@ -80,6 +81,16 @@ def test_a_second_run_takes_another_folder(made: Path, monkeypatch: pytest.Monke
     with pytest.raises(InterruptedError):
         demo(DemoConfig(out=str(made)))
     assert configs[0].out == str(made.with_name("out-2") / "vit")
+
+
+def test_it_ends_with_the_next_commands_each_on_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(import_module(demo.__module__), "demo", lambda config: Path(config.out))
+    main(["demo"])
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line.split()[1] for line in lines if line.startswith("  tokenlearner ")]
+    assert commands == ["reduce", "train", "maps"]
 
 
 @pytest.mark.parametrize(("package", "extra"), [("skimage.data", "demo"), ("matplotlib", "train")])

@@ -107,7 +107,7 @@ def demo_command(arguments: Sequence[str]) -> None:
     out = demo(config)
     say(f"Everything is in {out}")
     say(f"The report is {out / 'report.html'}")
-    say(f"Next, with images of yours:\n{NEXT}", end="")
+    print(f"Next, with images of yours:\n{NEXT}", end="")
 
 
 def load_photographs() -> dict[str, Tensor]:
