@@ -55,14 +55,19 @@ def best_points(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, list[
     """The best contender of each family at each budget: its cost, and the errors of its seeds."""
     points: dict[str, list[tuple[float, list[float]]]] = {}
     for budget in sorted({row["budget"] for row in rows}):
-        seen = set[str | None]()
-        for same in ranked(rows, budget).values():  # the one that leaves least first
-            name = family(same[0]["kind"])
-            if name is not None and name not in seen:
-                errors = [row["error"] for row in same]
-                points.setdefault(name, []).append((same[0]["share"], errors))
-            seen.add(name)
+        for name, same in best_runs(rows, budget).items():
+            errors = [row["error"] for row in same]
+            points.setdefault(name, []).append((same[0]["share"], errors))
     return points
+
+
+def best_runs(rows: list[dict[str, Any]], budget: float) -> dict[str, list[dict[str, Any]]]:
+    """The runs of the best contender of each family at a budget, one for each seed."""
+    best: dict[str, list[dict[str, Any]]] = {}
+    for same in ranked(rows, budget).values():  # the one that leaves least first
+        if name := family(same[0]["kind"]):
+            best.setdefault(name, same)
+    return best
 
 
 def draw_errors(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
@@ -89,16 +94,12 @@ def draw_curves(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
     """Held-out error against updates at half of the cost, a panel for each set."""
     figure, panels = _figure(len(found))
     for panel, (name, rows) in zip(panels, found.items(), strict=True):
-        seen = set[str | None]()
-        for same in ranked(rows, max(row["budget"] for row in rows)).values():
-            kind = family(same[0]["kind"])
-            if kind is not None and kind not in seen:
-                steps = [step for step, _ in same[0]["history"]]
-                each = [[error for _, error in row["history"]] for row in same]
-                middle = [median(errors) for errors in zip(*each, strict=True)]
-                style = FAMILIES[kind] | {"markevery": max(1, len(steps) // 6)}
-                panel.plot(steps, middle, lw=1.6, ms=6, label=kind, **style)
-            seen.add(kind)
+        for kind, same in best_runs(rows, max(row["budget"] for row in rows)).items():
+            steps = [step for step, _ in same[0]["history"]]
+            each = [[error for _, error in row["history"]] for row in same]
+            middle = [median(errors) for errors in zip(*each, strict=True)]
+            style = FAMILIES[kind] | {"markevery": max(1, len(steps) // 6)}
+            panel.plot(steps, middle, lw=1.6, ms=6, label=kind, **style)
         panel.set_title(SETS[name], fontsize=11)
         panel.set_xlabel("updates", fontsize=10)
         panel.set_yscale("log")

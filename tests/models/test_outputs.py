@@ -97,8 +97,12 @@ def test_a_bare_backbone_has_no_classifier() -> None:
 
 
 def test_a_model_with_a_head_of_any_kind_has_a_classifier() -> None:
+    class Mine(transformers.ViTForImageClassification):  # no "Classification" in its own name
+        pass
+
+    mine = Mine(transformers_vit().config)
     replaced = vit(num_classes=0)
     replaced.head = nn.Linear(replaced.num_features, 3)  # num_classes stays 0
-    for model in (vit(), replaced, torchvision_vit(), transformers_vit(), nn.Linear(2, 2)):
+    for model in (vit(), replaced, torchvision_vit(), transformers_vit(), mine, nn.Linear(2, 2)):
         assert has_classifier(model)
         check_classifier(model)

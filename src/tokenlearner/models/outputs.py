@@ -41,9 +41,10 @@ def output_tensor(result: Any, num_prefix_tokens: int = 1) -> Tensor:
 def has_classifier(model: nn.Module) -> bool:
     """Returns False for a bare backbone, whose output is features.
 
-    timm's have `num_classes` 0 and nothing as their head; of transformers the name decides.
+    timm's have `num_classes` 0 and nothing as their head. Of transformers' own classes the name
+    decides; one that a user derived from them may return anything, and is taken for a classifier.
     """
-    if any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__):
+    if type(model).__module__.startswith("transformers."):
         return "Classification" in type(model).__name__
     head: Any = getattr(model, "get_classifier", None)
     is_bare = getattr(model, "num_classes", None) == 0 and callable(head)

@@ -28,9 +28,7 @@ _ENVIRONMENT = {  # read by Gradio when it is imported or started
 }
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 _MONO = ["ui-monospace", "Consolas", "monospace"]
-_CONTRAST = {  # of lesser texts, 4.5 to 1 and more
-    "body_text_color_subdued": "*neutral_500",
-}
+_CONTRAST = {"body_text_color_subdued": "*neutral_500"}  # of lesser texts, 4.5 to 1
 
 
 @dataclass(frozen=True)
