@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import shutil
 import socket
 import sys
@@ -119,6 +120,17 @@ def test_without_anything_a_model_with_random_weights_is_offered_and_says_so(
     shown = page.look(model.name, None, None)
     for state in (shown, page.redraw(shown[page.state], None, 1)):
         assert "This model has random weights" in state[page.status]
+
+
+def test_of_two_classes_with_one_name_the_share_is_that_of_the_best(
+    offered: dict[str, OfferedModel], tmp_path: Path
+) -> None:
+    path, shares = str(make_image(tmp_path / "a.png")), list[str]()
+    for model in (offered[TL4], replace(offered[TL4], classes=("crane",) * 10)):
+        page = make_page(model)
+        said = page.look(TL4, path, None)[page.status]
+        shares += re.findall(r"(\d+) %", said)[:1]
+    assert shares[0] == shares[1]
 
 
 def test_a_backbone_without_classifier_is_looked_at_and_says_nothing(tmp_path: Path) -> None:

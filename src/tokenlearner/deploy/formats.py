@@ -27,7 +27,6 @@ _OF_THIS_MACHINE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_n
 _METADATA = "tokenlearner_input.json"
 _DESCRIBED = ("input_size", *NAMES, "label_names")
 _INPUT, _OUTPUT, _BATCH = "images", "logits", "batch"
-_MOST = 2**31 - 1  # images at a time; older torch wants a bound
 _ONNX_BYTES = 2**31  # that one file can hold
 Axes = tuple[int | str, ...]
 
@@ -176,7 +175,7 @@ def write_program(
         outputs: Names of what it returns.
     """
     named = {_INPUT: inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    batch, blanks = torch.export.Dim(_BATCH, min=1, max=_MOST), tuple(named.values())
+    batch, blanks = torch.export.Dim(_BATCH, min=1), tuple(named.values())
     axes = tuple({0: batch} for _ in blanks)
     with torch.no_grad():
         if path.suffix == ".pt2":
