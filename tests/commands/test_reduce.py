@@ -51,7 +51,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(host: str, photos: Path, out: Path | str, *options: str) -> None:
-    quick = ("--time=0.01s", "--views=1", "--batch_size=8", "--latency_batch=2", "--tokens=4,8")
+    quick = ("--time=0.01s", "--views=1", "--batch_size=8", "--latency_batch=2", "--tokens=2,4")
     main(["reduce", host, f"--images={photos}", f"--out={out}", "--device=cpu", *quick, *options])
 
 
@@ -67,6 +67,8 @@ def test_a_model_a_table_maps_and_a_report_are_made(
     best = result["candidates"][1]
     assert f"{best['name']} is closest to the host within the budget" in " ".join(out.split())
     assert all(row["name"] in out for row in result["candidates"])
+    assert "No time was left to try 4 tokens at 0" in " ".join(out.split())
+    assert "No time was left to try 4 tokens at 0" in " ".join(result["notes"])
     assert (result["images"], result["held_out"]) == (16, 4)
     assert "reduce" in result["command"]
     assert best["macs_share"] <= 0.6

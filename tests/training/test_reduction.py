@@ -24,7 +24,7 @@ from tokenlearner.training.teacher import TeacherCache
 
 SHAPE: dict[str, Any] = TIMM | {"img_size": 32, "depth": 4, "patch_size": 8}
 slow = pytest.mark.slow
-QUICK: dict[str, Any] = {"seconds": 1e-3, "views": 1, "latency_batches": [2], "batch_size": 8}
+QUICK: dict[str, Any] = {"seconds": 60, "views": 1, "latency_batches": [2], "batch_size": 8}
 
 
 def vit(**changes: Any) -> Any:
@@ -38,7 +38,7 @@ def make_images(n: int = 20, size: int = 32) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduction, "_LEAST_STEPS", 3)
+    monkeypatch.setattr(reduction, "_MOST_STEPS", 3)
 
 
 # --- candidates ---------------------------------------------------------------------------------
@@ -100,6 +100,7 @@ def test_the_best_on_held_out_images_is_returned(tmp_path: Path) -> None:
         (len(row.errors) for row in done.rows[1:]), reverse=True
     )
     assert len(done.best.errors) == 3
+    assert done.untried == []
     assert all(row.latency_ms.keys() == {2} for row in done.rows)
     held_out = split_held_out(40, 0.1)[1]
     with torch.no_grad():
@@ -120,6 +121,21 @@ def test_of_a_classifier_the_share_of_equal_classes_is_said() -> None:
     assert all(0 <= (row.agreement or 0) <= 1 for row in done.rows[1:])
     assert {row.agreement is None for row in done.rows[1:]} == {False}
     assert len(done.best.errors) == 2
+
+
+def test_without_time_one_candidate_of_tokens_and_the_smaller_image_are_tried() -> None:
+    host, images = vit(), make_images()
+    done = reduce(host, images, 0.6, num_tokens=[2, 4], **QUICK | {"seconds": 1e-3})
+    found = [candidate for candidate, _ in find_candidates(host, images[:1], 0.6, [2, 4])][1:]
+    tried = [row.candidate for row in done.rows[1:]]
+    assert {(c.num_tokens > 0, c.img_size is None) for c in tried if c} == {
+        (True, True),
+        (False, False),
+    }
+    assert len(tried) == 2
+    assert {*done.untried} == {c.name for c in found if c not in tried}
+    assert all(row.steps == 3 * len(row.errors) for row in done.rows[1:])
+    assert [bool(row.latency_ms) for row in done.rows] == [True, True, False]
 
 
 @pytest.mark.parametrize(("share", "views"), [(1e-9, 1), (1e9, 4)])

@@ -242,7 +242,9 @@ def table(rows: Sequence[CandidateRow]) -> Any:
             "100 %" if row.agreement is None else f"{row.agreement:.0%}"
         )
     for batch in rows[0].latency_ms:
-        columns[f"speed-up, {batch}"] = lambda row, b=batch: f"{row.speedup[b].median:.2f}"
+        columns[f"speed-up, {batch}"] = lambda row, b=batch: (
+            f"{row.speedup[b].median:.2f}" if b in row.speedup else "–"
+        )
     columns["rounds"] = lambda row: str(len(row.errors)) if row.candidate else ""
     made = filled_table(columns, rows)
     made.columns[0].no_wrap = True
@@ -263,6 +265,10 @@ def explanation(done: Reduction) -> str:
         rival = min(rivals, key=lambda row: (-len(row.errors), row.errors[-1]))
         after = f"after {counted(len(rival.errors), 'round')}"
         lines.append(f"The best {_kind(rival)} came to {rival.errors[-1]:.3f} {after}.")
+    if done.untried:
+        lines.append(
+            f"No time was left to try {', '.join(done.untried)}; a longer --time tries them too."
+        )
     if chosen.img_size:
         h, w = chosen.img_size
         lines.append(f"The model takes images of {h} x {w} pixels; its config says so.")

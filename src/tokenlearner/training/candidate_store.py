@@ -69,7 +69,7 @@ class CandidateStore:
         self._digest, self._weights = digest, dict[int, dict[str, Tensor]]()
         self.rows: list[CandidateRow] = []
         self.seconds, self.host_seconds, self.views = 0.0, 0.0, 0
-        self.round_seconds = dict[str, float]()
+        self.rounds = dict[str, tuple[float, float]]()  # seconds of each candidate, and the end
         if self.folder is not None and (self.folder / STATE).exists():
             state = read_json(self.folder / STATE)
             require(
@@ -78,7 +78,7 @@ class CandidateStore:
                 "another folder, or delete it",
             )
             self.rows = [_row(row) for row in state["fitted"]]
-            self.seconds, self.round_seconds = state["seconds"], state["round_seconds"]
+            self.seconds, self.rounds = state["seconds"], state["rounds"]
             self.host_seconds, self.views = state["host_seconds"], state["views"]
 
     def keep(
@@ -116,7 +116,7 @@ class CandidateStore:
 
     def _write_state(self, folder: Path, rows: Sequence[CandidateRow], elapsed: float) -> None:
         state = {"digest": self._digest, "seconds": self.seconds + elapsed}
-        state |= {"host_seconds": self.host_seconds, "round_seconds": self.round_seconds}
+        state |= {"host_seconds": self.host_seconds, "rounds": self.rounds}
         state |= {"views": self.views}
         write_json(folder / STATE, {**state, "fitted": [asdict(row) for row in rows]})
 

@@ -53,8 +53,8 @@ class FitConfig:
         warmup: Share of the steps in which learning rates rise; then they fall as a cosine.
         clip_grad: Longest gradient, of all parameters together; 0 leaves it as it is.
         ema_decay: Of a moving average of the parameters, which is the result then; 0 is none.
-        patience: Evaluations, of 20 within all steps, without a lower held-out error that end the
-            fit; 0 lets it run.
+        patience: Evaluations without a lower held-out error that end the fit; 0 lets it run.
+        evaluations: How many there are within all steps.
         seed: Of the images' order.
 
     Raises:
@@ -67,12 +67,14 @@ class FitConfig:
     clip_grad: float = 3.0
     ema_decay: float = 0.0
     patience: int = 10
+    evaluations: int = EVALUATIONS
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         check_count("batch_size", self.batch_size, least=2)
         check_count("patience", self.patience, least=0)
+        check_count("evaluations", self.evaluations)
         check_rate(self.warmup, "warmup")
         check_rate(self.ema_decay, "ema_decay")
         require(self.clip_grad >= 0, f"clip_grad is {self.clip_grad}, expected 0 or more")
@@ -137,7 +139,7 @@ def fit(
     best = _BestState(student, cache, parameters, held_out, config.ema_decay, elastic)
     rows = cache.rows(training)
     order, start = torch.Generator("cpu").manual_seed(config.seed), time.perf_counter()
-    every, step = math.ceil(config.steps / EVALUATIONS), 0
+    every, step = math.ceil(config.steps / config.evaluations), 0
     with training_mode(student, training=False), _trainable(student, parameters):
         for step in range(1, config.steps + 1):
             drawn = torch.randperm(len(rows), generator=order, device="cpu")

@@ -7,6 +7,7 @@ the round before take part in, and ranked by their error on images that were hel
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -39,14 +40,17 @@ from .distillation import mixed_blocks
 from .fitting import FitConfig, fit
 from .teacher import TeacherCache
 
+_FORMAT = 2  # of what is kept; a later call goes on from the same only
 _ROUNDS = ((0.35, 1.0), (0.3, 0.4), (0.35, 0.0))  # share of the time, and of the candidates
 _NEW_LR, _HOST_LR = 1e-3, 1e-4  # the host's for batches of _RATED_BATCH; smaller ones take less
 _RATED_BATCH = 64
 _LEAST_IMAGES, _LEAST_HELD_OUT = 16, 4
 _MOST_VIEWS, _HOST_SHARE = 4, 0.1  # share of the time, that a host takes on views
 _FEWEST_STEPS, _LEAST_STEPS, _MOST_STEPS = 3, 10, 3000
+_EVALUATED_SHARE = 0.25  # of a candidate's time, that its evaluations take at most
 _TIMED_STEPS, _SLOW = 4, 2.0  # updates, and seconds, after which no other is timed
 _TIMED_ROUNDS, _TIMED_SHARE = 11, 0.05  # of latency, and of the time that it may take
+_LEAST_TIMED_RUNS = 4  # of a model, one of them not counted
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ class Reduction:
 
     Args:
         model: The best candidate as a model of its own, in evaluation mode.
-        rows: The host, then the candidates, those of more rounds and of a lower error first.
+        rows: The host, then the candidates, those of more rounds and of a lower error first; where
+            time is short only the first of them have a latency.
+        untried: Names of candidates that there was no time for.
         images: Images that candidates were fitted on.
         held_out: Images that errors are of.
         seconds: Time of all of it.
@@ -63,6 +69,7 @@ class Reduction:
 
     model: nn.Module
     rows: list[CandidateRow]
+    untried: list[str]
     images: int
     held_out: int
     seconds: float
@@ -92,7 +99,8 @@ def reduce(
     """Finds the cheaper model that is closest to a host on images of yours, and trains it.
 
     Candidates are numbers of learned tokens, a smaller image, and both. All are fitted to the host
-    for as long, the best of them once more, and the best of those to the end.
+    for as long, the best of them once more, and the best of those to the end. Without time for all,
+    learned tokens and the smaller image still are tried, and the others are named.
 
     Args:
         model: A ViT as `insert` takes it, classifier or not, without learned tokens; it is left as
@@ -141,7 +149,7 @@ def reduce(
     start = time.perf_counter()
     with training_mode(model, training=False):
         candidates = find_candidates(model, images[:1], budget, counts)
-        options = (budget, counts, views, config)
+        options = (_FORMAT, budget, counts, views, config)
         given = {**model.state_dict(), "": images}
         store = CandidateStore(folder, "" if folder is None else digest_tensors(given, *options))
         rounds = len(_ROUNDS) - (not train_best)
@@ -152,6 +160,7 @@ def reduce(
     return Reduction(
         model=race.student(race.ranked()[0]),
         rows=rows,
+        untried=[row.name for row in race.rows if not row.errors],
         images=len(race.training),
         held_out=len(race.held_out),
         seconds=store.seconds + time.perf_counter() - start,
@@ -189,19 +198,37 @@ class _Race:
 
     def run(self, seconds: float) -> None:
         """Runs the rounds within a time; what an earlier call did is left out."""
-        end = self._start + max(0, seconds - self.store.seconds)
         for number in range(self._rounds):
             entered, self._round = self._entered(number), number
-            if str(number) not in self.store.round_seconds:
-                share = _ROUNDS[number][0] / sum(
-                    share for share, _ in _ROUNDS[number : self._rounds]
-                )
-                left = max(0, end - time.perf_counter() - self._front_seconds(entered))
-                self.store.round_seconds[str(number)] = left * share / len(entered)
-            for i in sorted(entered, key=self._first):
-                if len(self.rows[i].errors) == number:
-                    self._fit(i, self.store.round_seconds[str(number)])
+            if str(number) not in self.store.rounds:
+                front = self._front_seconds(entered)
+                left = max(0, seconds - self._elapsed() - front)
+                left *= _ROUNDS[number][0] / sum(s for s, _ in _ROUNDS[number : self._rounds])
+                end = self._elapsed() + front + left
+                self.store.rounds[str(number)] = (left / len(entered), end)
+            of_each, end = self.store.rounds[str(number)]
+            kinds = set[bool]()
+            for i in sorted(entered, key=self._turn):
+                candidate: Any = self.rows[i].candidate
+                is_first = (kind := candidate.img_size is None) not in kinds
+                kinds.add(kind)
+                in_time = number or is_first or self._elapsed() < end
+                if len(self.rows[i].errors) == number and in_time:
+                    self._fit(i, of_each)
             self._latest = None
+
+    def _elapsed(self) -> float:
+        """Returns the seconds of this call and those before."""
+        return self.store.seconds + time.perf_counter() - self._start
+
+    def _turn(self, i: int) -> tuple[int, int, int]:
+        """Returns when a candidate is fitted, in a round.
+
+        Those with the shortest fronts come first, each front going on from the one before; without
+        a front, the smaller image alone, and then those with few tokens.
+        """
+        candidate: Any = self.rows[i].candidate
+        return self._first(i), candidate.num_tokens, i
 
     def _first(self, i: int) -> int:
         """Returns the first block that a candidate's front ends at; without a front the depth."""
@@ -236,9 +263,7 @@ class _Race:
             self._latest, student, front_lr = cache, model, 0.0
         rates = Rates(new=_NEW_LR, tail=self.host_lr, front=front_lr)
         groups = rates.groups(model, candidate.first or 0)
-        steps = int(seconds / self._step_seconds(student, cache))
-        least = max(_FEWEST_STEPS, min(_LEAST_STEPS, 2 * steps))  # which may overrun the time
-        config = replace(self.config, steps=min(_MOST_STEPS, max(least, steps)))
+        config = self._config_within(seconds, student, cache)
 
         def report(of_fit: Any) -> None:
             self._tell(row.name, of_fit["step"], config.steps)
@@ -259,22 +284,36 @@ class _Race:
 
     def _tell(self, name: str, step: int, steps: int) -> None:
         if self._report:
-            elapsed = self.store.seconds + time.perf_counter() - self._start
             place = {"candidate": name, "round": self._round, "rounds": self._rounds}
-            self._report({**place, "step": step, "steps": steps, "seconds": elapsed})
+            self._report({**place, "step": step, "steps": steps, "seconds": self._elapsed()})
 
-    def _step_seconds(self, student: nn.Module, cache: TeacherCache) -> float:
-        """Times updates, and returns the fastest one's time: other programs may run beside."""
-        rows, times = cache.rows(self.training)[: self.config.batch_size], list[float]()
-        while len(times) < _TIMED_STEPS and sum(times) < _SLOW:
+    def _config_within(self, seconds: float, student: nn.Module, cache: TeacherCache) -> FitConfig:
+        """Times updates, and returns how many of them and of evaluations a time suffices for.
+
+        The fastest update counts, as other programs may run beside.
+        """
+        rows, times = cache.rows(self.training)[: self.config.batch_size], list[list[float]]()
+        while len(times) < _TIMED_STEPS and sum(map(sum, times)) < _SLOW:
             start = time.perf_counter()
-            torch.stack(cache.losses(student, rows)).sum().backward()
+            loss = torch.stack(cache.losses(student, rows)).sum()
+            loss.item()  # waits for an accelerator
+            forward = time.perf_counter() - start
+            loss.backward()
             gradients = [p.grad for p in student.parameters() if p.grad is not None]
-            gradients[0].sum().item()  # waits for an accelerator
-            times.append(time.perf_counter() - start)
+            gradients[0].sum().item()
+            times.append([forward, time.perf_counter() - start - forward])
         for parameter in student.parameters():
             parameter.grad = None
-        return min(times)
+        forward, backward = map(min, zip(*times, strict=True))
+        evaluation = forward * len(self.held_out) / len(rows)
+        ends = 2 * evaluation  # one in front of all steps, and the share of equal classes
+        left = seconds - sum(map(sum, times)) - ends
+        evaluations = int(_EVALUATED_SHARE * left / evaluation)
+        evaluations = max(1, min(self.config.evaluations, evaluations))
+        steps = int((left - evaluations * evaluation) / (forward + backward))
+        least = max(_FEWEST_STEPS, min(_LEAST_STEPS, 2 * steps))  # which may overrun the time
+        steps = min(_MOST_STEPS, max(least, steps))
+        return replace(self.config, steps=steps, evaluations=evaluations)
 
     def student(self, i: int) -> nn.Module:
         """Builds a candidate's model, with the weights that it has come to."""
@@ -287,17 +326,17 @@ class _Race:
             return candidate.apply(host).eval()
 
     def ranked(self) -> list[int]:
-        """Returns the candidates, those of more rounds and of a lower error first."""
+        """Returns the candidates that were tried, those of more rounds and a lower error first."""
         return sorted(
-            range(len(self.rows)),
+            (i for i, row in enumerate(self.rows) if row.errors),
             key=lambda i: (-len(self.rows[i].errors), self.rows[i].errors[-1]),
         )
 
     def timed(self, batches: Sequence[int], seconds: float) -> list[CandidateRow]:
-        """Returns the rows of the host and the candidates, with their times."""
-        rows, found = [self.host_row, *self.rows], [{}, *({} for _ in self.rows)]
-        shared = (clone_structure(self.host) for _ in self.rows)  # the host's weights, not copies
-        models = [self.host, *(self._apply(i, host) for i, host in enumerate(shared))]
+        """Returns the rows of the host and the ranked candidates, with the times of the first."""
+        rows = [self.host_row, *(self.rows[i] for i in self.ranked())]
+        shared = [clone_structure(self.host) for _ in rows[1:]]  # the host's weights, not copies
+        models = [self.host, *map(self._apply, self.ranked(), shared)]
         for batch in batches:
             images = self.images[torch.arange(batch) % len(self.images)]
             runs = {
@@ -305,22 +344,26 @@ class _Race:
                 for i, model in enumerate(models)
             }
             with torch.inference_mode():
-                start = time.perf_counter()
-                time_interleaved(runs, 2)
-                one = (time.perf_counter() - start) / 4
-                rounds = int(seconds / len(batches) / one)
-                times = time_interleaved(runs, max(3, min(_TIMED_ROUNDS, rounds)))
+                of_batch = seconds / len(batches)
+                runs = dict(itertools.islice(runs.items(), _models_within(runs[0], rows, of_batch)))
+                times = time_interleaved(runs, _TIMED_ROUNDS, of_batch)
             for i, of_model in times.items():
-                found[i][batch] = of_model.latency_ms, of_model.speedup_over(times[0])
-        timed = [
-            replace(
-                row,
-                latency_ms={batch: latency for batch, (latency, _) in times.items()},
-                speedup={batch: speedup for batch, (_, speedup) in times.items()},
-            )
-            for row, times in zip(rows, found, strict=True)
-        ]
-        return [timed[0], *(timed[i + 1] for i in self.ranked())]
+                rows[i] = replace(
+                    rows[i],
+                    latency_ms={**rows[i].latency_ms, batch: of_model.latency_ms},
+                    speedup={**rows[i].speedup, batch: of_model.speedup_over(times[0])},
+                )
+        return rows
+
+
+def _models_within(host: Callable[[], Any], rows: Sequence[CandidateRow], seconds: float) -> int:
+    """Returns of how many rows the models can be timed in a time: the host, the best, and more."""
+    for _ in range(2):  # the first takes longer than the next
+        start = time.perf_counter()
+        output_tensor(host()).sum().item()
+    affordable = seconds / _LEAST_TIMED_RUNS / (time.perf_counter() - start)
+    costs = itertools.accumulate(row.macs_share for row in rows)
+    return max(2, sum(cost <= affordable for cost in costs))
 
 
 @torch.no_grad()
