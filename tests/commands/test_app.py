@@ -122,15 +122,18 @@ def test_without_anything_a_model_with_random_weights_is_offered_and_says_so(
         assert "This model has random weights" in state[page.status]
 
 
-def test_of_two_classes_with_one_name_the_share_is_that_of_the_best(
+def test_classes_with_one_name_are_told_apart(
     offered: dict[str, OfferedModel], tmp_path: Path
 ) -> None:
-    path, shares = str(make_image(tmp_path / "a.png")), list[str]()
-    for model in (offered[TL4], replace(offered[TL4], classes=("crane",) * 10)):
-        page = make_page(model)
-        said = page.look(TL4, path, None)[page.status]
-        shares += re.findall(r"(\d+) %", said)[:1]
-    assert shares[0] == shares[1]
+    path, best = str(make_image(tmp_path / "a.png")), []
+    for classes in (tuple(map(str, range(10))), ("crane",) * 9 + ("owl",)):
+        found = make_page(replace(offered[TL4], classes=classes))
+        updates = found.look(TL4, path, None)
+        best += re.findall(r"says (.+), (\d+) %", updates[found.status])
+        shares = updates[found.prediction]["value"]
+    (number, share), (name, same) = best
+    assert (name, same) == (f"crane ({number})" if number != "9" else "owl", share)
+    assert [*shares] == [*(f"crane ({i})" for i in range(9)), "owl"]
 
 
 def test_a_backbone_without_classifier_is_looked_at_and_says_nothing(tmp_path: Path) -> None:

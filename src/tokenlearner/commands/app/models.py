@@ -56,8 +56,11 @@ class OfferedModel:
         return bool(wrapped_blocks(self.model))
 
     def class_name(self, number: int) -> str:
-        """Names a class, counted from 0."""
-        return self.classes[number] if self.classes else f"class {number}"
+        """Names a class, counted from 0; with its number where others have the same name."""
+        if not self.classes:
+            return f"class {number}"
+        name = self.classes[number]
+        return f"{name} ({number})" if self.classes.count(name) > 1 else name
 
 
 def offered_sources(checkpoints: Sequence[str]) -> dict[str, str]:

@@ -197,9 +197,9 @@ class AppPage:
         says, named = "has no classifier", None
         if prediction.shares is not None:
             shares = prediction.shares.tolist()
-            best = max(range(len(shares)), key=shares.__getitem__)  # two classes may have one name
             named = {offered.class_name(i): share for i, share in enumerate(shares)}
-            says = f"says {offered.class_name(best)}, {100 * shares[best]:.0f} %"
+            best = max(named, key=named.__getitem__)
+            says = f"says {best}, {100 * named[best]:.0f} %"
         text = f"{source}{prediction.image.name}: {offered.name} {says}."
         updates: Updates = {
             self.state: (offered.name, prediction),
