@@ -16,12 +16,12 @@ import sys
 from argparse import ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from measured import add_device
 from openclipart import CLASSES, load_openclipart
+from printed import accuracy_table
 from torchvision.transforms.functional import to_pil_image
 
 from tokenlearner import TrainConfig, load_data, load_model, train
@@ -116,20 +116,6 @@ def place(out: Path, name: str, tokens: str, seed: int) -> Path:
     return out / f"{name}-{short.get(tokens, tokens.replace(' ', '-'))}-{seed}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation over seeds, as Markdown; of epochs the fastest of all seeds."""
-    lines = [
-        "| data | tokens | GMACs | top-1, % (mean ± std) | fastest epoch, s |",
-        "| --- | --- | --: | --: | --: |",
-    ]
-    for one in rows:
-        top1, seconds = one["top1_percent"], min(one["seconds_an_epoch"])
-        accuracy = f"{mean(top1):.1f} ± {stdev(top1) if len(top1) > 1 else 0:.1f}"
-        name = f"| {one['data']} | {one['tokens']} | {one['gmacs']:.4f} |"
-        lines.append(f"{name} {accuracy} | {seconds:.1f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/accuracy", help="folder for the runs")
@@ -159,7 +145,7 @@ def main() -> None:
     rows = [row(out, name, tokens, options.seeds) for name in found for tokens in tokens_of(name)]
     command = shlex.join(["python", "benchmarks/accuracy.py", *sys.argv[1:]])
     write_json(out / "results.json", {"command": command, "rows": rows})
-    print(command, "", table(rows), sep="\n")
+    print(command, "", accuracy_table(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ import jax
 import torch
 from flax_models import FlaxViT, filled, in_jax, in_torch
 from measured import add_device, closing, compiled, in_ms, machine, write_results
+from printed import flax_line, flax_table
 from torch import Tensor, nn
 
 from tokenlearner import create_model, export, remove, use_onednn
 from tokenlearner.checkpoints.scenic import to_scenic
 from tokenlearner.deploy.formats import load_exported
 from tokenlearner.deploy.quantization import quantize
-from tokenlearner.evaluation.latency import Timing, time_interleaved
+from tokenlearner.evaluation.latency import time_interleaved
 
 NAME = "vit_base_patch16_tl8at6_224"
 PACKAGES = ("jax", "flax")
@@ -164,19 +165,12 @@ def measure(options: Namespace, batch: int) -> list[dict[str, Any]]:
     ]
 
 
-def line(row: dict[str, Any]) -> str:
-    ratios = [f"{Timing(**row[f'times_as_fast_as_{one}']):.2f}" for one in ("eager", "plain")]
-    head = f"| {row['model']}, {row['form']} | {row['batch']}"
-    return f"{head} | {row['latency_ms']['median']:.0f} | {' | '.join(ratios)} |"
-
-
 def main() -> None:
     options, rows = parse(), []
-    print("| model, form | batch | ms | times as fast as eager | times as fast as plain |")
-    print("| --- | --: | --: | --: | --: |")
+    print(flax_table([]))
     for batch in options.batches:
         rows += (found := measure(options, batch))
-        print("\n".join(map(line, found)), flush=True)
+        print("\n".join(map(flax_line, found)), flush=True)
     header = {"machine": machine(options.device, packages=PACKAGES), "rounds": options.rounds}
     write_results(options.json, "against_flax.py", header | {"rows": rows})
     how = {"device": options.device, "rounds": options.rounds, "packages": PACKAGES}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from contenders import BUDGETS, CONTENDERS
+from printed import head, line, spread
 from torch import nn
 
 from tokenlearner import benchmark
@@ -124,23 +125,6 @@ def costs_in_turn(
         for name, cost in benchmark(models, images.to(device), rounds).items():
             found[name][str(batch)] = asdict(cost)
     return found
-
-
-def spread(values: list[float]) -> str:
-    """The median, and the range in brackets."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
-
-
-def head(header: tuple[str, ...]) -> list[str]:
-    """The first two lines of a table of numbers."""
-    return [line("", list(header)), "| --- |" + " --: |" * len(header)]
-
-
-def line(label: str, cells: list[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {label} | " + " | ".join(cells) + " |"
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:

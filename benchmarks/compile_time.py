@@ -14,8 +14,8 @@ from typing import Any
 
 import timm
 import torch
-from compare_report import head, line
 from measured import add_device, closing
+from printed import head, line
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache

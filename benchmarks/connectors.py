@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from captions import GRID, WORDS, Inputs, draw_scenes, make_model, make_processor, train_model
 from measured import add_device, closing, in_ms, machine, write_results
+from printed import captions_table, first_token_table
 
 from tokenlearner.evaluation.latency import time_interleaved
 from tokenlearner.models import connect, disconnect
@@ -31,7 +32,6 @@ CONTENDERS: dict[str, tuple[str, float, float]] = {  # learner, its rate, the pr
     "learned": ("v11", 1e-2, 0),
     "learned, projector fitted": ("v11", 1e-2, 3e-3),
 }
-COLUMNS = {"kl": 3, "same_percent": 1, "exact_percent": 1, "found_percent": 1}  # and digits
 KEPT = ("scenes", "tower_steps", "train_steps", "fit_scenes", "steps", "test", "host")
 
 
@@ -146,33 +146,6 @@ def costs(options: Any) -> dict[int, dict[str, Any]]:
     }
 
 
-def spread(values: list[float], digits: int) -> str:
-    """The mean over seeds, and the range."""
-    low, high = min(values), max(values)
-    return f"{mean(values):.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
-
-
-def tables(options: Any, rows: list[dict[str, Any]], cost: dict[int, dict[str, Any]]) -> str:
-    """Both tables, as Markdown."""
-    lines = ["| tokens | contender | divergence, nats | as on all, % | right, % | garments, % |"]
-    lines.append("| --: | --- | --: | --: | --: | --: |")
-    for k in (GRID**2, *sorted(options.tokens, reverse=True)):
-        for name in (ALL, *CONTENDERS):
-            each = [r for r in rows if (r["contender"], r["tokens"]) == (name, k)]
-            if each:
-                cells = [spread([r[f] for r in each], digits) for f, digits in COLUMNS.items()]
-                lines.append(f"| {k} | {name} | {' | '.join(cells)} |")
-    lines += ["", "| tokens | to the first token, ms | language model, ms | cache, KiB |"]
-    lines.append("| --: | --: | --: | --: |")
-    for k, found in cost.items():
-        first, language = (
-            "{median:.1f} ({low:.1f}–{high:.1f})".format(**found[name])
-            for name in ("prefill_ms", "language_ms")
-        )
-        lines.append(f"| {k} | {first} | {language} | {found['cache_kib']:.0f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_device(parser)
@@ -211,7 +184,7 @@ def main() -> None:
             write_results(path, "connectors.py", setup)
     setup["costs"] = costs(options)
     write_results(path, "connectors.py", setup)
-    print(tables(options, rows, setup["costs"]))
+    print(captions_table(rows), first_token_table(setup["costs"]), sep="\n\n")
     script = "connectors.py"
     print(closing(script, device=options.device, rounds=options.rounds, packages=("transformers",)))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from insertion import ranked
+from printed import ranked
 from scaling_plot import STYLES, plot_scaling
 
 from tokenlearner.utils.io import atomic_write

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import signal
 import sys
 import threading
@@ -27,6 +26,7 @@ import torch
 from gpu_bench import FULL, TOY, Bench
 from gpu_tables import TABLES, Job, Row, Table
 from measured import add_device, closing, machine, write_results
+from printed import cell
 
 
 class OutOfTime(BaseException):
@@ -153,15 +153,6 @@ def markdown(rows: list[Row]) -> Iterator[str]:
         yield f"| {' | '.join('---' if c in words else '--:' for c in columns)} |"
     for row in rows:
         yield f"| {' | '.join(cell(row.get(column, '')) for column in columns)} |"
-
-
-def cell(value: Any) -> str:
-    """A word as it is, a number to three digits, a median with its quartiles."""
-    if isinstance(value, dict):
-        return f"{cell(value['median'])} ({cell(value['low'])}–{cell(value['high'])})"
-    if isinstance(value, float) and value:
-        return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-    return str(value)
 
 
 def main() -> None:

@@ -12,20 +12,18 @@ import json
 import re
 import time
 from argparse import ArgumentParser, Namespace
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare_report import head, line
 from insertion_sets import SETS, Setting, load_setting
 from measured import add_device, closing, in_ms, machine, write_results
+from printed import better_rate, insertion_table
 from rivals import Contender, Student, contenders
 from torch import Tensor, nn
 
@@ -286,17 +284,6 @@ def chosen(options: Namespace, bench: Bench, budget: float) -> list[Contender]:
     return [found[kind] for kind in options.kinds or found if kind in found]
 
 
-def better_rate(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
-    """The rate with the lowest error on the images that stop a run; None where none has run.
-
-    Rates are compared where several have run: with one seed and budget.
-    """
-    same = [row for row in rows if row["kind"] == kind]
-    tried = Counter((row["budget"], row["seed"]) for row in same)
-    fair = [row for row in same if tried[row["budget"], row["seed"]] > 1] or same
-    return min(fair, key=lambda row: row["stopping_error"])["rate"] if fair else None
-
-
 def protocol(options: Namespace) -> dict[str, Any]:
     """What has to be the same for runs to stand in one table."""
     names = ("set", "size", "steps", "batch_size", "views", "images", "dtype")
@@ -324,44 +311,6 @@ def finished(options: Namespace) -> list[dict[str, Any]]:
 def row_file(*, budget: float, kind: str, seed: int, rate: float, **_: Any) -> str:
     """The name of the file of a run."""
     return f"run-{budget}-{re.sub(r'[^a-z0-9]+', '-', kind)}-{seed}-{rate}.json"
-
-
-HEADER = ("share", "untrained", "left open", "agreement, %", "accuracy, %", "seeds", "s")
-
-
-def table(rows: Sequence[dict[str, Any]], budget: float, costs: dict[str, Any]) -> str:
-    """A row for each contender of a budget, with the better rate, the best first."""
-    times = [f"ms, batch {batch}" for batch in costs.get("batches", ())]
-    lines = head((*HEADER, *times))
-    for name, same in ranked(rows, budget).items():
-        errors = [row["error"] for row in same]
-        spread = f" ({min(errors):.3f}–{max(errors):.3f})" if len(errors) > 1 else ""
-        error = f" ± {_median(same, 'accuracy_error_percent'):.1f}"
-        cells = [
-            f"{same[0]['share']:.2f}",
-            f"{_median(same, 'untrained'):.2f}",
-            f"{median(errors):.3f}{spread}",
-            f"{_median(same, 'agreement_percent'):.1f}",
-            f"{_median(same, 'accuracy_percent'):.1f}{error}",
-            str(len(same)),
-            f"{_median(same, 'seconds'):.0f}",
-        ]
-        cells += [f"{of_model['median']:.2f}" for of_model in costs.get(name, {}).values()]
-        lines.append(line(name, cells))
-    return "\n".join(lines) + "\n"
-
-
-def ranked(rows: Sequence[dict[str, Any]], budget: float) -> dict[str, list[dict[str, Any]]]:
-    """The runs of a budget with the better rate, by contender, the one that leaves least first."""
-    best: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["budget"] == budget and row["rate"] == better_rate(rows, row["kind"]):
-            best.setdefault(row["name"], []).append(row)
-    return dict(sorted(best.items(), key=lambda kept: _median(kept[1], "error")))
-
-
-def _median(rows: Sequence[dict[str, Any]], column: str) -> float:
-    return median(row[column] for row in rows)
 
 
 def costs_in_turn(options: Namespace, bench: Bench, budget: float) -> dict[str, Any]:
@@ -421,7 +370,7 @@ def main() -> None:
     costs = {} if options.no_runs else fit_and_time(options)
     rows = finished(options)
     for budget in options.budgets:
-        print(f"\nBudget {budget}\n\n{table(rows, budget, costs.get(budget, {}))}")
+        print(f"\nBudget {budget}\n\n{insertion_table(rows, budget, costs.get(budget, {}))}\n")
     setup = {"machine": machine(options.device), "rows": rows, "costs": costs, "host": {}}
     if (host := options.out / HOST).exists():
         setup["host"] = json.loads(host.read_text())

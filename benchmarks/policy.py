@@ -14,15 +14,15 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import pi, sqrt
+from math import pi
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from baselines import RegionMeans
-from compare_report import head, line
 from measured import add_device, closing, in_ms, machine, write_results
+from printed import policy_table
 from pusht import SIDE, Episodes, collect, roll_out
 from torch import Tensor, nn
 
@@ -41,7 +41,6 @@ POSITIONS = (SIZE // PATCH) ** 2
 NUM_BINS, PLACES = 64, 6  # of a number, and numbers: the action, and two places known
 # The ground is white; as 0 it tells nothing, and things on it are found in a third of the steps.
 WHITE_IS_0 = Preprocessing(mean=(1.0,) * 3, std=(0.1,) * 3, crop_pct=1.0)
-HEADER = ("MMACs a step", "success, %", "of each seed", "steps", "ms a step", "times as fast")
 
 
 class AllPositions(nn.Module):
@@ -214,31 +213,12 @@ def _macs(model: FrameViT) -> int:
     return count_macs(model, clip) - (FRAMES - 1) * count_macs(model.encoder, clip[:, :, :1])
 
 
-def table(runs: list[dict[str, Any]], costs: dict[str, dict[str, Any]]) -> str:
-    """A row a contender; the standard error is of all of its held-out episodes."""
-    lines = head(HEADER)
-    for name in CONTENDERS:
-        own = [one for one in runs if one["contender"] == name]
-        if not own:
-            continue
-        cost, share = costs[name], mean([one["success_percent"] for one in own])
-        count = sum(len(one["reached"]) for one in own)
-        error = sqrt(share * (100 - share) / count)
-        each = ", ".join(f"{one['success_percent']:.0f}" for one in own)
-        steps = mean([one["steps_where_reached"] for one in own])
-        ms, faster = cost["latency_ms"], cost["speedup"]
-        cells = [f"{cost['macs'] / 1e6:.1f}", f"{share:.1f} ± {error:.1f}", each, f"{steps:.1f}"]
-        cells += [f"{t['median']:.2f} ({t['low']:.2f}–{t['high']:.2f})" for t in (ms, faster)]
-        lines.append(line(name, cells))
-    return "\n".join(lines)
-
-
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     runs = [run(name, seed, options) for seed in options.seeds for name in options.contenders]
     found = costs(options)
-    print(table(runs, found))
+    print(policy_table(runs, found))
     print(closing("policy.py", device=options.device, rounds=options.rounds))
     results = {"machine": machine(options.device), "costs": found, "runs": runs}
     write_results(options.out / "results.json", "policy.py", results)

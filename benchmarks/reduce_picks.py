@@ -10,10 +10,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from compare_report import head, line
-from insertion import build_parser, finished, ranked
+from insertion import build_parser, finished
 from insertion_sets import load_setting
 from measured import closing, write_results
+from printed import picks_table, ranked
 
 from tokenlearner import reduce
 from tokenlearner.training.candidates import find_candidates
@@ -59,24 +59,12 @@ def pick(options: Namespace, budget: float) -> dict[str, Any]:
     return found
 
 
-HEADER = ("picked", "left open then", "trained to the end", "best of all", "its", "rank", "s")
-
-
-def row(found: dict[str, Any]) -> list[str]:
-    picked, errors = found["picked"], found["full_errors"]
-    best = min(errors, key=errors.__getitem__)
-    numbers = [f"{found['brief_errors'][picked][-1]:.3f}", f"{errors[picked]:.3f}"]
-    rank = f"{found['rank']} of {found['candidates']}"
-    return [picked, *numbers, best, f"{errors[best]:.3f}", rank, f"{found['seconds']:.0f}"]
-
-
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="that reduce may take")
     options = parser.parse_args()
     found = [pick(options, budget) for budget in options.budgets]
-    lines = [line(f"{options.set}, {one['budget']}", row(one)) for one in found]
-    print("\n".join([*head(HEADER), *lines]))
+    print(picks_table(options.set, found))
     write_results(options.out / "reduce_picks.json", "reduce_picks.py", {"rows": found})
     print(closing("reduce_picks.py", device=options.device))
 

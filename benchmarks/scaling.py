@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from measured import add_device, closing, in_ms, machine, write_results
+from printed import scaling_line, scaling_table
 from scaling_plot import plot_scaling
 from torch import Tensor, nn
 
 from tokenlearner import create_model, remove
 from tokenlearner.evaluation.flops import count_macs
-from tokenlearner.evaluation.latency import Timing, peak_memory_mib, time_models
+from tokenlearner.evaluation.latency import peak_memory_mib, time_models
 from tokenlearner.models.insertion import wrapped_blocks
 from tokenlearner.utils.modules import clone_structure
 
@@ -96,26 +97,10 @@ def kept(options: Namespace) -> list[dict[str, Any]]:
     return found["points"]
 
 
-HEAD = ("GMACs without", "with", "ms without", "with", "speed-up", "of the MACs ratio")
-HEAD += ("MiB without", "with", "in training without", "with")
-
-
-def line(point: dict[str, Any]) -> str:
-    """A row of the table: both forms side by side."""
-    plain, learned = point["forms"]["plain"], point["forms"]["learned"]
-    cells = [f"{point['axis']} {point['value']}"]
-    cells += [f"{one['gmacs']:.3g}" for one in (plain, learned)]
-    cells += [f"{Timing(**one['latency_ms']):.1f}" for one in (plain, learned)]
-    cells += [f"{Timing(**point['speedup']):.2f}", f"{point['share_of_macs_ratio']:.2f}"]
-    for key in ("peak_memory_mib", "training_peak_memory_mib"):
-        cells += [f"{one[key]:.{1 if one[key] < 100 else 0}f}" for one in (plain, learned)]
-    return f"| {' | '.join(cells)} |"
-
-
 def main() -> None:
     options, requested = parse(), []
     points, header = kept(options), {"machine": machine(options.device), "rounds": options.rounds}
-    print(f"| point | {' | '.join(HEAD)} |\n| --- |{' --: |' * len(HEAD)}")
+    print(scaling_table([]))
     for axis, value in [(name, value) for name in VALUES for value in getattr(options, name)]:
         model = options.video_model if axis == "frames" else options.image_model
         point = next((p for p in points if _key(p) == (axis, value, model)), None)
@@ -123,7 +108,7 @@ def main() -> None:
             points.append(point := measure(axis, value, options))
             write_results(options.json, "scaling.py", {**header, "points": points})
         requested.append(point)
-        print(line(point), flush=True)
+        print(scaling_line(point), flush=True)
     plot_scaling(Path(options.out), requested, header)
     print(closing("scaling.py", device=options.device, rounds=options.rounds))
 

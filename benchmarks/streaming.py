@@ -10,9 +10,9 @@ from argparse import ArgumentParser, Namespace
 from itertools import product
 
 import torch
-from compare_report import head, line
 from measured import add_device, closing
 from models_speed import ratio
+from printed import head, line
 from torch import Tensor
 
 from tokenlearner import create_model
