@@ -15,10 +15,13 @@ export GOMP_SPINCOUNT ?= 10000
 SHORT_BENCHMARKS := $(addprefix benchmarks/,fuser_init.py modules_memory.py modules_speed.py \
 	modules_against.py streaming.py)
 
+PAGES := README.md benchmarks/README.md $(wildcard docs/*.md)
+COG := $(BIN)/cog -I benchmarks -p "import gpu_report, tables" -P
+
 NUMERIC_TESTS := $(addprefix tests/,layers models checkpoints evaluation training deploy)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo announce-demo test test-slow test-isa fuzz test-oldest check release-check docs figures models notebook bench compare lerobot format clean
+.PHONY: help install demo announce-demo test test-slow test-isa fuzz test-oldest check release-check docs figures numbers models notebook bench compare lerobot format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -51,13 +54,14 @@ fuzz: $(VENV)/.dev  ## give damaged files to every reader, an hour or ARGS="--mi
 test-oldest: $(VENV)/.dev  ## run the tests of hosts with the oldest timm and transformers
 	$(BIN)/python scripts/oldest.py -q -n auto $(ARGS)
 
-check: $(VENV)/.dev  ## format, lint, types, spelling, the project's own rules, known holes in packages
+check: $(VENV)/.dev  ## format, lint, types, spelling, numbers, the project's own rules, known holes in packages
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m pyright
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_project.py
 	$(BIN)/codespell
+	$(COG) --check --diff --verbosity=0 --check-fail-msg="make numbers writes the tables of results/ anew" $(PAGES)
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
@@ -75,6 +79,10 @@ docs: $(VENV)/.dev  ## build the documentation into site/ and check every link
 figures: $(VENV)/.dev  ## draw the schemes and charts of the documentation anew
 	$(BIN)/python scripts/draw_docs.py
 	$(BIN)/python benchmarks/figures.py $(ARGS)
+
+# Between two comments of a page stands what a function of benchmarks/tables.py or gpu_report.py prints.
+numbers: $(VENV)/.dev  ## write the tables of benchmarks/results into the pages anew
+	$(COG) -r --verbosity=1 $(PAGES)
 
 models: $(VENV)/.demo  ## train the small models of a release into build/models: 10 minutes
 	$(BIN)/python scripts/make_models.py $(ARGS)
