@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +26,10 @@ from torch import nn
 from tokenlearner import TrainConfig, create_model, evaluate, load_data, load_model, save_model
 from tokenlearner.commands.main import main
 from tokenlearner.commands.report.confusion import Confusions, confusion_counts, reevaluate
-from tokenlearner.commands.report.reader import read_source
+from tokenlearner.commands.report.reader import Run, read_source
 from tokenlearner.commands.report.render import ReportConfig, write_report
 from tokenlearner.commands.report.tables import value_text
-from tokenlearner.models.preprocessing import get_preprocessing
+from tokenlearner.models.preprocessing import Preprocessing, get_preprocessing, set_preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 7}
@@ -299,6 +300,21 @@ def test_a_run_with_tokens_gets_maps_drawn(tmp_path: Path) -> None:
     assert str(attrs["alt"]).endswith("run: held-out images and where each learned token looks.")
     assert page.row("held-out top-1, last epoch, %") == ["52.0"]
     assert page.row("training images/s, median") == ["150.0"]
+
+
+def test_the_matrix_is_of_images_as_the_model_takes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it says is right is what `eval` says."""
+    folder = make_run(tmp_path / "run")
+    model: Any = load_model(folder)
+    set_preprocessing(model, Preprocessing((0.3,), (0.01,)))
+    save_model(model, folder)
+    main(["eval", str(folder), "--device", "cpu"])
+    [top1] = re.findall(r"top1_percent: ([0-9.]+)", capsys.readouterr().out)
+    reevaluated = reevaluate(Run("run", folder), 2000, "cpu", draw=False).confusions
+    assert reevaluated is not None
+    assert reevaluated.remark.endswith(f" {float(top1):.1f} % are right.")
 
 
 @pytest.mark.usefixtures("sketches")

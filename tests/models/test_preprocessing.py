@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import timm
 import torch
 import transformers
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import transformers_vit
 
 from tokenlearner import (
@@ -181,6 +184,36 @@ def test_training_from_scratch_writes_what_it_used_and_everything_reads_it(
         words = ["--data", "folder", "--root", str(root), "--img_size", "32", "--workers", "0"]
         eval_command([str(path), *words])
         assert f"top1_percent: {accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_a_file_alone_says_how_images_are_prepared_and_what_classes_are_called(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, alone = trained[1], tmp_path / "alone.safetensors"
+    expected = get_preprocessing(load_model(folder))
+    assert expected is not None
+    assert expected.std == (0.25,) * 3
+    shutil.copy(folder / "model.safetensors", alone)
+    for path in (folder / "model.safetensors", alone):
+        model = load_model(path)
+        assert get_preprocessing(model) == expected
+        assert get_classes(model) == ("a", "b", "c")
+
+
+def test_a_file_of_before_takes_them_of_the_config_beside_it_if_it_is_its_own(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, old = trained[1], tmp_path / "model.safetensors"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(weights, old, {"tokenlearner": file.metadata()["tokenlearner"]})
+    shutil.copy(folder / "config.json", tmp_path)
+    assert get_preprocessing(load_model(old)) == get_preprocessing(load_model(folder))
+    save_model(create_model("vit_mini_patch4_28", depth=1), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "config.json", tmp_path)
+    assert get_classes(load_model(old)) is None
+    with pytest.raises(ValueError, match="of two models"):
+        load_model(tmp_path)
 
 
 def test_labels_go_by_name_where_a_folder_lacks_a_class_or_has_another(

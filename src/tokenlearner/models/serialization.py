@@ -1,7 +1,8 @@
 """Writes a model to one file, or to a folder that timm reads too, and reads it again.
 
-`model.safetensors` has the config in its header and needs nothing else. A folder also has a
-`config.json` in timm's form and a model card. Nothing is ever unpickled.
+`model.safetensors` has the config in its header, with preprocessing and names of classes, and needs
+nothing else. A folder also has a `config.json` in timm's form and a model card. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # in a 
 
 _LOGGER = logging.getLogger(__name__)
 _KEY = "tokenlearner"  # of the config, in the header of the weights and in config.json
+_DATA = "pretrained_cfg"  # timm's, for preprocessing and classes, in both
 _NOT_SAVED = (  # arguments for where weights come from or are kept, not for what the model is
     *("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"),
     *("device", "dtype"),
@@ -115,15 +117,17 @@ def write_files(model: Any, path: Path, card: str | None = None) -> Path:
         )
     config, named_tokens = _config(model)
     file, texts, outer = weights_file(path), {}, path / CONFIG
+    timm_config = _timm_config(model, config, named_tokens)
+    header = {_KEY: json.dumps(config), _DATA: json.dumps(timm_config[_DATA])}
     if file != path and (not outer.exists() or read_config(outer)):
-        texts[CONFIG] = json.dumps(_timm_config(model, config, named_tokens), indent=2) + "\n"
+        texts[CONFIG] = json.dumps(timm_config, indent=2) + "\n"
     if card is not None:
         texts[CARD] = card
     with ExitStack() as stack:  # left in reverse: the weights take their place first
         for name, text in texts.items():
             stack.enter_context(atomic_write(path / name)).write_text(text, encoding="utf-8")
         temporary = stack.enter_context(atomic_write(file))
-        safetensors.torch.save_file(state, str(temporary), metadata={_KEY: json.dumps(config)})
+        safetensors.torch.save_file(state, str(temporary), metadata=header)
     return file
 
 
@@ -132,13 +136,14 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
 
     Args:
         file: The weights.
-        config_file: The folder's `config.json`, which has to describe the same model.
+        config_file: The folder's `config.json`, which has to describe the same model. Without, what
+            the file itself says of preprocessing counts, or of older files a `config.json` beside.
 
     Raises:
         ValueError: The files are damaged, of two models, or of another kind, or weights are NaN
             or infinite.
     """
-    config, state = _read_weights(file)
+    config, data, state = _read_weights(file)
     outer = read_config(config_file) if config_file else {}
     if outer.get(_KEY, config) != config:
         raise ValueError(
@@ -157,9 +162,11 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
         "an earlier one, or read its weights with tokenlearner.checkpoints.read_weights",
     )
     check_input_size(get_input_size(model))
-    if (data := outer.get("pretrained_cfg")) is not None:
+    if not outer and data is None and (beside := read_config(file.parent / CONFIG)):
+        outer = beside if beside[_KEY] == config else {}
+    if (data := outer.get(_DATA, data)) is not None:
         sources = {k: v for k, v in model.pretrained_cfg.items() if k in _OF_SOURCE}
-        taken = take_config(data, str(config_file), model.pretrained_cfg)
+        taken = take_config(data, str(config_file or file), model.pretrained_cfg)
         model.pretrained_cfg = model.default_cfg = sources | taken
     return model.eval()
 
@@ -219,8 +226,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and _KEY in content else {}
 
 
-def _read_weights(file: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Reads the config and the weights."""
+def _read_weights(file: Path) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Reads the config, what is said of preprocessing, None if nothing, and the weights."""
     check_downloaded(file)
     try:
         with safe_open(str(file), framework="pt") as opened:
@@ -231,7 +238,7 @@ def _read_weights(file: Path) -> tuple[Any, dict[str, Tensor]]:
     if _KEY not in header:
         raise ValueError(f"{file} has weights but no config; save it with tokenlearner.save_model")
     try:
-        return json.loads(header[_KEY]), state
+        return json.loads(header[_KEY]), json.loads(header.get(_DATA, "null")), state
     except (ValueError, RecursionError) as error:
         message = f"no model can be built from the config in {file} ({error!r}); save it again"
         raise ValueError(message) from error
@@ -347,7 +354,7 @@ def _timm_config(
         "num_features": getattr(model, "num_features", None),
         **({"global_pool": traits["global_pool"]} if traits.get("global_pool") else {}),
         "model_args": kwargs or {},
-        "pretrained_cfg": _pretrained_cfg(model, traits),
+        _DATA: _pretrained_cfg(model, traits),
         _KEY: config,
     }
     return json.loads(json.dumps(content))

@@ -166,7 +166,7 @@ def _load(run: Run, checkpoint: Path, device: str) -> tuple[nn.Module, MapDatase
         not config.data.startswith(_FETCHED),
         f"{config.data} may have to be fetched, which a report does not do",
     )
-    model = load_model(weights).to(pick_device(device)).eval()
+    model = load_model(checkpoint).to(pick_device(device)).eval()
     config = with_model_size(config, model)
     data = preprocessed(load_data(config, config.split), model, config, config.checkpoint)
     return model, require_order(data, "evaluate some of its images")
