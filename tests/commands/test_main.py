@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from files import make_image_folder
 
 import tokenlearner
 from tokenlearner import create_model, save_model
@@ -98,16 +100,51 @@ def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[s
     assert not [option for option in options if len(option.split("(type")[0].split()) < 4]
 
 
+def begun(out: str) -> list[list[str]]:
+    """The words of the commands in a text."""
+    lines = out.replace("\\\n", "").splitlines()
+    return [line.split() for line in lines if line.startswith("  tokenlearner ")]
+
+
 def test_without_a_command_it_says_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     out = capsys.readouterr().out
-    lines = [line.split() for line in out.splitlines() if line.startswith("  tokenlearner ")]
+    lines = begun(out)
     assert [words[1] for words in lines] == ["reduce", "train", "maps"]
     parts = [[word for word in words[2:] if word.startswith("--")] for words in lines]
     for (_, name, *_), options in zip(lines, parts, strict=True):
         assert exit_code(name, "--help") == 0
         explained = capsys.readouterr().out
         assert all(option in explained for option in options)
+
+
+def test_who_has_no_tokenlearner_in_the_shell_is_told_how_to_find_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(here / "env" / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(here))
+    main([])
+    assert "source" not in capsys.readouterr().out  # where there is nothing to source
+    (here / "env" / "bin").mkdir(parents=True)
+    (here / "env" / "bin" / "activate").touch()
+    main([])
+    assert "\n  source env/bin/activate\n" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    main([])
+    assert "source" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_and_maps_as_it_says_run_on_a_folder_of_images(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    main([])
+    _, train, maps = (words[1:] for words in begun(capsys.readouterr().out))
+    make_image_folder(here / "photos", "ab", splits=["."], count=12)
+    main([*train, "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "8"])
+    assert "224 x 224 pixels, which yours are resized to" in capsys.readouterr().out
+    main(maps)
+    assert [*(here / "looked").iterdir()]
 
 
 def test_several_models_are_taken_without_brackets(monkeypatch: pytest.MonkeyPatch) -> None:

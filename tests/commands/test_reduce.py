@@ -70,6 +70,10 @@ def test_a_model_a_table_maps_and_a_report_are_made(
     assert "No time was left to try 4 tokens at 0" in " ".join(out.split())
     assert "No time was left to try 4 tokens at 0" in " ".join(result["notes"])
     assert (result["images"], result["held_out"]) == (16, 4)
+    assert f"fitted by {best['steps']} updates on 16 images, which ranks" in " ".join(out.split())
+    assert f"{tmp_path / 'out' / 'candidates'} (0 MB) is for going on with this run only" in out
+    assert "round 1 of 3: running the whole model, on images and crops of them" in err
+    assert "measuring times" in err
     assert "reduce" in result["command"]
     assert best["macs_share"] <= 0.6
     model = load_model(tmp_path / "out")

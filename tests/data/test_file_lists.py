@@ -50,6 +50,25 @@ def test_files_and_classes_are_those_of_torchvision_in_its_order(tmp_path: Path)
     assert list(classes) == theirs.classes
 
 
+def test_folders_of_classes_without_splits_are_to_train_on(tmp_path: Path) -> None:
+    touch(tmp_path / "cat" / "0.png", tmp_path / "dog" / "a" / "1.png", tmp_path / "notes.txt")
+    paths, labels, classes = list_labeled_files(tmp_path, "train", ENDS)
+    assert [os.path.relpath(path, tmp_path) for path in paths] == ["cat/0.png", "dog/a/1.png"]
+    assert (labels, classes) == ([0, 1], ("cat", "dog"))
+    refused(tmp_path, "one part, folders of classes; hold a share .* held_out=0.1", "val")
+
+
+@pytest.mark.parametrize("beside", ["train2017/x/0.png", "Validation/x/0.png", "test.csv"])
+def test_what_may_be_splits_is_not_taken_for_classes(beside: str, tmp_path: Path) -> None:
+    touch(tmp_path / "cat" / "0.png", tmp_path / "dog" / "0.png", tmp_path / beside)
+    refused(tmp_path, "has nothing for split 'train'.*if these are classes, make train/ and val/")
+
+
+def test_a_single_folder_is_not_taken_for_a_class(tmp_path: Path) -> None:
+    touch(tmp_path / "images" / "cat" / "0.png")
+    refused(tmp_path, "has nothing for split 'train'.*it holds images")
+
+
 def test_other_extensions_and_what_is_hidden_or_beside_the_classes_are_left_out(
     tmp_path: Path,
 ) -> None:
@@ -194,7 +213,11 @@ LOOKED = "val/ or val.csv, valid/ or valid.csv, validation/ or validation.csv, t
     ("files", "split", "message"),
     [
         (["train/a/0.png"], "val", f"nothing for split 'val', expected {LOOKED}; make train/"),
-        (["a/0.png", "b/0.png"], "train", "it holds a, b: if these are classes, make train/ and"),
+        (
+            ["a/0.png", "b/0.png", "test/a/0.png"],
+            "train",
+            "it holds a, b: if these are classes, make train/ and",
+        ),
         (["train/0.png"], "train", "train holds no folder; make one for each class"),
         (["train/a/0.png", "train/b/0.txt"], "train", r"train/b holds .* ends in \.png, \.jpg"),
     ],

@@ -227,6 +227,7 @@ def test_the_file_tells_how_the_model_was_built(tmp_path: Path) -> None:
     with safe_open(str(save_model(small(num_tokens=3), tmp_path)), framework="pt") as file:
         config = json.loads(file.metadata()["tokenlearner"])
     tokens = {"num_tokens": 3, "at": 1, "learner": "v11", "fuse": False}
+    assert config.pop("pretrained_cfg")["num_classes"] == 10
     assert config == {"name": PLAIN, "kwargs": SHAPE | {"num_tokens": 3}, "insert": tokens}
 
 

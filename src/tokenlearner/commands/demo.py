@@ -23,7 +23,7 @@ from ..utils.validation import check_count
 from ._arguments import read_config
 from ._comparison import Candidate, compare_models, held_out_images, write_comparison
 from ._console import console, say, training_progress
-from .main import NEXT
+from .main import next_commands
 from .report.render import write_report
 
 PHOTOGRAPHS = ("astronaut", "coffee")  # scikit-image's, public domain and CC0
@@ -107,7 +107,7 @@ def demo_command(arguments: Sequence[str]) -> None:
     out = demo(config)
     say(f"Everything is in {out}")
     say(f"The report is {out / 'report.html'}")
-    print(f"Next, with images of yours:\n{NEXT}", end="")
+    print(f"Next, with images of yours:\n{next_commands()}", end="")
 
 
 def load_photographs() -> dict[str, Tensor]:

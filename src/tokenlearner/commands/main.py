@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from ..utils.imports import require_package
 from ..utils.text import plain_text
@@ -29,14 +31,24 @@ COMMANDS = {
     "convert": "turn a checkpoint of scenic's (JAX) into a model, or back",
     "doctor": "print versions, devices and extras, and what is wrong with them",
 }
-NEXT = """
+_NEXT = """
   tokenlearner reduce vit_small_patch16_224 --images photos/ --budget 0.5 --out runs/half
       makes a pretrained ViT cheaper, as close to itself on your images as it can be
-  tokenlearner train folder --root photos/ --num_tokens 8 --out runs/mine
+  tokenlearner train --data folder --root photos/ --held_out 0.1 \\
+      --model vit_tiny_patch16_tl8at6_224 --out runs/mine
       trains a ViT on 8 learned tokens on a folder of images, one subfolder a class
   tokenlearner maps runs/mine photos/ looked/
       draws where its tokens look
 """
+
+
+def next_commands() -> str:
+    """Returns what to do next, and how the command is found where the shell does not find it."""
+    activate = Path(sys.executable).with_name("activate")
+    if shutil.which("tokenlearner") or not activate.is_file():
+        return _NEXT
+    path = os.path.relpath(activate)
+    return f"\n  source {path}\n      lets this shell find the command tokenlearner{_NEXT}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,7 +84,10 @@ def _let_threads_sleep() -> None:
 
 def _run(arguments: list[str]) -> None:
     if not arguments:
-        print(f"Begin with one of these; tokenlearner --help lists all commands:\n{NEXT}", end="")
+        print(
+            f"Begin with one of these; tokenlearner --help lists all commands:\n{next_commands()}",
+            end="",
+        )
         return
     name = _parse_command(arguments[:1])
     try:

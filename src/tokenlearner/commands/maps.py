@@ -126,7 +126,8 @@ def run_maps(
     stats = {kind: _stats(drawn, videos) for kind, videos in (("image", False), ("video", True))}
     remarks = [*_warnings(stats), *(f"left out: {reason}" for reason in unreadable)]
     if rest := len(paths) - len(chosen):
-        remarks.append(f"beyond the limit: {counted(rest, 'more file')} in {config.source}")
+        more = counted(rest, "more file")
+        remarks.append(f"beyond --limit {config.limit}: {more} in {config.source}")
     if not loaded and not Path(config.model).exists() and "/" not in config.model:
         remarks.append(f"{config.model} is a name and no checkpoint: its weights are random")
     content = {

@@ -33,6 +33,11 @@ from .report.render import write_report
 
 RESULTS = "reduction.json"
 _SHOWN = 6  # images in the figure of maps
+_DOING = {  # that is no fitting of a candidate, and what is counted
+    "host": ("running the whole model, on images and crops of them", "views"),
+    "times": ("measuring times", "batch sizes"),
+}
+_FEW_STEPS, _FEW_IMAGES = 200, 200
 _LEGEND = (
     "share: of the host's multiply-adds. left open: share of the variance of its output on "
     "held-out images. speed-up: of a batch of so many images, medians. rounds: of fitting."
@@ -144,6 +149,9 @@ def run_reduction(config: ReduceConfig) -> Reduction:
         _draw(done.model, images, out / "maps.png")
     title = f"{config.model} at {config.budget:g} of its multiply-adds"
     say(f"The model is in {out}, and all of this in {write_report(out, title=title, images=0)}")
+    kept = (out / STATE).parent
+    size = sum(file.stat().st_size for file in kept.iterdir()) / 1e6
+    say(f"{kept} ({size:,.0f} MB) is for going on with this run only; delete it at will")
     return done
 
 
@@ -194,9 +202,10 @@ def search(
 
         def report(row: dict[str, Any]) -> None:
             nonlocal passed, shown
-            is_host = row["candidate"] == "host"
-            what, unit = ("the model", "views") if is_host else (row["candidate"], "steps")
-            title = f"{what}, round {row['round'] + 1} of {row['rounds']}"
+            what, unit = _DOING.get(row["candidate"], (f"fitting {row['candidate']}", "steps"))
+            title = f"round {row['round'] + 1} of {row['rounds']}: {what}"
+            if row["candidate"] == "times":
+                title = what
             advance(f"{title}, {row['step']} of {row['steps']} {unit}", row["seconds"] - passed)
             passed = row["seconds"]
             if title != shown and not console(stderr=True).is_terminal:
@@ -265,6 +274,13 @@ def explanation(done: Reduction) -> str:
         rival = min(rivals, key=lambda row: (-len(row.errors), row.errors[-1]))
         after = f"after {counted(len(rival.errors), 'round')}"
         lines.append(f"The best {_kind(rival)} came to {rival.errors[-1]:.3f} {after}.")
+    if best.steps < _FEW_STEPS or done.images < _FEW_IMAGES:
+        lines.append(
+            f"It was fitted by {counted(best.steps, 'update')} on {counted(done.images, 'image')}, "
+            "which ranks candidates and makes none good; hundreds of images and a longer --time do."
+        )
+    if best.errors[-1] >= 1:
+        lines.append("Nothing was learned yet: the mean of all images would be as close.")
     if done.untried:
         lines.append(
             f"No time was left to try {', '.join(done.untried)}; a longer --time tries them too."

@@ -30,7 +30,11 @@ def train_command(arguments: Sequence[str]) -> None:
     from ._console import console, say, summary_table, training_progress
     from .report.render import write_report
 
+    is_resized = config.lacks_size and config.img_size is None
     config = with_sizes(config)
+    if is_resized and config.img_size and is_main_process():
+        side = config.img_size
+        say(f"{config.model} takes images of {side} x {side} pixels, which yours are resized to")
     with training_progress(f"training {config.model}", unit=config.unit) as report:
         result = train(config, report)
     if not is_main_process():

@@ -34,7 +34,8 @@ def list_labeled_files(
     """Lists the files of a split, their labels and the classes; opens none of them.
 
     Args:
-        root: Holds folders of classes or lists, as `load_folder` says.
+        root: Holds folders of classes or lists, as `load_folder` says; one with a folder for each
+            class and no split is `"train"`.
         split: `"train"`, `"val"` or `"test"`.
         extensions: Ends of file names that count, such as ".png", in lower case. What a list names
             counts whatever its name ends in.
@@ -50,6 +51,8 @@ def list_labeled_files(
     )
     others = "val" if split == "train" else "train"
     source, other = (_find_source(root, name) for name in (split, others))
+    if source is None and split == "train" and _holds_classes_alone(root):
+        source = root
     if source is None:
         raise ValueError(_missing_split(root, split))
     top = None if follow_links else root
@@ -124,7 +127,19 @@ def _find_source(root: Path, split: str) -> Path | None:
     return next((p for p in paths if (p.is_file() if p.suffix else p.is_dir())), None)
 
 
+def _holds_classes_alone(root: Path) -> bool:
+    """Returns whether a folder has several folders, and none that a split may be called by."""
+    splits, folders = tuple({*sum(FOLDERS.values(), ())}), _folders(root)
+    lists = any((root / f"{name}.csv").is_file() for name in splits)
+    return len(folders) > 1 and not lists and not any(n.lower().startswith(splits) for n in folders)
+
+
 def _missing_split(root: Path, split: str) -> str:
+    if _holds_classes_alone(root):
+        return (
+            f"{root} has one part, folders of classes; hold a share of its images out for "
+            f"{split!r} in training, with held_out=0.1, or {_LAYOUT}"
+        )
     expected = ", ".join(f"{name}/ or {name}.csv" for name in FOLDERS[split])
     others = [name for name in _folders(root) if name not in sum(FOLDERS.values(), ())]
     hint = f"it holds {shortened(others)}: if these are classes, " if others else ""

@@ -167,6 +167,8 @@ def model_card(
     else:
         connection = None
     task = "video-classification" if hasattr(model, "num_frames") else "image-classification"
+    if not getattr(model, "num_classes", 1):
+        task = "image-feature-extraction"
     data = ModelCardData(
         library_name=LIBRARY,
         license=getattr(model, "pretrained_cfg", {}).get("license"),

@@ -80,6 +80,9 @@ def build_named(name: str, kwargs: Mapping[str, Any]) -> Any:
     with hub_or_cache() if _is_of_hub(given) else nullcontext():
         model: Any = timm.create_model(name, **given)  # which would leave out a None
     model.tokenlearner_config = {"name": name, "kwargs": given}
+    if not given.get("pretrained") and getattr(model, "pretrained_cfg", {}).get("license"):
+        # timm says that of its own weights of every new model
+        model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {"license": None}
     return model
 
 
@@ -118,7 +121,7 @@ def write_files(model: Any, path: Path, card: str | None = None) -> Path:
     config, named_tokens = _config(model)
     file, texts, outer = weights_file(path), {}, path / CONFIG
     timm_config = _timm_config(model, config, named_tokens)
-    header = {_KEY: json.dumps(config), _DATA: json.dumps(timm_config[_DATA])}
+    header = {_KEY: json.dumps(config | {_DATA: timm_config[_DATA]})}  # the order of two varies
     if file != path and (not outer.exists() or read_config(outer)):
         texts[CONFIG] = json.dumps(timm_config, indent=2) + "\n"
     if card is not None:
@@ -162,8 +165,9 @@ def read_files(file: Path, config_file: Path | None = None) -> Any:
         "an earlier one, or read its weights with tokenlearner.checkpoints.read_weights",
     )
     check_input_size(get_input_size(model))
-    if not outer and data is None and (beside := read_config(file.parent / CONFIG)):
-        outer = beside if beside[_KEY] == config else {}
+    if not outer and data is None and (beside := file.parent / CONFIG).is_file():
+        found = read_config(beside)
+        outer = found if found.get(_KEY) == config else {}
     if (data := outer.get(_DATA, data)) is not None:
         sources = {k: v for k, v in model.pretrained_cfg.items() if k in _OF_SOURCE}
         taken = take_config(data, str(config_file or file), model.pretrained_cfg)
@@ -238,7 +242,8 @@ def _read_weights(file: Path) -> tuple[Any, Any, dict[str, Tensor]]:
     if _KEY not in header:
         raise ValueError(f"{file} has weights but no config; save it with tokenlearner.save_model")
     try:
-        return json.loads(header[_KEY]), json.loads(header.get(_DATA, "null")), state
+        config = json.loads(header[_KEY])
+        return config, config.pop(_DATA, None) if isinstance(config, dict) else None, state
     except (ValueError, RecursionError) as error:
         message = f"no model can be built from the config in {file} ({error!r}); save it again"
         raise ValueError(message) from error

@@ -117,7 +117,7 @@ def reduce(
         seed: Of what is drawn.
         report: Called after each update with `candidate`, `round` of `rounds`, `step` of `steps`,
             and `seconds` so far; while the model runs on views of images, the candidate is "host"
-            and they are the steps.
+            and they are the steps, and while times are measured "times", of so many batch sizes.
 
     Raises:
         ValueError: There are fewer than 16 images, nothing meets the budget, the model is unknown,
@@ -337,7 +337,8 @@ class _Race:
         rows = [self.host_row, *(self.rows[i] for i in self.ranked())]
         shared = [clone_structure(self.host) for _ in rows[1:]]  # the host's weights, not copies
         models = [self.host, *map(self._apply, self.ranked(), shared)]
-        for batch in batches:
+        for step, batch in enumerate(batches, 1):
+            self._tell("times", step, len(batches))
             images = self.images[torch.arange(batch) % len(self.images)]
             runs = {
                 i: partial(model.eval(), _resized(images, rows[i].candidate))

@@ -113,7 +113,10 @@ def _train(
         "out, or they have other names; make them the same",
     )
     if config.batch_size > len(data):
-        raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has {len(data)}")
+        raise ValueError(
+            f"batch_size is {config.batch_size}, but {data.name} has {len(data)} to train on; pass "
+            f"batch_size={len(data)} or less"
+        )
     torch.manual_seed(config.seed)
     setup = prepare(config, data, held_out, distributed.device)
     if report is None or not distributed.accelerator.is_main_process:
