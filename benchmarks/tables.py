@@ -73,7 +73,7 @@ RIVALS = {  # the contender of each way, on clothes and where detail decides
     "average pooling": ("pooled to 8 at 3", "pooled to 16 at 5"),
     "top-k by class attention": ("top 8 at 3", "top 16 at 5"),
 }
-SETS = {"clothes": "small ViT of clothes", "detail": "DINOv2-S-derived, fine lines decide"}
+SETS = {"clothes": "small ViT, clothes", "detail": "pretrained ViT-S, fine lines decide"}
 
 
 def rivals(*sets: str) -> None:

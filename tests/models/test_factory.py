@@ -13,6 +13,7 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import safe_open
+from timm.models import save_for_hf
 from tiny import images_for, randomized
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from tokenlearner import (
 )
 from tokenlearner.layers import ReducedBlock
 from tokenlearner.models.insertion import InsertionConfig, get_insertion, insert
+from tokenlearner.models.preprocessing import get_classes
 
 PLAIN, LEARNED = "vit_mini_patch4_28", "vit_mini_patch4_tl8at3_28"
 MIXER, CLIPS = "mixer_mini_patch4_tl8at3_28", "vivit_mini_patch8x2_tl4at3_32"
@@ -268,7 +270,7 @@ def changed(model: Any, module: str = "", **attributes: Any) -> nn.Module:
 
 
 UNSAVABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "made elsewhere": (lambda: timm.create_model(TIMM, **FOREIGN), "VisionTransformer"),
+    "made elsewhere": (lambda: timm.create_model(TIMM, **FOREIGN), "timm made this model with"),
     "arguments without JSON": (lambda: small(norm_layer=nn.LayerNorm), r"norm_layer.* JSON"),
     "unknown pooling": (
         lambda: changed(small(), global_pool="median"),
@@ -382,6 +384,46 @@ def test_a_pickle_is_refused_and_what_it_carries_does_not_run(
     assert not mark.exists()
     pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists()  # so the payload would have shown
+
+
+# --- models of timm's own -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_what_timm_wrote_is_loaded_and_saved_again(tmp_path: Path) -> None:
+    model = randomized(timm.create_model(TIMM, num_classes=3, **SHAPE)).eval()
+    said = {"model_config": {"label_names": ["a", "b", "c"]}, "model_args": SHAPE}
+    save_for_hf(model, tmp_path / "timm", safe_serialization=True, **said)
+    loaded, x = load_model(tmp_path / "timm"), images_for(model)
+    assert torch.equal(loaded(x), model(x))
+    assert get_classes(loaded) == ("a", "b", "c")
+    again = load_model(save_model(insert(loaded, 2, 1), tmp_path / "ours"))
+    assert torch.equal(again(x), loaded(x))
+    with pytest.raises(ValueError, match="has weights but no config; give them to a model of"):
+        load_model(tmp_path / "timm" / "model.safetensors")
+    (tmp_path / "timm" / "config.json").write_text('{"architectures": ["ViTModel"]}')
+    with pytest.raises(ValueError, match=r"no config; \S+config.json names no model of timm"):
+        load_model(tmp_path / "timm")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_a_model_that_timm_made_is_saved_if_its_name_says_what_it_is(
+    tokens: int, tmp_path: Path
+) -> None:
+    """Unlike weights, a number of heads leaves no trace but in the outputs."""
+    for heads in (None, 6):
+        given = {} if heads is None else {"num_heads": heads}
+        model: Any = timm.create_model(TIMM, num_classes=3, img_size=32, **given).eval()
+        if tokens:
+            insert(model, tokens, 1)
+        x = images_for(model)
+        if heads is None:
+            assert torch.equal(load_model(save_model(model, tmp_path / "a"))(x), model(x))
+            continue
+        with pytest.raises(ValueError, match="with arguments that it does not say"):
+            save_model(model, tmp_path / "b")
+        assert not (tmp_path / "b").exists()
 
 
 @torch.no_grad()

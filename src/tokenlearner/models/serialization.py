@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import get_ident
 from time import thread_time
@@ -27,11 +27,12 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..utils.files import check_downloaded, read_json
 from ..utils.io import atomic_write
-from ..utils.modules import building_on_meta, check_plain
+from ..utils.modules import building_on_meta, check_plain, training_mode
 from ..utils.validation import find_not_finite, require, shortened
 from .features import wrapped_blocks
 from .hub_access import hub_or_cache
 from .insertion import get_insertion, insert, remove
+from .outputs import output_tensor
 from .preprocessing import check_input_size, get_input_size, take_config, without_classes
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # in a model's folder
@@ -46,6 +47,10 @@ _NOT_SAVED = (  # arguments for where weights come from or are kept, not for wha
 _OF_SOURCE = (  # keys of timm's config about the weights that the model started from
     *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"),
     *("architecture", "tag", "custom_load", "label_offset"),
+)
+_ARGS_LOST = (
+    "timm made this model with arguments that it does not say, or it was changed since; make it "
+    "with tokenlearner.create_model, which keeps them"
 )
 _DEPTHS = ("depth", "depths", "layers", "num_blocks")  # arguments that count blocks
 _MOST_MODULES = 20  # for a tensor; models have one or two
@@ -119,6 +124,8 @@ def write_files(model: Any, path: Path, card: str | None = None) -> Path:
             *(path, shortened(broken)),
         )
     config, named_tokens = _config(model)
+    if not hasattr(model, "tokenlearner_config"):
+        _check_outputs(model, state, config)
     file, texts, outer = weights_file(path), {}, path / CONFIG
     timm_config = _timm_config(model, config, named_tokens)
     header = {_KEY: json.dumps(config | {_DATA: timm_config[_DATA]})}  # the order of two varies
@@ -135,18 +142,21 @@ def write_files(model: Any, path: Path, card: str | None = None) -> Path:
 
 
 def read_files(file: Path, config_file: Path | None = None) -> Any:
-    """Builds the model that `write_files` wrote, in evaluation mode.
+    """Builds the model that `write_files` wrote, or timm's `save_for_hf`, in evaluation mode.
 
     Args:
         file: The weights.
         config_file: The folder's `config.json`, which has to describe the same model. Without, what
             the file itself says of preprocessing counts, or of older files a `config.json` beside.
+            Of timm's files it alone says what the model is.
 
     Raises:
         ValueError: The files are damaged, of two models, or of another kind, or weights are NaN
             or infinite.
     """
     config, data, state = _read_weights(file)
+    if config is None:
+        config, data = _read_timm_config(file, config_file)
     outer = read_config(config_file) if config_file else {}
     if outer.get(_KEY, config) != config:
         raise ValueError(
@@ -230,8 +240,31 @@ def read_config(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and _KEY in content else {}
 
 
+def _read_timm_config(file: Path, config_file: Path | None) -> tuple[Any, Any]:
+    """Reads config and preprocessing of weights that timm's `save_for_hf` wrote.
+
+    Raises:
+        ValueError: There is no `config.json` of timm's.
+    """
+    said: Any = None
+    if config_file is not None:
+        with suppress(ValueError):  # it is no JSON
+            said = read_json(config_file)
+    architecture = said.get("architecture") if isinstance(said, dict) else None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        hint = f"; {config_file} names no model of timm's" if config_file else ""
+        raise ValueError(
+            f"{file} has weights but no config{hint}; give them to a model of create_model, and "
+            "save it with tokenlearner.save_model"
+        )
+    args, data = said.get("model_args") or {}, said.get(_DATA) or {}
+    args = {k: said[k] for k in ("num_classes",) if said.get(k) is not None} | args
+    names = {key: said[key] for key in ("label_names", "label_descriptions") if key in said}
+    return {"name": architecture, "kwargs": args, "insert": None}, data | names
+
+
 def _read_weights(file: Path) -> tuple[Any, Any, dict[str, Tensor]]:
-    """Reads the config, what is said of preprocessing, None if nothing, and the weights."""
+    """Reads the config, what is said of preprocessing, each None if nothing, and the weights."""
     check_downloaded(file)
     try:
         with safe_open(str(file), framework="pt") as opened:
@@ -240,7 +273,7 @@ def _read_weights(file: Path) -> tuple[Any, Any, dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file ({error})") from error
     if _KEY not in header:
-        raise ValueError(f"{file} has weights but no config; save it with tokenlearner.save_model")
+        return None, None, state
     try:
         config = json.loads(header[_KEY])
         return config, config.pop(_DATA, None) if isinstance(config, dict) else None, state
@@ -252,10 +285,15 @@ def _read_weights(file: Path) -> tuple[Any, Any, dict[str, Tensor]]:
 def get_build_args(model: Any) -> dict[str, Any]:
     """Returns the name and the arguments that a model was built with.
 
+    One that timm made says its name alone.
+
     Raises:
         ValueError: It was built in another way.
     """
     if (config := getattr(model, "tokenlearner_config", None)) is None:
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+        if type(model).__module__.startswith("timm.") and name and timm.is_model(name):
+            return {"name": name, "kwargs": {}}
         raise ValueError(
             f"this {type(model).__name__} does not know how it was built; make it with "
             "tokenlearner.create_model, or save model.state_dict() yourself"
@@ -282,7 +320,9 @@ def _config(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
             except _BUILD_ERRORS as error:
                 raise ValueError(_change_message(changed, base)) from error
         named_tokens, rebuilt = get_insertion(base), _with_tokens(base, tokens)
-    _check_shapes(model.state_dict(), rebuilt, "the model was changed since create_model made it")
+    is_named = hasattr(model, "tokenlearner_config")
+    message = "the model was changed since create_model made it" if is_named else _ARGS_LOST
+    _check_shapes(model.state_dict(), rebuilt, message)
     if remaining := _changed_traits(model, rebuilt):
         raise ValueError(_change_message(remaining, rebuilt))
     kwargs |= changed
@@ -291,6 +331,32 @@ def _config(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
     except TypeError as error:
         raise ValueError(f"{kwargs} cannot be saved as JSON ({error}); use plain values") from error
     return json.loads(config), named_tokens
+
+
+@torch.no_grad()
+def _check_outputs(model: Any, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Checks that what will be built again gives the outputs of a model that timm made.
+
+    Arguments that change no weight, such as a number of heads, are not seen in it otherwise.
+
+    Raises:
+        ValueError: It gives others.
+    """
+    with torch.random.fork_rng(devices=[]):
+        rebuilt = _with_tokens(build_named(config["name"], config["kwargs"]), config["insert"])
+        image = torch.rand(1, *get_input_size(model))
+    rebuilt.load_state_dict(state, assign=True)
+    parameter = next(model.parameters())
+    rebuilt, image = rebuilt.to(parameter.device), image.to(parameter)
+    with training_mode(model, training=False), training_mode(rebuilt, training=False):
+        pairs = [  # features too, as a new head may be 0
+            [output_tensor(run(image)).float() for run in (of(rebuilt), of(model))]
+            for of in (lambda made: made, lambda made: getattr(made, "forward_features", made))
+        ]
+    require(
+        all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item()) for a, b in pairs),
+        _ARGS_LOST,
+    )
 
 
 def _changed_traits(model: nn.Module, base: nn.Module) -> dict[str, Any]:
