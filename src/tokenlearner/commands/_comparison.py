@@ -76,7 +76,7 @@ class ModelComparison:
         shares = [candidate.top1_percent / 100 for candidate in self.pair]
         margin = 196 * math.sqrt(sum(p * (1 - p) / self.images for p in shares))
         gap = 100 * (shares[1] - shares[0])
-        error = f"chance is within ±{margin:.1f} (95 %, {self.images} {self.unit}, one seed)"
+        error = f"may be chance within ±{margin:.1f} (95 %, {self.images} {self.unit}, one seed)"
         return [f"Accuracy: {gap:+.1f} points; {error}.", *self.remarks]
 
 

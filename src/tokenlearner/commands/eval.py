@@ -11,6 +11,7 @@ from ..data.config import DataConfig
 from ..data.factory import load_data
 from ..evaluation.accuracy import eval_batch_size, evaluate, with_model_size
 from ..models.compilation import CompileMode, compile_model
+from ..models.outputs import check_classifier
 from ..models.preprocessing import size_errors
 from ..utils.validation import check_count, check_literals
 from ._arguments import make_parser
@@ -58,6 +59,7 @@ def eval_command(arguments: Sequence[str]) -> None:
     """Evaluates a checkpoint and prints the metrics."""
     config = EvalConfig(**eval_options(arguments))
     model = load_checkpoint(config.checkpoint, config.device)
+    check_classifier(model)
     config = with_model_size(config, model)
     if config.compile != "no":
         compile_model(model, config.compile)

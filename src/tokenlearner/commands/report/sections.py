@@ -132,7 +132,7 @@ def make_sections(
 
 
 def _what_ran(source: ReportSource) -> Section:
-    lead = "What this report is about, and the command that makes the same again."
+    lead = "What this report is about, and the command that made it, with folders shortened."
     tables = []
     if source.runs:
         names, facts = [run.name for run in source.runs], [*map(_run_facts, source.runs)]
