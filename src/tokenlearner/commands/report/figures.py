@@ -249,14 +249,26 @@ def reduction_charts(file: ResultFile) -> list[Chart]:
     for batch in batches if isinstance(batches, Mapping) else ():
         costs[f"time at batch {batch}"] = ("ms a batch", ("latency_ms", batch))
     for title, (label, keys) in costs.items():
-        points = []
-        for row in rows:
+        found: dict[str, tuple[list[Any], list[Any]]] = {}
+        for i, row in enumerate(rows):
             errors = row.get("errors")
-            error = errors[-1] if isinstance(errors, list) and errors else 0.0
-            points.append((row["name"], get_nested(row, *keys), error))
+            name = f"best: {row['name']}" if i == 1 else _way(row)
+            xs, ys = found.setdefault(name, ([], []))
+            xs.append(get_nested(row, *keys))
+            ys.append(errors[-1] if isinstance(errors, list) and errors else 0.0)
+        lines = [Line(name, _points(*values), joined=False) for name, values in found.items()]
         labels = (f"Error against {title}", label, "variance left open")
-        charts.append(Chart(*labels, _single_points(points)))
+        charts.append(Chart(*labels, [line for line in lines if line.points]))
     return [chart for chart in charts if chart.lines]
+
+
+def _way(row: Row) -> str:
+    """Names how a candidate of `reduce` is cheaper; what is no candidate is the host."""
+    candidate = row.get("candidate")
+    if not isinstance(candidate, Mapping):
+        return "host"
+    ways = (candidate.get("img_size"), "smaller image"), (candidate.get("num_tokens"), "tokens")
+    return " and ".join(way for has_it, way in ways if has_it) or "other"
 
 
 def bench_charts(bench: ResultFile) -> list[Chart]:

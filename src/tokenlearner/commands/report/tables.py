@@ -24,6 +24,10 @@ _COSTS: dict[str, tuple[str, ...]] = {
     "peak memory, training, MiB": ("cost", "training_peak_memory_mib"),
     "parameters": ("cost", "parameters"),
 }
+_SPEEDUPS = {  # over the first model, by the label of the speed
+    "images/s, inference": "speedup",
+    "images/s, forward and backward": "training_speedup",
+}
 _OPTIONAL = (  # values that most runs do not have
     *("steps left out", "files that cannot be read"),
     *("held-out loss against the teacher, last epoch", "held-out loss against the teacher, lowest"),
@@ -127,7 +131,8 @@ def comparison_table(file: ResultFile) -> ReportTable:
         for model in file.models
     ]
     names, optional = [model["name"] for model in file.models], (*_COSTS, "seconds of training")
-    return _value_table(names, columns, file.unit, optional)
+    measured = {label: get_nested(file.models[-1], "cost", key) for label, key in _SPEEDUPS.items()}
+    return _value_table(names, columns, file.unit, optional, measured)
 
 
 def runs_table(runs: Sequence[Run]) -> ReportTable:
@@ -141,8 +146,12 @@ def _value_table(
     columns: Sequence[Row],
     unit: str,
     optional: Sequence[str] = _OPTIONAL,
+    measured: Mapping[str, Any] | None = None,
 ) -> ReportTable:
-    """Makes a table of values; one of `optional` that nobody has is left out."""
+    """Makes a table of values; one of `optional` that nobody has is left out.
+
+    Ratios that were measured round by round stand in place of those of the values.
+    """
     rows = {label: [column[label] for column in columns] for label in (columns or [{}])[0]}
     left_out = {k for k in rows if k in optional and all(value is None for value in rows[k])}
     texts = [
@@ -156,7 +165,10 @@ def _value_table(
     if len(columns) != 2:
         return ReportTable.of_columns(names, texts)
     kept = [label for label in rows if label not in left_out]
-    ratios = {in_unit(label, unit): _ratio(label, rows[label]) for label in kept}
+    known = {k: value_text(v, 2) for k, v in (measured or {}).items() if isinstance(v, Mapping)}
+    ratios = {
+        in_unit(label, unit): known.get(label) or _ratio(label, rows[label]) for label in kept
+    }
     return ReportTable.of_columns([*names, "ratio"], [*texts, ratios])
 
 
