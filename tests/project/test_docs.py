@@ -154,8 +154,8 @@ def test_the_commands_of_a_first_page_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     commands = commands_named("tokenlearner", [page], to_run=True)
     assert commands
-    if commands[0][0] == "reduce":  # a model and photographs of the reader's
-        run_short(["train", "--out", "runs/host"])
+    if commands[0][0] == "reduce":  # a model, of the Hub or of a folder, and photographs
+        run_short(["train", "--out", commands[0][1]])
         make_photos()
     for words in commands:
         run_short(words)
