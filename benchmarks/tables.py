@@ -88,8 +88,8 @@ def rivals(*sets: str) -> None:
         columns += [f"{SETS[name]}: left open", "top-1, %"]
         cells[0] += ["0", f"{found['host']['accuracy_percent']:.1f}"]
         for line, rows, error, share in zip(cells[1:], own, errors, right, strict=True):
-            seeds = " (1 seed)" if len(rows) == 1 else ""
-            line += [bold(error, min(errors, key=float)) + seeds]
+            few = {1: " (1 seed)", 2: " (2 seeds)"}.get(len(rows), "")
+            line += [bold(error, min(errors, key=float)) + few]
             line += [bold(share, max(right, key=float))]
     show(table(columns, cells))
 

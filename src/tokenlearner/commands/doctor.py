@@ -127,7 +127,7 @@ def report(found: Diagnosis) -> list[str]:
     """Returns what was found as lines of text."""
     width = max(map(len, [*found.facts, *found.extras]))
     lines = [f"{name:<{width}}  {plain_text(fact)}" for name, fact in found.facts.items()]
-    lines += ["", "extras (pip install '.[NAME]' in the folder of the repository):"]
+    lines += ["", "extras, which some commands want (pip install '.[NAME]', in the repository):"]
     lines += [f"{name:<{width}}  {', '.join(un) or 'ok'}" for name, un in found.extras.items()]
     lines += ["", *(f"wrong: {problem}" for problem in found.problems)]
     return lines if found.problems else [*lines, "nothing is wrong"]

@@ -158,7 +158,7 @@ def _times(axes: Sequence[int | str]) -> str:
 BATCH_COLUMNS: dict[str, Callable[[BatchCheck], str]] = {
     "batch": lambda check: str(check.batch_size),
     "difference": lambda check: f"{check.largest_difference:.1e}",
-    "of at most": lambda check: f"{check.largest_output:.2g}",
+    "largest output": lambda check: f"{check.largest_output:.2g}",
     "model, ms": lambda check: f"{check.model_latency_ms:.1f}",
     "file, ms": lambda check: f"{check.latency_ms:.1f}",
     "speed-up": lambda check: f"{check.speedup.median:.2f}",
