@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -90,6 +91,8 @@ def _run(arguments: list[str]) -> None:
         )
         return
     name = _parse_command(arguments[:1])
+    # PIL's about large images, which are read; those twice as large are left out and named
+    warnings.filterwarnings("ignore", r"Image size .* exceeds limit")
     try:
         if name != "doctor":  # which says what is missing
             extra = name if name in ("app", "convert", "demo") else "train"
