@@ -26,6 +26,7 @@ from torch import nn
 from tokenlearner import TrainConfig, create_model, evaluate, load_data, load_model, save_model
 from tokenlearner.commands.main import main
 from tokenlearner.commands.report.confusion import Confusions, confusion_counts, reevaluate
+from tokenlearner.commands.report.figures import percent
 from tokenlearner.commands.report.reader import Run, read_source
 from tokenlearner.commands.report.render import ReportConfig, write_report
 from tokenlearner.commands.report.tables import value_text
@@ -317,6 +318,16 @@ def test_the_matrix_is_of_images_as_the_model_takes_them(
     assert reevaluated.remark.endswith(f" {float(top1):.1f} % are right.")
 
 
+def test_a_matrix_and_the_table_beside_it_round_alike() -> None:
+    """Half a percent: 51, 37 and 35 of 200."""
+    assert [percent(count / 200) for count in (51, 37, 35)] == ["26", "19", "18"]
+    counts = torch.tensor([[163, 37], [35, 165]])
+    found = Confusions("m", counts, ("a", "b"), "data, test", 400)
+    assert [row[2] for row in found.most_frequent.rows] == ["19", "18"]
+    cells = re.findall(r">(\d+)<", re.sub(r"</?tspan[^>]*>", "", found.svg("x")))
+    assert {"19", "18"} <= {*cells}
+
+
 @pytest.mark.usefixtures("sketches")
 def test_speeds_of_clips_are_of_clips(tmp_path: Path) -> None:
     make_run(tmp_path / "run", data="video-folder")
@@ -552,7 +563,7 @@ def test_a_matrix_has_shares_of_rows_of_the_classes_with_the_most_mistakes() -> 
     rows = [["c taken for a", "5", "100"], ["a taken for b", "2", "25"]]
     assert matrix.most_frequent.rows == rows
     assert matrix.remark == "17 images (data, test); 58.8 % are right."
-    assert matrix.description.endswith("a 75%, b 100%, c 0%.")
+    assert matrix.description.endswith("a 75 %, b 100 %, c 0 %.")
     matrix = Confusions("m", 10 * torch.eye(30).long(), (*map(str, range(30)),), "data, test", 303)
     matrix.counts[29, 7] = 3
     assert matrix.shares.shape == (20, 20)

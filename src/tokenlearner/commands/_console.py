@@ -48,8 +48,8 @@ def console(**options: Any) -> Console:
 
 
 def say(line: object, **options: Any) -> None:
-    """Prints a line in which names are as `plain_text` shows them; options are those of `print`."""
-    print(plain_text(line, ""), **options)
+    """Prints a line at once, names as `plain_text` shows them; options are those of `print`."""
+    print(plain_text(line, ""), **options, flush=True)
 
 
 @contextmanager

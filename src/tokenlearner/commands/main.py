@@ -34,7 +34,7 @@ COMMANDS = {
 }
 _NEXT = """
   tokenlearner reduce vit_small_patch16_224 --images photos/ --budget 0.5 --out runs/half
-      makes a pretrained ViT cheaper, as close to itself on your images as it can be
+      makes a pretrained ViT cheaper, as close to itself on your images as half an hour gets it
   tokenlearner train --data folder --root photos/ --held_out 0.1 \\
       --model vit_tiny_patch16_tl8at6_224 --out runs/mine
       trains a ViT on 8 learned tokens on a folder of images, one subfolder a class

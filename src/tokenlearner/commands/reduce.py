@@ -40,7 +40,9 @@ _DOING = {  # that is no fitting of a candidate, and what is counted
 _FEW_STEPS, _FEW_IMAGES = 200, 200
 _LEGEND = (
     "share: of the host's multiply-adds. left open: share of the variance of its output on "
-    "held-out images. speed-up: of a batch of so many images, medians. rounds: of fitting."
+    "held-out images. speed-up: of a batch of so many images, medians, – where no time was left. "
+    "rounds: of fitting. tokens at 4-5: learned in front of block 4, and all that is "
+    "left from block 5 on, counted from 0."
 )
 
 
@@ -162,6 +164,8 @@ def load_host(config: ReduceConfig) -> tuple[nn.Module, Tensor]:
         ValueError: There is no such model, its weights cannot be fetched, or no image can be read.
     """
     device = pick_device(config.device)
+    is_there = Path(config.images).expanduser().exists()  # before weights are fetched
+    require(is_there, f"there is no file or folder {config.images!r}; correct the path")
     if is_model_path(config.model):
         model = load_model(config.model)
     else:
@@ -183,7 +187,8 @@ def _named(name: str, pretrained: bool) -> nn.Module:
     except Exception as error:  # the Hub's and the network's are of many kinds
         raise ValueError(
             f"the trained weights of {name} cannot be had ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); connect, or pass a folder that save_model wrote"
+            f"{' '.join(str(error).split())}); connect, or pass a folder that timm or save_model "
+            "wrote"
         ) from error
 
 
@@ -209,7 +214,8 @@ def search(
             advance(f"{title}, {row['step']} of {row['steps']} {unit}", row["seconds"] - passed)
             passed = row["seconds"]
             if title != shown and not console(stderr=True).is_terminal:
-                say(f"{passed:.0f} s: {title}, {row['steps']} {unit}", file=sys.stderr, flush=True)
+                so_far = f"{passed:.0f} of {config.seconds:.0f} s"
+                say(f"{so_far}: {title}, {row['steps']} {unit}", file=sys.stderr)
             shown = title
 
         return reduce(
@@ -273,7 +279,8 @@ def explanation(done: Reduction) -> str:
     if rivals:
         rival = min(rivals, key=lambda row: (-len(row.errors), row.errors[-1]))
         after = f"after {counted(len(rival.errors), 'round')}"
-        lines.append(f"The best {_kind(rival)} came to {rival.errors[-1]:.3f} {after}.")
+        worse = ", worse than the mean of all images" if rival.errors[-1] > 1 else ""
+        lines.append(f"The best {_kind(rival)} came to {rival.errors[-1]:.3f} {after}{worse}.")
     if best.steps < _FEW_STEPS or done.images < _FEW_IMAGES:
         lines.append(
             f"It was fitted by {counted(best.steps, 'update')} on {counted(done.images, 'image')}, "
@@ -281,9 +288,11 @@ def explanation(done: Reduction) -> str:
         )
     if best.errors[-1] >= 1:
         lines.append("Nothing was learned yet: the mean of all images would be as close.")
+    elif len(best.errors) > 1 and best.errors[0] == best.errors[-1]:
+        lines.append("Fitting brought nothing after the first round.")
     if done.untried:
         lines.append(
-            f"No time was left to try {', '.join(done.untried)}; a longer --time tries them too."
+            f"No time was left to try {'; '.join(done.untried)}. A longer --time tries them too."
         )
     if chosen.img_size:
         h, w = chosen.img_size

@@ -100,7 +100,7 @@ def reduce(
 
     Candidates are numbers of learned tokens, a smaller image, and both. All are fitted to the host
     for as long, the best of them once more, and the best of those to the end. Without time for all,
-    learned tokens and the smaller image still are tried, and the others are named.
+    one of each kind is still tried, and the others are named.
 
     Args:
         model: A ViT as `insert` takes it, classifier or not, without learned tokens; it is left as
@@ -207,10 +207,11 @@ class _Race:
                 end = self._elapsed() + front + left
                 self.store.rounds[str(number)] = (left / len(entered), end)
             of_each, end = self.store.rounds[str(number)]
-            kinds = set[bool]()
+            kinds = set[tuple[bool, bool]]()
             for i in sorted(entered, key=self._turn):
                 candidate: Any = self.rows[i].candidate
-                is_first = (kind := candidate.img_size is None) not in kinds
+                kind = candidate.num_tokens > 0, candidate.img_size is not None
+                is_first = kind not in kinds
                 kinds.add(kind)
                 in_time = number or is_first or self._elapsed() < end
                 if len(self.rows[i].errors) == number and in_time:

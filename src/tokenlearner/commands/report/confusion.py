@@ -19,7 +19,7 @@ from ...utils.validation import require
 from .._comparison import held_out_images, one_of_each
 from .._runs import check_root, preprocessed, run_options
 from ..eval import EvalConfig
-from .figures import matrix_svg
+from .figures import matrix_svg, percent
 from .reader import RECIPE, Run
 from .tables import ReportTable
 
@@ -58,7 +58,7 @@ class Confusions:
     @property
     def shares(self) -> Tensor:
         """The counts of the selected classes, as shares of each true class."""
-        shares = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+        shares = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
         return shares[self.selected][:, self.selected]
 
     @property
@@ -77,7 +77,7 @@ class Confusions:
         """The diagonal of the matrix in words, for those who cannot see it."""
         classes = [self.classes[index] for index in self.selected]
         shares = zip(classes, self.shares.diagonal().tolist(), strict=True)
-        right = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+        right = ", ".join(f"{name} {percent(share)} %" for name, share in shares)
         return f"Confusion matrix of {self.name}. Right of each class: {right}."
 
     @property
@@ -89,8 +89,8 @@ class Confusions:
         for true, other in (divmod(index, len(wrong)) for index in order.tolist()):
             if count := int(wrong[true, other]):
                 label = f"{self.classes[true]} taken for {self.classes[other]}"
-                share = 100 * count / int(self.counts[true].sum())
-                rows.append([label, f"{count:,}", f"{share:.0f}"])
+                share = percent(count / int(self.counts[true].sum()))
+                rows.append([label, f"{count:,}", share])
         head = ("", "images", "% of the class")
         return ReportTable(head, rows, f"The most frequent confusions of {self.name}")
 

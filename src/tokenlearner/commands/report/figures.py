@@ -5,6 +5,7 @@ What is drawn in a color of `COLORS` or `THEME` refers to the variable of that n
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -157,6 +158,11 @@ def legend_svg(number: int, salt: str) -> str:
     return _svg(draw, (0.42, 0.12), salt)
 
 
+def percent(share: float) -> str:
+    """Writes a share in whole percent, halves up, as a table beside a matrix has to too."""
+    return f"{math.floor(100 * share + 0.5 + 1e-9)}"
+
+
 def matrix_svg(names: Sequence[str], shares: np.ndarray, salt: str) -> str:
     """Draws a confusion matrix, in percent of each row.
 
@@ -176,7 +182,7 @@ def matrix_svg(names: Sequence[str], shares: np.ndarray, salt: str) -> str:
         axes.set_yticks(range(len(names)), labels)
         for row, column in zip(*shares.nonzero(), strict=True):
             share = float(shares[row, column])
-            text = f"{100 * share:.0f}"
+            text = percent(share)
             axes.text(column, row, text, color=cell_ink(share), ha="center", va="center_baseline")
 
     side = 0.34 * len(names)

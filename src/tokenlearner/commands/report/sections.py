@@ -51,7 +51,8 @@ _RESULTS = {  # how to read the tables of each kind of file
     "reduction": (
         "What a candidate leaves open is its share of the variance of the host's output on images "
         "that nothing was fitted on, after each round of fitting: 0 is a perfect copy, 1 the mean "
-        "of all images. Only the best of a round are in the next."
+        "of all images. Only the best of a round are in the next. Tokens at 4-5 are learned in "
+        "front of block 4, and are all that is left from block 5 on."
     ),
     "rows": "Numbers as the benchmark wrote them; of lists the median and the range.",
 }
