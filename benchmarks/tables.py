@@ -147,8 +147,15 @@ def from_scratch() -> None:
     for data, label in SCRATCH.items():
         both = [rows[data, tokens] for tokens in ("all", "8 learned, halfway")]
         top1 = [printed.deviating(row["top1_percent"]) for row in both]
-        cells.append([label, *top1, f"{both[1]['gmacs'] / both[0]['gmacs']:.2f}"])
+        smaller = [
+            f"{printed.deviating(row['top1_percent'])} ({row['gmacs'] / both[0]['gmacs']:.2f})"
+            for (of, tokens), row in rows.items()
+            if of == data and tokens.endswith("pixels")
+        ]
+        share = f"{both[1]['gmacs'] / both[0]['gmacs']:.2f}"
+        cells.append([label, *top1, share, ", ".join(smaller)])
     names = ("all tokens, top-1, %", "8 learned tokens, top-1, %", "multiply-adds")
+    names += ("all of a smaller image, top-1, % (multiply-adds)",)
     show(table(("data", *names), cells))
 
 

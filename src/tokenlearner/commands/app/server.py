@@ -77,10 +77,10 @@ def app(config: AppConfig) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     try:
         with serving(config) as address:
-            say(f"The page is at {address} (Ctrl-C ends it)", flush=True)
+            say(f"The page is at {address} (Ctrl-C ends it)")
             if config.host in EVERYBODY and not config.share:
                 port = urlsplit(address).port
-                say(f"On this computer it is at http://localhost:{port}/", flush=True)
+                say(f"On this computer it is at http://localhost:{port}/")
             if config.host not in ("127.0.0.1", "localhost"):
                 print("Everyone who reaches this computer can open it, without a password")
             threading.Event().wait()
