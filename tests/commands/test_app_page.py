@@ -362,7 +362,7 @@ def test_the_server_ends_cleanly_leaves_nothing_and_connects_nowhere(
         assert len([*room.glob("*/files/*/mine.jpg")]) == 1
         time.sleep(3)  # what is asked of other servers may be asked from a thread
         process.send_signal(number)
-        said, errors = process.communicate(timeout=SECONDS)
+        said, errors = process.communicate(timeout=3 * SECONDS)  # beside other tests
     assert (process.returncode, errors) == (0, "")
     assert said == "The page is closed; uploads are removed\n"
     assert [*room.iterdir()] == []
