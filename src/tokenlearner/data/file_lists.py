@@ -20,6 +20,7 @@ FOLDERS = {  # of each split, the first that is there
     "val": ("val", "valid", "validation", "test"),
     "test": ("test", "val", "valid", "validation"),
 }
+_SPLITS = tuple({name for names in FOLDERS.values() for name in names})
 SYSTEM_FOLDERS = (
     frozenset(  # of copies and thumbnails that systems make; hidden ones are theirs too
         ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
@@ -129,9 +130,10 @@ def _find_source(root: Path, split: str) -> Path | None:
 
 def _holds_classes_alone(root: Path) -> bool:
     """Returns whether a folder has several folders, and none that a split may be called by."""
-    splits, folders = tuple({*sum(FOLDERS.values(), ())}), _folders(root)
-    lists = any((root / f"{name}.csv").is_file() for name in splits)
-    return len(folders) > 1 and not lists and not any(n.lower().startswith(splits) for n in folders)
+    folders = _folders(root)
+    lists = any((root / f"{name}.csv").is_file() for name in _SPLITS)
+    may_be_splits = any(name.lower().startswith(_SPLITS) for name in folders)
+    return len(folders) > 1 and not lists and not may_be_splits
 
 
 def _missing_split(root: Path, split: str) -> str:
@@ -141,7 +143,7 @@ def _missing_split(root: Path, split: str) -> str:
             f"{split!r} in training, with held_out=0.1, or {_LAYOUT}"
         )
     expected = ", ".join(f"{name}/ or {name}.csv" for name in FOLDERS[split])
-    others = [name for name in _folders(root) if name not in sum(FOLDERS.values(), ())]
+    others = [name for name in _folders(root) if name not in _SPLITS]
     hint = f"it holds {shortened(others)}: if these are classes, " if others else ""
     return f"{root} has nothing for split {split!r}, expected {expected}; {hint}{_LAYOUT}"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,12 @@ class OfferedModel:
         if not self.classes:
             return f"class {number}"
         name = self.classes[number]
-        return f"{name} ({number})" if self.classes.count(name) > 1 else name
+        return f"{name} ({number})" if self._counts[name] > 1 else name
+
+    @cached_property
+    def _counts(self) -> Counter[str]:
+        """How many classes have a name; there may be 20,000 of them."""
+        return Counter(self.classes or ())
 
 
 def offered_sources(checkpoints: Sequence[str]) -> dict[str, str]:
